@@ -1,0 +1,1 @@
+"""Subcommands of the builder, one file each, imported when they run."""

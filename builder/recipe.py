@@ -1,0 +1,98 @@
+"""Recipes: everything that decides what a bundle becomes, as one frozen tree of dataclasses read from TOML.
+
+Each field carries a sentence and, where it has one, a bound; `recipe_reader` checks both. Names follow Hugging Face's
+GPT-2 configuration and training arguments, so that a recipe reads like what its users already know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _key(default: Any, help: str, *, low: float | None = None, high: float | None = None,
+         choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its sentence and its inclusive bounds."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: tuple(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class CorpusRecipe:
+    """Where the text comes from and how it is split."""
+
+    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
+    text_field: str = _key("text", "Field of a .jsonl record, or column of a .csv or .parquet file, that is the text.")
+    validation_fraction: float = _key(0.05, "Share of the documents held out, chosen by hash.", low=0.001, high=0.5)
+    deduplicate: bool = _key(True, "Drop documents whose text, white space folded, was seen before.")
+    min_characters: int = _key(20, "Drop documents shorter than this.", low=1)
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The byte-level BPE trained on the corpus; a base checkpoint brings its own instead."""
+
+    vocab_size: int = _key(4096, "Entries of the vocabulary, the 256 bytes and the end token included.",
+                           low=257, high=1_000_000)
+    min_frequency: int = _key(2, "A pair is merged only if it occurs at least this often.", low=1)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Geometry and dropouts of GPT-2 trained from scratch, or the base checkpoint to start from."""
+
+    base: str = _key("", "Folder or hub name of a GPT-2 checkpoint to fine-tune; empty trains from scratch.")
+    preset: str = _key("", "Named geometry (see builder/presets.py); empty takes the four fields below.")
+    n_positions: int = _key(256, "Context length, in tokens.", low=8, high=65_536)
+    n_embd: int = _key(256, "Width of the residual stream.", low=8, high=16_384)
+    n_layer: int = _key(4, "Transformer blocks.", low=1, high=256)
+    n_head: int = _key(4, "Attention heads; must divide n_embd.", low=1, high=256)
+    embd_pdrop: float = _key(0.0, "Dropout after the embeddings.", low=0.0, high=0.9)
+    attn_pdrop: float = _key(0.0, "Dropout on attention probabilities.", low=0.0, high=0.9)
+    resid_pdrop: float = _key(0.0, "Dropout on each block's two outputs.", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How the weights are fitted."""
+
+    epochs: float = _key(3.0, "Passes over the training tokens; fractions allowed.", low=0.001, high=10_000)
+    batch_size: int = _key(16, "Rows a step.", low=1, high=65_536)
+    sequence_length: int = _key(128, "Tokens a row; at most n_positions.", low=8, high=65_536)
+    learning_rate: float = _key(2e-3, "Peak learning rate of AdamW; 5e-5 is usual for fine-tuning.", low=0.0, high=1.0)
+    warmup_fraction: float = _key(0.05, "Share of the steps over which the rate rises from 0.", low=0.0, high=1.0)
+    final_learning_rate_fraction: float = _key(0.05, "The cosine ends at this share of the peak.", low=0.0, high=1.0)
+    weight_decay: float = _key(0.1, "AdamW decay of matrices; biases, norms and embeddings have none.",
+                               low=0.0, high=10.0)
+    adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
+    adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
+    max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
+    validations: int = _key(4, "Validations, and checkpoints, spread evenly over the run.", low=1, high=1000)
+    jit_compile: bool = _key(False, "Compile the training step with XLA.")
+
+
+@dataclass(frozen=True)
+class VerifyRecipe:
+    """What the parity certificate runs, and how far two runtimes may differ."""
+
+    prompts: int = _key(64, "Prompts from the validation text for greedy parity.", low=1, high=100_000)
+    new_tokens: int = _key(64, "Tokens each prompt is continued by.", low=1, high=65_536)
+    batch_size: int = _key(16, "Ragged rows run at once.", low=1, high=4096)
+    max_abs: float = _key(1e-3, "Largest allowed difference of a logit in fp32.", low=0.0, high=1.0)
+    perplexity_tokens: int = _key(8192, "Validation tokens scored through each runtime.", low=64)
+    perplexity_relative: float = _key(1e-4, "Largest allowed relative difference of perplexity.", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One bundle's whole recipe."""
+
+    name: str = _key("gpt2-docs", "Name of the bundle, and of its folders under dist/ and runs/.")
+    seed: int = _key(1234, "Seed of the split, the initial weights, the dropout and the order.", low=0, high=2**31 - 1)
+    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    verify: VerifyRecipe = field(default_factory=VerifyRecipe)

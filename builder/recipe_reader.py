@@ -1,0 +1,116 @@
+"""Read a recipe: TOML file, then `--set key=value` overrides, each key and value checked by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from builder.presets import resolve_preset
+from builder.recipe import Recipe
+from serving.errors import InputError
+from serving.suggest import did_you_mean
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def read_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a TOML file (or the default one) with `key.path=value` overrides applied.
+
+    Raises InputError, naming the key and the nearest known one, for an unknown key, a value of the wrong type or out
+    of bounds, and for settings that contradict each other.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
+        except (IsADirectoryError, UnicodeDecodeError):
+            raise InputError(f"recipe {path}: not a text file; name a .toml file") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"recipe {path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    recipe = _build(Recipe, table, prefix="")
+    recipe = dataclasses.replace(recipe, model=resolve_preset(recipe.model))
+    _check_consistency(recipe)
+    return recipe
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--set {override!r}: write it as key=value, for example --set training.epochs=3")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = table.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override!r}: {section!r} is a value, not a section")
+        table = inner
+    table[last] = _parse_value(text.strip())
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value, or the bare text where it is none (so that strings need no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
+    types = get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        where = prefix + key
+        if key not in known:
+            raise InputError(f"recipe key {where!r} is unknown{did_you_mean(key, known)}")
+        kind = types[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise InputError(f"recipe key {where!r} is a section; set one of its keys, as in {where}.KEY=VALUE")
+            values[key] = _build(kind, value, where + ".")  # type: ignore[arg-type]
+        else:
+            values[key] = _checked(where, kind, value, known[key].metadata)
+    return cls(**values)
+
+
+def _checked(where: str, kind: Any, value: Any, metadata: Any) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind == tuple[str, ...]:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise InputError(f"recipe key {where!r} takes a list of strings, not {value!r}")
+        return tuple(items)
+    if type(value) is not kind:
+        raise InputError(f"recipe key {where!r} takes a {kind.__name__}, not {value!r}")
+    low, high, choices = metadata.get("low"), metadata.get("high"), metadata.get("choices")
+    if isinstance(value, float) and value != value:
+        raise InputError(f"recipe key {where!r} must be a number, not nan")
+    if low is not None and value < low or high is not None and value > high:
+        bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+        raise InputError(f"recipe key {where!r} is {value!r}; it must be {bounds}")
+    if choices and value not in choices:
+        raise InputError(f"recipe key {where!r} is {value!r}{did_you_mean(str(value), choices)}")
+    return value
+
+
+def _check_consistency(recipe: Recipe) -> None:
+    if not _NAME.fullmatch(recipe.name):
+        raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
+    model, training = recipe.model, recipe.training
+    if model.base:
+        return  # The base checkpoint's own geometry is checked when it is read.
+    if model.n_embd % model.n_head:
+        raise InputError(f"recipe key 'model.n_head' is {model.n_head}, which does not divide n_embd {model.n_embd}")
+    if training.sequence_length > model.n_positions:
+        raise InputError(
+            f"recipe key 'training.sequence_length' is {training.sequence_length}, longer than "
+            f"model.n_positions {model.n_positions}; lower the one or raise the other"
+        )

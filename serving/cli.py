@@ -1,0 +1,129 @@
+"""The `gpt2-bundle` command: one Click group whose subcommands are imported only when they run.
+
+`--help` must answer without TensorFlow or ONNX Runtime, so the group knows each subcommand by name, one line of help
+and the place of its function, and imports that place when the subcommand itself is asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from serving import __version__
+from serving.errors import GPT2BundleError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("builder.commands.prepare:prepare", "Read text, train or load the tokenizer, write token shards."),
+    "train": ("builder.commands.train:train", "Train GPT-2 on prepared tokens."),
+    "export": ("builder.commands.export:export", "Export the trained model to SavedModel and ONNX."),
+    "verify": ("builder.commands.verify:verify", "Prove that every runtime says the same; write the certificate."),
+    "build": ("builder.commands.build:build", "Text to verified bundle: prepare, train, export, verify, package."),
+    "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print what is in it."),
+    "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
+    "bench": ("benchmarks.command:bench", "Measure decode and prefill latency against the hardware's floor."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand's module only to run it or to print its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module_name), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            from serving.suggest import did_you_mean
+
+            raise click.UsageError(f"no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}", ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpt2-bundle")
+def cli() -> None:
+    """Turn text into a GPT-2 bundle for TensorFlow Serving and ONNX Runtime, and prove that both say the same."""
+
+
+def _os_error_line(error: OSError) -> str:
+    """One line for a failure of the file system, with what a person can do about it."""
+    where = f" {error.filename}" if error.filename else ""
+    advice = {
+        errno.ENOSPC: "free some space or choose another folder",
+        errno.EDQUOT: "free some space or choose another folder",
+        errno.EACCES: "choose a folder that you may read and write",
+        errno.EPERM: "choose a folder that you may read and write",
+        errno.EROFS: "choose a folder that can be written",
+        errno.ENOENT: "check the path",
+    }.get(error.errno or 0, "check the path and the disk")
+    return f"{error.strerror or error}:{where} ({advice})"
+
+
+def _fail(line: str, code: int) -> int:
+    click.echo("error: " + " ".join(line.split()), err=True)
+    return code
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors become one line on standard error.
+
+    Set GPT2_BUNDLE_TRACEBACK=1 to see the traceback of an error instead.
+    """
+    if os.environ.get("GPT2_BUNDLE_TRACEBACK") == "1":
+        result: Any = cli.main(args=arguments, prog_name="gpt2-bundle", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    try:
+        result = cli.main(args=arguments, prog_name="gpt2-bundle", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.UsageError as error:
+        hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
+        return _fail(error.format_message() + hint, error.exit_code)
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; the same command goes on from the last finished stage", 130)
+    except GPT2BundleError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): end quietly, and keep the interpreter from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(_os_error_line(error), 1)
+    except MemoryError:
+        return _fail("out of memory; use a smaller model, batch or context", 1)
+    except Exception as error:  # A bug of ours: still one line, with the way to a full report.
+        return _fail(
+            f"internal error: {type(error).__name__}: {error} (please report it; "
+            "GPT2_BUNDLE_TRACEBACK=1 shows where it happened)",
+            1,
+        )
+
+
+def main() -> None:
+    """Entry point of the `gpt2-bundle` script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

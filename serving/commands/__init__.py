@@ -1,0 +1,1 @@
+"""Subcommands of the serving side, one file each, imported when they run."""

@@ -1,0 +1,35 @@
+"""The errors that a person can cause, each ending in one line on the terminal.
+
+Every error of this project that is not a bug derives from `GPT2BundleError`. Its message is one sentence that says
+what is wrong, where, and what to do; `exit_code` is what the command line leaves with.
+"""
+
+from __future__ import annotations
+
+
+class GPT2BundleError(Exception):
+    """Something failed for a reason that a user can understand and mend. Exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(GPT2BundleError):
+    """What the caller named or passed is wrong: a path, a recipe key, a value. Exit code 2."""
+
+    exit_code = 2
+
+
+class BundleError(GPT2BundleError):
+    """A folder that is not a whole, unchanged bundle of a schema that this version reads."""
+
+
+class ParityError(GPT2BundleError):
+    """Two runtimes disagree by more than the tolerance, so nothing may be published."""
+
+
+class TrainingError(GPT2BundleError):
+    """Training cannot go on: not-a-number losses, too little text, a checkpoint of another model."""
+
+
+class RuntimeMissingError(GPT2BundleError):
+    """A runtime that was asked for by name is not installed here."""
