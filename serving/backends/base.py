@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.errors import InputError
+
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
@@ -37,3 +39,30 @@ class Backend(Protocol):
         Raises InputError if a row is already at its capacity.
         """
         ...
+
+
+def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
+    """Return token ids [rows, longest], padded on the right with id 0, and lengths [rows]."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+    token_ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, : len(prompt)] = prompt
+    return token_ids, lengths
+
+
+def check_capacity(prompts: Sequence[Sequence[int]], capacity: int, n_positions: int) -> None:
+    """Raise InputError unless every prompt holds 1 to `capacity` tokens and `capacity` fits the context."""
+    if not prompts:
+        raise InputError("no prompts; give at least one")
+    if capacity > n_positions:
+        raise InputError(f"a capacity of {capacity} does not fit the context of {n_positions} tokens")
+    for index, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= capacity:
+            raise InputError(f"prompt {index} has {len(prompt)} tokens; it must have from 1 to {capacity}")
+
+
+def check_room(lengths: IntArray, capacity: int) -> None:
+    """Raise InputError if a row has reached its capacity."""
+    full = np.flatnonzero(lengths >= capacity)
+    if full.size:
+        raise InputError(f"row {full[0]} has reached its capacity of {capacity} tokens; prefill with a larger one")

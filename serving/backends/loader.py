@@ -1,0 +1,48 @@
+"""Load a runtime by name, importing it only now."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from serving.backends.base import Backend
+from serving.bundle import Bundle
+from serving.errors import InputError, RuntimeMissingError
+from serving.suggest import did_you_mean
+
+# Name of the runtime: the module and class that run it, and the extra of this project that installs it.
+RUNTIMES = {
+    "onnx": ("serving.backends.onnx", "OnnxBackend", "onnx"),
+    "tensorflow": ("serving.backends.tensorflow", "TensorFlowBackend", "tensorflow"),
+}
+
+
+def load_backend(bundle: Bundle, runtime: str, graph: str | None = None) -> Backend:
+    """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
+
+    Without `graph`, the runtime's own default is taken. Raises InputError for an unknown runtime or graph and for a
+    graph of the other runtime, RuntimeMissingError with the command that installs it if the runtime is not there.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(f"no runtime {runtime!r}{did_you_mean(runtime, RUNTIMES)}")
+    module_name, class_name, extra = RUNTIMES[runtime]
+    arguments: dict[str, Any] = {}
+    if graph is not None:
+        other = bundle.graph(graph).runtime
+        if other != runtime:
+            raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
+        if runtime == "onnx":
+            arguments["graph_name"] = graph
+    try:
+        backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
+    except ModuleNotFoundError as error:
+        raise RuntimeMissingError(
+            f"the runtime {runtime!r} needs the package {error.name!r}, which is not installed here; "
+            f"run: pip install 'gpt2-bundle[{extra}]'"
+        ) from error
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"the runtime {runtime!r} is installed but does not load ({error}); "
+            f"run: pip install --force-reinstall 'gpt2-bundle[{extra}]'"
+        ) from error
+    return backend

@@ -1,0 +1,121 @@
+"""`gpt2-bundle generate`: continue one prompt, on the terminal as it comes or as one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from serving.errors import BundleError, InputError
+from serving.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from serving.bundle import Bundle
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--runtime", default="onnx", show_default=True, metavar="NAME", help="onnx or tensorflow.")
+@click.option("--graph", metavar="NAME", help="A graph by its name in the manifest, such as ort/int8.")
+@click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
+@click.option(
+    "--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token each time."
+)
+@click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
+@click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
+@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
+def generate(
+    bundle: Path, prompt: str, runtime: str, graph: str | None, as_json: bool, stop: tuple[str, ...], **sampling: Any
+) -> None:
+    """Continue PROMPT with the model in the folder BUNDLE and print the continuation.
+
+    PROMPT '-' reads standard input, less one newline at its end; an empty one starts from the end-of-text token. Put
+    '--' before a PROMPT that begins with a dash.
+    """
+    params = SamplingParams(stop=stop, **sampling)
+    text = _read_prompt(prompt)
+
+    # Only now, so that a mistyped option is answered at once.
+    from serving.backends.loader import load_backend
+    from serving.bundle import open_bundle
+    from serving.generation import stream
+    from serving.text_stream import TextStream
+
+    opened = open_bundle(bundle, check="sizes")
+    tokenizer = load_tokenizer(opened)
+    eos_token_id = opened.manifest.model.eos_token_id
+    prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
+    pieces = TextStream(tokenizer, params.stop)
+    backend = load_backend(opened, runtime, graph)
+
+    began = time.perf_counter()
+    token_ids: list[int] = []
+    parts: list[str] = []
+
+    def put(piece: str) -> None:
+        parts.append(piece)
+        if piece and not as_json:
+            _write(piece)
+
+    for token in stream(backend, prompt_ids, params, eos_token_id):
+        token_ids.append(token)
+        put(pieces.push(token))
+        if pieces.stopped:
+            break
+    put(pieces.finish())
+    seconds = time.perf_counter() - began
+    if not as_json:
+        _write("\n")
+        return
+    ended = pieces.stopped or (token_ids[-1] == eos_token_id and not params.ignore_eos)
+    report = {
+        "text": "".join(parts),
+        "token_ids": token_ids,
+        "finish_reason": "stop" if ended else "length",
+        "runtime": runtime,
+        "prompt_tokens": len(prompt_ids),
+        "seconds": round(seconds, 6),
+        "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
+    }
+    click.echo(json.dumps(report))
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
+    from tokenizers import Tokenizer
+
+    path = bundle.path("tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises the bare class.
+        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
+
+
+def _read_prompt(prompt: str) -> str:
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
+        prompt.encode("utf-8")
+    except UnicodeError:
+        raise InputError("the prompt is not valid UTF-8 text; convert it to UTF-8 first") from None
+    return prompt
+
+
+def _write(text: str) -> None:
+    """Print `text` now, with '?' for what the terminal's encoding has no form for."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    sys.stdout.flush()

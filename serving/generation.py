@@ -1,0 +1,139 @@
+"""Prompts to tokens on top of any backend: one prefill, then decode steps until every row has ended."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from serving.backends.base import Backend
+from serving.errors import InputError
+from serving.sampling import SamplingParams, choose
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt was continued by.
+
+    `token_ids` ends with the end-of-text token if that ended it. `finish_reason` is "stop" for the end-of-text token
+    or a caller that said so, "length" for `max_new_tokens` or the end of the context.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+def generate(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams] | SamplingParams,
+    eos_token_id: int,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[Generation]:
+    """Continue each of `prompts` (token ids, any lengths) and return one Generation for each, in order.
+
+    `params` is one for all or one for each; its `stop` strings are text and not looked at here. `on_token` is called
+    with (prompt index, token id) for every new token and ends that row by returning True. A prompt and its
+    continuation fill at most `n_positions`. All rows run as one batch, ended rows fed the end-of-text token, unless
+    that would push one past the context: then the rows run as several batches, shorter prompts first. Raises
+    InputError for an empty prompt, one that leaves no room for a token, and a token id outside the vocabulary.
+    """
+    every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(every) != len(prompts):
+        raise InputError(f"{len(prompts)} prompts but {len(every)} sets of sampling parameters; give one for each")
+    budgets = [_budget(backend, index, prompt, every[index]) for index, prompt in enumerate(prompts)]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    for rows in _batches(backend, prompts, budgets):
+        live = [True] * len(rows)
+        batch = [prompts[row] for row in rows]
+        limits = [budgets[row] for row in rows]
+        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, eos_token_id, live):
+            row = rows[place]
+            tokens[row].append(token)
+            said_so = on_token is not None and on_token(row, token) is True
+            if said_so or (token == eos_token_id and not every[row].ignore_eos):
+                stopped[row] = True
+                live[place] = False
+    return [Generation(tuple(ids), "stop" if ended else "length") for ids, ended in zip(tokens, stopped, strict=True)]
+
+
+def stream(backend: Backend, prompt: Sequence[int], params: SamplingParams, eos_token_id: int) -> Iterator[int]:
+    """Continue one prompt and give each token id as soon as it is chosen, the end-of-text token included.
+
+    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token.
+    """
+    budget = _budget(backend, 0, prompt, params)
+
+    def tokens() -> Iterator[int]:
+        for _, token in _steps(backend, [prompt], [params], [budget], eos_token_id, [True]):
+            yield token
+            if token == eos_token_id and not params.ignore_eos:
+                return
+
+    return tokens()
+
+
+def _budget(backend: Backend, index: int, prompt: Sequence[int], params: SamplingParams) -> int:
+    """Tokens that `prompt` may be continued by."""
+    if not prompt:
+        raise InputError(f"prompt {index} is empty; start it with the end-of-text token")
+    room = backend.n_positions - len(prompt)
+    if room < 1:
+        raise InputError(
+            f"prompt {index} has {len(prompt)} tokens, which leaves no room in a context of {backend.n_positions}; "
+            f"shorten it to {backend.n_positions - 1}"
+        )
+    outside = next((token for token in prompt if not 0 <= token < backend.vocab_size), None)
+    if outside is not None:
+        raise InputError(
+            f"prompt {index} has the token id {outside}, outside the vocabulary of {backend.vocab_size}; "
+            "use the bundle's own tokenizer"
+        )
+    return min(params.max_new_tokens, room)
+
+
+def _batches(backend: Backend, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[list[int]]:
+    """Group rows so that the longest prompt of a group can be fed the group's most steps within the context."""
+    batches: list[list[int]] = []
+    steps = 0
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
+        steps = max(steps, budgets[row] - 1)
+        if not batches or len(prompts[row]) + steps > backend.n_positions:
+            batches.append([])
+            steps = budgets[row] - 1
+        batches[-1].append(row)
+    return [sorted(batch) for batch in batches]
+
+
+def _steps(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    budgets: Sequence[int],
+    eos_token_id: int,
+    live: list[bool],
+) -> Iterator[tuple[int, int]]:
+    """Give (row, token) for each new token; the caller ends a row by setting its `live` to False."""
+    capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
+    temperature = np.array([each.temperature for each in params], np.float32)
+    top_k = np.array([each.top_k for each in params], np.int64)
+    top_p = np.array([each.top_p for each in params], np.float32)
+    seed = np.array([each.seed for each in params], np.int64)
+    state, logits = backend.prefill(prompts, capacity)
+    for step in itertools.count():
+        rows = np.flatnonzero(live)
+        tokens = np.full(len(prompts), eos_token_id, np.int64)
+        tokens[rows] = choose(
+            logits[rows], temperature[rows], top_k[rows], top_p[rows], seed[rows], np.full(len(rows), step)
+        )
+        for row in rows.tolist():
+            # Before the caller sees the token, so that the caller's own verdict is the last word.
+            live[row] = step + 1 < budgets[row]
+            yield row, int(tokens[row])
+        if not any(live):
+            return
+        logits = backend.decode(state, tokens)

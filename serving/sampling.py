@@ -1,0 +1,178 @@
+"""How the next token is chosen from logits: greedily, or by temperature, top-k and top-p with a counter-based seed.
+
+The same seed and step give the same random number in every runtime and every batch, because the number is a hash of
+the two and not the state of a generator. Everything here is written so that the same steps can be taken in TensorFlow.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from serving.errors import BundleError, InputError
+
+MAX_TEMPERATURE = 1000.0
+MAX_SEED = 2**63 - 1
+
+_MASK = np.uint64(0xFFFFFFFF)
+_GOLDEN = np.uint64(0x9E3779B9)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one prompt is continued. Raises InputError, naming the field, for a value out of its range."""
+
+    max_new_tokens: int = 64
+    """Tokens to generate at most, at least 1."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above 0, logits are divided by it before sampling. At most 1000."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 means among all."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens that together reach this probability; above 0, at most 1."""
+    seed: int = 0
+    """From 0 to 2^63 - 1; equal seeds give equal tokens."""
+    stop: tuple[str, ...] = ()
+    """Text that ends the generation and is not part of it."""
+    ignore_eos: bool = False
+    """Go on after the end-of-text token."""
+
+    def __post_init__(self) -> None:
+        _set_integer(self, "max_new_tokens", 1, 2**31 - 1)
+        _set_integer(self, "top_k", 0, 2**31 - 1)
+        _set_integer(self, "seed", 0, MAX_SEED)
+        _set_number(self, "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"from 0 to {MAX_TEMPERATURE:g}")
+        _set_number(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        if not isinstance(self.ignore_eos, bool):
+            raise InputError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop is {self.stop!r}; it must be a list of strings")
+        for text in self.stop:
+            if not text or not _encodes(text):
+                raise InputError(f"stop has {text!r}; each stop string must be non-empty, valid Unicode text")
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _set_integer(params: SamplingParams, name: str, low: int, high: int) -> None:
+    value = getattr(params, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+    object.__setattr__(params, name, int(value))
+
+
+def _set_number(params: SamplingParams, name: str, holds: Callable[[Any], bool], bounds: str) -> None:
+    value = getattr(params, name)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or not holds(value):
+        raise InputError(f"{name} is {value!r}; it must be a number {bounds}")
+    object.__setattr__(params, name, float(value))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """lowbias32 on 32-bit values held in 64 bits (Chris Wellons, "Prospecting for Hash Functions", 2018)."""
+    x = x ^ (x >> np.uint64(16))
+    x = (x * np.uint64(0x7FEB352D)) & _MASK
+    x = x ^ (x >> np.uint64(15))
+    x = (x * np.uint64(0x846CA68B)) & _MASK
+    return x ^ (x >> np.uint64(16))
+
+
+def uniform(seed: ArrayLike, step: ArrayLike) -> NDArray[np.float32]:
+    """A random number in [0, 1) for each seed and step (int64, broadcast together), float32 with 24 random bits.
+
+    h = mix(low32(seed) ^ mix(high32(seed) ^ mix((step + 0x9E3779B9) mod 2^32))), result (h >> 8) * 2^-24, where mix is
+    lowbias32. No intermediate reaches 2^64; in signed 64-bit arithmetic the products wrap, and their low 32 bits,
+    which are all that is kept, are the same. Only the low 32 bits of `step` count.
+    """
+    seeds = np.asarray(seed, np.int64).astype(np.uint64)
+    steps = np.asarray(step, np.int64).astype(np.uint64)
+    inner = _mix(((steps & _MASK) + _GOLDEN) & _MASK)
+    inner = _mix((seeds >> np.uint64(32)) ^ inner)
+    mixed = _mix((seeds & _MASK) ^ inner)
+    return (mixed >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def choose(
+    logits: NDArray[np.float32],
+    temperature: ArrayLike,
+    top_k: ArrayLike,
+    top_p: ArrayLike,
+    seed: ArrayLike,
+    step: ArrayLike,
+) -> NDArray[np.int64]:
+    """Choose one token id a row: `logits` is [rows, vocab] float32, the rest and the result are [rows].
+
+    Temperature 0 takes the greatest logit, the lowest id among equals. Otherwise, in float32 and in this order:
+
+    1. x = logits sorted descending, the lowest id first among equals, the first `top_k` kept (0 keeps all);
+    2. w = exp((x - x[0]) / temperature), so that no temperature overflows;
+    3. c = running sum of w from left to right, mass = last of c;
+    4. token i is kept if i = 0 or c[i - 1] < top_p * mass (Hugging Face's rule: the mass before it is below top_p);
+    5. the first i whose c[i] > uniform(seed, step) * (last kept c) is chosen.
+
+    A row's result is computed from that row alone. Raises BundleError if a row has no finite greatest logit.
+    """
+    rows = logits.shape[0]
+    temperatures, top_ps = (np.broadcast_to(np.asarray(each, np.float32), rows) for each in (temperature, top_p))
+    top_ks = np.broadcast_to(np.asarray(top_k, np.int64), rows)
+    draws = np.broadcast_to(uniform(seed, step), rows)
+    chosen = np.empty(rows, np.int64)
+    for row in range(rows):
+        line = logits[row]
+        best = int(line.argmax())
+        if not np.isfinite(line[best]):
+            raise BundleError(
+                f"the model's greatest logit is {line[best]}, not a finite number, in row {row}; "
+                "check the bundle with 'gpt2-bundle inspect'"
+            )
+        if temperatures[row] == 0 or top_ks[row] == 1:
+            chosen[row] = best
+        else:
+            chosen[row] = _sample(line, temperatures[row], int(top_ks[row]), top_ps[row], draws[row])
+    return chosen
+
+
+def _sample(
+    line: NDArray[np.float32], temperature: np.float32, top_k: int, top_p: np.float32, draw: np.float32
+) -> np.int64:
+    """One row of `choose`, temperature above 0: `line` is [vocab]."""
+    ids: NDArray[np.int64] = np.arange(line.shape[0])
+    if 0 < top_k < line.shape[0]:
+        # Everything not below the k-th greatest, in order of id, so that the sort below settles ties as a full one.
+        ids = np.flatnonzero(line >= np.partition(line, -top_k)[-top_k])
+    ids = _descending(line, ids)
+    if top_k:
+        ids = ids[:top_k]
+    x = line[ids]
+    with np.errstate(over="ignore", under="ignore"):
+        cumulative = np.cumsum(np.exp((x - x[0]) / temperature), dtype=np.float32)
+    kept = 1 + int(np.searchsorted(cumulative[:-1], top_p * cumulative[-1], side="left"))
+    index = int(np.searchsorted(cumulative[:kept], draw * cumulative[kept - 1], side="right"))
+    # The draw is below 1 and so is its product with the mass, in every rounding; the bound costs nothing.
+    return np.int64(ids[min(index, kept - 1)])
+
+
+def _descending(line: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`ids` ordered by their logit in `line`, greatest first, the lowest id first among equals.
+
+    Sorts one unique 64-bit key an id, the logit above and the id below: several times faster than a stable argsort.
+    """
+    # Subtracting from 0 turns the order round and leaves no -0.0, whose bits would differ from those of its equal.
+    bits = (np.float32(0) - line[ids]).view(np.uint32)
+    # IEEE 754 bits order as integers once negative numbers are inverted and the others get the top bit.
+    ordered = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(0x80000000))
+    keys = np.sort((ordered.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64))
+    return (keys & _MASK).astype(np.int64)

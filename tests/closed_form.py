@@ -1,0 +1,158 @@
+"""A language model that is one line of arithmetic, and bundles around it: exact, fast, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from serving.backends.base import FloatArray, IntArray
+from serving.bundle import Geometry, Graph, Manifest, Provenance, TensorSpec, write_manifest
+from serving.errors import InputError
+
+END = "<|endoftext|>"
+
+
+def next_token(tokens: Sequence[int], vocab_size: int) -> int:
+    """The likeliest token after `tokens`: a function of the last two and of the position."""
+    before = tokens[-2] if len(tokens) > 1 else 0
+    return (31 * tokens[-1] + 17 * before + 7 * len(tokens) + 3) % vocab_size
+
+
+def logits_after(tokens: Sequence[int], vocab_size: int) -> FloatArray:
+    """[vocab_size] float32: 0 for `next_token`, then falling by 1/8 for each id further on, cyclically."""
+    return (-((np.arange(vocab_size) - next_token(tokens, vocab_size)) % vocab_size) / 8).astype(np.float32)
+
+
+def greedy(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
+    """The `count` likeliest tokens after `prompt`, one after the other."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, vocab_size))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class State:
+    """What a real backend keeps as keys and values."""
+
+    rows: list[list[int]]
+    capacity: int
+
+
+class ClosedFormBackend:
+    """A `Backend` over `logits_after` that holds callers to the protocol: capacities, shapes, types."""
+
+    name = "closed-form"
+
+    def __init__(self, vocab_size: int = 257, n_positions: int = 64) -> None:
+        self.vocab_size, self.n_positions = vocab_size, n_positions
+        self.prefills: list[tuple[int, int]] = []  # (rows, capacity) of each
+        self.decodes = 0
+
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
+        assert capacity <= self.n_positions
+        assert all(1 <= len(prompt) <= capacity for prompt in prompts)
+        self.prefills.append((len(prompts), capacity))
+        state = State([list(prompt) for prompt in prompts], capacity)
+        return state, self._logits(state)
+
+    def decode(self, state: State, tokens: IntArray) -> FloatArray:
+        assert tokens.shape == (len(state.rows),) and tokens.dtype == np.int64
+        self.decodes += 1
+        for row, token in zip(state.rows, tokens.tolist(), strict=True):
+            if len(row) >= state.capacity:
+                raise InputError(f"a row is at its capacity of {state.capacity}")
+            row.append(token)
+        return self._logits(state)
+
+    def _logits(self, state: State) -> FloatArray:
+        return np.stack([logits_after(row, self.vocab_size) for row in state.rows])
+
+
+def byte_tokenizer(merges: Sequence[tuple[str, str]] = (), extra: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE of the 256 bytes, the end token, `merges`, and `extra` vocabulary entries in that alphabet."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [*alphabet, END, *(first + second for first, second in merges), *extra]
+    vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+def geometry(vocab_size: int = 257, n_positions: int = 64) -> Geometry:
+    """A tiny GPT-2's sizes, the end token last in the vocabulary."""
+    return Geometry(
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        n_inner=32,
+        layer_norm_epsilon=1e-5,
+        activation_function="gelu_new",
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+
+
+def graphs() -> dict[str, Graph]:
+    """One graph of each runtime."""
+    ids = TensorSpec("int64", ("batch", "length"))
+    logits = TensorSpec("float32", ("batch", "length", 257))
+    return {
+        "ort/fp32": Graph(
+            runtime="onnx",
+            path="ort/fp32/model.onnx",
+            precision="fp32",
+            padding="right",
+            cache="shared-buffer",
+            inputs={"input_ids": ids, "past_key_values.0.key": TensorSpec("float32", ("batch", 2, "past", 4))},
+            outputs={"logits": logits},
+        ),
+        "savedmodel/serving_default": Graph(
+            runtime="tensorflow",
+            path="savedmodel/1/saved_model.pb",
+            precision="fp32",
+            padding="right",
+            cache="static",
+            inputs={"input_ids": ids},
+            outputs={"logits": logits},
+            signature="serving_default",
+        ),
+    }
+
+
+def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
+    """Write a bundle whose graphs are arbitrary bytes and whose tokenizer is `byte_tokenizer`."""
+    files = {
+        "README.md": b"# tiny\n",
+        "ort/fp32/model.onnx": name.encode() * 3,
+        "ort/fp32/model.onnx_data": bytes(range(256)),
+        "savedmodel/1/saved_model.pb": b"\x08\x01",
+        "savedmodel/1/variables/variables.index": b"",
+        "tokenizer.json": byte_tokenizer().to_str().encode(),
+    }
+    for path, data in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return write_manifest(
+        folder,
+        name=name,
+        model=geometry(),
+        graphs=graphs(),
+        provenance=Provenance(
+            recipe={"name": name, "training": {"epochs": 3.0, "paths": ("a", "b")}},
+            corpus_sha256="ab" * 32,
+            versions={"tensorflow": "2.21.0"},
+            seed=1234,
+        ),
+        quality={"validation_perplexity": 12.5},
+        parity={"max_abs": 1.5e-06, "greedy": {"equal": 64, "of": 64}},
+        created="2025-01-31T12:00:00Z",
+    )

@@ -1,0 +1,175 @@
+"""`gpt2-bundle generate` through the command line, with the closed form in the place of a runtime."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.backends import loader
+from serving.bundle import Bundle, open_bundle
+from serving.cli import run
+from serving.errors import InputError, RuntimeMissingError
+from tests.closed_form import ClosedFormBackend, byte_tokenizer, greedy
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Replace the loader; the list fills with what was asked for."""
+    calls: list[tuple[str, str | None]] = []
+
+    def load(bundle: Bundle, runtime: str, graph: str | None = None) -> ClosedFormBackend:
+        calls.append((runtime, graph))
+        return ClosedFormBackend()
+
+    monkeypatch.setattr(loader, "load_backend", load)
+    return calls
+
+
+def continuation(prompt: list[int], count: int) -> str:
+    return TOKENIZER.decode(greedy(prompt, count, 257), skip_special_tokens=True)
+
+
+def test_text_and_json_agree(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", str(bundle_folder), "hi", "--max-new-tokens", "20", "--ignore-eos"]
+    ids = TOKENIZER.encode("hi").ids
+    assert run(common) == 0
+    assert capsys.readouterr().out == continuation(ids, 20) + "\n"
+    assert run([*common, "--json", "--graph", "ort/fp32"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    table = json.loads(line)
+    assert table["token_ids"] == greedy(ids, 20, 257)
+    assert table["text"] == continuation(ids, 20)
+    assert table["finish_reason"] == "length" and table["runtime"] == "onnx" and table["prompt_tokens"] == 2
+    assert table["tokens_per_second"] > 0
+    assert asked == [("onnx", None), ("onnx", "ort/fp32")]
+
+
+def test_stop_strings_end_it(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = continuation(TOKENIZER.encode("hi").ids, 20)
+    stop = next(each for each in text[3:] if each != "\ufffd")
+    arguments = ["generate", str(bundle_folder), "hi", "--stop", "never", "--stop", stop, "--ignore-eos", "--json"]
+    assert run(arguments) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["finish_reason"] == "stop"
+    assert table["text"] == text[: text.index(stop)]
+
+
+def test_prompts_from_standard_input_and_empty_ones(
+    bundle_folder: Path,
+    asked: list[tuple[str, str | None]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(data: bytes) -> tuple[int, Any]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        code = run(["generate", str(bundle_folder), "-", "--max-new-tokens", "4", "--ignore-eos", "--json"])
+        captured = capsys.readouterr()
+        return code, json.loads(captured.out) if code == 0 else captured.err
+
+    assert read("é\n\n".encode())[1]["token_ids"] == greedy(TOKENIZER.encode("é\n").ids, 4, 257)
+    assert read(b"")[1]["token_ids"] == greedy([256], 4, 257)
+    code, line = read(b"\xff\xfe")
+    assert code == 2 and "not valid UTF-8" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--temperature", "nan"], 2, "temperature is nan"),
+        (["--top-p", "0"], 2, "top_p is 0"),
+        (["--top-k", "-1"], 2, "top_k is -1"),
+        (["--seed", "-1"], 2, "seed is -1"),
+        (["--max-new-tokens", "0"], 2, "max_new_tokens is 0"),
+        (["--stop", ""], 2, "stop has ''"),
+    ],
+)
+def test_mistakes_are_one_line(
+    bundle_folder: Path,
+    asked: list[tuple[str, str | None]],
+    arguments: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["generate", str(bundle_folder), "hi", *arguments]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == "" and asked == []
+
+
+def test_long_prompts_and_broken_tokenizers(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", str(bundle_folder), "x" * 64]) == 2
+    assert "64 tokens, which leaves no room in a context of 64" in capsys.readouterr().err
+    tokenizer = bundle_folder / "tokenizer.json"
+    tokenizer.write_bytes(b"{" + b" " * (tokenizer.stat().st_size - 1))
+    assert run(["generate", str(bundle_folder), "x"]) == 1
+    assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
+
+
+def test_text_that_the_terminal_cannot_show(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    assert run(["generate", str(bundle_folder), "hi", "--ignore-eos"]) == 0
+    assert b"?" in terminal.getvalue()
+
+
+class Fake:
+    """Takes the place of a runtime's class and remembers its arguments."""
+
+    def __init__(self, bundle: Bundle, **options: object) -> None:
+        self.options = options
+
+
+def test_loader_asks_for_what_the_graph_needs(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = open_bundle(bundle_folder)
+    for module, name in (
+        ("serving.backends.onnx", "OnnxBackend"),
+        ("serving.backends.tensorflow", "TensorFlowBackend"),
+    ):
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: Fake}))
+    options: Any = loader.load_backend(bundle, "onnx")
+    assert options.options == {}
+    options = loader.load_backend(bundle, "onnx", "ort/fp32")
+    assert options.options == {"graph_name": "ort/fp32"}
+    options = loader.load_backend(bundle, "tensorflow", "savedmodel/serving_default")
+    assert options.options == {}
+    for runtime, graph, message in [
+        ("onx", None, "no runtime 'onx'; did you mean 'onnx'"),
+        ("onnx", "ort/fp64", "no graph 'ort/fp64'; did you mean 'ort/fp32'"),
+        ("onnx", "savedmodel/serving_default", "--runtime tensorflow"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            loader.load_backend(bundle, runtime, graph)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No module", name="onnxruntime"), r"'onnxruntime', .*pip install 'gpt2-bundle\[onnx\]'"),
+        (ImportError("libcudnn.so.9: cannot open"), "installed but does not load"),
+    ],
+)
+def test_a_runtime_that_is_not_there(
+    bundle_folder: Path, error: ImportError, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(bundle: Bundle) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "serving.backends.onnx", types.SimpleNamespace(OnnxBackend=missing))
+    with pytest.raises(RuntimeMissingError, match=message):
+        loader.load_backend(open_bundle(bundle_folder), "onnx")
