@@ -1,0 +1,91 @@
+"""Text to tokens: the corpus, its tokenizer and its shards, the first stage of a build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus
+from builder.recipe import Recipe
+from builder.tokenizer import copy_tokenizer, train_tokenizer, vocabulary_size
+from builder.tokens import rows_per_epoch, write_tokens
+
+SUMMARY = "prepare.json"
+
+
+def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None:
+    """Write corpus/, tokenizer/, tokens/{train,validation}.bin and, when all is done, prepare.json under `folder`.
+
+    `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
+    and if the training side has fewer tokens than one row of `training.sequence_length`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).unlink(missing_ok=True)
+    corpus = prepare_corpus(recipe, folder / "corpus")
+    report(_corpus_line(corpus))
+    tokenizer = _make_tokenizer(recipe, folder)
+    vocab_size = vocabulary_size(tokenizer)
+    report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size))
+    counts = {}
+    for name in (TRAIN, VALIDATION):
+        shard = (folder / "tokens" / name).with_suffix(".bin")
+        counts[shard.stem] = write_tokens(iter_texts(folder / "corpus" / name), tokenizer, shard)
+    rows_per_epoch(counts["train"], recipe.training.sequence_length)
+    report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
+    total = sum(counts.values())
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "base": recipe.model.base,
+        "corpus_sha256": corpus.sha256,
+        "split": corpus.split,
+        "documents": {"train": corpus.train.documents, "validation": corpus.validation.documents},
+        "characters": {"train": corpus.train.characters, "validation": corpus.validation.characters},
+        "tokens": counts,
+        "vocab_size": vocab_size,
+        "tokens_per_document": round(total / corpus.documents, 2),
+        "characters_per_token": round(corpus.characters / total, 3),
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    if recipe.model.base:
+        from builder.base import resolve_base  # It may ask the hub, which a model from scratch never needs.
+
+        base = resolve_base(recipe.model.base)
+        return copy_tokenizer(base, folder / "tokenizer", _base_positions(base, recipe.model.n_positions))
+    texts = iter_texts(folder / "corpus" / TRAIN)
+    return train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder / "tokenizer")
+
+
+def _base_positions(base: Path, otherwise: int) -> int:
+    """The context length in a checkpoint's configuration; what is wrong with it is for the reader of its weights."""
+    for name, key in (("config.json", "n_positions"), ("hparams.json", "n_ctx")):
+        try:
+            return int(json.loads((base / name).read_text(encoding="utf-8"))[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return otherwise
+
+
+def _corpus_line(corpus: CorpusReport) -> str:
+    dropped = ", ".join(f"{count:,} {why}" for why, count in corpus.dropped.items())
+    skipped = sum(corpus.skipped_files.values())
+    return (
+        f"corpus: {corpus.train.documents:,} + {corpus.validation.documents:,} documents, "
+        f"{corpus.characters:,} characters, split by {corpus.split}"
+        + (f"; dropped {dropped}" if dropped else "")
+        + (f"; skipped {skipped:,} files of other kinds" if skipped else "")
+    )
+
+
+def _shortfall(recipe: Recipe, vocab_size: int) -> str:
+    wanted = recipe.tokenizer.vocab_size
+    if recipe.model.base or vocab_size >= wanted:
+        return ""
+    return f" (of the {wanted:,} asked for: the text has no more pairs that repeat)"

@@ -1,0 +1,211 @@
+"""Packed token shards, and the tf.data pipelines that cut rows from them.
+
+A shard is one flat little-endian array of token ids (`train.bin`), each document followed by the end token, beside a
+JSON index (`train.json`) with `dtype`, `count`, `documents`, `vocab_size` and the `sha256` of the array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from builder.tokenizer import can_cut, end_token_id, pieces, vocabulary_size
+from serving.errors import InputError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+_DTYPES = {"uint16": "<u2", "uint32": "<u4"}
+_BATCH_CHARACTERS = 1 << 20
+
+
+def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> int:
+    """Encode `texts` into the shard `path` (a .bin file) with its index beside it, and return the number of tokens.
+
+    Each document, empty ones too, is followed by the end token. Ids are uint16 up to a vocabulary of 65,536, else
+    uint32. Documents are encoded in parallel batches of about a million characters; a long one is cut first, where that
+    changes no token, so memory is bounded.
+    """
+    end, vocab_size = end_token_id(tokenizer), vocabulary_size(tokenizer)
+    name = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index = path.with_suffix(".json")
+    index.unlink(missing_ok=True)
+    digest, count, documents = hashlib.sha256(), 0, 0
+    with path.open("wb") as file:
+        for batch in _batches(texts, can_cut(tokenizer)):
+            encodings = tokenizer.encode_batch([piece for piece, _ in batch], add_special_tokens=False)
+            ids: list[int] = []
+            for encoding, (_, last) in zip(encodings, batch, strict=True):
+                ids.extend(encoding.ids)
+                if last:
+                    ids.append(end)
+                    documents += 1
+            data = np.asarray(ids, dtype=_DTYPES[name]).tobytes()
+            file.write(data)
+            digest.update(data)
+            count += len(ids)
+    record = {
+        "dtype": name,
+        "byte_order": "little",
+        "count": count,
+        "documents": documents,
+        "vocab_size": vocab_size,
+        "sha256": digest.hexdigest(),
+    }
+    index.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return count
+
+
+def open_tokens(path: Path) -> NDArray[Any]:
+    """Return the ids of a shard, memory-mapped and read-only, as uint16 or uint32 [count].
+
+    Raises InputError if the shard or its index is missing, or if their sizes differ.
+    """
+    index = path.with_suffix(".json")
+    advice = "run 'gpt2-bundle prepare' again"
+    try:
+        record = json.loads(index.read_text(encoding="utf-8"))
+        name, count = record["dtype"], int(record["count"])
+        dtype = np.dtype(_DTYPES[name])
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file, so there are no prepared tokens; {advice}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{index}: not the index of a token shard; {advice}") from None
+    if size != count * dtype.itemsize:
+        raise InputError(f"{path}: {size} bytes where its index says {count} tokens of {dtype.itemsize}; {advice}")
+    if count == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+
+
+def rows_per_epoch(tokens: int, sequence_length: int) -> int:
+    """Return the training rows of `sequence_length` in a stream of `tokens`; InputError if there is not even one."""
+    if tokens < sequence_length + 1:
+        raise InputError(
+            f"the training text has {tokens} tokens and one row needs {sequence_length + 1}; "
+            "add text in corpus.paths or lower training.sequence_length"
+        )
+    return tokens // sequence_length
+
+
+def training_steps(tokens: int, *, sequence_length: int, batch_size: int, epochs: float) -> int:
+    """Return the steps that make `epochs` passes over `tokens`, rounded up; at least 1."""
+    return max(1, math.ceil(epochs * rows_per_epoch(tokens, sequence_length) / batch_size))
+
+
+class RowSampler:
+    """Rows of a token stream, a pure function of (seed, step).
+
+    In each epoch the stream, taken as a ring, is cut from a random offset into `len // sequence_length` rows that do
+    not overlap, in a random order; so rows differ from epoch to epoch and no token is favoured. Rows are numbered
+    through all epochs and a batch takes the next ones, across the end of an epoch too.
+    """
+
+    def __init__(self, tokens: NDArray[Any], sequence_length: int, batch_size: int, seed: int) -> None:
+        self.rows = rows_per_epoch(len(tokens), sequence_length)
+        self._tokens = tokens
+        self._batch_size = batch_size
+        self._seed = seed
+        self._within = np.arange(sequence_length + 1)
+        self._epoch = -1
+        self._starts: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def batch(self, step: int) -> NDArray[np.int32]:
+        """Return the rows of a step, int32 [batch, sequence + 1]: inputs are all but the last column, targets all
+        but the first."""
+        numbers = step * self._batch_size + np.arange(self._batch_size)
+        starts = np.empty(self._batch_size, np.int64)
+        for epoch in np.unique(numbers // self.rows):
+            inside = numbers // self.rows == epoch
+            starts[inside] = self._epoch_starts(int(epoch))[numbers[inside] % self.rows]
+        places = (starts[:, None] + self._within) % len(self._tokens)
+        rows: NDArray[np.int32] = self._tokens[places].astype(np.int32)
+        return rows
+
+    def _epoch_starts(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            random = np.random.default_rng([self._seed, epoch])
+            offset = random.integers(len(self._tokens))
+            self._starts = offset + random.permutation(self.rows) * (len(self._within) - 1)
+            self._epoch = epoch
+        return self._starts
+
+
+def training_dataset(
+    tokens: NDArray[Any], *, sequence_length: int, batch_size: int, seed: int, steps: int, start_step: int = 0
+) -> tf.data.Dataset:
+    """Return a tf.data.Dataset of (inputs, targets), int32 [batch_size, sequence_length] each, targets one token on.
+
+    It gives steps `start_step` to `steps` - 1. Step k is a pure function of (seed, k), so a resumed run sees what an
+    unbroken one would have (see `RowSampler`). Raises InputError if there are fewer tokens than one row needs.
+    """
+    import tensorflow as tf
+
+    sampler = RowSampler(tokens, sequence_length, batch_size, seed)
+
+    def generate() -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        for step in range(start_step, steps):
+            rows = sampler.batch(step)
+            yield rows[:, :-1], rows[:, 1:]
+
+    spec = tf.TensorSpec((batch_size, sequence_length), tf.int32)
+    dataset = tf.data.Dataset.from_generator(generate, output_signature=(spec, spec))
+    return dataset.apply(tf.data.experimental.assert_cardinality(max(0, steps - start_step))).prefetch(2)
+
+
+def validation_dataset(tokens: NDArray[Any], *, sequence_length: int, batch_size: int) -> tf.data.Dataset:
+    """Return a tf.data.Dataset of (inputs, targets, weights), [batch_size, sequence_length], int32, int32, float32.
+
+    Every token but the first, which has no predecessor, is a target of weight 1 exactly once, in the order of the
+    stream; the rest of the last row and batch is padding of id 0 and weight 0. A row sees nothing of the row before.
+    Raises InputError if there are fewer than 2 tokens.
+    """
+    import tensorflow as tf
+
+    if len(tokens) < 2:
+        raise InputError(
+            f"the validation text has {len(tokens)} tokens and needs at least 2; "
+            "add text in corpus.paths or raise corpus.validation_fraction"
+        )
+    targets = len(tokens) - 1
+    per_batch = batch_size * sequence_length
+    batches = -(-targets // per_batch)
+    shape = (batch_size, sequence_length)
+
+    def generate() -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        for start in range(0, targets, per_batch):
+            piece = tokens[start : start + per_batch + 1].astype(np.int32)
+            padding = (0, per_batch + 1 - len(piece))
+            padded = np.pad(piece, padding)
+            weights = np.pad(np.ones(len(piece) - 1, np.float32), padding)
+            yield padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape)
+
+    spec = tf.TensorSpec(shape, tf.int32)
+    signature = (spec, spec, tf.TensorSpec(shape, tf.float32))
+    dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    return dataset.apply(tf.data.experimental.assert_cardinality(batches)).prefetch(2)
+
+
+def _batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:
+    """Group (piece of a document, is its last) into lists of about `_BATCH_CHARACTERS`."""
+    batch: list[tuple[str, bool]] = []
+    characters = 0
+    for text in texts:
+        for piece, last in pieces(text) if cut else [(text, True)]:
+            batch.append((piece, last))
+            characters += len(piece) + 1
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
