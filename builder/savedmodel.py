@@ -1,0 +1,220 @@
+"""The SavedModel: signatures that stock TensorFlow Serving serves, over one set of weights.
+
+serving_default  generate: token ids in, generated ids out, the loop inside the graph.
+prefill, decode  a prompt's logits and its cache out; then one token and the cache in, logits and the cache out.
+score            log-probability of each token of a text.
+
+Every input and output has the batch as its first axis, so that TensorFlow Serving may merge and split requests.
+Sequences are right-padded; `lengths` says where each row ends. A request that breaks a bound fails with
+INVALID_ARGUMENT and a sentence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from builder.gpt2 import GPT2
+from builder.tf_kernels import Cache, LoopKernels, PromptKernels, StepKernels
+from builder.tf_sampling import choose
+
+
+def _function(method: Any) -> Any:
+    return tf.function(method, autograph=False)
+
+
+def _row(dtype: Any, name: str) -> Any:
+    return tf.TensorSpec([None], dtype, name=name)
+
+
+_TOKENS = tf.TensorSpec([None, None], tf.int32, name="token_ids")
+_LENGTHS = _row(tf.int32, "lengths")
+
+
+class Servable(tf.Module):
+    """The signatures of one model; `save` writes them."""
+
+    def __init__(self, model: GPT2) -> None:
+        super().__init__(name="gpt2")
+        self._model = model
+        # Keras variables are trackable by themselves; the model around them holds layers that are not needed.
+        self.weights = list(model.trainable_variables)
+        self.geometry = model.geometry
+
+    def save(self, folder: Path) -> None:
+        """Write the SavedModel to `folder` (a TensorFlow Serving version folder)."""
+        signatures = {
+            "serving_default": _function(self.generate).get_concrete_function(
+                _TOKENS,
+                _LENGTHS,
+                _row(tf.int32, "max_new_tokens"),
+                _row(tf.float32, "temperature"),
+                _row(tf.int32, "top_k"),
+                _row(tf.float32, "top_p"),
+                _row(tf.int64, "seed"),
+            ),
+            "prefill": _function(self.prefill).get_concrete_function(_TOKENS, _LENGTHS, _row(tf.int32, "capacity")),
+            "decode": _function(self.decode).get_concrete_function(
+                _row(tf.int32, "token_ids"),
+                _LENGTHS,
+                **{
+                    name: tf.TensorSpec(
+                        [None, self.geometry.n_head, None, self.geometry.head_dim], tf.float32, name=name
+                    )
+                    for name in self.cache_names()
+                },
+            ),
+            "score": _function(self.score).get_concrete_function(_TOKENS, _LENGTHS),
+        }
+        tf.saved_model.save(self, str(folder), signatures=signatures)
+
+    def cache_names(self) -> list[str]:
+        """Names of the cache tensors in `prefill`'s outputs and in `decode`'s inputs and outputs."""
+        return [f"cache_{layer}_{part}" for layer in range(self.geometry.n_layer) for part in ("key", "value")]
+
+    def generate(
+        self, token_ids: Any, lengths: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any
+    ) -> dict[str, Any]:
+        """Continue each row; return `token_ids` [batch, longest] int32 and `lengths` [batch] int32.
+
+        A row ends after its end token (which is counted), after `max_new_tokens`, or where the context is full; what
+        lies behind its length is the end token. Parameters are those of `builder.tf_sampling.choose`, one a row.
+        """
+        geometry = self.geometry
+        checks = self._check_prompt(token_ids, lengths) + [
+            tf.debugging.assert_greater_equal(max_new_tokens, 1, "max_new_tokens must be at least 1"),
+            _assert_all(
+                tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"
+            ),
+            tf.debugging.assert_greater_equal(top_k, 0, "top_k must be 0 (off) or more"),
+            _assert_all((top_p > 0) & (top_p <= 1), "top_p must be above 0 and at most 1"),
+        ]
+        with tf.control_dependencies(checks):
+            lengths = tf.identity(lengths)
+        budget = tf.minimum(max_new_tokens, geometry.n_positions - lengths)
+        steps = tf.maximum(tf.reduce_max(budget), 0)
+        end = tf.constant(geometry.eos_token_id, tf.int32)
+
+        prompt = PromptKernels(geometry, lengths, last=True)
+        logits = self._run(token_ids, None, prompt)
+        prefix = prompt.present
+        prefix_bias = tf.where(tf.range(tf.shape(token_ids)[1]) < lengths[:, None], 0.0, -1e9)[:, None, None, :]
+        batch = tf.shape(token_ids)[0]
+        block = tf.zeros([tf.maximum(steps - 1, 1), batch, geometry.n_head, geometry.head_dim])
+
+        def pick(logits: Any, step: Any) -> Any:
+            count = tf.fill([batch], tf.cast(step, tf.int64))
+            return choose(logits, temperature, top_k, top_p, seed, count)
+
+        def body(step: Any, logits: Any, active: Any, made: Any, output: Any, recent: Cache) -> Any:
+            token = tf.where(active, pick(logits, step), end)
+            output = output.write(step, token)
+            made += tf.cast(active, tf.int32)
+            active = active & (token != end) & (made < budget)
+
+            def advance() -> Any:
+                kernels = LoopKernels(geometry, prefix, prefix_bias, recent, step)
+                # A row that has ended may stand at the last position; its token is not used, so the clip is safe.
+                position = tf.minimum(lengths + step, geometry.n_positions - 1)[:, None]
+                return self._run(token[:, None], position, kernels), kernels.present
+
+            logits, recent = tf.cond(tf.reduce_any(active), advance, lambda: (logits, recent))
+            return step + 1, logits, active, made, output, recent
+
+        def unfinished(step: Any, logits: Any, active: Any, *rest: Any) -> Any:
+            return (step < steps) & tf.reduce_any(active)
+
+        state = (
+            tf.constant(0),
+            logits,
+            budget > 0,
+            tf.zeros([batch], tf.int32),
+            tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=[None]),
+            [(block, block) for _ in range(geometry.n_layer)],
+        )
+        _, _, _, made, output, _ = tf.while_loop(unfinished, body, state)
+        ids = tf.transpose(tf.reshape(output.stack(), [-1, batch]))
+        return {"token_ids": ids, "lengths": made}
+
+    def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:
+        """Run a prompt; return `logits` [batch, vocab_size] after each row's last token, and the cache.
+
+        The cache tensors are [batch, n_head, length, head_dim], zero behind the prompt; their length is the largest
+        of `capacity` [batch], which must be at least the padded prompt's and at most n_positions.
+        """
+        checks = self._check_prompt(token_ids, lengths) + [
+            tf.debugging.assert_greater_equal(
+                tf.reduce_max(capacity), tf.shape(token_ids)[1], "capacity must hold the padded prompt"
+            ),
+            tf.debugging.assert_less_equal(
+                capacity, self.geometry.n_positions, f"capacity must be at most {self.geometry.n_positions}"
+            ),
+        ]
+        with tf.control_dependencies(checks):
+            kernels = PromptKernels(self.geometry, tf.identity(lengths), last=True)
+        logits = self._run(token_ids, None, kernels)
+        room = tf.reduce_max(capacity) - tf.shape(token_ids)[1]
+        padded = [tf.pad(tensor, [[0, 0], [0, 0], [0, room], [0, 0]]) for pair in kernels.present for tensor in pair]
+        return {"logits": logits, **dict(zip(self.cache_names(), padded, strict=True))}
+
+    def decode(self, token_ids: Any, lengths: Any, **cache: Any) -> dict[str, Any]:
+        """Append one token a row to the cache; return `logits` [batch, vocab_size] and the cache.
+
+        `lengths` [batch] counts the tokens that the cache holds; the new one is written there.
+        """
+        names = self.cache_names()
+        capacity = tf.shape(cache[names[0]])[2]
+        checks = [
+            self._check_ids(token_ids),
+            tf.debugging.assert_non_negative(lengths, "lengths must be 0 or more"),
+            tf.debugging.assert_less(lengths, capacity, "the cache is full; prefill with a larger capacity"),
+            tf.debugging.assert_less(lengths, self.geometry.n_positions, "the context is full"),
+        ]
+        with tf.control_dependencies(checks):
+            lengths = tf.identity(lengths)
+        pairs = [(cache[key], cache[value]) for key, value in zip(names[::2], names[1::2], strict=True)]
+        kernels = StepKernels(self.geometry, lengths, pairs)
+        logits = self._run(token_ids[:, None], lengths[:, None], kernels)
+        present = [tensor for pair in kernels.present for tensor in pair]
+        return {"logits": logits, **dict(zip(names, present, strict=True))}
+
+    def score(self, token_ids: Any, lengths: Any) -> dict[str, Any]:
+        """Log-probability (nats) of each token given those before it.
+
+        Returns `log_probs` [batch, sequence] float32, 0 for a row's first token and for padding, and `total` [batch].
+        """
+        with tf.control_dependencies(self._check_prompt(token_ids, lengths)):
+            kernels = PromptKernels(self.geometry, tf.identity(lengths), last=False)
+        logits = self._run(token_ids, None, kernels)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(token_ids[:, 1:], logits[:, :-1])
+        inside = tf.range(1, tf.shape(token_ids)[1])[None, :] < lengths[:, None]
+        log_probs = tf.pad(tf.where(inside, -losses, 0.0), [[0, 0], [1, 0]])
+        return {"log_probs": log_probs, "total": tf.reduce_sum(log_probs, axis=-1)}
+
+    def _run(self, token_ids: Any, position_ids: Any, kernels: Any) -> Any:
+        if position_ids is None:
+            position_ids = tf.broadcast_to(tf.range(tf.shape(token_ids)[1])[None, :], tf.shape(token_ids))
+        return self._model(token_ids, position_ids=position_ids, kernels=kernels)
+
+    def _check_ids(self, token_ids: Any) -> Any:
+        return _assert_all(
+            (token_ids >= 0) & (token_ids < self.geometry.vocab_size),
+            f"token_ids must be from 0 to {self.geometry.vocab_size - 1}, padding included",
+        )
+
+    def _check_prompt(self, token_ids: Any, lengths: Any) -> list[Any]:
+        width = tf.shape(token_ids)[1]
+        limit = self.geometry.n_positions
+        return [
+            self._check_ids(token_ids),
+            tf.debugging.assert_less_equal(width, limit, f"the prompt is longer than the context of {limit} tokens"),
+            tf.debugging.assert_equal(tf.shape(lengths)[0], tf.shape(token_ids)[0], "one length for each row"),
+            tf.debugging.assert_greater_equal(lengths, 1, "lengths must be at least 1: a prompt may not be empty"),
+            tf.debugging.assert_less_equal(lengths, width, "lengths must not pass the end of token_ids"),
+        ]
+
+
+def _assert_all(condition: Any, message: str) -> Any:
+    return tf.debugging.Assert(tf.reduce_all(condition), [message])

@@ -1,0 +1,77 @@
+"""One weight file for every consumer: Hugging Face's model.safetensors is also the ONNX graphs' external data.
+
+A safetensors file is a JSON header followed by raw little-endian tensors, and an ONNX initializer may point at any
+offset of a file. So the graphs refer into the very bytes that `transformers` loads; the file is hard-linked into each
+graph's folder, and nothing is stored twice or passed through protobuf.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import onnx
+from safetensors.numpy import save_file
+
+from builder.gpt2 import GPT2, named_variables
+from builder.tracing import TracedGraph
+
+EXTERNAL_DATA = "model.onnx_data"
+
+
+def write_safetensors(model: GPT2, path: Path) -> None:
+    """Write the weights under their Hugging Face names (float32; the tied head is not stored a second time)."""
+    save_file({name: variable.numpy() for name, variable in named_variables(model)}, path, metadata={"format": "pt"})
+
+
+def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
+    """Return the absolute (offset, length) in bytes of each tensor of a safetensors file."""
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    start = 8 + header_bytes
+    ranges = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            ranges[name] = (start + begin, end - begin)
+    return ranges
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Hard-link a file, or copy it where the file system cannot."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def write_graph(traced: TracedGraph, weights: Path, path: Path) -> None:
+    """Write `traced` to `path` with its weights as initializers that point into `weights`, linked beside it."""
+    graph = onnx.ModelProto()
+    graph.CopyFrom(traced.model)
+    ranges = tensor_ranges(weights)
+    weight_names = set(traced.weight_names)
+    kept = []
+    for value in graph.graph.input:
+        if value.name not in weight_names:
+            kept.append(value)
+            continue
+        offset, length = ranges[value.name]
+        tensor = graph.graph.initializer.add(
+            name=value.name,
+            data_type=value.type.tensor_type.elem_type,
+            dims=[dim.dim_value for dim in value.type.tensor_type.shape.dim],
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        for key, entry in (("location", EXTERNAL_DATA), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(entry))
+    del graph.graph.input[:]
+    graph.graph.input.extend(kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    link_or_copy(weights, path.parent / EXTERNAL_DATA)
+    path.write_bytes(graph.SerializeToString())
