@@ -144,8 +144,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{index}: not a safetensors index; fetch it again") from None
     elif list(folder.glob("*.bin")):
         raise InputError(
-            f"{folder}: only pickled weights (.bin) here, which are never unpickled; convert them where you trust them: "
-            "transformers' from_pretrained(...) and then save_pretrained(..., safe_serialization=True)"
+            f"{folder}: only pickled weights (.bin) here, which are never unpickled; convert them where you trust them "
+            "with transformers' from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
     else:
         raise InputError(f"{folder}: no model.safetensors here; name the folder of a whole GPT-2 checkpoint")

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
-import keras
-from keras import ops
-
+from builder.frameworks import keras, ops
 from builder.kernels import Kernels
 from serving.bundle import Geometry
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import keras
-from keras import ops
+from builder.frameworks import keras, ops
 
 # Finite, so that a query that may see no key at all (a padded row) gives a uniform softmax instead of not-a-number.
 MASKED = -1e9

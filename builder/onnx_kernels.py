@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tensorflow as tf
-
+from builder.frameworks import tf
 from builder.kernels import MASKED, Kernels
 from builder.onnx_markers import MICROSOFT, MarkerTable
 from serving.bundle import Geometry
@@ -136,9 +135,7 @@ class OptimisedKernels(OnnxKernels):
         return tf.reshape(context, [-1, self.geometry.n_embd])
 
     def gelu(self, inner: Any) -> Any:
-        (result,) = self.markers.emit(
-            "FastGelu", [inner], [tf.TensorSpec(inner.shape, inner.dtype)], domain=MICROSOFT
-        )
+        (result,) = self.markers.emit("FastGelu", [inner], [tf.TensorSpec(inner.shape, inner.dtype)], domain=MICROSOFT)
         return result
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:

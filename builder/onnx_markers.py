@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import tensorflow as tf
+from builder.frameworks import tf
 
 MICROSOFT = "com.microsoft"
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def _key(default: Any, help: str, *, low: float | None = None, high: float | None = None,
-         choices: tuple[str, ...] = ()) -> Any:
+def _key(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
     """A dataclass field with its sentence and its inclusive bounds."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
     if isinstance(default, (list, tuple)):
@@ -34,8 +35,9 @@ class CorpusRecipe:
 class TokenizerRecipe:
     """The byte-level BPE trained on the corpus; a base checkpoint brings its own instead."""
 
-    vocab_size: int = _key(4096, "Entries of the vocabulary, the 256 bytes and the end token included.",
-                           low=257, high=1_000_000)
+    vocab_size: int = _key(
+        4096, "Entries of the vocabulary, the 256 bytes and the end token included.", low=257, high=1_000_000
+    )
     min_frequency: int = _key(2, "A pair is merged only if it occurs at least this often.", low=1)
 
 
@@ -64,8 +66,9 @@ class TrainingRecipe:
     learning_rate: float = _key(2e-3, "Peak learning rate of AdamW; 5e-5 is usual for fine-tuning.", low=0.0, high=1.0)
     warmup_fraction: float = _key(0.05, "Share of the steps over which the rate rises from 0.", low=0.0, high=1.0)
     final_learning_rate_fraction: float = _key(0.05, "The cosine ends at this share of the peak.", low=0.0, high=1.0)
-    weight_decay: float = _key(0.1, "AdamW decay of matrices; biases, norms and embeddings have none.",
-                               low=0.0, high=10.0)
+    weight_decay: float = _key(
+        0.1, "AdamW decay of matrices; biases, norms and embeddings have none.", low=0.0, high=10.0
+    )
     adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
     adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
     max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)

@@ -93,7 +93,7 @@ def _checked(where: str, kind: Any, value: Any, metadata: Any) -> Any:
     low, high, choices = metadata.get("low"), metadata.get("high"), metadata.get("choices")
     if isinstance(value, float) and value != value:
         raise InputError(f"recipe key {where!r} must be a number, not nan")
-    if low is not None and value < low or high is not None and value > high:
+    if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
         raise InputError(f"recipe key {where!r} is {value!r}; it must be {bounds}")
     if choices and value not in choices:

@@ -14,8 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
-
+from builder.frameworks import tf
 from builder.gpt2 import GPT2
 from builder.tf_kernels import Cache, LoopKernels, PromptKernels, StepKernels
 from builder.tf_sampling import choose
@@ -39,12 +38,12 @@ class Servable(tf.Module):
     def __init__(self, model: GPT2) -> None:
         super().__init__(name="gpt2")
         self._model = model
-        # Keras variables are trackable by themselves; the model around them holds layers that are not needed.
-        self.weights = list(model.trainable_variables)
+        # TensorFlow's own variables: it restores Keras's wrappers of them only in Python, not through a Session.
+        self.weights = [variable.value for variable in model.trainable_variables]
         self.geometry = model.geometry
 
-    def save(self, folder: Path) -> None:
-        """Write the SavedModel to `folder` (a TensorFlow Serving version folder)."""
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the SavedModel to `folder` (a TensorFlow Serving version folder); return its concrete functions."""
         signatures = {
             "serving_default": _function(self.generate).get_concrete_function(
                 _TOKENS,
@@ -69,6 +68,7 @@ class Servable(tf.Module):
             "score": _function(self.score).get_concrete_function(_TOKENS, _LENGTHS),
         }
         tf.saved_model.save(self, str(folder), signatures=signatures)
+        return signatures
 
     def cache_names(self) -> list[str]:
         """Names of the cache tensors in `prefill`'s outputs and in `decode`'s inputs and outputs."""
@@ -83,7 +83,8 @@ class Servable(tf.Module):
         lies behind its length is the end token. Parameters are those of `builder.tf_sampling.choose`, one a row.
         """
         geometry = self.geometry
-        checks = self._check_prompt(token_ids, lengths) + [
+        checks = [
+            *self._check_prompt(token_ids, lengths),
             tf.debugging.assert_greater_equal(max_new_tokens, 1, "max_new_tokens must be at least 1"),
             _assert_all(
                 tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"
@@ -144,7 +145,8 @@ class Servable(tf.Module):
         The cache tensors are [batch, n_head, length, head_dim], zero behind the prompt; their length is the largest
         of `capacity` [batch], which must be at least the padded prompt's and at most n_positions.
         """
-        checks = self._check_prompt(token_ids, lengths) + [
+        checks = [
+            *self._check_prompt(token_ids, lengths),
             tf.debugging.assert_greater_equal(
                 tf.reduce_max(capacity), tf.shape(token_ids)[1], "capacity must hold the padded prompt"
             ),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tensorflow as tf
-
+from builder.frameworks import tf
 from builder.kernels import MASKED, Kernels
 from serving.bundle import Geometry
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tensorflow as tf
+from builder.frameworks import tf
 
 _MASK32 = 0xFFFFFFFF
 

@@ -149,7 +149,7 @@ def training_dataset(
     It gives steps `start_step` to `steps` - 1. Step k is a pure function of (seed, k), so a resumed run sees what an
     unbroken one would have (see `RowSampler`). Raises InputError if there are fewer tokens than one row needs.
     """
-    import tensorflow as tf
+    from builder.frameworks import tf
 
     sampler = RowSampler(tokens, sequence_length, batch_size, seed)
 
@@ -170,7 +170,7 @@ def validation_dataset(tokens: NDArray[Any], *, sequence_length: int, batch_size
     stream; the rest of the last row and batch is padding of id 0 and weight 0. A row sees nothing of the row before.
     Raises InputError if there are fewer than 2 tokens.
     """
-    import tensorflow as tf
+    from builder.frameworks import tf
 
     if len(tokens) < 2:
         raise InputError(

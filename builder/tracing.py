@@ -6,20 +6,23 @@ seconds at any size. Afterwards each such input becomes an initializer that poin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
-import tensorflow as tf
 import tf2onnx
 
+from builder.frameworks import tf
 from builder.gpt2 import GPT2, named_variables
 from builder.onnx_kernels import OnnxKernels
 from builder.onnx_markers import MICROSOFT, MarkerTable
 from serving.bundle import Geometry
 
 OPSET = 18
+# It warns of every marker's output that it does not know the shape of it; the markers' shapes are set by hand.
+logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

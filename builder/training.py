@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
 from numpy.typing import NDArray
 
 from builder.checkpoint import Progress, load_checkpoint, save_checkpoint
+from builder.frameworks import keras, tf
 from builder.gpt2 import GPT2
 from builder.recipe import TrainingRecipe
 from builder.tokens import training_dataset, training_steps, validation_dataset
@@ -80,8 +79,9 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
 class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
     """Report progress, keep the history, write a checkpoint at each validation, stop on a loss that is no number."""
 
-    def __init__(self, recipe: TrainingRecipe, folder: Path, run_id: str, steps: int, start: Progress,
-                 notify: Notify) -> None:
+    def __init__(
+        self, recipe: TrainingRecipe, folder: Path, run_id: str, steps: int, start: Progress, notify: Notify
+    ) -> None:
         super().__init__()
         self.recipe, self.folder, self.run_id, self.steps, self.notify = recipe, folder, run_id, steps, notify
         self.step, self.history = start.step, list(start.history)
@@ -114,9 +114,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
             "tokens_per_second": self.measured_speed,
         }
         self.history.append(row)
-        save_checkpoint(
-            self.folder, self.model, self.model.optimizer, self.run_id, Progress(self.step, self.history)
-        )
+        save_checkpoint(self.folder, self.model, self.model.optimizer, self.run_id, Progress(self.step, self.history))
         self.notify({"step": self.step, "steps": self.steps, "validation": row})
 
     def _speed(self) -> float:

@@ -26,6 +26,8 @@ EXTERNAL_DATA = "model.onnx_data"
 def write_safetensors(model: GPT2, path: Path) -> None:
     """Write the weights under their Hugging Face names (float32; the tied head is not stored a second time)."""
     save_file({name: variable.numpy() for name, variable in named_variables(model)}, path, metadata={"format": "pt"})
+    # The library writes it for its owner alone; a server under another user must read it.
+    path.chmod(0o644)
 
 
 def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,9 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise GPT2BundleError(f"another gpt2-bundle command works in {run}; wait for it, or set another name") from None
+            raise GPT2BundleError(
+                f"another gpt2-bundle command works in {run}; wait for it, or set another name"
+            ) from None
         yield
 
 
@@ -59,7 +60,7 @@ def run_stage(folder: Path, key: str, work: Callable[[Path], None], keep: tuple[
     work(folder)
     partial = folder / (STAMP + ".partial")
     partial.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
-    os.replace(partial, folder / STAMP)
+    partial.replace(folder / STAMP)
     return True
 
 

@@ -1,4 +1,4 @@
-"""A bundle's ONNX graphs in ONNX Runtime: the optimised one on a shared cache buffer, the portable one by concatenation.
+"""A bundle's ONNX graphs in ONNX Runtime: the optimised one on a shared cache buffer, the portable by concatenation.
 
 Tensors stay bound between steps: a shared buffer is at once past and present, so no step copies a cache.
 """

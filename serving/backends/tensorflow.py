@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# Before the import, which would otherwise print device banners into a user's terminal.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import tensorflow as tf
-
 from serving.backends.base import FloatArray, IntArray, check_capacity, check_room, pad_right
 from serving.bundle import Bundle
 from serving.errors import BundleError
+from serving.quiet_tensorflow import tf
 
 GRAPH = "savedmodel/prefill"
 

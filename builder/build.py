@@ -1,0 +1,178 @@
+"""The build: its stages in order, each skipped when it is done, and the bundle published only when it is proven."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.prepare import prepare
+from builder.progress import Reporter
+from builder.recipe import Recipe
+from builder.sources import find_sources
+from builder.train import REPORT, quality, train
+from builder.workspace import clear, is_done, run_stage, stage_key
+from serving import __version__
+from serving.bundle import Bundle, open_bundle, publish, write_manifest
+from serving.errors import BundleError, GPT2BundleError, InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one recipe's stages live, and the keys that say whether each is done."""
+
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def prepared(self) -> Path:
+        return self.folder / "prepare"
+
+    @property
+    def trained(self) -> Path:
+        return self.folder / "train"
+
+    @property
+    def draft(self) -> Path:
+        return self.folder / "export" / "bundle"
+
+    def prepare_key(self) -> str:
+        """Of the corpus (its files by size and time, or the Python whose docstrings it is) and the tokenizer."""
+        recipe = self.recipe
+        if recipe.corpus.paths:
+            files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                     for path in find_sources(recipe.corpus.paths).files]  # fmt: skip
+        else:
+            files = [(sys.base_prefix, platform.python_version(), 0)]
+        model = recipe.model.base or recipe.model.n_positions
+        sequence = recipe.training.sequence_length
+        return stage_key(
+            __version__, asdict(recipe.corpus), asdict(recipe.tokenizer), recipe.seed, model, sequence, files
+        )
+
+    def train_key(self) -> str:
+        recipe = self.recipe
+        return stage_key(self.prepare_key(), asdict(recipe.model), asdict(recipe.training), recipe.seed)
+
+    def export_key(self) -> str:
+        return stage_key(self.train_key(), asdict(self.recipe.verify), self.recipe.name)
+
+
+def prepare_stage(run: Run, reporter: Reporter) -> None:
+    """Text to tokens."""
+    ran = run_stage(run.prepared, run.prepare_key(), lambda folder: prepare(run.recipe, folder, reporter.line))
+    if not ran:
+        reporter.line("prepare: done already")
+
+
+def train_stage(run: Run, reporter: Reporter) -> None:
+    """Tokens to weights. Raises InputError if the tokens of this recipe are not prepared."""
+    if not is_done(run.prepared, run.prepare_key()):
+        raise InputError(f"{run.prepared}: no tokens of this recipe here; run 'gpt2-bundle prepare' with it first")
+    key = run.train_key()
+
+    def work(folder: Path) -> None:
+        train(run.recipe, run.prepared, folder, key, reporter)
+
+    # The checkpoint stays while the key is another's too: it names the run that it belongs to.
+    if not run_stage(run.trained, key, work, keep=("checkpoint",)):
+        reporter.line("train: done already")
+
+
+def export_stage(run: Run, reporter: Reporter) -> Bundle:
+    """Weights to a draft bundle. Raises InputError if this recipe is not trained."""
+    if not is_done(run.trained, run.train_key()):
+        raise InputError(f"{run.trained}: no weights of this recipe here; run 'gpt2-bundle train' with it first")
+
+    def work(folder: Path) -> None:
+        from builder.export import export
+
+        run.draft.mkdir(parents=True)
+        report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
+        export(run.recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
+
+    if not run_stage(run.draft.parent, run.export_key(), work):
+        reporter.line("export: done already")
+    return open_draft(run)
+
+
+def open_draft(run: Run) -> Bundle:
+    """Return the draft with every byte checked. Raises InputError if this recipe is not exported."""
+    if not is_done(run.draft.parent, run.export_key()):
+        raise InputError(f"{run.draft}: no export of this recipe here; run 'gpt2-bundle export' with it first")
+    try:
+        return open_bundle(run.draft)
+    except GPT2BundleError as error:
+        clear(run.draft.parent)
+        raise BundleError(f"the export was changed ({error}); it was thrown away, run the same command again") from None
+
+
+def verify_bundle(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the certificate on a draft or on a published bundle (see `builder.verify.verify`)."""
+    from builder.verify import verify
+
+    return verify(bundle, batch_size, reporter)
+
+
+def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], destination: Path) -> Path:
+    """Add certificate and model card to the draft, write the manifest anew, and move it to `destination`, atomically.
+
+    A bundle that stands there is replaced at once; any other folder is refused.
+    """
+    from builder.modelcard import model_card
+    from builder.verify import summary, write_certificate
+
+    write_certificate(draft.folder, certificate, golden)
+    manifest = draft.manifest
+    card = model_card(draft, certificate, manifest.quality)
+    (draft.folder / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(
+        draft.folder,
+        name=manifest.name,
+        model=manifest.model,
+        graphs=manifest.graphs,
+        provenance=manifest.provenance,
+        quality=manifest.quality,
+        parity=summary(certificate),
+    )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    return publish(draft.folder, destination)
+
+
+def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
+    """Run every stage that is not done and publish the bundle to `output`/NAME; return it opened."""
+    destination = output / run.recipe.name
+    done = _published(run, destination)
+    if done is not None:
+        reporter.line(f"{destination} is this recipe's bundle already, and whole")
+        return done
+    prepare_stage(run, reporter)
+    train_stage(run, reporter)
+    draft = export_stage(run, reporter)
+    certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
+    # From here on the draft is no longer the export that the stamp speaks of.
+    key = run.export_key()
+    clear_stamp(run)
+    package(draft, certificate, golden, destination)
+    (run.folder / "published.json").write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    reporter.line(f"published {destination}")
+    return open_bundle(destination, check="sizes")
+
+
+def clear_stamp(run: Run) -> None:
+    """Take back the export stage's stamp."""
+    (run.draft.parent / "stage.json").unlink(missing_ok=True)
+
+
+def _published(run: Run, destination: Path) -> Bundle | None:
+    """The bundle at `destination` if this very run published it and no byte of it has changed."""
+    try:
+        record = json.loads((run.folder / "published.json").read_text(encoding="utf-8"))
+        if record != {"key": run.export_key()}:
+            return None
+        return open_bundle(destination)
+    except (OSError, ValueError, GPT2BundleError):
+        return None

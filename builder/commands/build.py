@@ -1,0 +1,35 @@
+"""`gpt2-bundle build`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder.commands.options import make_run, recipe_options
+
+
+@click.command()
+@recipe_options
+@click.option("--output", default="dist", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Where the bundle's folder goes.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end.")
+def build(output: Path, as_json: bool, **options: Any) -> None:
+    """Text to verified bundle: prepare, train, export, verify, package. Goes on where an interrupted build stopped."""
+    run = make_run(**options)
+
+    from builder.build import build as run_build
+    from builder.progress import Reporter
+    from builder.workspace import locked
+
+    with locked(run.folder):
+        bundle = run_build(run, output, Reporter())
+    manifest = bundle.manifest
+    if as_json:
+        record = {"bundle": str(bundle.folder), "size": manifest.total_size, "quality": manifest.quality,
+                  "parity": manifest.parity}  # fmt: skip
+        click.echo(json.dumps(record))
+    else:
+        click.echo(f"try it: gpt2-bundle generate {bundle.folder} 'Return the'")

@@ -1,0 +1,23 @@
+"""`gpt2-bundle export`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from builder.commands.options import make_run, recipe_options
+
+
+@click.command()
+@recipe_options
+def export(**options: Any) -> None:
+    """Export the trained model to a draft bundle: SavedModel, portable and optimised ONNX."""
+    run = make_run(**options)
+
+    from builder.build import export_stage
+    from builder.progress import Reporter
+    from builder.workspace import locked
+
+    with locked(run.folder):
+        export_stage(run, Reporter())

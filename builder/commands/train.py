@@ -1,0 +1,23 @@
+"""`gpt2-bundle train`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from builder.commands.options import make_run, recipe_options
+
+
+@click.command()
+@recipe_options
+def train(**options: Any) -> None:
+    """Train GPT-2 on the prepared tokens; takes up an interrupted run."""
+    run = make_run(**options)
+
+    from builder.build import train_stage
+    from builder.progress import Reporter
+    from builder.workspace import locked
+
+    with locked(run.folder):
+        train_stage(run, Reporter())

@@ -1,0 +1,45 @@
+"""`gpt2-bundle verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder.commands.options import make_run, recipe_options
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@recipe_options
+@click.option("--json", "as_json", is_flag=True, help="Print the certificate as one line of JSON at the end.")
+def verify(bundle: Path | None, as_json: bool, **options: Any) -> None:
+    """Prove that Keras, the SavedModel and both ONNX graphs say the same.
+
+    With BUNDLE, repeats the certificate of a published bundle on its own golden input and writes nothing. Without,
+    verifies the recipe's exported draft and writes verification.json beside it.
+    """
+    run = make_run(**options)
+
+    from builder.build import open_draft, verify_bundle
+    from builder.progress import Reporter
+    from builder.workspace import locked
+    from serving.bundle import open_bundle
+
+    reporter = Reporter()
+    if bundle is not None:
+        certificate, _ = verify_bundle(open_bundle(bundle), run.recipe.verify.batch_size, reporter)
+    else:
+        with locked(run.folder):
+            certificate, _ = verify_bundle(open_draft(run), run.recipe.verify.batch_size, reporter)
+            path = run.draft.parent / "verification.json"
+            path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+            reporter.line(f"wrote {path}")
+    for name, record in certificate["greedy"].items():
+        table = certificate["runtimes"].get(name)
+        detail = f", largest logit difference {table['every_step']['max_abs']:.1e}" if table else ""
+        reporter.line(f"{name}: {record['equal']:,} of {record['of']:,} greedy tokens equal{detail}")
+    if as_json:
+        click.echo(json.dumps(certificate))

@@ -1,0 +1,154 @@
+"""The export stage: trained weights to a draft of the bundle, complete but for its certificate."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from builder.base import load_weights, read_geometry
+from builder.frameworks import tf
+from builder.gpt2 import GPT2
+from builder.onnx_kernels import OptimisedKernels, PortableKernels
+from builder.progress import Reporter
+from builder.recipe import Recipe, VerifyRecipe
+from builder.savedmodel import Servable
+from builder.tokenizer import TOKENIZER_FILES
+from builder.tracing import TracedGraph, trace
+from builder.weights import write_graph, write_safetensors
+from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
+
+GOLDEN = "golden.json"
+_PACKAGES = ("tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "numpy", "tokenizers", "safetensors")
+
+
+def load_model(folder: Path) -> GPT2:
+    """Return the Keras model of a folder with config.json and model.safetensors."""
+    model = GPT2.create(read_geometry(folder))
+    load_weights(model, folder)
+    return model
+
+
+def export(
+    recipe: Recipe, prepared: Path, trained: Path, draft: Path, quality: Mapping[str, float], reporter: Reporter
+) -> Bundle:
+    """Write every graph of the model in `trained` into `draft`, with a manifest that says parity is not verified.
+
+    `draft` must be an empty folder. Returns it opened as a bundle.
+    """
+    model = load_model(trained)
+    geometry = model.geometry
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(prepared / "tokenizer" / name, draft / name)
+    shutil.copyfile(trained / "config.json", draft / "config.json")
+    end = {"bos_token_id": geometry.bos_token_id, "eos_token_id": geometry.eos_token_id}
+    (draft / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n", encoding="utf-8")
+    weights = draft / "model.safetensors"
+    write_safetensors(model, weights)
+
+    graphs: dict[str, Graph] = {}
+    logits: list[str | int] = ["batch_size", "sequence_length", geometry.vocab_size]
+    portable = trace(model, PortableKernels, logits, "past_sequence_length", "total_sequence_length")
+    write_graph(portable, weights, draft / "onnx" / "model.onnx")
+    graphs["onnx/portable"] = _onnx_graph(portable, "onnx/model.onnx", "any", "concatenated")
+    reporter.line("exported onnx/model.onnx (portable, fp32)")
+
+    logits = ["batch_size", 1, geometry.vocab_size]
+    optimised = trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
+    write_graph(optimised, weights, draft / "ort" / "fp32" / "model.onnx")
+    graphs["ort/fp32"] = _onnx_graph(optimised, "ort/fp32/model.onnx", "right", "shared-buffer")
+    reporter.line("exported ort/fp32/model.onnx (GroupQueryAttention, shared cache buffer, fp32)")
+
+    signatures = Servable(model).save(draft / "savedmodel" / "1")
+    for name, function in signatures.items():
+        graphs[f"savedmodel/{name}"] = _savedmodel_graph(name, function)
+    reporter.line(f"exported savedmodel/1 (signatures {', '.join(signatures)})")
+
+    held_out = prepared / "tokens" / "validation.bin"
+    write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN)
+    summary = json.loads((prepared / "prepare.json").read_text(encoding="utf-8"))
+    write_manifest(
+        draft,
+        name=recipe.name,
+        model=geometry,
+        graphs=graphs,
+        provenance=Provenance(
+            recipe=asdict(recipe), corpus_sha256=summary["corpus_sha256"], versions=versions(), seed=recipe.seed
+        ),
+        quality=quality,
+        parity={"verified": False},
+    )
+    return open_bundle(draft, check="sizes")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a bundle's graphs are."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def write_golden(recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: int, path: Path) -> None:
+    """Choose what the certificate runs on: ragged prompts and a stretch of text, as ids, from the held-out tokens.
+
+    They travel in the bundle, so that anyone can repeat the verification on the same input. `expected` is filled in
+    by the verification.
+    """
+    from builder.tokens import open_tokens
+
+    tokens = open_tokens(held_out)
+    random = np.random.default_rng(seed)
+    new_tokens = min(recipe.new_tokens, n_positions // 2)
+    longest = max(1, min(n_positions - new_tokens, len(tokens) - 1, 128))
+    lengths = random.integers(1, longest + 1, recipe.prompts)
+    starts = [int(random.integers(0, len(tokens) - length)) for length in lengths]
+    golden = {
+        "new_tokens": new_tokens,
+        "prompts": [_ids(tokens[start : start + length]) for start, length in zip(starts, lengths, strict=True)],
+        "expected": [],
+        "text": _ids(tokens[: recipe.perplexity_tokens]),
+        "tolerances": {"max_abs": recipe.max_abs, "perplexity_relative": recipe.perplexity_relative},
+    }
+    path.write_text(json.dumps(golden) + "\n", encoding="utf-8")
+
+
+def _ids(tokens: NDArray[Any]) -> list[int]:
+    return [int(token) for token in tokens]
+
+
+def _onnx_graph(traced: TracedGraph, path: str, padding: Any, cache: Any) -> Graph:
+    def specs(values: Any) -> dict[str, TensorSpec]:
+        return {value.name: _onnx_spec(value) for value in values if value.name not in traced.weight_names}
+
+    graph = traced.model.graph
+    return Graph("onnx", path, "fp32", padding, cache, specs(graph.input), specs(graph.output))
+
+
+def _onnx_spec(value: Any) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype: Any = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+    return TensorSpec(dtype, tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim))
+
+
+def _savedmodel_graph(name: str, function: Any) -> Graph:
+    positional, keywords = function.structured_input_signature
+    inputs = {spec.name: _tf_spec(spec) for spec in (*positional, *keywords.values())}
+    outputs = {key: _tf_spec(spec) for key, spec in sorted(function.structured_outputs.items())}
+    return Graph(
+        "tensorflow", "savedmodel/1/saved_model.pb", "fp32", "right", "static" if name != "score" else "none",
+        inputs, outputs, signature=name,
+    )  # fmt: skip
+
+
+def _tf_spec(spec: Any) -> TensorSpec:
+    """A TensorFlow spec with names for its free axes: the batch first, then the sequence or the cache's length."""
+    free = {0: "batch_size", 1: "sequence_length", 2: "capacity"}
+    dtype: Any = tf.as_dtype(spec.dtype).name
+    return TensorSpec(dtype, tuple(free[axis] if size is None else size for axis, size in enumerate(spec.shape)))

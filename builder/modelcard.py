@@ -1,0 +1,66 @@
+"""The bundle's README.md: a Hugging Face model card made of what was measured, and of nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serving.bundle import Bundle
+
+
+def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, float]) -> str:
+    """Return the card's Markdown, front matter included."""
+    manifest = bundle.manifest
+    model = manifest.model
+    base = manifest.provenance.recipe["model"]["base"]
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, onnx, tf-serving]"]
+    if base:
+        # A folder's own name at most: the card says nothing about the machine that built it.
+        front.append(f"base_model: {base.rstrip('/').rpartition('/')[2] if base.startswith(('.', '/', '~')) else base}")
+    lines = [
+        "---",
+        *front,
+        "---",
+        f"# {manifest.name}",
+        "",
+        f"GPT-2 with {model.parameters:,} parameters ({model.n_layer} layers, {model.n_head} heads, width "
+        f"{model.n_embd}, context {model.n_positions}, vocabulary {model.vocab_size:,}), built by gpt2-bundle.",
+        "",
+        "## Quality",
+        "",
+        f"Over {int(quality['validation_tokens']):,} held-out tokens:",
+        "",
+        "| model | perplexity |",
+        "|---|---|",
+        f"| this model | {quality['validation_perplexity']:.2f} |",
+        f"| trigram, interpolated modified Kneser-Ney | {quality['trigram_perplexity']:.2f} |",
+        f"| unigram | {quality['unigram_perplexity']:.2f} |",
+        "",
+        "## Parity",
+        "",
+        f"Against Keras in float32, {certificate['prompts']} ragged prompts continued by {certificate['new_tokens']} "
+        "tokens each; the whole record is in verification.json.",
+        "",
+        "| runtime | largest logit difference | greedy tokens equal | perplexity |",
+        "|---|---|---|---|",
+    ]
+    for name, table in certificate["runtimes"].items():
+        greedy = certificate["greedy"][name]
+        lines.append(
+            f"| {name} | {table['every_step']['max_abs']:.1e} | {greedy['equal']:,} of {greedy['of']:,} "
+            f"| {table['perplexity']:.4f} |"
+        )
+    lines += [f"| Keras (reference) | | | {certificate['perplexity']['reference']:.4f} |", "", "Not run:", ""]
+    lines += [f"- {sentence}" for sentence in certificate["not_run"]]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f"gpt2-bundle generate {manifest.name} 'Return the' --runtime onnx",
+        "```",
+        "",
+        "`savedmodel/` is a TensorFlow Serving model folder; `onnx/model.onnx` takes any padding and uses standard "
+        "operators; `ort/fp32/model.onnx` is the same model on ONNX Runtime's GroupQueryAttention with a shared cache.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""What a person sees while a build works: stages, lines, and a bar for training; plain lines without a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Seconds between two lines about training when there is no terminal to draw a bar on.
+_LINE_INTERVAL = 10.0
+
+
+class Reporter:
+    """Prints to standard output; every line stands alone, so a log of it can be read."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.started = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Print one line, with the seconds since the start."""
+        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Give the function that `builder.training.fit` notifies, showing a bar or now and then a line."""
+        if not self.console.is_terminal:
+            yield self._line_notifier()
+            return
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+        ]
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("training", total=None, detail="")
+
+            def notify(event: dict[str, Any]) -> None:
+                if "validation" in event:
+                    self.line(_validation(event))
+                    return
+                detail = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
+                bar.update(task, total=event["steps"], completed=event["step"], detail=detail)
+
+            yield notify
+
+    def _line_notifier(self) -> Callable[[dict[str, Any]], None]:
+        last = time.monotonic()
+
+        def notify(event: dict[str, Any]) -> None:
+            nonlocal last
+            if "validation" in event:
+                self.line(_validation(event))
+            elif time.monotonic() - last >= _LINE_INTERVAL:
+                last = time.monotonic()
+                left = (event["steps"] - event["step"]) * event["seconds_per_step"]
+                self.line(
+                    f"training: step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.3f}, "
+                    f"{event['tokens_per_second']:,.0f} tokens/s, about {left:.0f} s left"
+                )
+
+        return notify
+
+
+def _validation(event: dict[str, Any]) -> str:
+    row = event["validation"]
+    return (
+        f"validation at step {event['step']:,} of {event['steps']:,}: loss {row['validation_loss']:.3f}, "
+        f"perplexity {row['validation_perplexity']:.2f}, token accuracy {row['validation_accuracy']:.1%}, "
+        f"{row['tokens_per_second']:,.0f} tokens/s"
+    )

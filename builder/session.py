@@ -1,0 +1,50 @@
+"""A SavedModel through TensorFlow's Session API: the way in which TensorFlow Serving loads and runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder.frameworks import tf
+from serving.backends.base import pad_right
+
+
+class SessionServable:
+    """One loaded SavedModel in a session of its own; tensors are fed and fetched by the signatures' names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._session = tf.compat.v1.Session(graph=tf.Graph())
+        with self._session.graph.as_default():
+            meta_graph = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
+        self.signatures = meta_graph.signature_def
+
+    def run(self, signature: str, **inputs: Any) -> dict[str, Any]:
+        """Run a signature on numpy inputs by name and return its outputs by name.
+
+        Raises tf.errors.InvalidArgumentError for what the signature refuses.
+        """
+        definition = self.signatures[signature]
+        feed = {definition.inputs[name].name: value for name, value in inputs.items()}
+        fetch = {name: info.name for name, info in definition.outputs.items()}
+        result: dict[str, Any] = self._session.run(fetch, feed)
+        return result
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations by `serving_default`; the end token, if reached, is included."""
+        token_ids, lengths = pad_right(prompts)
+        rows = len(prompts)
+        outputs = self.run(
+            "serving_default",
+            token_ids=token_ids.astype(np.int32),
+            lengths=lengths.astype(np.int32),
+            max_new_tokens=np.full(rows, max_new_tokens, np.int32),
+            temperature=np.zeros(rows, np.float32),
+            top_k=np.zeros(rows, np.int32),
+            top_p=np.ones(rows, np.float32),
+            seed=np.zeros(rows, np.int64),
+        )
+        pairs = zip(outputs["token_ids"], outputs["lengths"], strict=True)
+        return [row[:length].tolist() for row, length in pairs]

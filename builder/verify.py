@@ -1,0 +1,200 @@
+"""The parity certificate: Keras against the SavedModel and against both ONNX graphs, on the bundle's golden input."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builder.export import GOLDEN, load_model, versions
+from builder.frameworks import tf
+from builder.parity import (
+    Reference,
+    RuntimeReport,
+    batches,
+    compare_cached,
+    greedy_tokens,
+    reference_logits,
+    window_losses_cached,
+    window_losses_full,
+)
+from builder.progress import Reporter
+from serving.backends.onnx import OnnxBackend
+from serving.backends.tensorflow import TensorFlowBackend
+from serving.bundle import Bundle
+from serving.errors import BundleError, ParityError
+
+CERTIFICATE = "verification.json"
+_OPTIMISED, _PORTABLE, _SAVEDMODEL = "ort/fp32", "onnx/portable", "savedmodel"
+
+
+def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare every fp32 graph of a bundle with Keras; return the certificate and the golden record.
+
+    Runs on golden.json's prompts and text. Raises ParityError, which names the artifact and the place, if anything is
+    over the tolerances that golden.json states; BundleError if golden.json is not what this version writes.
+    """
+    golden = _read_golden(bundle)
+    prompts, text = golden["prompts"], np.array(golden["text"], np.int64)
+    model = load_model(bundle.folder)
+    reference = _reference(model)
+    optimised, portable = OnnxBackend(bundle, _OPTIMISED), OnnxBackend(bundle, _PORTABLE)
+    savedmodel = TensorFlowBackend(bundle)
+    backends = {_OPTIMISED: optimised, _PORTABLE: portable, _SAVEDMODEL: savedmodel}
+    reports = {name: RuntimeReport() for name in backends}
+
+    candidates = np.concatenate(
+        [greedy_tokens(optimised, prompts[rows], golden["new_tokens"]) for rows in batches(prompts, batch_size)]
+    )
+    for number, rows in enumerate(batches(prompts, batch_size)):
+        expected = reference_logits(reference, prompts[rows], candidates[rows])
+        for name, backend in backends.items():
+            compare_cached(reports[name], backend, prompts[rows], candidates[rows], expected, number)
+    reporter.line(f"compared logits of {candidates.size:,} greedy tokens in {', '.join(backends)} with Keras")
+
+    loops = {
+        "savedmodel/serving_default": lambda some, count: savedmodel.generate(some, max_new_tokens=count),
+        "savedmodel/serving_default (Session API)": _session_generate(bundle),
+    }
+    greedy = {name: _greedy_record(reports[name].places["every_step"].table()) for name in backends}
+    end = bundle.manifest.model.eos_token_id
+    for name, generate in loops.items():
+        equal = sum(_equal_tokens(generate, prompts[r], candidates[r], end) for r in batches(prompts, batch_size))
+        greedy[name] = {"equal": equal, "of": candidates.size}
+    reporter.line("compared greedy tokens of the in-graph loop, through tf.function and through the Session API")
+
+    windows = _windows(text, bundle.manifest.model.n_positions)
+    count = windows[:, 1:].size
+    expected_loss = _sum_losses(lambda some: window_losses_full(reference, some), windows)
+    runtimes: dict[str, Callable[[NDArray[np.int64]], float]] = {
+        _OPTIMISED: lambda some: window_losses_cached(optimised, some),
+        _PORTABLE: lambda some: window_losses_cached(portable, some),
+        _SAVEDMODEL: lambda some: -float(sum(row.sum(dtype=np.float64) for row in savedmodel.score(some.tolist()))),
+    }
+    perplexity = math.exp(expected_loss / count)
+    for name, losses in runtimes.items():
+        reports[name].perplexity = math.exp(_sum_losses(losses, windows) / count)
+        reports[name].perplexity_relative = abs(reports[name].perplexity / perplexity - 1)
+    reporter.line(f"compared perplexity over {count:,} tokens; Keras {perplexity:.6f}")
+
+    tolerances = golden["tolerances"]
+    _judge(reports, greedy, tolerances)
+    certificate = {
+        "schema_version": 1,
+        "passed": True,
+        "reference": "Keras, float32, full recompute without a cache",
+        "prompts": len(prompts),
+        "new_tokens": golden["new_tokens"],
+        "tolerances": tolerances,
+        "perplexity": {"reference": perplexity, "tokens": count},
+        "runtimes": {name: report.table() for name, report in reports.items()},
+        "greedy": greedy,
+        "versions": versions(),
+        "not_run": ["tensorflow_model_server: the SavedModel was run by TensorFlow in process, not by the server"],
+    }
+    return certificate, golden | {"expected": candidates.tolist()}
+
+
+def summary(certificate: dict[str, Any]) -> dict[str, Any]:
+    """The few figures of a certificate that the manifest carries."""
+    runtimes = certificate["runtimes"]
+    return {
+        "verified": True,
+        "certificate": CERTIFICATE,
+        "max_abs": {name: table["every_step"]["max_abs"] for name, table in runtimes.items()},
+        "greedy_tokens": min(record["of"] for record in certificate["greedy"].values()),
+        "greedy_equal": min(record["equal"] for record in certificate["greedy"].values()),
+        "perplexity_relative": max(table["perplexity_relative"] for table in runtimes.values()),
+    }
+
+
+def write_certificate(folder: Path, certificate: dict[str, Any], golden: dict[str, Any]) -> None:
+    """Write verification.json and golden.json into a draft."""
+    (folder / CERTIFICATE).write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+    (folder / GOLDEN).write_text(json.dumps(golden) + "\n", encoding="utf-8")
+
+
+def _judge(reports: dict[str, RuntimeReport], greedy: dict[str, dict[str, int]], tolerances: dict[str, float]) -> None:
+    for name, report in reports.items():
+        problem = report.problem(tolerances["max_abs"], tolerances["perplexity_relative"])
+        if problem:
+            raise ParityError(f"parity failed in {name} at {problem}; nothing was published")
+    for name, record in greedy.items():
+        if record["equal"] + record.get("ties", 0) != record["of"]:
+            raise ParityError(
+                f"parity failed in {name}: only {record['equal']} of {record['of']} greedy tokens are those of Keras; "
+                "nothing was published"
+            )
+
+
+def _read_golden(bundle: Bundle) -> dict[str, Any]:
+    path = bundle.path(GOLDEN)
+    try:
+        golden = json.loads(path.read_text(encoding="utf-8"))
+        prompts, vocab_size = golden["prompts"], bundle.manifest.model.vocab_size
+        ids = np.concatenate([np.array(prompt, np.int64) for prompt in [*prompts, golden["text"]]])
+        longest = max(map(len, prompts)) + golden["new_tokens"]
+        fits = min(map(len, prompts)) >= 1 and golden["new_tokens"] >= 1 and len(golden["text"]) >= 2
+        if not fits or longest > bundle.manifest.model.n_positions or ids.min() < 0 or ids.max() >= vocab_size:
+            raise ValueError("its prompts do not fit the model")
+        for key in ("max_abs", "perplexity_relative"):
+            float(golden["tolerances"][key])
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{path}: not a golden record ({type(error).__name__}: {error}); build it again") from None
+    result: dict[str, Any] = golden
+    return result
+
+
+def _reference(model: Any) -> Reference:
+    forward = tf.function(
+        lambda ids: model(ids), input_signature=[tf.TensorSpec([None, None], tf.int32)], autograph=False
+    )
+    return lambda ids: forward(tf.constant(ids, tf.int32)).numpy()
+
+
+def _session_generate(bundle: Bundle) -> Callable[[Any, int], list[list[int]]]:
+    """`serving_default` through the Session API, as TensorFlow Serving loads and runs a SavedModel."""
+    from builder.session import SessionServable
+
+    servable = SessionServable(bundle.path(bundle.graph("savedmodel/serving_default").path).parent)
+    return lambda prompts, count: servable.generate(prompts, max_new_tokens=count)
+
+
+def _greedy_record(place: dict[str, Any]) -> dict[str, int]:
+    return {"equal": place["argmax_equal"], "of": place["rows"], "ties": place["ties"]}
+
+
+def _equal_tokens(
+    generate: Callable[[Any, int], list[list[int]]], prompts: list[list[int]], candidates: NDArray[np.int64], end: int
+) -> int:
+    """How many candidate tokens the loop gives too. It stops at the end token, so it is asked to go on behind it."""
+    equal = 0
+    done = [0] * len(prompts)
+    while rows := [row for row in range(len(prompts)) if done[row] < candidates.shape[1]]:
+        texts = [[*prompts[row], *candidates[row, : done[row]].tolist()] for row in rows]
+        answers = generate(texts, candidates.shape[1])
+        for row, answer in zip(rows, answers, strict=True):
+            wanted = candidates[row, done[row] :].tolist()
+            answer = answer[: len(wanted)]
+            if end in wanted[: len(answer)]:
+                answer = answer[: wanted.index(end) + 1]
+            matching = sum(mine == theirs for mine, theirs in zip(answer, wanted, strict=False))
+            equal += matching
+            # One that went astray ends its row here: what comes after is not a continuation of the same text.
+            done[row] += len(answer) if answer and matching == len(answer) else candidates.shape[1]
+    return equal
+
+
+def _windows(text: NDArray[np.int64], n_positions: int) -> NDArray[np.int64]:
+    """Cut the text into rows of at most 256 tokens (or the context), dropping what is left over."""
+    length = min(n_positions, 256, len(text))
+    return text[: len(text) // length * length].reshape(-1, length)
+
+
+def _sum_losses(losses: Callable[[NDArray[np.int64]], float], windows: NDArray[np.int64]) -> float:
+    return sum(losses(windows[rows]) for rows in batches(windows, 8))
