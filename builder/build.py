@@ -42,9 +42,10 @@ class Run:
     def prepare_key(self) -> str:
         """Of the corpus (its files by size and time, or the Python whose docstrings it is) and the tokenizer."""
         recipe = self.recipe
+        files: list[tuple[str, Any, int]]
         if recipe.corpus.paths:
-            files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-                     for path in find_sources(recipe.corpus.paths).files]  # fmt: skip
+            files = [(str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns)
+                     for file in find_sources(recipe.corpus.paths).files]  # fmt: skip
         else:
             files = [(sys.base_prefix, platform.python_version(), 0)]
         model = recipe.model.base or recipe.model.n_positions

@@ -15,7 +15,7 @@ from builder.kernels import Kernels
 from serving.bundle import Geometry
 
 
-class Block(keras.layers.Layer):
+class Block(keras.layers.Layer):  # type: ignore[misc]
     """One transformer block: attention and a feed-forward layer, each behind a layer norm and a residual add."""
 
     def __init__(self, geometry: Geometry, index: int, resid_pdrop: float, **options: Any) -> None:
@@ -50,7 +50,7 @@ class Block(keras.layers.Layer):
         return hidden + self.dropout(kernels.dense(self.mlp_c_proj, inner), training=training)
 
 
-class GPT2(keras.Model):
+class GPT2(keras.Model):  # type: ignore[misc]
     """GPT-2 as a language model: token ids [batch, sequence] int32 to logits [batch, sequence, vocab_size].
 
     Args:

@@ -94,9 +94,9 @@ class RuntimeReport:
         return None
 
 
-def batches(items: Sequence[Any], size: int) -> list[slice]:
-    """Slices of at most `size` that cover `items` in order."""
-    return [slice(start, start + size) for start in range(0, len(items), size)]
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `count` items in order."""
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def greedy_tokens(backend: Backend, prompts: Sequence[Sequence[int]], new_tokens: int) -> NDArray[np.int64]:
@@ -138,7 +138,7 @@ def compare_cached(
     steps = candidates.shape[1]
     capacity = max(map(len, prompts)) + steps
     state, logits = backend.prefill(prompts, capacity)
-    in_company = logits[0]
+    in_company = logits[0].copy()
     for step in range(steps):
         where = f"batch {batch}, step {step}"
         names = ["every_step"]

@@ -35,7 +35,7 @@ def read_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
             raise InputError(f"recipe {path}: not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(table, override)
-    recipe = _build(Recipe, table, prefix="")
+    recipe: Recipe = _build(Recipe, table, prefix="")
     recipe = dataclasses.replace(recipe, model=resolve_preset(recipe.model))
     _check_consistency(recipe)
     return recipe

@@ -32,7 +32,7 @@ _TOKENS = tf.TensorSpec([None, None], tf.int32, name="token_ids")
 _LENGTHS = _row(tf.int32, "lengths")
 
 
-class Servable(tf.Module):
+class Servable(tf.Module):  # type: ignore[misc]
     """The signatures of one model; `save` writes them."""
 
     def __init__(self, model: GPT2) -> None:

@@ -24,6 +24,7 @@ from builder.parity import (
     window_losses_full,
 )
 from builder.progress import Reporter
+from serving.backends.base import Backend
 from serving.backends.onnx import OnnxBackend
 from serving.backends.tensorflow import TensorFlowBackend
 from serving.bundle import Bundle
@@ -45,13 +46,13 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     reference = _reference(model)
     optimised, portable = OnnxBackend(bundle, _OPTIMISED), OnnxBackend(bundle, _PORTABLE)
     savedmodel = TensorFlowBackend(bundle)
-    backends = {_OPTIMISED: optimised, _PORTABLE: portable, _SAVEDMODEL: savedmodel}
+    backends: dict[str, Backend] = {_OPTIMISED: optimised, _PORTABLE: portable, _SAVEDMODEL: savedmodel}
     reports = {name: RuntimeReport() for name in backends}
 
     candidates = np.concatenate(
-        [greedy_tokens(optimised, prompts[rows], golden["new_tokens"]) for rows in batches(prompts, batch_size)]
+        [greedy_tokens(optimised, prompts[rows], golden["new_tokens"]) for rows in batches(len(prompts), batch_size)]
     )
-    for number, rows in enumerate(batches(prompts, batch_size)):
+    for number, rows in enumerate(batches(len(prompts), batch_size)):
         expected = reference_logits(reference, prompts[rows], candidates[rows])
         for name, backend in backends.items():
             compare_cached(reports[name], backend, prompts[rows], candidates[rows], expected, number)
@@ -64,7 +65,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     greedy = {name: _greedy_record(reports[name].places["every_step"].table()) for name in backends}
     end = bundle.manifest.model.eos_token_id
     for name, generate in loops.items():
-        equal = sum(_equal_tokens(generate, prompts[r], candidates[r], end) for r in batches(prompts, batch_size))
+        equal = sum(_equal_tokens(generate, prompts[r], candidates[r], end) for r in batches(len(prompts), batch_size))
         greedy[name] = {"equal": equal, "of": candidates.size}
     reporter.line("compared greedy tokens of the in-graph loop, through tf.function and through the Session API")
 
@@ -78,8 +79,8 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     }
     perplexity = math.exp(expected_loss / count)
     for name, losses in runtimes.items():
-        reports[name].perplexity = math.exp(_sum_losses(losses, windows) / count)
-        reports[name].perplexity_relative = abs(reports[name].perplexity / perplexity - 1)
+        ours = math.exp(_sum_losses(losses, windows) / count)
+        reports[name].perplexity, reports[name].perplexity_relative = ours, abs(ours / perplexity - 1)
     reporter.line(f"compared perplexity over {count:,} tokens; Keras {perplexity:.6f}")
 
     tolerances = golden["tolerances"]
@@ -197,4 +198,4 @@ def _windows(text: NDArray[np.int64], n_positions: int) -> NDArray[np.int64]:
 
 
 def _sum_losses(losses: Callable[[NDArray[np.int64]], float], windows: NDArray[np.int64]) -> float:
-    return sum(losses(windows[rows]) for rows in batches(windows, 8))
+    return sum(losses(windows[rows]) for rows in batches(len(windows), 8))

@@ -36,6 +36,7 @@ class Backend(Protocol):
     def decode(self, state: Any, tokens: IntArray) -> FloatArray:
         """Append one token id a row (`tokens` is [rows]) and return the logits after it, [rows, vocab_size].
 
+        The next step of the same state may write into the same memory: copy what is kept.
         Raises InputError if a row is already at its capacity.
         """
         ...

@@ -1,0 +1,76 @@
+# Every target sets itself up: `make bundle` and `make test` work in a fresh clone. What is installed is named in
+# pyproject.toml and pinned in constraints.txt, and goes into .venv.
+
+PYTHON ?= python3
+RECIPE ?= recipes/default.toml
+# BASE=gpt2 (a hub name or a folder) fine-tunes; CORPUS=PATH reads your own text; OUTPUT is where bundles go.
+BASE ?=
+CORPUS ?=
+OUTPUT ?= dist
+# The bundle that serve and bench use.
+BUNDLE ?= $(OUTPUT)/gpt2-docs
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
+
+.DEFAULT_GOAL := help
+.PHONY: help install bundle serve bench bench-gpt2 test test-slow test-oracle lint clean
+
+help: ## Show this list.
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## Make .venv with everything pinned in constraints.txt.
+
+# The mark comes last. Without it whatever stands in .venv may be half an installation, so it is made anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13; set PYTHON=/path/to/one" >&2; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,dev]'
+	@touch $(INSTALLED)
+
+bundle: $(INSTALLED) ## Text to verified bundle in dist/ (RECIPE=, BASE=, CORPUS=, OUTPUT=).
+	$(BUILD)
+
+# TensorFlow Serving itself, as a binary or as its official container.
+serve: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Serving, if it is on this machine (BUNDLE=).
+	@$(BIN)/gpt2-bundle inspect "$(BUNDLE)" --json >/dev/null
+	@name=$$(basename "$(BUNDLE)"); folder=$$(cd "$(BUNDLE)/savedmodel" && pwd); \
+	if command -v "$${TENSORFLOW_MODEL_SERVER:-tensorflow_model_server}" >/dev/null; then \
+		exec "$${TENSORFLOW_MODEL_SERVER:-tensorflow_model_server}" --rest_api_port=8501 --port=8500 \
+			--model_name=$$name --model_base_path=$$folder; \
+	elif docker info >/dev/null 2>&1; then \
+		exec docker run --rm -p 127.0.0.1:8501:8501 -p 127.0.0.1:8500:8500 -v $$folder:/models/$$name:ro \
+			-e MODEL_NAME=$$name tensorflow/serving; \
+	else \
+		echo "error: neither tensorflow_model_server (or TENSORFLOW_MODEL_SERVER) nor a running Docker engine is here;" \
+			"install one to serve $$folder" >&2; exit 1; \
+	fi
+
+bench: $(INSTALLED) ## Measure the bundle's latency beside this machine's floor (BUNDLE=).
+	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
+	$(BIN)/gpt2-bundle bench "$(BUNDLE)"
+
+bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
+	$(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	$(BIN)/gpt2-bundle bench "$(OUTPUT)/gpt2-geometry"
+
+test: $(INSTALLED) ## Run the fast tests.
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED) ## Run the tests that take minutes.
+	$(BIN)/python -m pytest -m slow
+
+test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and run the tests against them.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
+	$(BIN)/python -m pytest -m oracle
+
+lint: $(INSTALLED) ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove what was built and installed (dist/ stays).
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

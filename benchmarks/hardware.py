@@ -1,0 +1,88 @@
+"""The machine under a measurement: what it is, and how fast it can read memory, which bounds every decode step."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy")
+# Far larger than any cache, so that every pass comes from memory.
+_BYTES = 512 << 20
+
+
+class BandwidthProbe:
+    """Measures read bandwidth; one probe is kept for a whole benchmark, so that samples lie between its runs.
+
+    A pass reads 512 MiB once, split over the usable cores, by a dot product of each part with itself (one load for
+    each 4 bytes, no store).
+    """
+
+    def __init__(self) -> None:
+        self.cores = usable_cores()
+        self._parts = np.array_split(np.ones(_BYTES // 4, np.float32), self.cores)
+        self.samples: list[float] = []
+
+    def sample(self, passes: int = 3) -> float:
+        """Return the bandwidth of the best of a few passes in bytes/s, and keep it in `samples`."""
+        best = 0.0
+        for _ in range(passes):
+            began = time.perf_counter()
+            threads = [threading.Thread(target=np.dot, args=(part, part)) for part in self._parts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            best = max(best, _BYTES / (time.perf_counter() - began))
+        self.samples.append(best)
+        return best
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    """Date, processor, cores, memory, load, and versions of what runs."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "kernel": platform.release(),
+        "load_average": list(os.getloadavg()),
+        "versions": versions,
+    }
+
+
+def _cpu_model() -> str:
+    """The model's name with family and model numbers, since virtual machines often hide the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family, model = fields.get("cpu family"), fields.get("model")
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {family}, model {model})" if family and model else name
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
