@@ -20,7 +20,7 @@ class Summary:
 
 def summarise(samples: Sequence[float], resamples: int = 1000, seed: int = 0) -> Summary | None:
     """Median of `samples` with a percentile bootstrap interval (Efron 1979), or None if there are none."""
-    if not samples:
+    if len(samples) == 0:
         return None
     values = np.asarray(samples, np.float64)
     random = np.random.default_rng(seed)
