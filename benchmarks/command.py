@@ -15,12 +15,20 @@ import click
               "onnx/portable) or savedmodel; repeatable. All of them by default.")  # fmt: skip
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16),
               show_default=True, help="Rows at once; repeatable.")  # fmt: skip
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of each prompt; 128 by default, or what fits.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Decode steps a repeat.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds over the targets.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one line of JSON at the end.")
-def bench(bundle: Path, targets: tuple[str, ...], output: Path | None, as_json: bool, **settings: Any) -> None:
+def bench(
+    bundle: Path,
+    targets: tuple[str, ...],
+    output: Path | None,
+    as_json: bool,
+    prompt_tokens: int | None,
+    new_tokens: int,
+    **settings: Any,
+) -> None:
     """Measure prefill and decode latency of BUNDLE, runtime beside runtime, with the floor of this machine.
 
     Runs in this process. TensorFlow Serving and GPUs are not measured by this command yet.
@@ -31,11 +39,14 @@ def bench(bundle: Path, targets: tuple[str, ...], output: Path | None, as_json: 
     from serving.bundle import open_bundle
 
     opened = open_bundle(bundle, check="sizes")
-    text = read_text(opened)
+    if prompt_tokens is None:
+        prompt_tokens = max(1, min(128, opened.manifest.model.n_positions - new_tokens))
     record = measure(
         load_targets(opened, targets),
         opened.manifest.model,
-        text,
+        read_text(opened),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
         say=lambda line: click.echo(line, err=True),
         **settings,
     )

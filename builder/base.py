@@ -57,8 +57,8 @@ def read_geometry(folder: Path) -> Geometry:
             n_inner=int(config.get("n_inner") or 4 * width),
             layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
             activation_function="gelu_new",
-            bos_token_id=int(config.get("bos_token_id", config["vocab_size"] - 1)),
-            eos_token_id=int(config.get("eos_token_id", config["vocab_size"] - 1)),
+            bos_token_id=_token_id(config, "bos_token_id"),
+            eos_token_id=_token_id(config, "eos_token_id"),
         )
     except FileNotFoundError:
         raise InputError(f"{folder}: no config.json here; name the folder of a whole GPT-2 checkpoint") from None
@@ -67,7 +67,29 @@ def read_geometry(folder: Path) -> Geometry:
     for key, ours in _FIXED.items():
         if config.get(key, ours) != ours:
             raise InputError(f"{path}: {key} is {config[key]!r}; only {ours!r} can be built")
+    problem = _problem(geometry)
+    if problem:
+        raise InputError(f"{path}: {problem}")
     return geometry
+
+
+def _problem(geometry: Geometry) -> str | None:
+    """What keeps the sizes of a config.json from being those of a model, or None."""
+    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+        if getattr(geometry, key) < 1:
+            return f"{key} is {getattr(geometry, key)}; it must be at least 1"
+    if geometry.n_embd % geometry.n_head:
+        return f"n_head {geometry.n_head} does not divide n_embd {geometry.n_embd}"
+    for key in ("bos_token_id", "eos_token_id"):
+        if not 0 <= getattr(geometry, key) < geometry.vocab_size:
+            return f"{key} is {getattr(geometry, key)}, outside of the vocabulary of {geometry.vocab_size}"
+    return None
+
+
+def _token_id(config: dict[str, Any], key: str) -> int:
+    """A special token of config.json; where it is null or absent the last one, which the released models end with."""
+    value = config.get(key)
+    return int(config["vocab_size"]) - 1 if value is None else int(value)
 
 
 # Switches of Hugging Face's GPT2Config that change the mathematics; the released models have them all as here.
@@ -81,21 +103,36 @@ _FIXED = {
 
 
 def geometry_of(model: ModelRecipe, vocab_size: int, end_token: int) -> Geometry:
-    """Return the geometry that a recipe trains: the base checkpoint's, or the recipe's own with this vocabulary."""
+    """Return the geometry that a recipe trains: the base checkpoint's, or the recipe's own with this vocabulary.
+
+    Raises InputError for one that cannot be exported afterwards.
+    """
     if model.base:
-        return read_geometry(resolve_base(model.base))
-    return Geometry(
-        vocab_size=vocab_size,
-        n_positions=model.n_positions,
-        n_embd=model.n_embd,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        n_inner=4 * model.n_embd,
-        layer_norm_epsilon=1e-5,
-        activation_function="gelu_new",
-        bos_token_id=end_token,
-        eos_token_id=end_token,
-    )
+        geometry = read_geometry(resolve_base(model.base))
+    else:
+        if 0 < model.vocab_size < vocab_size:
+            raise InputError(
+                f"recipe key 'model.vocab_size' is {model.vocab_size}, but the tokenizer has {vocab_size} entries; "
+                "raise it, or set it to 0"
+            )
+        geometry = Geometry(
+            vocab_size=model.vocab_size or vocab_size,
+            n_positions=model.n_positions,
+            n_embd=model.n_embd,
+            n_layer=model.n_layer,
+            n_head=model.n_head,
+            n_inner=4 * model.n_embd,
+            layer_norm_epsilon=1e-5,
+            activation_function="gelu_new",
+            bos_token_id=end_token,
+            eos_token_id=end_token,
+        )
+    if geometry.n_embd % (8 * geometry.n_head):
+        raise InputError(
+            f"model.n_embd {geometry.n_embd} over model.n_head {geometry.n_head} makes heads of "
+            f"{geometry.n_embd / geometry.n_head:g}; ONNX Runtime's GroupQueryAttention takes multiples of 8 only"
+        )
+    return geometry
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -139,8 +176,9 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
         names = ["model.safetensors"]
     elif index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            names = sorted({Path(place).as_posix() for place in places})
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{index}: not a safetensors index; fetch it again") from None
     elif list(folder.glob("*.bin")):
         raise InputError(

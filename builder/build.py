@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,14 @@ from builder.sources import find_sources
 from builder.train import REPORT, quality, train
 from builder.workspace import clear, is_done, run_stage, stage_key
 from serving import __version__
-from serving.bundle import Bundle, open_bundle, publish, write_manifest
+from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.errors import BundleError, GPT2BundleError, InputError
+from serving.publish import check_destination
+
+
+def _look(paths: Sequence[Path]) -> list[tuple[str, Any, int]]:
+    """What is known of files without reading them."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,16 @@ class Run:
         return self.folder / "export" / "bundle"
 
     def prepare_key(self) -> str:
-        """Of the corpus (its files by size and time, or the Python whose docstrings it is) and the tokenizer."""
+        """Of the corpus (its files by size and time, or the Python whose docstrings it is), tokenizer and base."""
         recipe = self.recipe
         files: list[tuple[str, Any, int]]
         if recipe.corpus.paths:
-            files = [(str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns)
-                     for file in find_sources(recipe.corpus.paths).files]  # fmt: skip
+            files = _look([file.path for file in find_sources(recipe.corpus.paths).files])
         else:
             files = [(sys.base_prefix, platform.python_version(), 0)]
-        model = recipe.model.base or recipe.model.n_positions
+        model: Any = recipe.model.n_positions
+        if recipe.model.base:
+            model = recipe.model.base, _look(sorted(Path(recipe.model.base).expanduser().glob("*")))
         sequence = recipe.training.sequence_length
         return stage_key(
             __version__, asdict(recipe.corpus), asdict(recipe.tokenizer), recipe.seed, model, sequence, files
@@ -150,6 +159,8 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     if done is not None:
         reporter.line(f"{destination} is this recipe's bundle already, and whole")
         return done
+    # Now, and not after hours of training.
+    check_destination(destination)
     prepare_stage(run, reporter)
     train_stage(run, reporter)
     draft = export_stage(run, reporter)
@@ -158,7 +169,8 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     key = run.export_key()
     clear_stamp(run)
     package(draft, certificate, golden, destination)
-    (run.folder / "published.json").write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    record = _record(key, destination)
+    (run.folder / "published.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     reporter.line(f"published {destination}")
     return open_bundle(destination, check="sizes")
 
@@ -168,11 +180,16 @@ def clear_stamp(run: Run) -> None:
     (run.draft.parent / "stage.json").unlink(missing_ok=True)
 
 
+def _record(key: str, destination: Path) -> dict[str, str]:
+    """What says that a run published the very bundle at `destination`."""
+    return {"key": key, "manifest": hashlib.sha256((destination / MANIFEST_NAME).read_bytes()).hexdigest()}
+
+
 def _published(run: Run, destination: Path) -> Bundle | None:
     """The bundle at `destination` if this very run published it and no byte of it has changed."""
     try:
         record = json.loads((run.folder / "published.json").read_text(encoding="utf-8"))
-        if record != {"key": run.export_key()}:
+        if record != _record(run.export_key(), destination):
             return None
         return open_bundle(destination)
     except (OSError, ValueError, GPT2BundleError):

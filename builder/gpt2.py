@@ -15,6 +15,16 @@ from builder.kernels import Kernels
 from serving.bundle import Geometry
 
 
+def initial_normal(n_embd: int, projections: int = 1) -> Any:
+    """A new initialiser, normal with standard deviation 0.02 * sqrt(768 / n_embd) / sqrt(projections).
+
+    That is the released 0.02 at width 768, and keeps a layer's output of one size at others. The released models scale
+    the projections into the residual stream by 1/sqrt(number of such projections).
+    """
+    # One for each weight: a Keras initialiser that is used twice gives the same numbers twice.
+    return keras.initializers.RandomNormal(stddev=0.02 * math.sqrt(768 / n_embd / projections))
+
+
 class Block(keras.layers.Layer):  # type: ignore[misc]
     """One transformer block: attention and a feed-forward layer, each behind a layer norm and a residual add."""
 
@@ -22,16 +32,18 @@ class Block(keras.layers.Layer):  # type: ignore[misc]
         super().__init__(**options)
         self.index = index
         width = geometry.n_embd
-        normal = keras.initializers.RandomNormal(stddev=0.02)
-        # The released models scale the projections into the residual stream by 1/sqrt(number of such projections).
-        residual = keras.initializers.RandomNormal(stddev=0.02 / math.sqrt(2 * geometry.n_layer))
+        projections = 2 * geometry.n_layer
         epsilon = geometry.layer_norm_epsilon
         self.ln_1 = keras.layers.LayerNormalization(epsilon=epsilon, name="ln_1")
-        self.c_attn = keras.layers.Dense(3 * width, kernel_initializer=normal, name="attn_c_attn")
-        self.attn_c_proj = keras.layers.Dense(width, kernel_initializer=residual, name="attn_c_proj")
+        self.c_attn = keras.layers.Dense(3 * width, kernel_initializer=initial_normal(width), name="attn_c_attn")
+        self.attn_c_proj = keras.layers.Dense(
+            width, kernel_initializer=initial_normal(width, projections), name="attn_c_proj"
+        )
         self.ln_2 = keras.layers.LayerNormalization(epsilon=epsilon, name="ln_2")
-        self.c_fc = keras.layers.Dense(geometry.n_inner, kernel_initializer=normal, name="mlp_c_fc")
-        self.mlp_c_proj = keras.layers.Dense(width, kernel_initializer=residual, name="mlp_c_proj")
+        self.c_fc = keras.layers.Dense(geometry.n_inner, kernel_initializer=initial_normal(width), name="mlp_c_fc")
+        self.mlp_c_proj = keras.layers.Dense(
+            width, kernel_initializer=initial_normal(width, projections), name="mlp_c_proj"
+        )
         self.dropout = keras.layers.Dropout(resid_pdrop, name="dropout")
         self.width, self.n_inner = width, geometry.n_inner
 
@@ -69,12 +81,12 @@ class GPT2(keras.Model):  # type: ignore[misc]
     ) -> None:
         super().__init__(**options)
         self.geometry = geometry
-        normal = keras.initializers.RandomNormal(stddev=0.02)
+        width = geometry.n_embd
         self.wte = keras.layers.Embedding(
-            geometry.vocab_size, geometry.n_embd, embeddings_initializer=normal, name="wte"
+            geometry.vocab_size, width, embeddings_initializer=initial_normal(width), name="wte"
         )
         self.wpe = keras.layers.Embedding(
-            geometry.n_positions, geometry.n_embd, embeddings_initializer=normal, name="wpe"
+            geometry.n_positions, width, embeddings_initializer=initial_normal(width), name="wpe"
         )
         self.dropout = keras.layers.Dropout(embd_pdrop, name="embedding_dropout")
         self.blocks = [Block(geometry, index, resid_pdrop, name=f"h_{index}") for index in range(geometry.n_layer)]

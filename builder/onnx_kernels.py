@@ -17,7 +17,12 @@ from serving.bundle import Geometry
 class OnnxKernels(Kernels):
     """What both graphs share: layer norm and head as single nodes, and the lists of cache tensors."""
 
-    def __init__(self, geometry: Geometry, markers: MarkerTable, past: list[tuple[Any, Any]]) -> None:
+    domains: tuple[str, ...] = ()
+    """Operator sets that the graph uses besides the standard one."""
+
+    def __init__(
+        self, geometry: Geometry, markers: MarkerTable, past: list[tuple[Any, Any]], attention_mask: Any
+    ) -> None:
         super().__init__(geometry.n_head)
         self.geometry = geometry
         self.markers = markers
@@ -68,7 +73,7 @@ class PortableKernels(OnnxKernels):
     def __init__(
         self, geometry: Geometry, markers: MarkerTable, past: list[tuple[Any, Any]], attention_mask: Any
     ) -> None:
-        super().__init__(geometry, markers, past)
+        super().__init__(geometry, markers, past, attention_mask)
         total = tf.shape(attention_mask)[1]
         past_length = tf.shape(past[0][0])[2]
         slots = tf.range(total)
@@ -99,10 +104,12 @@ class OptimisedKernels(OnnxKernels):
         past: per block (key, value), each [batch, n_head, buffer, head_dim].
     """
 
+    domains = (MICROSOFT,)
+
     def __init__(
         self, geometry: Geometry, markers: MarkerTable, past: list[tuple[Any, Any]], attention_mask: Any
     ) -> None:
-        super().__init__(geometry, markers, past)
+        super().__init__(geometry, markers, past, attention_mask)
         lengths = tf.reduce_sum(attention_mask, axis=1)
         self.lengths = lengths
         self.last_index = tf.cast(lengths - 1, tf.int32)

@@ -23,7 +23,9 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Print one line, with the seconds since the start."""
-        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False)
+        # A path may hold what the terminal's encoding has no form for; that is no reason to end a build.
+        text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
+        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, emoji=False)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -34,7 +36,6 @@ class Reporter:
         columns = [
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(),
         ]
@@ -45,21 +46,26 @@ class Reporter:
                 if "validation" in event:
                     self.line(_validation(event))
                     return
-                detail = f"loss {event['loss']:.3f}  {event['tokens_per_second']:,.0f} tokens/s"
+                detail = f"step {event['step']:,}/{event['steps']:,}  loss {event['loss']:.3f}"
+                detail += f"  {event['tokens_per_second']:,.0f} tokens/s"
                 bar.update(task, total=event["steps"], completed=event["step"], detail=detail)
 
             yield notify
 
     def _line_notifier(self) -> Callable[[dict[str, Any]], None]:
-        last = time.monotonic()
+        last, last_step = time.monotonic(), -1
 
         def notify(event: dict[str, Any]) -> None:
-            nonlocal last
+            nonlocal last, last_step
             if "validation" in event:
                 self.line(_validation(event))
-            elif time.monotonic() - last >= _LINE_INTERVAL:
-                last = time.monotonic()
-                left = (event["steps"] - event["step"]) * event["seconds_per_step"]
+                return
+            if last_step < 0:
+                last_step = event["step"] - 1  # A resumed run does not start at 0.
+            seconds = time.monotonic() - last
+            if seconds >= _LINE_INTERVAL:
+                left = (event["steps"] - event["step"]) * seconds / (event["step"] - last_step)
+                last, last_step = time.monotonic(), event["step"]
                 self.line(
                     f"training: step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.3f}, "
                     f"{event['tokens_per_second']:,.0f} tokens/s, about {left:.0f} s left"

@@ -36,7 +36,7 @@ class TokenizerRecipe:
     """The byte-level BPE trained on the corpus; a base checkpoint brings its own instead."""
 
     vocab_size: int = _key(
-        4096, "Entries of the vocabulary, the 256 bytes and the end token included.", low=257, high=1_000_000
+        2048, "Entries of the vocabulary, the 256 bytes and the end token included.", low=257, high=1_000_000
     )
     min_frequency: int = _key(2, "A pair is merged only if it occurs at least this often.", low=1)
 
@@ -47,10 +47,13 @@ class ModelRecipe:
 
     base: str = _key("", "Folder or hub name of a GPT-2 checkpoint to fine-tune; empty trains from scratch.")
     preset: str = _key("", "Named geometry (see builder/presets.py); empty takes the four fields below.")
-    n_positions: int = _key(256, "Context length, in tokens.", low=8, high=65_536)
-    n_embd: int = _key(256, "Width of the residual stream.", low=8, high=16_384)
+    vocab_size: int = _key(
+        0, "Rows of the token embedding, from scratch; 0 takes the tokenizer's, more pads it.", low=0, high=10_000_000
+    )
+    n_positions: int = _key(128, "Context length, in tokens.", low=8, high=65_536)
+    n_embd: int = _key(192, "Width of the residual stream.", low=8, high=16_384)
     n_layer: int = _key(4, "Transformer blocks.", low=1, high=256)
-    n_head: int = _key(4, "Attention heads; must divide n_embd.", low=1, high=256)
+    n_head: int = _key(6, "Attention heads; must divide n_embd.", low=1, high=256)
     embd_pdrop: float = _key(0.0, "Dropout after the embeddings.", low=0.0, high=0.9)
     attn_pdrop: float = _key(0.0, "Dropout on attention probabilities.", low=0.0, high=0.9)
     resid_pdrop: float = _key(0.0, "Dropout on each block's two outputs.", low=0.0, high=0.9)
@@ -60,20 +63,30 @@ class ModelRecipe:
 class TrainingRecipe:
     """How the weights are fitted."""
 
-    epochs: float = _key(3.0, "Passes over the training tokens; fractions allowed.", low=0.001, high=10_000)
+    epochs: float = _key(
+        4.0, "Passes over the training tokens; fractions allowed, 0 exports as it is.", low=0.0, high=10_000
+    )
     batch_size: int = _key(16, "Rows a step.", low=1, high=65_536)
     sequence_length: int = _key(128, "Tokens a row; at most n_positions.", low=8, high=65_536)
-    learning_rate: float = _key(2e-3, "Peak learning rate of AdamW; 5e-5 is usual for fine-tuning.", low=0.0, high=1.0)
+    optimizer: str = _key(
+        "muon",
+        "muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all, as is usual for fine-tuning.",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = _key(
+        1e-2, "Peak learning rate; for fine-tuning with adamw 5e-5 is usual.", low=0.0, high=1.0
+    )
+    adam_rate_ratio: float = _key(
+        1.5, "With muon, AdamW's rate for embeddings, biases and norms over learning_rate.", low=0.0, high=100.0
+    )
     warmup_fraction: float = _key(0.05, "Share of the steps over which the rate rises from 0.", low=0.0, high=1.0)
     final_learning_rate_fraction: float = _key(0.05, "The cosine ends at this share of the peak.", low=0.0, high=1.0)
-    weight_decay: float = _key(
-        0.1, "AdamW decay of matrices; biases, norms and embeddings have none.", low=0.0, high=10.0
-    )
+    weight_decay: float = _key(0.25, "Decay of matrices; biases, norms and embeddings have none.", low=0.0, high=10.0)
     adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
     adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
     max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
     validations: int = _key(4, "Validations, and checkpoints, spread evenly over the run.", low=1, high=1000)
-    jit_compile: bool = _key(False, "Compile the training step with XLA.")
+    jit_compile: bool = _key(True, "Compile the training step with XLA.")
 
 
 @dataclass(frozen=True)

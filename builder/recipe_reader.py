@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from builder.presets import resolve_preset
-from builder.recipe import Recipe
+from builder.recipe import ModelRecipe, Recipe
 from serving.errors import InputError
 from serving.suggest import did_you_mean
 
+_LIMIT = 2**63
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -27,15 +31,18 @@ def read_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     if path is not None:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
         except (IsADirectoryError, UnicodeDecodeError):
             raise InputError(f"recipe {path}: not a text file; name a .toml file") from None
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # The parser's own error is one, and so is that of a number of 5,000 digits.
             raise InputError(f"recipe {path}: not valid TOML: {error}") from None
+        except RecursionError:
+            raise InputError(f"recipe {path}: not valid TOML: nested too deep") from None
     for override in overrides:
         _apply_override(table, override)
     recipe: Recipe = _build(Recipe, table, prefix="")
+    _check_model_keys(table.get("model", {}), recipe.model)
     recipe = dataclasses.replace(recipe, model=resolve_preset(recipe.model))
     _check_consistency(recipe)
     return recipe
@@ -58,7 +65,7 @@ def _parse_value(text: str) -> Any:
     """A TOML value, or the bare text where it is none (so that strings need no quotes)."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -81,24 +88,42 @@ def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
 
 
 def _checked(where: str, kind: Any, value: Any, metadata: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and not -_LIMIT <= value < _LIMIT:
+        raise InputError(f"recipe key {where!r} is too large a number; it must fit in 64 bits")
+    if kind is float and type(value) is int:
         value = float(value)
     if kind == tuple[str, ...]:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise InputError(f"recipe key {where!r} takes a list of strings, not {value!r}")
+            raise InputError(f"recipe key {where!r} takes a list of strings, not {reprlib.repr(value)}")
+        if any("\0" in item for item in items):
+            raise InputError(f"recipe key {where!r} holds a null character, which no path may")
         return tuple(items)
     if type(value) is not kind:
-        raise InputError(f"recipe key {where!r} takes a {kind.__name__}, not {value!r}")
+        raise InputError(f"recipe key {where!r} takes {_WORDS[kind]}, not {reprlib.repr(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"recipe key {where!r} holds a null character; take it out")
     low, high, choices = metadata.get("low"), metadata.get("high"), metadata.get("choices")
-    if isinstance(value, float) and value != value:
-        raise InputError(f"recipe key {where!r} must be a number, not nan")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"recipe key {where!r} must be a finite number, not {value}")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
         raise InputError(f"recipe key {where!r} is {value!r}; it must be {bounds}")
     if choices and value not in choices:
         raise InputError(f"recipe key {where!r} is {value!r}{did_you_mean(str(value), choices)}")
     return value
+
+
+def _check_model_keys(given: dict[str, Any], model: ModelRecipe) -> None:
+    """Refuse sizes that something else in the recipe decides, since they would be passed over in silence."""
+    decides = "base" if model.base else "preset" if model.preset else None
+    keys = ("n_layer", "n_embd", "n_head", "n_positions") + (("preset", "vocab_size") if decides == "base" else ())
+    sizes = [key for key in keys if given.get(key, "") not in ("", 0)]
+    if decides and sizes:
+        raise InputError(
+            f"recipe key 'model.{decides}' is {getattr(model, decides)!r}, which decides model.{sizes[0]} too; "
+            "give one of the two"
+        )
 
 
 def _check_consistency(recipe: Recipe) -> None:

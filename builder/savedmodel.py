@@ -37,7 +37,8 @@ class Servable(tf.Module):  # type: ignore[misc]
 
     def __init__(self, model: GPT2) -> None:
         super().__init__(name="gpt2")
-        self._model = model
+        # The method and not the model, which would be tracked and its weights stored a second time.
+        self._forward = model.__call__
         # TensorFlow's own variables: it restores Keras's wrappers of them only in Python, not through a Session.
         self.weights = [variable.value for variable in model.trainable_variables]
         self.geometry = model.geometry
@@ -85,6 +86,9 @@ class Servable(tf.Module):  # type: ignore[misc]
         geometry = self.geometry
         checks = [
             *self._check_prompt(token_ids, lengths),
+            *_check_rows(
+                token_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            ),
             tf.debugging.assert_greater_equal(max_new_tokens, 1, "max_new_tokens must be at least 1"),
             _assert_all(
                 tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"
@@ -92,8 +96,9 @@ class Servable(tf.Module):  # type: ignore[misc]
             tf.debugging.assert_greater_equal(top_k, 0, "top_k must be 0 (off) or more"),
             _assert_all((top_p > 0) & (top_p <= 1), "top_p must be above 0 and at most 1"),
         ]
-        with tf.control_dependencies(checks):
-            lengths = tf.identity(lengths)
+        token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed = _after(
+            checks, token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed
+        )
         budget = tf.minimum(max_new_tokens, geometry.n_positions - lengths)
         steps = tf.maximum(tf.reduce_max(budget), 0)
         end = tf.constant(geometry.eos_token_id, tf.int32)
@@ -111,7 +116,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         def body(step: Any, logits: Any, active: Any, made: Any, output: Any, recent: Cache) -> Any:
             token = tf.where(active, pick(logits, step), end)
-            output = output.write(step, token)
+            output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
             made += tf.cast(active, tf.int32)
             active = active & (token != end) & (made < budget)
 
@@ -132,12 +137,11 @@ class Servable(tf.Module):  # type: ignore[misc]
             logits,
             budget > 0,
             tf.zeros([batch], tf.int32),
-            tf.TensorArray(tf.int32, size=0, dynamic_size=True, element_shape=[None]),
+            tf.fill([steps, batch], end),
             [(block, block) for _ in range(geometry.n_layer)],
         )
-        _, _, _, made, output, _ = tf.while_loop(unfinished, body, state)
-        ids = tf.transpose(tf.reshape(output.stack(), [-1, batch]))
-        return {"token_ids": ids, "lengths": made}
+        longest, _, _, made, output, _ = tf.while_loop(unfinished, body, state)
+        return {"token_ids": tf.transpose(output[:longest]), "lengths": made}
 
     def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:
         """Run a prompt; return `logits` [batch, vocab_size] after each row's last token, and the cache.
@@ -147,6 +151,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         """
         checks = [
             *self._check_prompt(token_ids, lengths),
+            *_check_rows(token_ids, capacity=capacity),
             tf.debugging.assert_greater_equal(
                 tf.reduce_max(capacity), tf.shape(token_ids)[1], "capacity must hold the padded prompt"
             ),
@@ -154,8 +159,8 @@ class Servable(tf.Module):  # type: ignore[misc]
                 capacity, self.geometry.n_positions, f"capacity must be at most {self.geometry.n_positions}"
             ),
         ]
-        with tf.control_dependencies(checks):
-            kernels = PromptKernels(self.geometry, tf.identity(lengths), last=True)
+        token_ids, lengths, capacity = _after(checks, token_ids, lengths, capacity)
+        kernels = PromptKernels(self.geometry, lengths, last=True)
         logits = self._run(token_ids, None, kernels)
         room = tf.reduce_max(capacity) - tf.shape(token_ids)[1]
         padded = [tf.pad(tensor, [[0, 0], [0, 0], [0, room], [0, 0]]) for pair in kernels.present for tensor in pair]
@@ -170,13 +175,13 @@ class Servable(tf.Module):  # type: ignore[misc]
         capacity = tf.shape(cache[names[0]])[2]
         checks = [
             self._check_ids(token_ids),
+            *_check_rows(token_ids, lengths=lengths, **{names[0]: cache[names[0]]}),
             tf.debugging.assert_non_negative(lengths, "lengths must be 0 or more"),
             tf.debugging.assert_less(lengths, capacity, "the cache is full; prefill with a larger capacity"),
             tf.debugging.assert_less(lengths, self.geometry.n_positions, "the context is full"),
         ]
-        with tf.control_dependencies(checks):
-            lengths = tf.identity(lengths)
-        pairs = [(cache[key], cache[value]) for key, value in zip(names[::2], names[1::2], strict=True)]
+        token_ids, lengths, *tensors = _after(checks, token_ids, lengths, *[cache[name] for name in names])
+        pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
         kernels = StepKernels(self.geometry, lengths, pairs)
         logits = self._run(token_ids[:, None], lengths[:, None], kernels)
         present = [tensor for pair in kernels.present for tensor in pair]
@@ -187,8 +192,8 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         Returns `log_probs` [batch, sequence] float32, 0 for a row's first token and for padding, and `total` [batch].
         """
-        with tf.control_dependencies(self._check_prompt(token_ids, lengths)):
-            kernels = PromptKernels(self.geometry, tf.identity(lengths), last=False)
+        token_ids, lengths = _after(self._check_prompt(token_ids, lengths), token_ids, lengths)
+        kernels = PromptKernels(self.geometry, lengths, last=False)
         logits = self._run(token_ids, None, kernels)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(token_ids[:, 1:], logits[:, :-1])
         inside = tf.range(1, tf.shape(token_ids)[1])[None, :] < lengths[:, None]
@@ -198,7 +203,7 @@ class Servable(tf.Module):  # type: ignore[misc]
     def _run(self, token_ids: Any, position_ids: Any, kernels: Any) -> Any:
         if position_ids is None:
             position_ids = tf.broadcast_to(tf.range(tf.shape(token_ids)[1])[None, :], tf.shape(token_ids))
-        return self._model(token_ids, position_ids=position_ids, kernels=kernels)
+        return self._forward(token_ids, position_ids=position_ids, kernels=kernels)
 
     def _check_ids(self, token_ids: Any) -> Any:
         return _assert_all(
@@ -212,10 +217,25 @@ class Servable(tf.Module):  # type: ignore[misc]
         return [
             self._check_ids(token_ids),
             tf.debugging.assert_less_equal(width, limit, f"the prompt is longer than the context of {limit} tokens"),
-            tf.debugging.assert_equal(tf.shape(lengths)[0], tf.shape(token_ids)[0], "one length for each row"),
+            *_check_rows(token_ids, lengths=lengths),
             tf.debugging.assert_greater_equal(lengths, 1, "lengths must be at least 1: a prompt may not be empty"),
             tf.debugging.assert_less_equal(lengths, width, "lengths must not pass the end of token_ids"),
         ]
+
+
+def _check_rows(token_ids: Any, **tensors: Any) -> list[Any]:
+    """Check that each tensor has as many rows as `token_ids`; one row would be spread over all of them unasked."""
+    rows = tf.shape(token_ids)[0]
+    return [
+        tf.debugging.assert_equal(tf.shape(tensor)[0], rows, f"{name} must have one value for each row of token_ids")
+        for name, tensor in tensors.items()
+    ]
+
+
+def _after(checks: list[Any], *tensors: Any) -> list[Any]:
+    """The tensors, but not before the checks have passed: else an op that fails on them may be heard first."""
+    with tf.control_dependencies(checks):
+        return [tf.identity(tensor) for tensor in tensors]
 
 
 def _assert_all(condition: Any, message: str) -> Any:

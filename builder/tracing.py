@@ -7,7 +7,7 @@ seconds at any size. Afterwards each such input becomes an initializer that poin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,7 @@ import tf2onnx
 from builder.frameworks import tf
 from builder.gpt2 import GPT2, named_variables
 from builder.onnx_kernels import OnnxKernels
-from builder.onnx_markers import MICROSOFT, MarkerTable
-from serving.bundle import Geometry
+from builder.onnx_markers import MarkerTable
 
 OPSET = 18
 # It warns of every marker's output that it does not know the shape of it; the markers' shapes are set by hand.
@@ -40,7 +39,7 @@ def cache_names(kind: str, n_layer: int) -> list[str]:
 
 def trace(
     model: GPT2,
-    make_kernels: Callable[[Geometry, MarkerTable, list[tuple[Any, Any]], Any], OnnxKernels],
+    make_kernels: type[OnnxKernels],
     logits_shape: Sequence[str | int],
     past_axis: str,
     present_axis: str,
@@ -81,8 +80,10 @@ def trace(
         input_signature=signature,
         opset=OPSET,
         custom_op_handlers=markers.handlers(),
-        extra_opset=[onnx.helper.make_opsetid(MICROSOFT, 1)],
+        # Named only where it is meant: given the choice, tf2onnx takes Microsoft's Range before the standard one.
+        extra_opset=[onnx.helper.make_opsetid(domain, 1) for domain in make_kernels.domains],
     )
+    _drop_unused_domains(converted)
     axes: dict[str, list[str | int]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
@@ -99,6 +100,14 @@ def trace(
         if value.name in axes:
             _set_shape(value, axes[value.name])
     return TracedGraph(converted, tuple(name for name, _ in named))
+
+
+def _drop_unused_domains(model: onnx.ModelProto) -> None:
+    """Leave only the operator sets that a node is of; a runtime may refuse a graph over one that it does not have."""
+    used = {node.domain for node in model.graph.node}
+    for entry in list(model.opset_import):
+        if entry.domain not in used:
+            model.opset_import.remove(entry)
 
 
 def _rename(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

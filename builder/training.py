@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from builder.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -47,7 +46,12 @@ class LanguageModel(GPT2):
 
 
 def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:
-    """Return (steps in all, steps between validations); the first is rounded up to a multiple of the second."""
+    """Return (steps in all, steps between validations); the first is rounded up to a multiple of the second.
+
+    No epochs are no steps.
+    """
+    if recipe.epochs == 0:
+        return 0, 1
     steps = training_steps(
         tokens, sequence_length=recipe.sequence_length, batch_size=recipe.batch_size, epochs=recipe.epochs
     )
@@ -56,7 +60,11 @@ def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:
 
 
 def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
-    """AdamW with linear warm-up and cosine decay; biases, norms and embeddings are not decayed."""
+    """Muon or AdamW with linear warm-up and cosine decay; biases, norms and embeddings are not decayed.
+
+    Muon (Jordan et al., 2024) orthogonalises the momentum of each block's matrices; scaled as by Liu et al. (2025,
+    arXiv:2502.16982), one rate means updates of AdamW's size. AdamW fits what is no matrix, and the embeddings.
+    """
     warmup = min(steps - 1, round(steps * recipe.warmup_fraction))
     rate: Any = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup else recipe.learning_rate,
@@ -65,13 +73,18 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
         warmup_target=recipe.learning_rate if warmup else None,
         warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.AdamW(
-        rate,
-        weight_decay=recipe.weight_decay,
-        beta_1=recipe.adam_beta1,
-        beta_2=recipe.adam_beta2,
-        global_clipnorm=recipe.max_grad_norm,
-    )
+    shared = {"weight_decay": recipe.weight_decay, "global_clipnorm": recipe.max_grad_norm}
+    if recipe.optimizer == "muon":
+        optimizer = keras.optimizers.Muon(
+            rate,
+            adam_lr_ratio=recipe.adam_rate_ratio,
+            adam_beta_1=recipe.adam_beta1,
+            adam_beta_2=recipe.adam_beta2,
+            adam_weight_decay=None,
+            **shared,
+        )
+    else:
+        optimizer = keras.optimizers.AdamW(rate, beta_1=recipe.adam_beta1, beta_2=recipe.adam_beta2, **shared)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "embeddings"])
     return optimizer
 
@@ -140,6 +153,10 @@ def fit(
     and one with the key "validation" after every validation. Raises TrainingError when the loss is not a number.
     """
     steps, interval = plan_steps(recipe, len(train))
+    if steps == 0:
+        row = {"step": 0, **evaluate(model, validation, recipe.sequence_length, recipe.batch_size)}
+        notify({"step": 0, "steps": 0, "validation": row})
+        return [row]
     optimizer = make_optimizer(recipe, steps)
     optimizer.build(model.trainable_variables)
     start = load_checkpoint(folder, model, optimizer, run_id) or Progress(0, [])
@@ -160,21 +177,25 @@ def fit(
         epochs=steps // interval,
         steps_per_epoch=interval,
         callbacks=[watch],
+        shuffle=False,
         verbose=0,
     )
     return watch.history
 
 
-def evaluate(model: LanguageModel, tokens: NDArray[Any], *, sequence_length: int, batch_size: int) -> dict[str, float]:
-    """Return loss (nats a token), perplexity and token accuracy over every token of the stream but the first."""
-    loss, hits, count = 0.0, 0.0, 0.0
-    forward = tf.function(lambda ids: model(ids), autograph=False)
-    for inputs, targets, weights in validation_dataset(
-        tokens, sequence_length=sequence_length, batch_size=batch_size
-    ).as_numpy_iterator():
-        logits = forward(inputs)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits).numpy()
-        loss += float(np.sum(losses * weights, dtype=np.float64))
-        hits += float(np.sum((np.argmax(logits.numpy(), -1) == targets) * weights, dtype=np.float64))
-        count += float(np.sum(weights, dtype=np.float64))
-    return {"loss": loss / count, "perplexity": math.exp(loss / count), "accuracy": hits / count}
+def evaluate(
+    model: LanguageModel, tokens: NDArray[Any], sequence_length: int, batch_size: int
+) -> dict[str, float | None]:
+    """A history row for weights as they are: nats, perplexity and accuracy a token over `tokens` but the first."""
+    model.compile(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")], jit_compile=False)
+    dataset = validation_dataset(tokens, sequence_length=sequence_length, batch_size=batch_size)
+    logs = model.evaluate(dataset, return_dict=True, verbose=0)
+    perplexity = float(logs["perplexity"])
+    return {
+        "train_loss": None,
+        "validation_loss": math.log(perplexity),
+        "validation_perplexity": perplexity,
+        "validation_accuracy": float(logs["accuracy"]),
+        "learning_rate": 0.0,
+        "tokens_per_second": 0.0,
+    }

@@ -137,14 +137,18 @@ def _read_golden(bundle: Bundle) -> dict[str, Any]:
     path = bundle.path(GOLDEN)
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
-        prompts, vocab_size = golden["prompts"], bundle.manifest.model.vocab_size
-        ids = np.concatenate([np.array(prompt, np.int64) for prompt in [*prompts, golden["text"]]])
-        longest = max(map(len, prompts)) + golden["new_tokens"]
-        fits = min(map(len, prompts)) >= 1 and golden["new_tokens"] >= 1 and len(golden["text"]) >= 2
-        if not fits or longest > bundle.manifest.model.n_positions or ids.min() < 0 or ids.max() >= vocab_size:
+        prompts, text, new_tokens = golden["prompts"], golden["text"], golden["new_tokens"]
+        longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+        ids = [token for tokens in [*prompts, text] for token in tokens]
+        vocab_size, n_positions = bundle.manifest.model.vocab_size, bundle.manifest.model.n_positions
+        if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            raise ValueError("its tokens are not all of the vocabulary")
+        if type(new_tokens) is not int or shortest < 1 or new_tokens < 1 or longest + new_tokens > n_positions:
             raise ValueError("its prompts do not fit the model")
-        for key in ("max_abs", "perplexity_relative"):
-            float(golden["tolerances"][key])
+        if len(text) < 2:
+            raise ValueError("its text is too short")
+        if not all(0 <= golden["tolerances"][key] < math.inf for key in ("max_abs", "perplexity_relative")):
+            raise ValueError("its tolerances are not finite")
     except (ValueError, TypeError, KeyError) as error:
         raise BundleError(f"{path}: not a golden record ({type(error).__name__}: {error}); build it again") from None
     result: dict[str, Any] = golden
@@ -181,13 +185,19 @@ def _equal_tokens(
         answers = generate(texts, candidates.shape[1])
         for row, answer in zip(rows, answers, strict=True):
             wanted = candidates[row, done[row] :].tolist()
-            answer = answer[: len(wanted)]
-            if end in wanted[: len(answer)]:
-                answer = answer[: wanted.index(end) + 1]
+            if end in wanted:
+                wanted = wanted[: wanted.index(end) + 1]
+            else:
+                answer = answer[: len(wanted)]
+            if answer == wanted:
+                equal += len(wanted)
+                done[row] += len(wanted)
+                continue
             matching = sum(mine == theirs for mine, theirs in zip(answer, wanted, strict=False))
-            equal += matching
+            # One that did not stop at the end token has not chosen it.
+            equal += min(matching, len(wanted) - 1)
             # One that went astray ends its row here: what comes after is not a continuation of the same text.
-            done[row] += len(answer) if answer and matching == len(answer) else candidates.shape[1]
+            done[row] = candidates.shape[1]
     return equal
 
 

@@ -1,14 +1,15 @@
 """One weight file for every consumer: Hugging Face's model.safetensors is also the ONNX graphs' external data.
 
 A safetensors file is a JSON header followed by raw little-endian tensors, and an ONNX initializer may point at any
-offset of a file. So the graphs refer into the very bytes that `transformers` loads; the file is hard-linked into each
-graph's folder, and nothing is stored twice or passed through protobuf.
+offset of a file. So the graphs refer into the very bytes that `transformers` loads, and nothing passes through
+protobuf. Each graph's folder has its own copy of the file, which takes no room where the file system shares blocks:
+onnx refuses to load external data that lies outside of the graph's folder, or that has more than one hard link.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
@@ -21,6 +22,7 @@ from builder.gpt2 import GPT2, named_variables
 from builder.tracing import TracedGraph
 
 EXTERNAL_DATA = "model.onnx_data"
+_FICLONE = 0x40049409  # linux/fs.h; other systems refuse it, and the bytes are copied.
 
 
 def write_safetensors(model: GPT2, path: Path) -> None:
@@ -44,16 +46,19 @@ def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
     return ranges
 
 
-def link_or_copy(source: Path, destination: Path) -> None:
-    """Hard-link a file, or copy it where the file system cannot."""
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)
+def clone_or_copy(source: Path, destination: Path) -> None:
+    """Copy a file's bytes to a new file at `destination`, sharing its blocks where the file system can."""
+    # Never written through: what is there may be another bundle's file under a second name.
+    destination.unlink(missing_ok=True)
+    with source.open("rb") as reader, destination.open("xb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+        except OSError:
+            shutil.copyfileobj(reader, writer, 2**20)
 
 
 def write_graph(traced: TracedGraph, weights: Path, path: Path) -> None:
-    """Write `traced` to `path` with its weights as initializers that point into `weights`, linked beside it."""
+    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` beside it."""
     graph = onnx.ModelProto()
     graph.CopyFrom(traced.model)
     ranges = tensor_ranges(weights)
@@ -75,5 +80,5 @@ def write_graph(traced: TracedGraph, weights: Path, path: Path) -> None:
     del graph.graph.input[:]
     graph.graph.input.extend(kept)
     path.parent.mkdir(parents=True, exist_ok=True)
-    link_or_copy(weights, path.parent / EXTERNAL_DATA)
+    clone_or_copy(weights, path.parent / EXTERNAL_DATA)
     path.write_bytes(graph.SerializeToString())

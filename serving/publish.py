@@ -48,6 +48,15 @@ def publish(staged: Path, destination: Path) -> Path:
     return final
 
 
+def check_destination(destination: Path) -> None:
+    """Raise now for what `publish` to `destination` would raise in the end: InputError, or OSError for its folder."""
+    final = Path(os.path.realpath(destination))
+    _refuse_to_destroy(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(final.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final.parent))
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in `folder` to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -57,7 +57,8 @@ class OnnxBackend:
                 str(bundle.path(graph.path)), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's errors share no narrower base.
-            raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {graph.path}: {error}") from None
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {graph.path}: {reason}") from None
 
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
         """See `Backend.prefill`."""

@@ -37,7 +37,8 @@ class TensorFlowBackend:
             # Kept whole: signatures do not keep the variables that they read alive.
             self.loaded = tf.saved_model.load(str(folder))
         except Exception as error:  # Its errors share no narrower base.
-            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {folder.name}: {error}") from None
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {folder.name}: {reason}") from None
         self._prefill = self.loaded.signatures["prefill"]
         self._decode = self.loaded.signatures["decode"]
 

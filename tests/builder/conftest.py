@@ -1,0 +1,36 @@
+"""Graphs of the fixture models, traced and loaded once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.builder.savedmodel_calls import Call, loaded_call, session_call
+from tests.oracles.fixtures import FOLDER, keras_model
+from tests.oracles.tiny_bundle import trace_optimised, trace_portable
+
+
+@pytest.fixture(scope="session")
+def graph_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function from a fixture's name and "portable" or "optimised" to the written graph."""
+    from builder.weights import write_graph
+
+    folder = tmp_path_factory.mktemp("graphs")
+
+    def path(name: str, kind: str) -> Path:
+        target = folder / name / kind / "model.onnx"
+        if not target.exists():
+            traced = {"portable": trace_portable, "optimised": trace_optimised}[kind](keras_model(name))
+            write_graph(traced, FOLDER / name / "model.safetensors", target)
+        return target
+
+    return path
+
+
+@pytest.fixture(scope="session", params=[session_call, loaded_call])
+def call(request: pytest.FixtureRequest, real_bundle: Path) -> Call:
+    """The bundle's SavedModel, in each of the ways to run it."""
+    run: Call = request.param(str(real_bundle / "savedmodel/1"))
+    return run

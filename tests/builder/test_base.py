@@ -1,0 +1,256 @@
+"""Base checkpoints: what is read, and one sentence for everything that cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from builder.base import geometry_of, load_weights, read_geometry, resolve_base
+from builder.gpt2 import GPT2, named_variables
+from builder.recipe import ModelRecipe
+from serving.bundle import Geometry
+from serving.errors import InputError
+from tests.oracles.fixtures import FOLDER, keras_model, max_difference, read_cases
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FOLDER / "bytes", tmp_path / "base"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change keys of config.json; `...` deletes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_weights(GPT2.create(read_geometry(FOLDER / "bytes")), folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def config_refused(folder: Path, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_geometry(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_geometry_is_read(checkpoint: Path) -> None:
+    wanted = Geometry(257, 48, 24, 2, 3, 96, 1e-5, "gelu_new", 256, 256)
+    assert read_geometry(checkpoint) == wanted
+    change_config(checkpoint, n_positions=..., n_ctx=48, n_inner=None, bos_token_id=None, eos_token_id=...)
+    assert read_geometry(checkpoint) == wanted
+    change_config(checkpoint, bos_token_id=0, eos_token_id=7, n_inner=10, layer_norm_epsilon=1e-3)
+    assert read_geometry(checkpoint) == Geometry(257, 48, 24, 2, 3, 10, 1e-3, "gelu_new", 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; only 'gpt2' can be read"),
+        ({"model_type": ...}, "model_type is None"),
+        ({"n_embd": ...}, "not a GPT-2 configuration"),
+        ({"n_layer": "two"}, "not a GPT-2 configuration"),
+        ({"eos_token_id": [256]}, "not a GPT-2 configuration"),
+        ({"n_layer": 0}, "n_layer is 0; it must be at least 1"),
+        ({"n_head": -3}, "n_head is -3; it must be at least 1"),
+        ({"n_head": 5}, "n_head 5 does not divide n_embd 24"),
+        ({"eos_token_id": 257}, "eos_token_id is 257, outside of the vocabulary of 257"),
+        ({"bos_token_id": -1}, "bos_token_id is -1, outside of the vocabulary of 257"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; only 'gelu_new' can be built"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False; only True"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; only False"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; only True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True; only False"),
+    ],
+)
+def test_other_models_are_refused_by_name(checkpoint: Path, changes: dict[str, Any], message: str) -> None:
+    change_config(checkpoint, **changes)
+    config_refused(checkpoint, message)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
+def test_a_broken_config_is_refused(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "config.json").write_bytes(content)
+    config_refused(checkpoint, "not a GPT-2 configuration")
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    config_refused(tmp_path, "no config.json here; name the folder of a whole GPT-2 checkpoint")
+
+
+def test_weights_are_loaded_with_and_without_prefix(checkpoint: Path) -> None:
+    stored = load_file(checkpoint / "model.safetensors")
+    # OpenAI's upload: no prefix, and the causal masks beside the weights.
+    plain = {key.removeprefix("transformer."): value for key, value in stored.items()}
+    save_file(plain | {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, checkpoint / "model.safetensors")
+    model = GPT2.create(read_geometry(checkpoint))
+    load_weights(model, checkpoint)
+    for name, variable in named_variables(model):
+        np.testing.assert_array_equal(variable.numpy(), stored[name], err_msg=name)
+
+
+def test_half_precision_weights_become_float32(checkpoint: Path) -> None:
+    stored = load_file(checkpoint / "model.safetensors")
+    save_file({key: value.astype(np.float16) for key, value in stored.items()}, checkpoint / "model.safetensors")
+    model = GPT2.create(read_geometry(checkpoint))
+    load_weights(model, checkpoint)
+    assert {variable.dtype for _, variable in named_variables(model)} == {"float32"}
+    case = read_cases("bytes")["full"]
+    assert 0 < max_difference(model(case.ids), case.logits) < 0.1
+
+
+def shard(folder: Path) -> list[str]:
+    """Split the checkpoint into two files and an index."""
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    places = {key: names[index % 2] for index, key in enumerate(stored)}
+    for name in names:
+        save_file({key: value for key, value in stored.items() if places[key] == name}, folder / name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return names
+
+
+def test_shards_are_loaded(checkpoint: Path) -> None:
+    shard(checkpoint)
+    model = GPT2.create(read_geometry(checkpoint))
+    load_weights(model, checkpoint)
+    case = read_cases("bytes")["full"]
+    np.testing.assert_array_equal(model(case.ids).numpy(), keras_model("bytes")(case.ids).numpy())
+
+
+def test_a_missing_shard_is_refused(checkpoint: Path) -> None:
+    _, second = shard(checkpoint)
+    (checkpoint / second).unlink()
+    refused(checkpoint, f"'{second}' is named by the index but is not there; fetch it again")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}'])
+def test_a_broken_index_is_refused(checkpoint: Path, content: str) -> None:
+    shard(checkpoint)
+    (checkpoint / INDEX).write_text(content)
+    refused(checkpoint, "not a safetensors index; fetch it again")
+
+
+@pytest.mark.parametrize("name", ["../base.safetensors", "a/b.safetensors", "/etc/hostname", "..", 7])
+def test_an_index_may_not_leave_the_folder(checkpoint: Path, name: Any) -> None:
+    shutil.copyfile(checkpoint / "model.safetensors", checkpoint.parent / "base.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}))
+    refused(checkpoint, "is named by the index but is not there|not a safetensors index")
+
+
+def test_a_missing_tensor_is_named(checkpoint: Path) -> None:
+    stored = load_file(checkpoint / "model.safetensors")
+    del stored["transformer.h.1.mlp.c_fc.bias"], stored["transformer.ln_f.bias"]
+    save_file(stored, checkpoint / "model.safetensors")
+    refused(checkpoint, r"tensor 'h\.1\.mlp\.c_fc\.bias' is missing \(2 in all\); fetch it again")
+
+
+def test_another_shape_is_named(checkpoint: Path) -> None:
+    stored = load_file(checkpoint / "model.safetensors")
+    stored["transformer.wpe.weight"] = np.zeros((7, 24), np.float32)
+    save_file(stored, checkpoint / "model.safetensors")
+    refused(checkpoint, r"'transformer\.wpe\.weight' has shape \[7, 24\], but config\.json makes it \[48, 24\]")
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100])
+def test_a_broken_file_is_refused(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "model.safetensors").write_bytes(content)
+    refused(checkpoint, "its safetensors file cannot be read .*; fetch it again")
+
+
+def test_a_truncated_file_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(checkpoint, "its safetensors file cannot be read .*; fetch it again")
+
+
+def test_pickled_weights_are_never_opened(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    refused(checkpoint, r"only pickled weights \(\.bin\) here, which are never unpickled; convert them")
+
+
+def test_a_folder_without_weights_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    refused(checkpoint, "no model.safetensors here; name the folder of a whole GPT-2 checkpoint")
+
+
+def test_a_local_folder_is_its_own_base(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[str]) -> None:
+    assert resolve_base(str(checkpoint)) == checkpoint
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    assert resolve_base("~/base") == checkpoint
+    monkeypatch.chdir(checkpoint.parent)
+    assert resolve_base("base") == Path("base")
+    assert no_hub == []
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has nothing; the names it was asked for."""
+    asked: list[str] = []
+
+    def snapshot_download(name: str, **_: Any) -> str:
+        asked.append(name)
+        raise OSError("404 Client Error\nfor url\n")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])
+def test_what_reads_like_a_path_is_not_asked_of_the_hub(name: str, no_hub: list[str]) -> None:
+    with pytest.raises(InputError, match=f"model.base '{name}': no such folder; name a folder with config.json"):
+        resolve_base(name)
+    assert no_hub == []
+
+
+def test_a_file_is_not_a_base(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[str]) -> None:
+    monkeypatch.chdir(checkpoint)
+    with pytest.raises(InputError, match="no such folder"):
+        resolve_base("config.json")
+    assert no_hub == []
+
+
+def test_the_hub_is_asked_for_safetensors_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_base("openai-community/gpt2") == checkpoint
+    (patterns,) = asked.values()
+    assert "config.json" in patterns and "*.safetensors" in patterns
+    assert not any(pattern.endswith((".bin", ".h5", ".pkl", "*")) for pattern in patterns)
+
+
+def test_a_failure_of_the_hub_is_one_line(no_hub: list[str]) -> None:
+    with pytest.raises(InputError, match=r"model.base 'gpt9': .* the hub gave no model of that name \(404 Client"):
+        resolve_base("gpt9")
+    assert no_hub == ["gpt9"]
+
+
+def test_a_recipe_decides_the_geometry(checkpoint: Path) -> None:
+    own = ModelRecipe(n_positions=32, n_embd=48, n_layer=3, n_head=2)
+    assert geometry_of(own, 300, 5) == Geometry(300, 32, 48, 3, 2, 192, 1e-5, "gelu_new", 5, 5)
+    assert geometry_of(ModelRecipe(base=str(checkpoint)), 300, 5) == read_geometry(checkpoint)
+
+
+def test_heads_that_cannot_be_exported_are_refused_before_the_training() -> None:
+    for model in (ModelRecipe(n_embd=60, n_head=5), ModelRecipe(base=str(FOLDER / "odd_heads"))):
+        with pytest.raises(InputError, match=r"makes heads of (12|5); .* takes multiples of 8 only"):
+            geometry_of(model, 300, 5)

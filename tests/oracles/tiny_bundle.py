@@ -1,0 +1,85 @@
+"""A whole bundle of the fixture "bytes": real graphs, real weights, and a byte tokenizer of the same vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from serving.bundle import Geometry, Graph, Manifest, Provenance, TensorSpec, write_manifest
+from tests.closed_form import byte_tokenizer
+from tests.oracles.fixtures import keras_model
+
+
+def trace_portable(model: Any) -> Any:
+    """The portable graph, named as in the bundle."""
+    from builder.onnx_kernels import PortableKernels
+    from builder.tracing import trace
+
+    logits = ["batch_size", "sequence_length", model.geometry.vocab_size]
+    return trace(model, PortableKernels, logits, "past_sequence_length", "total_sequence_length")
+
+
+def trace_optimised(model: Any) -> Any:
+    """The optimised graph, past and present of one length."""
+    from builder.onnx_kernels import OptimisedKernels
+    from builder.tracing import trace
+
+    logits = ["batch_size", 1, model.geometry.vocab_size]
+    return trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
+
+
+def write_real_bundle(folder: Path) -> Manifest:
+    """Export the fixture "bytes" to every graph of a bundle in `folder`."""
+    from builder.savedmodel import Servable
+    from builder.weights import write_graph, write_safetensors
+
+    model = keras_model("bytes")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")
+    write_safetensors(model, folder / "model.safetensors")
+    write_graph(trace_portable(model), folder / "model.safetensors", folder / "onnx/model.onnx")
+    write_graph(trace_optimised(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
+    Servable(model).save(folder / "savedmodel/1")
+    return write_manifest(
+        folder,
+        name="bytes",
+        model=model.geometry,
+        graphs=graphs(model.geometry),
+        provenance=Provenance(recipe={}, corpus_sha256="0" * 64, versions={}, seed=0),
+        quality={},
+        parity={},
+        created="2025-01-31T12:00:00Z",
+    )
+
+
+def graphs(geometry: Geometry) -> dict[str, Graph]:
+    """The bundle's graphs as the manifest describes them."""
+
+    def onnx(path: str, padding: Any, cache: Any, past: str, present: str) -> Graph:
+        ids = TensorSpec("int64", ("batch_size", "sequence_length"))
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": TensorSpec("int64", ("batch_size", "total_sequence_length")),
+            "position_ids": ids,
+        }
+        outputs = {"logits": TensorSpec("float32", ("batch_size", "sequence_length", geometry.vocab_size))}
+        for layer in range(geometry.n_layer):
+            for part in ("key", "value"):
+                sizes = ("batch_size", geometry.n_head)
+                inputs[f"past_key_values.{layer}.{part}"] = TensorSpec("float32", (*sizes, past, geometry.head_dim))
+                outputs[f"present.{layer}.{part}"] = TensorSpec("float32", (*sizes, present, geometry.head_dim))
+        return Graph("onnx", path, "fp32", padding, cache, inputs, outputs)
+
+    def tensorflow(signature: str) -> Graph:
+        tokens = {"token_ids": TensorSpec("int32", ("batch", "length")), "lengths": TensorSpec("int32", ("batch",))}
+        path = "savedmodel/1/saved_model.pb"
+        return Graph("tensorflow", path, "fp32", "right", "static", tokens, tokens, signature=signature)
+
+    return {
+        "onnx/portable": onnx("onnx/model.onnx", "any", "concatenated", "past", "total"),
+        "ort/fp32": onnx("ort/fp32/model.onnx", "right", "shared-buffer", "buffer", "buffer"),
+        "savedmodel/serving_default": tensorflow("serving_default"),
+        "savedmodel/prefill": tensorflow("prefill"),
+        "savedmodel/decode": tensorflow("decode"),
+        "savedmodel/score": tensorflow("score"),
+    }
