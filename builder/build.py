@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.base import resolve_base
 from builder.prepare import prepare
 from builder.progress import Reporter
 from builder.recipe import Recipe
@@ -73,8 +74,13 @@ class Run:
 
 def prepare_stage(run: Run, reporter: Reporter) -> None:
     """Text to tokens."""
-    ran = run_stage(run.prepared, run.prepare_key(), lambda folder: prepare(run.recipe, folder, reporter.line))
-    if not ran:
+
+    def work(folder: Path) -> None:
+        if run.recipe.model.base:
+            resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
+        prepare(run.recipe, folder, reporter.line)
+
+    if not run_stage(run.prepared, run.prepare_key(), work):
         reporter.line("prepare: done already")
 
 

@@ -106,11 +106,7 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.step += 1
         loss = math.log(max(float(logs["perplexity"]), 1e-30))
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is not a number at step {self.step} of {self.steps}; lower training.learning_rate or "
-                f"training.max_grad_norm (the last checkpoint in {self.folder} is kept)"
-            )
+        self._stop_unless_finite(loss)
         self.notify({"step": self.step, "steps": self.steps, "loss": loss, "tokens_per_second": self._speed()})
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -126,9 +122,18 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
             "learning_rate": float(self.model.optimizer.learning_rate),
             "tokens_per_second": self.measured_speed,
         }
+        self._stop_unless_finite(row["validation_loss"])
         self.history.append(row)
         save_checkpoint(self.folder, self.model, self.model.optimizer, self.run_id, Progress(self.step, self.history))
         self.notify({"step": self.step, "steps": self.steps, "validation": row})
+
+    def _stop_unless_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            kept = f" (the checkpoint of step {self.history[-1]['step']} is kept)" if self.history else ""
+            raise TrainingError(
+                f"the loss is not a number at step {self.step} of {self.steps}; lower training.learning_rate or "
+                f"training.max_grad_norm{kept}"
+            )
 
     def _speed(self) -> float:
         seconds = time.monotonic() - self.interval_start

@@ -42,6 +42,13 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module_name), attribute)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # Click itself would print an empty line, even where no terminal has shown "^C".
+            raise click.Abort from None
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -62,9 +69,17 @@ def cli() -> None:
     """Turn text into a GPT-2 bundle for TensorFlow Serving and ONNX Runtime, and prove that both say the same."""
 
 
+def _as_os_error(error: Exception) -> OSError | None:
+    """The file system's refusal that a library has put into an error of its own kind, if that is what `error` is."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number))
+    return None
+
+
 def _os_error_line(error: OSError) -> str:
     """One line for a failure of the file system, with what a person can do about it."""
-    where = f" {error.filename}" if error.filename else ""
+    where = f": {error.filename}" if error.filename else ""
     advice = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.EDQUOT: "free some space or choose another folder",
@@ -73,7 +88,7 @@ def _os_error_line(error: OSError) -> str:
         errno.EROFS: "choose a folder that can be written",
         errno.ENOENT: "check the path",
     }.get(error.errno or 0, "check the path and the disk")
-    return f"{error.strerror or error}:{where} ({advice})"
+    return f"{error.strerror or error}{where} ({advice})"
 
 
 def _fail(line: str, code: int) -> int:
@@ -101,6 +116,8 @@ def run(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # Behind the terminal's "^C".
         return _fail("interrupted; the same command goes on from the last finished stage", 130)
     except GPT2BundleError as error:
         return _fail(str(error), error.exit_code)
@@ -112,7 +129,11 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(_os_error_line(error), 1)
     except MemoryError:
         return _fail("out of memory; use a smaller model, batch or context", 1)
-    except Exception as error:  # A bug of ours: still one line, with the way to a full report.
+    except Exception as error:
+        refusal = _as_os_error(error)
+        if refusal is not None:
+            return _fail(_os_error_line(refusal), 1)
+        # A bug of ours: still one line, with the way to a full report.
         return _fail(
             f"internal error: {type(error).__name__}: {error} (please report it; "
             "GPT2_BUNDLE_TRACEBACK=1 shows where it happened)",
