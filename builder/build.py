@@ -17,7 +17,7 @@ from builder.progress import Reporter
 from builder.recipe import Recipe
 from builder.sources import find_sources
 from builder.train import REPORT, quality, train
-from builder.workspace import clear, is_done, run_stage, stage_key
+from builder.workspace import clear, is_done, refusals_named, run_stage, stage_key
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.errors import BundleError, GPT2BundleError, InputError
@@ -174,7 +174,8 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     # From here on the draft is no longer the export that the stamp speaks of.
     key = run.export_key()
     clear_stamp(run)
-    package(draft, certificate, golden, destination)
+    with refusals_named(destination):
+        package(draft, certificate, golden, destination)
     record = _record(key, destination)
     (run.folder / "published.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     reporter.line(f"published {destination}")

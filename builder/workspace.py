@@ -1,15 +1,18 @@
 """A run's folder: one sub-folder a stage, each stamped when it is whole, so that a killed build goes on where it was.
 
-A stamp holds a key made of everything that decides the stage's output. A stage whose stamp has the same key is not
-run again; any other state of its folder is thrown away, but for what the stage itself keeps to resume from.
+A stamp holds a key made of everything that decides the stage's output, and the sizes of the files that came of it. A
+stage whose stamp has the same key, and whose files have these sizes, is not run again; any other state of its folder
+is thrown away, but for what the stage itself keeps to resume from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,12 +43,14 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_done(folder: Path, key: str) -> bool:
-    """Whether the stage in `folder` was finished with this key."""
+    """Whether the stage in `folder` was finished with this key, and its files still have their sizes."""
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not isinstance(stamp, dict) or stamp.get("key") != key:
+            return False
+        return all((folder / name).stat().st_size == size for name, size in stamp["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
         return False
-    return isinstance(stamp, dict) and stamp.get("key") == key
 
 
 def run_stage(folder: Path, key: str, work: Callable[[Path], None], keep: tuple[str, ...] = ()) -> bool:
@@ -57,11 +62,39 @@ def run_stage(folder: Path, key: str, work: Callable[[Path], None], keep: tuple[
         return False
     clear(folder, keep)
     folder.mkdir(parents=True, exist_ok=True)
-    work(folder)
+    with refusals_named(folder):
+        work(folder)
     partial = folder / (STAMP + ".partial")
-    partial.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    stamp = {"key": key, "files": _sizes(folder, keep)}
+    partial.write_text(json.dumps(stamp) + "\n", encoding="utf-8")
     partial.replace(folder / STAMP)
     return True
+
+
+def _sizes(folder: Path, keep: tuple[str, ...]) -> dict[str, int]:
+    paths = [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in keep and path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
+
+
+@contextlib.contextmanager
+def refusals_named(folder: Path) -> Iterator[None]:
+    """Raise what the file system refuses in the block as OSError with a name, `folder` where there is no better one.
+
+    A full disk comes without a name from a plain write, as a list from a copy, and in errors of their own from
+    safetensors and TensorFlow.
+    """
+    try:
+        yield
+    except GPT2BundleError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(folder)
+            raise
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
 
 
 def clear(folder: Path, keep: tuple[str, ...] = ()) -> None:

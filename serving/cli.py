@@ -69,14 +69,6 @@ def cli() -> None:
     """Turn text into a GPT-2 bundle for TensorFlow Serving and ONNX Runtime, and prove that both say the same."""
 
 
-def _as_os_error(error: Exception) -> OSError | None:
-    """The file system's refusal that a library has put into an error of its own kind, if that is what `error` is."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        if os.strerror(number) in str(error):
-            return OSError(number, os.strerror(number))
-    return None
-
-
 def _os_error_line(error: OSError) -> str:
     """One line for a failure of the file system, with what a person can do about it."""
     where = f": {error.filename}" if error.filename else ""
@@ -129,11 +121,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail(_os_error_line(error), 1)
     except MemoryError:
         return _fail("out of memory; use a smaller model, batch or context", 1)
-    except Exception as error:
-        refusal = _as_os_error(error)
-        if refusal is not None:
-            return _fail(_os_error_line(refusal), 1)
-        # A bug of ours: still one line, with the way to a full report.
+    except Exception as error:  # A bug of ours: still one line, with the way to a full report.
         return _fail(
             f"internal error: {type(error).__name__}: {error} (please report it; "
             "GPT2_BUNDLE_TRACEBACK=1 shows where it happened)",

@@ -25,7 +25,7 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(aside.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:  # Not for Ctrl-C, which has nothing to explain.
             aside.seek(0)
             os.write(kept, aside.read())
             raise

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_build import TinyBuild, write_corpus
+from tests.tiny_build import Fails, TinyBuild, write_corpus
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,34 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
     build = TinyBuild(write_corpus(folder / "corpus.txt"), folder / "runs", folder / "dist")
     assert run(build.build()) == 0
     return build
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> TinyBuild:
+    """A tiny build of which nothing is done."""
+    return TinyBuild(write_corpus(tmp_path / "corpus.txt"), tmp_path / "runs", tmp_path / "dist")
+
+
+@pytest.fixture
+def tiny(built: TinyBuild, tmp_path: Path) -> TinyBuild:
+    """A copy of a build that is prepared, trained and published."""
+    return built.copy(tmp_path)
+
+
+@pytest.fixture
+def fails(capfd: pytest.CaptureFixture[str]) -> Fails:
+    """Run a command that must fail with this exit code and these words; return its one line."""
+    from serving.cli import run
+
+    def check(arguments: list[str], code: int, *words: str) -> str:
+        capfd.readouterr()
+        got = run(arguments)
+        _, err = capfd.readouterr()
+        assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+        assert "Traceback" not in err and "internal error" not in err, err
+        assert got == code, err
+        for word in words:
+            assert word in err, err
+        return err
+
+    return check

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+# Runs a command that must fail with an exit code and some words; gives its one line (see the fixture "fails").
+Fails = Callable[..., str]
 
 SENTENCE = "return the value of a list string number index key when given function module error raises else none"
 SETTINGS = (
@@ -67,3 +71,8 @@ class TinyBuild:
             if source.exists():
                 shutil.copytree(source, target)
         return ours
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,4 +33,4 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
                   "parity": manifest.parity}  # fmt: skip
         click.echo(json.dumps(record))
     else:
-        click.echo(f"try it: gpt2-bundle generate {bundle.folder} 'Return the'")
+        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} 'Return the'")

@@ -138,7 +138,8 @@ def test_an_export_that_was_killed_is_thrown_away_and_made_anew(built: TinyBuild
 @pytest.mark.parametrize(
     "words",
     [
-        "corpus:", "tokenizer:", "tokens:", "model:", "validation at step 2", "validation at step 6", "validation perpl",
+        "corpus:", "tokenizer:", "tokens:", "model:", "validation at step 2", "validation at step 6",
+        "validation perpl",
         "exported ort/fp32", "exported savedmodel", "compared logits", "compared greedy", "compared perplexity",
         "published",
     ],

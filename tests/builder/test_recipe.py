@@ -102,6 +102,7 @@ GEOMETRY = ("n_layer", "n_embd", "n_head", "n_positions")
         ("name=12", ["'name' takes text"]),
         ("corpus.paths=[1]", ["takes a list of strings"]),
         ("corpus.paths=3", ["takes a list of strings"]),
+        ("training.optimizer=moun", ["'training.optimizer' is 'moun'", "did you mean 'muon'"]),
         ("training.batch_size=0", ["must be from 1 to"]),
         ("training.batch_size=65537", ["must be from 1 to 65536"]),
         ("training.adam_beta2=1.0", ["must be from 0.0 to"]),

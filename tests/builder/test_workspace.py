@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.workspace import STAMP, clear, is_done, locked, run_stage, stage_key
+from builder.workspace import STAMP, clear, is_done, locked, refusals_named, run_stage, stage_key
 from serving.errors import GPT2BundleError
 
 
@@ -72,7 +74,9 @@ def test_work_that_fails_leaves_no_stamp_and_is_done_again(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"3", b'{"key": 1}', b'{"kye": "k"}', b"\xff\xfe"], ids=lambda content: repr(content)
+    "content",
+    [b"", b"{", b"[]", b"3", b'{"key": 1}', b'{"kye": "k"}', b'{"key": "k"}', b'{"key": "k", "files": 3}', b"\xff\xfe"],
+    ids=lambda content: repr(content),
 )
 def test_a_broken_stamp_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / STAMP).write_bytes(content)
@@ -120,7 +124,7 @@ def test_a_kill_in_the_middle_leaves_no_stamp_and_no_lock(tmp_path: Path) -> Non
     with locked(run):
         assert run_stage(run / "stage", "k", Work())
     assert not (run / "stage" / "half").exists()
-    assert json.loads((run / "stage" / STAMP).read_text()) == {"key": "k"}
+    assert json.loads((run / "stage" / STAMP).read_text()) == {"key": "k", "files": {"out": 1}}
 
 
 def test_the_lock_goes_with_its_block(tmp_path: Path) -> None:
@@ -131,3 +135,51 @@ def test_the_lock_goes_with_its_block(tmp_path: Path) -> None:
         raise RuntimeError
     with locked(tmp_path / "run"):
         pass
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("raised", "filename"),
+    [
+        (OSError(errno.ENOSPC, FULL), "the/stage"),
+        (OSError(errno.ENOSPC, FULL, "a/file"), "a/file"),
+        (OSError(errno.EACCES, "no"), "the/stage"),
+        (shutil.Error([("a", "b", f"[Errno 28] {FULL}: 'a' -> 'b'")] * 9), "the/stage"),
+        (RuntimeError(f"Error while serializing: I/O error: {FULL} (os error 28)"), "the/stage"),
+    ],
+)
+def test_what_the_file_system_refuses_gets_a_name(raised: Exception, filename: str) -> None:
+    with pytest.raises(OSError) as caught, refusals_named(Path("the/stage")):
+        raise raised
+    assert caught.value.filename == filename and caught.value.errno in (errno.ENOSPC, errno.EACCES)
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    for error in (RuntimeError("broken"), GPT2BundleError(f"{FULL}, said the user"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, refusals_named(Path("the/stage")):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "grown"])
+def test_a_stage_that_lost_a_file_since_is_not_done(tmp_path: Path, damage: str) -> None:
+    def work(folder: Path) -> None:
+        (folder / "kept").mkdir(exist_ok=True)
+        (folder / "kept" / "state").write_text("anything")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "out").write_text("work")
+
+    folder = tmp_path / "stage"
+    run_stage(folder, "k", work, keep=("kept",))
+    (folder / "later").touch()
+    (folder / "kept" / "state").unlink()
+    assert is_done(folder, "k"), "what is kept, and what came later, is not the stage's output"
+    path = folder / "deep" / "out"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text("wor" if damage == "cut" else "worked")
+    assert not is_done(folder, "k")
+    assert run_stage(folder, "k", work, keep=("kept",)) and path.read_text() == "work"

@@ -1,0 +1,37 @@
+"""What decides each stage, and so makes it run again when it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from builder.build import Run
+from builder.recipe_reader import read_recipe
+
+
+def test_the_keys_follow_what_decides_each_stage(tmp_path: Path) -> None:
+    def keys(*overrides: str) -> tuple[str, str, str]:
+        ours = Run(read_recipe(None, overrides), tmp_path)
+        return ours.prepare_key(), ours.train_key(), ours.export_key()
+
+    def changed(*overrides: str) -> list[bool]:
+        return [ours != theirs for ours, theirs in zip(keys(*overrides), keys(), strict=True)]
+
+    assert changed() == [False, False, False]
+    assert changed("name=other") == [False, False, True]
+    assert changed("verify.prompts=3") == [False, False, True]
+    assert changed("training.learning_rate=0.5") == [False, True, True]
+    assert changed("model.n_layer=3") == [False, True, True]
+    assert changed("seed=3") == changed("tokenizer.vocab_size=300") == changed("corpus.min_characters=3") == [True] * 3
+
+
+def test_a_base_checkpoint_that_changed_is_read_anew(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes(b"1")
+    ours = Run(read_recipe(None, [f"model.base={base}"]), tmp_path)
+    before = ours.prepare_key(), ours.train_key()
+    (base / "model.safetensors").write_bytes(b"22")
+    assert ours.train_key() != before[1]
+    now = ours.prepare_key()
+    (base / "tokenizer.json").write_text("{}")
+    assert ours.prepare_key() != now
