@@ -30,8 +30,10 @@ class BandwidthProbe:
         self._parts = np.array_split(np.ones(_BYTES // 4, np.float32), self.cores)
         self.samples: list[float] = []
 
-    def sample(self, passes: int = 3) -> float:
+    def sample(self, passes: int = 10) -> float:
         """Return the bandwidth of the best of a few passes in bytes/s, and keep it in `samples`."""
+        # A runtime's threads go on spinning for a while after its last call, and would take a core from the probe.
+        time.sleep(0.1)
         best = 0.0
         for _ in range(passes):
             began = time.perf_counter()
