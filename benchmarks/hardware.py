@@ -52,6 +52,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def last_level_cache_bytes() -> int | None:
+    """Size of the largest cache that the first core sees, or None where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:])
+        if unit and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * unit)
+    return max(sizes, default=None)
+
+
 def environment() -> dict[str, Any]:
     """Date, processor, cores, memory, load, and versions of what runs."""
     versions = {"python": platform.python_version()}
@@ -65,6 +76,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "memory_bytes": _memory_bytes(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
         "kernel": platform.release(),
         "load_average": list(os.getloadavg()),
         "versions": versions,

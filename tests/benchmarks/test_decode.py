@@ -111,3 +111,13 @@ def test_targets_take_turns(monkeypatch):
     first, second = ClosedFormBackend(), ClosedFormBackend()
     run(first, second, batch_sizes=(1,), repeats=3)
     assert order == [first, second] * 4
+
+
+def test_a_model_that_fits_the_cache_is_said_to(monkeypatch):
+    record = run(ClosedFormBackend())
+    record["environment"]["last_level_cache_bytes"] = 1 << 40
+    assert "memory is not their floor" in report(record)
+    record["environment"]["last_level_cache_bytes"] = 1
+    assert "memory is not their floor" not in report(record)
+    record["environment"]["last_level_cache_bytes"] = None
+    assert "memory is not their floor" not in report(record)
