@@ -39,7 +39,7 @@ def print_report(record: dict[str, Any], console: Console | None = None) -> None
     cache = environment["last_level_cache_bytes"]
     if cache and min(row["bytes_per_step"] for row in record["rows"]) < cache:
         console.print(
-            f"some steps read less than the last-level cache holds ({cache / 2**20:.0f} MiB): memory is not their floor",
+            f"some steps read less than the last-level cache of {cache / 2**20:.0f} MiB: memory is not their floor",
             soft_wrap=True,
         )
     console.print(_agreement(record["rows"]), soft_wrap=True)
