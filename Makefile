@@ -15,7 +15,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 test test-slow test-oracle lint clean
+.PHONY: help install bundle serve bench bench-gpt2 test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -67,10 +67,15 @@ test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and ru
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
 	$(BIN)/python -m pytest -m oracle
 
+test-ecosystem: $(INSTALLED) ## Install ONNX Runtime GenAI in an environment of its own, and run it on a bundle.
+	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
+	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
+	GENAI_PYTHON=.venv-genai/bin/python $(BIN)/python -m pytest -m ecosystem
+
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from builder.base import load_weights, read_geometry
 from builder.frameworks import tf
+from builder.genai import write_genai
 from builder.gpt2 import GPT2
 from builder.onnx_kernels import OptimisedKernels, PortableKernels
 from builder.progress import Reporter
@@ -65,6 +66,7 @@ def export(
     logits = ["batch_size", 1, geometry.vocab_size]
     optimised = trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
     write_graph(optimised, weights, draft / "ort" / "fp32" / "model.onnx")
+    write_genai(geometry, draft, draft / "ort" / "fp32")
     graphs["ort/fp32"] = _onnx_graph(optimised, "ort/fp32/model.onnx", "right", "shared-buffer")
     reporter.line("exported ort/fp32/model.onnx (GroupQueryAttention, shared cache buffer, fp32)")
 
