@@ -6,9 +6,9 @@ import os
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
-from serving.quiet_tensorflow import quiet_stderr, tf
+from serving.quiet_tensorflow import deferred_interrupt, quiet_stderr, tf
 
-with quiet_stderr():
+with deferred_interrupt(), quiet_stderr():
     import keras
 
 ops = keras.ops

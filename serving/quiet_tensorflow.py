@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 # What TensorFlow logs later; what fails is raised as an exception all the same.
@@ -34,9 +36,25 @@ def quiet_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-with quiet_stderr():
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended: in the middle of a native import it turns into other errors."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+with deferred_interrupt(), quiet_stderr():
     import tensorflow as tf
 
 tf.get_logger().setLevel("ERROR")
 
-__all__ = ["quiet_stderr", "tf"]
+__all__ = ["deferred_interrupt", "quiet_stderr", "tf"]
