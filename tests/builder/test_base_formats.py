@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -19,7 +20,6 @@ from serving.errors import InputError
 from tests.oracles.fixtures import FOLDER, NAMES, keras_model, max_difference, read_cases
 from tests.oracles.layouts import as_type, h5_tensors, openai_tensors, write_checkpoint, write_h5, write_openai
 
-h5py = pytest.importorskip("h5py")
 # The geometries that hparams.json can say: an inner width of four times n_embd and an epsilon of 1e-5.
 OPENAI_NAMES = ("odd_heads", "bytes")
 # 1.4e-5 is the most that was seen, the same to a bit in every layout.
