@@ -1,50 +1,89 @@
-"""Where a model starts: a Hugging Face GPT-2 checkpoint in a local folder or on the hub, or random weights."""
+"""Where a model starts: a GPT-2 checkpoint in a local folder or on the hub, or random weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.base_formats import find_weights
 from builder.recipe import ModelRecipe
+from builder.weight_names import fits, stored_names
+from builder.workspace import STAMP
 from serving.bundle import Geometry
 from serving.errors import InputError
 
-# What a model needs from a hub repository; weights that would have to be unpickled are never fetched.
-_HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json", "vocab.json", "merges.txt"]
+_CONFIG, _HPARAMS = "config.json", "hparams.json"
+_OPENAI_KEYS = {
+    "vocab_size": "n_vocab",
+    "n_positions": "n_ctx",
+    "n_embd": "n_embd",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+}
 
 
-def resolve_base(name: str) -> Path:
-    """Return the local folder of a base checkpoint: `name` itself if it is one, else the hub's snapshot of it.
+@dataclass(frozen=True)
+class Base:
+    """Where a base checkpoint's parts lie: its weights with their configuration, and its tokenizer."""
 
-    The hub's usual cache and its environment variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) are respected. Raises
-    InputError if there is neither.
+    weights: Path
+    tokenizer: Path
+
+    def files(self) -> list[Path]:
+        """The files that decide what is read, sorted."""
+        return sorted({path for folder in (self.weights, self.tokenizer) for path in folder.glob("*")})
+
+
+def local_base(name: str) -> Base | None:
+    """Return the parts of the base checkpoint in the local folder `name`, or None if there is no such folder.
+
+    The folder is a Hugging Face model's (a bundle is one), OpenAI's, or that of a run. Raises InputError for a run that
+    is not trained, or was prepared anew since.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-        raise InputError(f"model.base {name!r}: no such folder; name a folder with config.json and model.safetensors")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # The hub's, the network's and the cache's errors share no base.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not folder.is_dir():
+        return None
+    prepared, trained = folder / "prepare" / STAMP, folder / "train" / STAMP
+    configured = any((folder / each).is_file() for each in (_CONFIG, _HPARAMS))
+    if configured or not (prepared.parent.is_dir() or trained.parent.is_dir()):
+        return Base(folder, folder)
+    if not prepared.is_file() or not trained.is_file():
+        raise InputError(f"{folder}: this run is not trained yet; run 'gpt2-bundle train' with its recipe first")
+    if prepared.stat().st_mtime_ns > trained.stat().st_mtime_ns:
         raise InputError(
-            f"model.base {name!r}: there is no such folder, and the hub gave no model of that name ({reason})"
-        ) from None
+            f"{folder}: this run was prepared anew since it was trained; run 'gpt2-bundle train' with its recipe first"
+        )
+    return Base(trained.parent, prepared.parent / "tokenizer")
+
+
+def resolve_base(name: str) -> Base:
+    """Return where a base checkpoint lies: in the local folder `name` if there is one, else in the hub's cache.
+
+    Raises InputError if there is neither.
+    """
+    local = local_base(name)
+    if local is not None:
+        return local
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise InputError(f"model.base {name!r}: no such folder; name the folder of a whole GPT-2 checkpoint")
+    from builder.hub import download
+
+    folder = download(name)
+    return Base(folder, folder)
 
 
 def read_geometry(folder: Path) -> Geometry:
-    """Return the geometry of the checkpoint in `folder` from its config.json.
+    """Return the geometry of the checkpoint in `folder` from its config.json, else from OpenAI's hparams.json.
 
     Raises InputError for anything that is not the GPT-2 architecture as this project builds it.
     """
-    path = folder / "config.json"
+    path = _config_path(folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == _HPARAMS:
+            config = {ours: config[theirs] for ours, theirs in _OPENAI_KEYS.items()} | {"model_type": "gpt2"}
         if config.get("model_type") != "gpt2":
             raise InputError(f"{path}: model_type is {config.get('model_type')!r}; only 'gpt2' can be read")
         width = int(config["n_embd"])
@@ -61,8 +100,10 @@ def read_geometry(folder: Path) -> Geometry:
             eos_token_id=_token_id(config, "eos_token_id"),
         )
     except FileNotFoundError:
-        raise InputError(f"{folder}: no config.json here; name the folder of a whole GPT-2 checkpoint") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: no config.json (or OpenAI's hparams.json) here; name the folder of a whole GPT-2 checkpoint"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: not a GPT-2 configuration ({type(error).__name__}: {error})") from None
     for key, ours in _FIXED.items():
         if config.get(key, ours) != ours:
@@ -73,11 +114,18 @@ def read_geometry(folder: Path) -> Geometry:
     return geometry
 
 
+def _config_path(folder: Path) -> Path:
+    """The file that says a checkpoint's sizes; config.json where there is none."""
+    return folder / (_HPARAMS if (folder / _HPARAMS).is_file() and not (folder / _CONFIG).is_file() else _CONFIG)
+
+
 def _problem(geometry: Geometry) -> str | None:
     """What keeps the sizes of a config.json from being those of a model, or None."""
     for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
         if getattr(geometry, key) < 1:
             return f"{key} is {getattr(geometry, key)}; it must be at least 1"
+    if not 0 < geometry.layer_norm_epsilon < 1:
+        return f"layer_norm_epsilon is {geometry.layer_norm_epsilon:g}; it must lie between 0 and 1"
     if geometry.n_embd % geometry.n_head:
         return f"n_head {geometry.n_head} does not divide n_embd {geometry.n_embd}"
     for key in ("bos_token_id", "eos_token_id"):
@@ -102,13 +150,13 @@ _FIXED = {
 }
 
 
-def geometry_of(model: ModelRecipe, vocab_size: int, end_token: int) -> Geometry:
+def geometry_of(model: ModelRecipe, vocab_size: int, end_token: int, base: Base | None = None) -> Geometry:
     """Return the geometry that a recipe trains: the base checkpoint's, or the recipe's own with this vocabulary.
 
-    Raises InputError for one that cannot be exported afterwards.
+    `base` spares resolving `model.base` a second time. Raises InputError for one that cannot be exported afterwards.
     """
     if model.base:
-        geometry = read_geometry(resolve_base(model.base))
+        geometry = read_geometry((base or resolve_base(model.base)).weights)
     else:
         if 0 < model.vocab_size < vocab_size:
             raise InputError(
@@ -135,62 +183,38 @@ def geometry_of(model: ModelRecipe, vocab_size: int, end_token: int) -> Geometry
     return geometry
 
 
-def load_weights(model: Any, folder: Path) -> None:
-    """Assign the checkpoint in `folder` (model.safetensors, or shards with an index) to a Keras GPT-2.
+def load_weights(model: Any, folder: Path) -> str:
+    """Assign the weights in `folder` (see `builder.base_formats`) to a Keras GPT-2; return what was read, in words.
 
-    Names may lack the "transformer." in front, as in OpenAI's own upload. Raises InputError for a missing tensor or a
-    shape that differs, by name, and for a folder with only pickled weights.
+    Half precision is widened. Raises InputError for a tensor that is missing, there twice, of another shape or not
+    finite, by name, and for files that cannot be read.
     """
     import numpy as np
-    from safetensors import SafetensorError
 
     from builder.gpt2 import named_variables
 
-    wanted = {name.removeprefix("transformer."): variable for name, variable in named_variables(model)}
-    missing = set(wanted)
-    try:
-        for name, read in _tensors(folder):
-            short = name.removeprefix("transformer.")
-            if short not in wanted:
-                continue
-            array = np.asarray(read(), dtype=np.float32)
-            if array.shape != tuple(wanted[short].shape):
-                raise InputError(
-                    f"{folder}: tensor {name!r} has shape {list(array.shape)}, but config.json makes it "
-                    f"{list(wanted[short].shape)}"
-                )
-            wanted[short].assign(array)
-            missing.discard(short)
-    except SafetensorError as error:
-        raise InputError(f"{folder}: its safetensors file cannot be read ({error}); fetch it again") from None
+    files = find_weights(folder)
+    variables = named_variables(model)
+    wanted = {stored: (name, variable) for name, variable in variables for stored in stored_names(files.layout, name)}
+    missing = {name: stored_names(files.layout, name)[0] for name, _ in variables}
+    for stored, read in files.tensors():
+        if stored not in wanted:
+            continue
+        name, variable = wanted[stored]
+        if name not in missing:
+            raise InputError(f"{folder}: tensor {stored!r} is there twice; name a folder with one model")
+        array, shape = read(), tuple(variable.shape)
+        if not fits(files.layout, array.shape, shape):
+            raise InputError(
+                f"{folder}: tensor {stored!r} has shape {list(array.shape)}, but {_config_path(folder).name} makes it "
+                f"{list(shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise InputError(f"{folder}: tensor {stored!r} holds infinities or not-a-numbers; fetch it again")
+        variable.assign(array.reshape(shape))
+        del missing[name]
     if missing:
-        raise InputError(f"{folder}: tensor {min(missing)!r} is missing ({len(missing)} in all); fetch it again")
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Give (name, function that reads the tensor) for all tensors of the folder's safetensors files."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    elif index.is_file():
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            names = sorted({Path(place).as_posix() for place in places})
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{index}: not a safetensors index; fetch it again") from None
-    elif list(folder.glob("*.bin")):
         raise InputError(
-            f"{folder}: only pickled weights (.bin) here, which are never unpickled; convert them where you trust them "
-            "with transformers' from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            f"{folder}: tensor {min(missing.values())!r} is missing ({len(missing)} in all); fetch it again"
         )
-    else:
-        raise InputError(f"{folder}: no model.safetensors here; name the folder of a whole GPT-2 checkpoint")
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise InputError(f"{folder}: {name!r} is named by the index but is not there; fetch it again")
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                yield key, lambda file=file, key=key: file.get_tensor(key)
+    return files.label

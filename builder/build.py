@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.base import resolve_base
+from builder.base import local_base, resolve_base
 from builder.prepare import prepare
 from builder.progress import Reporter
 from builder.recipe import Recipe
@@ -58,7 +58,8 @@ class Run:
             files = [(sys.base_prefix, platform.python_version(), 0)]
         model: Any = recipe.model.n_positions
         if recipe.model.base:
-            model = recipe.model.base, _look(sorted(Path(recipe.model.base).expanduser().glob("*")))
+            base = local_base(recipe.model.base)
+            model = recipe.model.base, _look(base.files()) if base else []
         sequence = recipe.training.sequence_length
         return stage_key(
             __version__, asdict(recipe.corpus), asdict(recipe.tokenizer), recipe.seed, model, sequence, files
@@ -73,7 +74,8 @@ class Run:
 
 
 def prepare_stage(run: Run, reporter: Reporter) -> None:
-    """Text to tokens."""
+    """Text to tokens. Raises InputError for a base that is this run's own work."""
+    _refuse_as_base(run, run.folder, "the folder of this very run, which is emptied on the way")
 
     def work(folder: Path) -> None:
         if run.recipe.model.base:
@@ -82,6 +84,14 @@ def prepare_stage(run: Run, reporter: Reporter) -> None:
 
     if not run_stage(run.prepared, run.prepare_key(), work):
         reporter.line("prepare: done already")
+
+
+def _refuse_as_base(run: Run, folder: Path, what: str) -> None:
+    """Refuse a base that is `folder` or lies in it: a build must not consume what it starts from."""
+    name = run.recipe.model.base
+    base = Path(name).expanduser().resolve()
+    if name and base.is_dir() and folder.resolve() in (base, *base.parents):
+        raise InputError(f"model.base {name!r}: {what}; give the new one another name (--set name=...)")
 
 
 def train_stage(run: Run, reporter: Reporter) -> None:
@@ -161,6 +171,7 @@ def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], 
 def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     """Run every stage that is not done and publish the bundle to `output`/NAME; return it opened."""
     destination = output / run.recipe.name
+    _refuse_as_base(run, destination, "the bundle that this build would replace")
     done = _published(run, destination)
     if done is not None:
         reporter.line(f"{destination} is this recipe's bundle already, and whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from serving.bundle import Bundle
@@ -14,8 +15,10 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
     base = manifest.provenance.recipe["model"]["base"]
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, onnx, tf-serving]"]
     if base:
-        # A folder's own name at most: the card says nothing about the machine that built it.
-        front.append(f"base_model: {base.rstrip('/').rpartition('/')[2] if base.startswith(('.', '/', '~')) else base}")
+        # A folder's own name at most: the card says nothing about the machine that built it, and dist/NAME is no name
+        # on the hub.
+        local = base.startswith((".", "/", "~")) or Path(base).is_dir()
+        front.append(f"base_model: {base.rstrip('/').rpartition('/')[2] if local else base}")
     lines = [
         "---",
         *front,

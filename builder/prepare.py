@@ -58,7 +58,8 @@ def _make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
         from builder.base import resolve_base  # It may ask the hub, which a model from scratch never needs.
 
         base = resolve_base(recipe.model.base)
-        return copy_tokenizer(base, folder / "tokenizer", _base_positions(base, recipe.model.n_positions))
+        n_positions = _base_positions(base.weights, recipe.model.n_positions)
+        return copy_tokenizer(base.tokenizer, folder / "tokenizer", n_positions)
     texts = iter_texts(folder / "corpus" / TRAIN)
     return train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder / "tokenizer")
 

@@ -50,7 +50,8 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     held_out = open_tokens(prepared / "tokens" / "validation.bin")
     tokenizer = load_tokenizer(prepared / "tokenizer")
     vocab_size = vocabulary_size(tokenizer)
-    geometry = geometry_of(recipe.model, vocab_size, end_token_id(tokenizer))
+    base = resolve_base(recipe.model.base) if recipe.model.base else None
+    geometry = geometry_of(recipe.model, vocab_size, end_token_id(tokenizer), base)
     if vocab_size > geometry.vocab_size:
         raise InputError(
             f"model.base {recipe.model.base!r}: its tokenizer has {vocab_size} entries, its weights only "
@@ -74,8 +75,8 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         attn_pdrop=recipe.model.attn_pdrop,
         resid_pdrop=recipe.model.resid_pdrop,
     )
-    if recipe.model.base:
-        load_weights(model, resolve_base(recipe.model.base))
+    if base is not None:
+        reporter.line(f"base: {load_weights(model, base.weights)} of {recipe.model.base}")
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
     with reporter.training() as notify:
         history = fit(

@@ -49,7 +49,7 @@ def without_a_tensor(base: Path) -> None:
     ("spoil", "words"),
     [
         (lambda base: shutil.rmtree(base), ["no such folder"]),
-        (lambda base: (base / "model.safetensors").unlink(), ["no model.safetensors here"]),
+        (lambda base: (base / "model.safetensors").unlink(), ["no model.safetensors, tf_model.h5 or"]),
         (only_bin, ["pickled weights"]),
         (cut, ["cannot be read"]),
         (lambda base: (base / "model.safetensors").write_bytes(b""), ["cannot be read"]),
@@ -62,6 +62,7 @@ def without_a_tensor(base: Path) -> None:
         (lambda base: change_config(base, vocab_size=200), ["vocab"]),
         (lambda base: change_config(base, model_type="llama"), ["'llama'"]),
         (lambda base: change_config(base, scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx"]),
+        (lambda base: change_config(base, layer_norm_epsilon=0), ["layer_norm_epsilon is 0"]),
         (lambda base: change_config(base, n_embd="wide"), ["config.json"]),
         (lambda base: change_config(base, n_embd=-32), ["config.json"]),
         (lambda base: change_config(base, n_embd=0), ["config.json"]),

@@ -22,7 +22,12 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key; repeatable."
         ),
-        click.option("--base", metavar="NAME", help="Checkpoint to fine-tune (short for --set model.base=NAME)."),
+        click.option(
+            "--base",
+            metavar="NAME",
+            help="GPT-2 to fine-tune: a hub name, or the folder of a Hugging Face or OpenAI model, a bundle or a run "
+            "(short for --set model.base=NAME).",
+        ),
         click.option(
             "--corpus",
             "corpus",

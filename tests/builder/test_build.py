@@ -270,10 +270,11 @@ def test_an_output_that_cannot_be_used_is_found_before_the_work(
     assert b"mine" in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
-def test_a_bundle_is_a_base_to_go_on_from(built: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bundle_is_a_base_to_go_on_from(built: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [s for s in built.settings if not s.startswith(("model.", "tokenizer.", "training.epochs"))]
     tuned = TinyBuild(built.corpus, tmp_path / "runs", tmp_path / "dist", (*settings, "training.epochs=0.02"))
-    assert run([*tuned.build(), "--base", str(built.bundle)]) == 0
+    monkeypatch.chdir(built.dist.parent)
+    assert run([*tuned.build(), "--base", "dist/tiny"]) == 0
     opened = open_bundle(tuned.bundle)
     assert opened.manifest.model == open_bundle(built.bundle).manifest.model
     assert opened.manifest.tokenizer.id == open_bundle(built.bundle).manifest.tokenizer.id

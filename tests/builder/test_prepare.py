@@ -55,7 +55,7 @@ def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path, monkeypa
     train_tokenizer(["some other text, other text"] * 3, TokenizerRecipe(vocab_size=270), 16, base)
     (base / "config.json").write_text('{"n_positions": 1024}')
     module = types.ModuleType("builder.base")
-    module.resolve_base = lambda name: tmp_path / name  # type: ignore[attr-defined]
+    module.resolve_base = lambda name: types.SimpleNamespace(weights=tmp_path / name, tokenizer=tmp_path / name)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "builder.base", module)
     recipe = dataclasses.replace(small_recipe(tmp_path), model=ModelRecipe(base="base"))
     prepare(recipe, tmp_path / "run", lambda line: None)
