@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.balance import balance
 from builder.curation import Tally, curate, share
 from builder.docstrings import read_docstrings
 from builder.documents import read_file, write_document
@@ -36,9 +37,9 @@ class SideReport:
 class CorpusReport:
     """What went into the corpus, what was changed or left out and why.
 
-    `cleaning`, `lengths` and `samples` are those of `curation.Tally`. `split` is "documents", or "lines" or "one
-    document" where whole documents chosen by hash could not fill both sides (see `prepare_corpus`). `sha256` is that of
-    train.jsonl followed by validation.jsonl.
+    `cleaning`, `lengths` and `samples` are those of `curation.Tally`, `labels` is that of `balance`. `split` is
+    "documents", or "lines" or "one document" where whole documents chosen by hash could not fill both sides (see
+    `prepare_corpus`). `sha256` is that of train.jsonl followed by validation.jsonl.
     """
 
     source: str
@@ -49,6 +50,7 @@ class CorpusReport:
     cleaning: Mapping[str, Mapping[str, int]]
     lengths: Mapping[str, int]
     samples: Sequence[Mapping[str, str]]
+    labels: Mapping[str, Mapping[str, int]]
     split: str
     train: SideReport
     validation: SideReport
@@ -76,7 +78,7 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
     settings = recipe.corpus
     if settings.paths:
         sources = find_sources(settings.paths)
-        documents = read_sources(sources, settings.text_field)
+        documents = read_sources(sources, settings.text_field, settings.label_field)
         source, files, skipped = "files", len(sources.files), sources.skipped
     else:
         documents, source, files, skipped = read_docstrings(), "Python standard library docstrings", 0, {}
@@ -95,6 +97,11 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
     split = "documents"
     if not _balanced(sides, fraction):
         split, sides = _split_again(recipe, folder, sides)
+    labels: dict[str, dict[str, int]] = {}
+    if settings.label_field:
+        labels = balance(folder / TRAIN, settings, recipe.seed)
+        if settings.balance != "none":
+            sides = _measure(folder / TRAIN), sides[1]
     report = CorpusReport(
         source=source,
         files=files,
@@ -104,6 +111,7 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
         cleaning=tally.cleaning,
         lengths={str(length): count for length, count in sorted(tally.lengths.items())},
         samples=tally.samples,
+        labels=labels,
         split=split,
         train=sides[0],
         validation=sides[1],
@@ -170,8 +178,8 @@ def _cut_documents(documents: Iterable[Document], fraction: float) -> Iterator[t
         before, after = text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1
         for cut in (before, after):
             if text[:cut].strip() and text[cut:].strip():
-                yield Document(document.name, text[:cut]), False
-                yield Document(f"{document.name} (end)", text[cut:]), True
+                yield Document(document.name, text[:cut], document.label), False
+                yield Document(f"{document.name} (end)", text[cut:], document.label), True
                 break
         else:
             yield document, False
@@ -180,6 +188,13 @@ def _cut_documents(documents: Iterable[Document], fraction: float) -> Iterator[t
 def _read_both(folder: Path) -> Iterator[Document]:
     yield from read_file(folder / TRAIN)
     yield from read_file(folder / VALIDATION)
+
+
+def _measure(path: Path) -> SideReport:
+    documents, characters = 0, 0
+    for text in iter_texts(path):
+        documents, characters = documents + 1, characters + len(text)
+    return SideReport(documents, characters)
 
 
 def _sha256(*paths: Path) -> str:

@@ -106,7 +106,7 @@ def _clean_each(documents: Iterable[Document], recipe: CleaningRecipe, tally: Ta
             tally.changed(name, text, cleaned)
             text = cleaned
         tally.sample(document.name, document.text, text)
-        yield Document(document.name, text)
+        yield Document(document.name, text, document.label)
 
 
 def _without_boilerplate(
@@ -126,7 +126,7 @@ def _without_boilerplate(
             text, _ = tidy_space(text, words=False)
         tally.changed("boilerplate", document.text, text)
         tally.sample(document.name, document.text, text)
-        yield Document(document.name, text)
+        yield Document(document.name, text, document.label)
     scratch.unlink()
 
 
@@ -155,7 +155,7 @@ def _select(documents: Iterable[Document], recipe: Recipe, tally: Tally) -> Iter
         if near and near.is_repeat(text):
             tally.dropped["near-duplicate"] += 1
             continue
-        yield Document(document.name, text), digest
+        yield Document(document.name, text, document.label), digest
 
 
 def _fraction(digest: bytes) -> float:

@@ -14,6 +14,8 @@ from serving.errors import InputError
 def write_document(file: TextIO, document: Document) -> None:
     """Append a document to a file opened as UTF-8 with line feeds."""
     record = {"name": document.name, "text": document.text}
+    if document.label:
+        record["label"] = document.label
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -24,8 +26,8 @@ def read_file(path: Path) -> Iterator[Document]:
             for number, line in enumerate(file, 1):
                 try:
                     record = json.loads(line)
-                    yield Document(record["name"], record["text"])
-                except (ValueError, KeyError, TypeError):
+                    yield Document(record["name"], record["text"], record.get("label", ""))
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise InputError(
                         f"{path}, line {number}: not a document; run 'gpt2-bundle prepare' again"
                     ) from None

@@ -13,6 +13,7 @@ from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_
 from builder.recipe import Recipe
 from builder.tokenizer import copy_tokenizer, train_tokenizer, vocabulary_size
 from builder.tokens import rows_per_epoch, write_tokens
+from serving.errors import InputError
 
 SUMMARY = "prepare.json"
 
@@ -33,7 +34,18 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None
     counts = {}
     for name in (TRAIN, VALIDATION):
         shard = (folder / "tokens" / name).with_suffix(".bin")
-        counts[shard.stem] = write_tokens(iter_texts(folder / "corpus" / name), tokenizer, shard)
+        counts[shard.stem] = write_tokens(
+            iter_texts(folder / "corpus" / name),
+            tokenizer,
+            shard,
+            max_tokens=recipe.corpus.max_tokens,
+            trim=recipe.corpus.trim,
+        )
+        if not counts[shard.stem]:
+            raise InputError(
+                f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
+                "raise it or set corpus.trim"
+            )
     rows_per_epoch(counts["train"], recipe.training.sequence_length)
     report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
     total = sum(counts.values())

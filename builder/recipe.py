@@ -26,6 +26,13 @@ class CorpusRecipe:
 
     paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
     text_field: str = _key("text", "Field of a .jsonl record, or column of a .csv or .parquet file, that is the text.")
+    label_field: str = _key("", "Field or column that is a document's label; empty reads none.")
+    balance: str = _key(
+        "none",
+        "By label, on the training side only: cap at label_cap, sample down to the rarest, or up to the commonest.",
+        choices=("none", "cap", "down", "up"),
+    )
+    label_cap: int = _key(0, "With balance cap, the most documents of one label; 0 is no cap.", low=0)
     validation_fraction: float = _key(0.05, "Share of the documents held out, chosen by hash.", low=0.001, high=0.5)
     deduplicate: bool = _key(True, "Drop documents whose text, white space folded, was seen before.")
     near_duplicates: bool = _key(False, "Drop documents much like one seen before, by MinHash.")
@@ -34,6 +41,7 @@ class CorpusRecipe:
     near_shingle_words: int = _key(5, "Words a shingle.", low=1, high=50)
     min_characters: int = _key(20, "Drop documents shorter than this.", low=1)
     max_characters: int = _key(0, "Drop documents longer than this, or trim them; 0 is no limit.", low=0)
+    max_tokens: int = _key(0, "The same in tokens, the end token not counted.", low=0)
     trim: bool = _key(False, "Cut documents that are too long at a line's or word's end instead of dropping them.")
 
 
