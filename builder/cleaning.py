@@ -37,10 +37,8 @@ _RUN = rf"(?:([{_MARKS}])\1{{3,}}+|[{_BOX}]{{2,}}+)"
 _RUNS = re.compile(_RUN)
 _RUN_LINE = re.compile(rf"^[ \t]*+(?>{_RUN}[ \t]*+)++(?:\n|\Z)", re.MULTILINE)
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-_BLANK = r"[^\S\n]"
-_TRAILING = re.compile(rf"(?<!\s){_BLANK}+(?=\n)|(?<=\n){_BLANK}+(?=\n)")
 _EMPTY_LINES = re.compile(r"\n{3,}")
-_INNER = re.compile(rf"(?<=\S){_BLANK}+(?=\S)")
+_INNER = re.compile(r"(?<=\S)(?:[^\S\n]{2,}+|[^\S\n ])(?=\S)")
 _MARKUP = re.compile(r"<[a-zA-Z/!?]|&[#a-zA-Z]")
 _HIDDEN = frozenset({"script", "style", "noscript", "template", "svg", "head"})
 _INLINE = _names(
@@ -114,7 +112,7 @@ def tidy_space(text: str, *, words: bool) -> Cleaned:
     With `words`, blanks between two words become one space too; indentation stays.
     """
     cleaned = _LINE_END.sub("\n", text)
-    cleaned = _EMPTY_LINES.sub("\n\n", _TRAILING.sub("", cleaned)).rstrip()
+    cleaned = _EMPTY_LINES.sub("\n\n", "\n".join([line.rstrip() for line in cleaned.split("\n")])).rstrip()
     start = len(cleaned) - len(cleaned.lstrip())
     cleaned = cleaned[cleaned.rfind("\n", 0, start) + 1 :]  # The first line keeps its indentation.
     if words:
