@@ -31,12 +31,14 @@ _INVISIBLE = re.compile(
     r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0001\U000e0020-\U000e007e]"
 )
 # Of these alone, a row means nothing. Brackets and quotes are not among them: a row of those closes something.
-_MARKS = r"=\-~_*#+^.,:;!?<>|\\/&%$@·•…‐-―■-◿★☆"
+_ASCII_MARKS = "=-~_*#+^.,:;!?<>|\\/&%$@"
+_MARKS = re.escape(_ASCII_MARKS) + "·•…‐-―■-◿★☆"
 _BOX = "\u2500-\u259f"
 _RUN = rf"(?:([{_MARKS}])\1{{3,}}+|[{_BOX}]{{2,}}+)"
 _RUNS = re.compile(_RUN)
 _RUN_LINE = re.compile(rf"^[ \t]*+(?>{_RUN}[ \t]*+)++(?:\n|\Z)", re.MULTILINE)
-_LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+_LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+_LINE_END = re.compile(rf"\r\n|[{_LINE_ENDS}]")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 _INNER = re.compile(r"(?<=\S)(?:[^\S\n]{2,}+|[^\S\n ])(?=\S)")
 _MARKUP = re.compile(r"<[a-zA-Z/!?]|&[#a-zA-Z]")
@@ -95,15 +97,22 @@ def remove_invisible(text: str) -> Cleaned:
 
 def collapse_symbols(text: str) -> Cleaned:
     """Shorten each row of four or more equal symbols to three, and each row of box drawing to its first character."""
+    if not _may_have_runs(text):
+        return text, False
     cleaned = _RUNS.sub(lambda match: match[1] * 3 if match[1] else match[0][0], text)
     return cleaned, cleaned != text
 
 
 def drop_symbols(text: str) -> Cleaned:
     """Remove lines that are nothing but such rows, and put one space for a row inside a line."""
-    if not _RUNS.search(text):
+    if not _may_have_runs(text) or not _RUNS.search(text):
         return text, False
     return _RUNS.sub(" ", _RUN_LINE.sub("", text)), True
+
+
+def _may_have_runs(text: str) -> bool:
+    """False only for ASCII without a run, which these searches find out in a quarter of the expression's time."""
+    return not text.isascii() or any(mark * 4 in text for mark in _ASCII_MARKS)
 
 
 def tidy_space(text: str, *, words: bool) -> Cleaned:
@@ -111,8 +120,11 @@ def tidy_space(text: str, *, words: bool) -> Cleaned:
 
     With `words`, blanks between two words become one space too; indentation stays.
     """
-    cleaned = _LINE_END.sub("\n", text)
-    cleaned = _EMPTY_LINES.sub("\n\n", "\n".join([line.rstrip() for line in cleaned.split("\n")])).rstrip()
+    # Looking for single characters first is many times faster than the expression on text that has none.
+    cleaned = _LINE_END.sub("\n", text) if any(end in text for end in _LINE_ENDS) else text
+    cleaned = "\n".join([line.rstrip() for line in cleaned.split("\n")]).rstrip()
+    if "\n\n\n" in cleaned:
+        cleaned = _EMPTY_LINES.sub("\n\n", cleaned)
     start = len(cleaned) - len(cleaned.lstrip())
     cleaned = cleaned[cleaned.rfind("\n", 0, start) + 1 :]  # The first line keeps its indentation.
     if words:

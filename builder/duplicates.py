@@ -10,6 +10,7 @@ from serving.errors import RuntimeMissingError
 
 # Scripts that put no spaces between words: Thai to Lao, Myanmar, Khmer, kana, Han. There a character counts as a word.
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_ASCII_WORD = re.compile(r"\w+", re.ASCII)
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 
 
@@ -39,7 +40,7 @@ class NearDuplicates:
     def is_repeat(self, text: str) -> bool:
         """Return whether `text` is much like one that was kept; if not, it is kept."""
         signature = self._new(self._permutations, self._seed)
-        signature.update(list(shingles(text, self._shingle)))
+        signature.update(shingles(text, self._shingle))  # A set has no order, and the signature heeds none.
         self._count += 1
         return not self._index.add(str(self._count), signature)
 
@@ -49,10 +50,12 @@ def shingles(text: str, words: int) -> set[str]:
 
     A character is a word in scripts without spaces. A text without any word is its own shingle.
     """
-    found: list[str] = _WORD.findall(text.casefold())
+    found: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text.casefold())
     if not found:
         return {text}
-    return {" ".join(found[start : start + words]) for start in range(max(1, len(found) - words + 1))}
+    if len(found) <= words:
+        return {" ".join(found)}
+    return {" ".join(run) for run in zip(*(found[start:] for start in range(words)), strict=False)}
 
 
 def count_bands(threshold: float, permutations: int) -> int:

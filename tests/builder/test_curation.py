@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,22 @@ def test_bands_divide_the_permutations_and_catch_what_is_alike(threshold: float,
     rows = permutations // bands
     assert bands * rows == permutations
     assert 1 - (1 - min(1.0, threshold + 0.05) ** rows) ** bands > 0.9
+
+
+def test_what_is_a_near_duplicate_does_not_depend_on_the_process() -> None:
+    program = (
+        "import random\n"
+        "from builder.duplicates import NearDuplicates\n"
+        "from builder.recipe import CorpusRecipe\n"
+        "near, draw = NearDuplicates(CorpusRecipe(near_threshold=0.5), 3), random.Random(1)\n"
+        "texts = [' '.join(draw.choice(['a', f'w{n}']) for n in range(60)) for _ in range(60)]\n"
+        "print([near.is_repeat(text) for text in texts + [text[:200] for text in texts]])\n"
+    )
+    answers = {
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True, text=True,
+            check=True,
+        ).stdout
+        for salt in ("1", "2")
+    }  # fmt: skip
+    assert len(answers) == 1 and "True" in answers.pop()
