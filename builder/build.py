@@ -61,9 +61,8 @@ class Run:
             base = local_base(recipe.model.base)
             model = recipe.model.base, _look(base.files()) if base else []
         sequence = recipe.training.sequence_length
-        return stage_key(
-            __version__, asdict(recipe.corpus), asdict(recipe.tokenizer), recipe.seed, model, sequence, files
-        )
+        parts = asdict(recipe.corpus), asdict(recipe.cleaning), asdict(recipe.tokenizer)
+        return stage_key(__version__, *parts, recipe.seed, model, sequence, files)
 
     def train_key(self) -> str:
         recipe = self.recipe

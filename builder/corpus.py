@@ -1,7 +1,7 @@
-"""Clean, deduplicate and split the documents, and write both sides as JSON lines.
+"""Read, curate and split the documents, and write both sides as JSON lines.
 
 Which side a document falls on depends on its text and the seed only, so the same text is always on the same side,
-whatever else the corpus holds. Memory holds one document and 16 bytes for each document seen.
+whatever else the corpus holds. Memory holds what `curation` says.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.balance import balance
+from builder.curation import Tally, curate, share
 from builder.docstrings import read_docstrings
+from builder.documents import read_file, write_document
 from builder.recipe import Recipe
 from builder.sources import Document, find_sources, read_sources
 from serving.errors import InputError
@@ -33,10 +35,11 @@ class SideReport:
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What went into the corpus, what was left out and why.
+    """What went into the corpus, what was changed or left out and why.
 
-    `split` is "documents", or "lines" or "one document" where whole documents chosen by hash could not fill both sides
-    (see `prepare_corpus`). `sha256` is that of train.jsonl followed by validation.jsonl.
+    `cleaning`, `lengths` and `samples` are those of `curation.Tally`, `labels` is that of `balance`. `split` is
+    "documents", or "lines" or "one document" where whole documents chosen by hash could not fill both sides (see
+    `prepare_corpus`). `sha256` is that of train.jsonl followed by validation.jsonl.
     """
 
     source: str
@@ -44,6 +47,10 @@ class CorpusReport:
     skipped_files: Mapping[str, int]
     documents_read: int
     dropped: Mapping[str, int]
+    cleaning: Mapping[str, Mapping[str, int]]
+    lengths: Mapping[str, int]
+    samples: Sequence[Mapping[str, str]]
+    labels: Mapping[str, Mapping[str, int]]
     split: str
     train: SideReport
     validation: SideReport
@@ -71,31 +78,40 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
     settings = recipe.corpus
     if settings.paths:
         sources = find_sources(settings.paths)
-        documents = read_sources(sources, settings.text_field)
+        documents = read_sources(sources, settings.text_field, settings.label_field)
         source, files, skipped = "files", len(sources.files), sources.skipped
     else:
         documents, source, files, skipped = read_docstrings(), "Python standard library docstrings", 0, {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
-    read: Counter[str] = Counter()
-    kept = _clean(documents, settings.min_characters, settings.deduplicate, str(recipe.seed).encode(), read)
+    tally = Tally()
+    kept = curate(documents, recipe, folder / "cleaned.part", tally)
     fraction = settings.validation_fraction
-    sides = _write(folder, ((document, share < fraction) for document, share in kept))
+    sides = _write(folder, ((document, place < fraction) for document, place in kept))
     if not sum(side.documents for side in sides):
-        reasons = ", ".join(f"{count} {why}" for why, count in read.items() if why != "read")
+        reasons = ", ".join(f"{count} {why}" for why, count in tally.dropped.items())
         raise InputError(
-            f"corpus: none of the {read['read']} documents read was kept ({reasons}); "
+            f"corpus: none of the {tally.read} documents read was kept ({reasons}); "
             "name more text in corpus.paths or lower corpus.min_characters"
         )
     split = "documents"
     if not _balanced(sides, fraction):
         split, sides = _split_again(recipe, folder, sides)
+    labels: dict[str, dict[str, int]] = {}
+    if settings.label_field:
+        labels = balance(folder / TRAIN, settings, recipe.seed)
+        if settings.balance != "none":
+            sides = _measure(folder / TRAIN), sides[1]
     report = CorpusReport(
         source=source,
         files=files,
         skipped_files=skipped,
-        documents_read=read.pop("read"),
-        dropped=dict(sorted(read.items())),
+        documents_read=tally.read,
+        dropped=dict(sorted(tally.dropped.items())),
+        cleaning=tally.cleaning,
+        lengths={str(length): count for length, count in sorted(tally.lengths.items())},
+        samples=tally.samples,
+        labels=labels,
         split=split,
         train=sides[0],
         validation=sides[1],
@@ -107,28 +123,8 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
 
 def iter_texts(path: Path) -> Iterator[str]:
     """Yield the text of each document of a train.jsonl or validation.jsonl that `prepare_corpus` wrote, in order."""
-    for document in _read(path):
+    for document in read_file(path):
         yield document.text
-
-
-def _clean(
-    documents: Iterable[Document], min_characters: int, deduplicate: bool, seed: bytes, count: Counter[str]
-) -> Iterator[tuple[Document, float]]:
-    """Yield each kept document with the fraction in [0, 1) that its folded text and the seed hash to."""
-    seen: set[bytes] = set()
-    for document in documents:
-        count["read"] += 1
-        if len(document.text.strip()) < min_characters:
-            count["too short"] += 1
-            continue
-        folded = " ".join(document.text.split())
-        digest = hashlib.blake2b(folded.encode("utf-8"), digest_size=16, key=seed).digest()
-        if deduplicate:
-            if digest in seen:
-                count["duplicate"] += 1
-                continue
-            seen.add(digest)
-        yield document, int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _write(folder: Path, documents: Iterable[tuple[Document, bool]]) -> tuple[SideReport, SideReport]:
@@ -139,8 +135,7 @@ def _write(folder: Path, documents: Iterable[tuple[Document, bool]]) -> tuple[Si
     with ExitStack() as stack:
         files = [stack.enter_context(part.open("w", encoding="utf-8", newline="\n")) for part in parts]
         for document, held_out in documents:
-            line = json.dumps({"name": document.name, "text": document.text}, ensure_ascii=False)
-            files[held_out].write(line + "\n")
+            write_document(files[held_out], document)
             counts[held_out] += 1
             characters[held_out] += len(document.text)
     for part, path in zip(parts, paths, strict=True):
@@ -164,7 +159,7 @@ def _split_again(
     total = sum(side.documents for side in sides)
     if total > 1:
         seed = str(recipe.seed).encode()
-        shares = [share for _, share in _clean(_read_both(folder), 1, False, seed, Counter())]
+        shares = [share(document.text, seed) for document in _read_both(folder)]
         chosen = shares.index(min(shares))
         pairs = ((document, index == chosen) for index, document in enumerate(_read_both(folder)))
         return "one document", _write(folder, pairs)
@@ -183,31 +178,23 @@ def _cut_documents(documents: Iterable[Document], fraction: float) -> Iterator[t
         before, after = text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1
         for cut in (before, after):
             if text[:cut].strip() and text[cut:].strip():
-                yield Document(document.name, text[:cut]), False
-                yield Document(f"{document.name} (end)", text[cut:]), True
+                yield Document(document.name, text[:cut], document.label), False
+                yield Document(f"{document.name} (end)", text[cut:], document.label), True
                 break
         else:
             yield document, False
 
 
 def _read_both(folder: Path) -> Iterator[Document]:
-    yield from _read(folder / TRAIN)
-    yield from _read(folder / VALIDATION)
+    yield from read_file(folder / TRAIN)
+    yield from read_file(folder / VALIDATION)
 
 
-def _read(path: Path) -> Iterator[Document]:
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = json.loads(line)
-                    yield Document(record["name"], record["text"])
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(
-                        f"{path}, line {number}: not a document; run 'gpt2-bundle prepare' again"
-                    ) from None
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such corpus; run 'gpt2-bundle prepare' first") from None
+def _measure(path: Path) -> SideReport:
+    documents, characters = 0, 0
+    for text in iter_texts(path):
+        documents, characters = documents + 1, characters + len(text)
+    return SideReport(documents, characters)
 
 
 def _sha256(*paths: Path) -> str:

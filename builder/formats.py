@@ -37,22 +37,32 @@ def kinds() -> str:
     return f"{', '.join(_READERS)}, each also with {' or '.join(COMPRESSIONS)}"
 
 
-def read_records(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) of each record: the label is its line or row number, empty where the file is one record.
+Record = tuple[str, str, str]
+
+
+def read_records(path: Path, text_field: str, label_field: str = "") -> Iterator[Record]:
+    """Yield (place, text, label) of each record: the place is its line or row number, empty where the file is one.
+
+    The label is that of `label_field`, numbers and truth values as text, empty where it is null or none is asked for.
 
     Raises InputError, with the file and the line, row or byte where it has one, for what cannot be read as text.
     """
     kind = kind_of(path)
     if kind is None:
         raise InputError(f"{path}: this kind of file is not read; give one of {kinds()}")
-    yield from _READERS[kind](path, text_field)
+    yield from _READERS[kind](path, text_field, label_field)
 
 
-def _read_whole(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    yield "", _decode(b"".join(_chunks(path)), path, 0).removeprefix("\ufeff")
+def _read_whole(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
+    if label_field:
+        raise InputError(
+            f"{path}: this kind of file has no field {label_field!r} (corpus.label_field); "
+            "give .jsonl, .csv or .parquet, or leave label_field empty"
+        )
+    yield "", _decode(b"".join(_chunks(path)), path, 0).removeprefix("\ufeff"), ""
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -68,10 +78,13 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
             raise InputError(f"{where}: a JSON {_json_kind(record)}; put one JSON object on each line")
         if text_field not in record:
             raise InputError(_no_field(where, text_field, list(record)))
-        yield str(number), _checked(record[text_field], where, text_field)
+        if label_field and label_field not in record:
+            raise InputError(_no_field(where, label_field, list(record), "label_field"))
+        label = _label(record[label_field], where, label_field) if label_field else ""
+        yield str(number), _checked(record[text_field], where, text_field), label
 
 
-def _read_csv(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+def _read_csv(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # The default of 128 KiB is shorter than many documents; a C long holds this one.
     reader = csv.reader(_lines(path), strict=True)
     line = 1
@@ -79,7 +92,10 @@ def _read_csv(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
         header = next(reader, [])
         if text_field not in header:
             raise InputError(_no_field(f"{path}, line 1", text_field, header))
+        if label_field and label_field not in header:
+            raise InputError(_no_field(f"{path}, line 1", label_field, header, "label_field"))
         column = header.index(text_field)
+        label_column = header.index(label_field) if label_field else None
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
@@ -88,13 +104,13 @@ def _read_csv(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
                     "put quotes around text that contains commas"
                 )
             if row:
-                yield str(line), row[column]
+                yield str(line), row[column], "" if label_column is None else row[label_column]
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: not valid CSV ({error}); mend the row or leave it out") from None
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+def _read_parquet(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -112,12 +128,18 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            if text_field not in table.schema_arrow.names:
-                raise InputError(_no_field(str(path), text_field, table.schema_arrow.names))
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[text_field]):
-                for value in batch.column(0):
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise InputError(_no_field(str(path), text_field, names))
+            if label_field and label_field not in names:
+                raise InputError(_no_field(str(path), label_field, names, "label_field"))
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[text_field, label_field or text_field]):
+                texts, labels = batch.column(text_field), batch.column(label_field or text_field)
+                for value, mark in zip(texts, labels, strict=True):
                     number += 1
-                    yield str(number), _checked(value.as_py(), f"{path}, row {number}", text_field)
+                    where = f"{path}, row {number}"
+                    label = _label(mark.as_py(), where, label_field) if label_field else ""
+                    yield str(number), _checked(value.as_py(), where, text_field), label
         except UnicodeDecodeError:
             raise InputError(f"{path}, row {number}: not UTF-8 text; mend the row or leave it out") from None
         except (pyarrow.ArrowException, OSError) as error:
@@ -125,7 +147,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[tuple[str, str]]:
             raise InputError(f"{path}: broken Parquet after row {number} ({reason}); fetch or write it again") from None
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = {
+_READERS: dict[str, Callable[[Path, str, str], Iterator[Record]]] = {
     ".txt": _read_whole,
     ".md": _read_whole,
     ".jsonl": _read_jsonl,
@@ -222,10 +244,18 @@ def _checked(value: Any, where: str, text_field: str) -> str:
     return value
 
 
+def _label(value: Any, where: str, label_field: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    return _checked(value, where, label_field)
+
+
 def _json_kind(value: Any) -> str:
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list"}
     return names.get(type(value), "object" if isinstance(value, dict) else type(value).__name__)
 
 
-def _no_field(where: str, text_field: str, known: list[str]) -> str:
-    return f"{where}: no field {text_field!r} to read (corpus.text_field){did_you_mean(text_field, known)}"
+def _no_field(where: str, field: str, known: list[str], key: str = "text_field") -> str:
+    return f"{where}: no field {field!r} to read (corpus.{key}){did_you_mean(field, known)}"

@@ -11,14 +11,16 @@ from tokenizers import Tokenizer
 
 from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus
 from builder.recipe import Recipe
+from builder.report import vocabulary_coverage, write_report
 from builder.tokenizer import copy_tokenizer, train_tokenizer, vocabulary_size
-from builder.tokens import rows_per_epoch, write_tokens
+from builder.tokens import open_tokens, rows_per_epoch, write_tokens
+from serving.errors import InputError
 
-SUMMARY = "prepare.json"
+SUMMARY, PAGE = "prepare.json", "report.html"
 
 
 def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None:
-    """Write corpus/, tokenizer/, tokens/{train,validation}.bin and, when all is done, prepare.json under `folder`.
+    """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
     and if the training side has fewer tokens than one row of `training.sequence_length`.
@@ -31,9 +33,20 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None
     vocab_size = vocabulary_size(tokenizer)
     report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size))
     counts = {}
-    for name in (TRAIN, VALIDATION):
-        shard = (folder / "tokens" / name).with_suffix(".bin")
-        counts[shard.stem] = write_tokens(iter_texts(folder / "corpus" / name), tokenizer, shard)
+    shards = [(folder / "tokens" / name).with_suffix(".bin") for name in (TRAIN, VALIDATION)]
+    for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
+        counts[shard.stem] = write_tokens(
+            iter_texts(folder / "corpus" / name),
+            tokenizer,
+            shard,
+            max_tokens=recipe.corpus.max_tokens,
+            trim=recipe.corpus.trim,
+        )
+        if not counts[shard.stem]:
+            raise InputError(
+                f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
+                "raise it or set corpus.trim"
+            )
     rows_per_epoch(counts["train"], recipe.training.sequence_length)
     report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
     total = sum(counts.values())
@@ -47,9 +60,16 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None
         "characters": {"train": corpus.train.characters, "validation": corpus.validation.characters},
         "tokens": counts,
         "vocab_size": vocab_size,
+        "vocabulary": vocabulary_coverage(open_tokens(shards[0]), open_tokens(shards[1]), vocab_size),
         "tokens_per_document": round(total / corpus.documents, 2),
         "characters_per_token": round(corpus.characters / total, 3),
     }
+    if recipe.corpus.max_tokens:
+        indices = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in shards]
+        summary["over_max_tokens"] = {
+            shard.stem: index["too_long"] for shard, index in zip(shards, indices, strict=True)
+        }
+    write_report(folder / PAGE, corpus, summary)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -26,9 +26,46 @@ class CorpusRecipe:
 
     paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
     text_field: str = _key("text", "Field of a .jsonl record, or column of a .csv or .parquet file, that is the text.")
+    label_field: str = _key("", "Field or column that is a document's label; empty reads none.")
+    balance: str = _key(
+        "none",
+        "By label, on the training side only: cap at label_cap, sample down to the rarest, or up to the commonest.",
+        choices=("none", "cap", "down", "up"),
+    )
+    label_cap: int = _key(0, "With balance cap, the most documents of one label; 0 is no cap.", low=0)
     validation_fraction: float = _key(0.05, "Share of the documents held out, chosen by hash.", low=0.001, high=0.5)
     deduplicate: bool = _key(True, "Drop documents whose text, white space folded, was seen before.")
+    near_duplicates: bool = _key(False, "Drop documents much like one seen before, by MinHash.")
+    near_threshold: float = _key(0.8, "Jaccard similarity of shingles from which two are alike.", low=0.3, high=1.0)
+    near_num_perm: int = _key(128, "Permutations of a MinHash signature; more estimate better.", low=16, high=1024)
+    near_shingle_words: int = _key(5, "Words a shingle.", low=1, high=50)
     min_characters: int = _key(20, "Drop documents shorter than this.", low=1)
+    max_characters: int = _key(0, "Drop documents longer than this, or trim them; 0 is no limit.", low=0)
+    max_tokens: int = _key(0, "The same in tokens, the end token not counted.", low=0)
+    trim: bool = _key(False, "Cut documents that are too long at a line's or word's end instead of dropping them.")
+
+
+@dataclass(frozen=True)
+class CleaningRecipe:
+    """What is done to each document's text before anything else; all off unless switched on, in the order they run."""
+
+    html: bool = _key(False, "Strip HTML's tags, scripts and styles, and decode its entities.")
+    invisible: bool = _key(False, "Remove control characters, terminal sequences and zero-width characters.")
+    unicode: str = _key("none", "Unicode normalisation form.", choices=("none", "NFC", "NFKC"))
+    symbols: str = _key(
+        "keep",
+        "Rows of four or more equal symbols, and of box drawing: shorten them (collapse) or take them out (drop).",
+        choices=("keep", "collapse", "drop"),
+    )
+    boilerplate_documents: int = _key(
+        0, "Remove lines that stand in at least this many documents, such as licence headers; 0 keeps all.", low=0
+    )
+    boilerplate_characters: int = _key(20, "Lines shorter than this are never boilerplate.", low=1)
+    white_space: str = _key(
+        "keep",
+        "lines: line ends unified, blanks at lines' ends and all but one empty line removed. words: inner blanks too.",
+        choices=("keep", "lines", "words"),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +145,7 @@ class Recipe:
     name: str = _key("gpt2-docs", "Name of the bundle, and of its folders under dist/ and runs/.")
     seed: int = _key(1234, "Seed of the split, the initial weights, the dropout and the order.", low=0, high=2**31 - 1)
     corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    cleaning: CleaningRecipe = field(default_factory=CleaningRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)

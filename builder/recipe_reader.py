@@ -129,7 +129,24 @@ def _check_model_keys(given: dict[str, Any], model: ModelRecipe) -> None:
 def _check_consistency(recipe: Recipe) -> None:
     if not _NAME.fullmatch(recipe.name):
         raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
-    model, training = recipe.model, recipe.training
+    corpus, model, training = recipe.corpus, recipe.model, recipe.training
+    if 0 < corpus.max_characters < corpus.min_characters:
+        raise InputError(
+            f"recipe key 'corpus.max_characters' is {corpus.max_characters}, less than "
+            f"corpus.min_characters {corpus.min_characters}; raise the one or lower the other"
+        )
+    if corpus.balance != "none" and not corpus.label_field:
+        raise InputError(
+            f"recipe key 'corpus.balance' is {corpus.balance!r} and there are no labels; "
+            "name their field in corpus.label_field"
+        )
+    if (corpus.balance == "cap") != (corpus.label_cap > 0):
+        raise InputError(
+            f"recipe key 'corpus.label_cap' is {corpus.label_cap} with corpus.balance {corpus.balance!r}; "
+            "set balance to 'cap' and label_cap to at least 1, or neither"
+        )
+    if corpus.label_field and not corpus.paths:
+        raise InputError("recipe key 'corpus.label_field' is for files, and docstrings have none; set corpus.paths")
     if model.base:
         return  # The base checkpoint's own geometry is checked when it is read.
     if model.n_embd % model.n_head:

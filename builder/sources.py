@@ -20,6 +20,7 @@ class Document:
 
     name: str
     text: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def read_documents(recipe: CorpusRecipe) -> Iterator[Document]:
     directly that holds no text; and, at the end, if no document had any.
     """
     if recipe.paths:
-        yield from read_sources(find_sources(recipe.paths), recipe.text_field)
+        yield from read_sources(find_sources(recipe.paths), recipe.text_field, recipe.label_field)
         return
     from builder.docstrings import read_docstrings  # It needs Document from here.
 
     yield from read_docstrings()
 
 
-def read_sources(sources: Sources, text_field: str) -> Iterator[Document]:
+def read_sources(sources: Sources, text_field: str, label_field: str = "") -> Iterator[Document]:
     """Yield the documents of files already found; see `read_documents`."""
     any_content = False
     for source in sources.files:
@@ -82,9 +83,9 @@ def read_sources(sources: Sources, text_field: str) -> Iterator[Document]:
                 raise InputError(f"{source.path}: the file is empty; put text in it or leave it out of corpus.paths")
             yield Document(source.name, "")
             continue
-        for label, text in read_records(source.path, text_field):
+        for place, text, label in read_records(source.path, text_field, label_field):
             content = content or bool(text.strip())
-            yield Document(f"{source.name}:{label}" if label else source.name, text)
+            yield Document(f"{source.name}:{place}" if place else source.name, text, label)
         if source.named and not content:
             raise InputError(f"{source.path}: no text in it, only white space or no records; leave it out")
         any_content = any_content or content

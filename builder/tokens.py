@@ -27,28 +27,43 @@ _DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 _BATCH_CHARACTERS = 1 << 20
 
 
-def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> int:
+def write_tokens(
+    texts: Iterable[str], tokenizer: Tokenizer, path: Path, *, max_tokens: int = 0, trim: bool = False
+) -> int:
     """Encode `texts` into the shard `path` (a .bin file) with its index beside it, and return the number of tokens.
 
     Each document, empty ones too, is followed by the end token. Ids are uint16 up to a vocabulary of 65,536, else
     uint32. Documents are encoded in parallel batches of about a million characters; a long one is cut first, where that
     changes no token, so memory is bounded.
+
+    With `max_tokens`, a document of more is left out, or with `trim` cut to its first ones; the index counts these as
+    `too_long`.
     """
     end, vocab_size = end_token_id(tokenizer), vocabulary_size(tokenizer)
     name = "uint16" if vocab_size <= 1 << 16 else "uint32"
     path.parent.mkdir(parents=True, exist_ok=True)
     index = path.with_suffix(".json")
     index.unlink(missing_ok=True)
-    digest, count, documents = hashlib.sha256(), 0, 0
+    digest, count, documents, too_long = hashlib.sha256(), 0, 0, 0
+    document: list[int] = []
     with path.open("wb") as file:
         for batch in _batches(texts, can_cut(tokenizer)):
             encodings = tokenizer.encode_batch([piece for piece, _ in batch], add_special_tokens=False)
             ids: list[int] = []
             for encoding, (_, last) in zip(encodings, batch, strict=True):
-                ids.extend(encoding.ids)
-                if last:
+                if not max_tokens:
+                    ids.extend(encoding.ids)
+                elif len(document) <= max_tokens:
+                    document.extend(encoding.ids)
+                if not last:
+                    continue
+                excess = len(document) > max_tokens > 0
+                too_long += excess
+                if not excess or trim:
+                    ids.extend(document[:max_tokens])
                     ids.append(end)
                     documents += 1
+                document.clear()
             data = np.asarray(ids, dtype=_DTYPES[name]).tobytes()
             file.write(data)
             digest.update(data)
@@ -61,6 +76,8 @@ def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> int:
         "vocab_size": vocab_size,
         "sha256": digest.hexdigest(),
     }
+    if max_tokens:
+        record["too_long"] = too_long
     index.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return count
 

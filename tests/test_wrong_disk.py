@@ -105,7 +105,7 @@ def test_a_read_only_disk(fails: Fails, tiny: TinyBuild, small_disk: Any) -> Non
 def test_what_the_disk_refuses_is_said_with_its_file(
     fails: Fails, fresh: TinyBuild, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number), "the/file")
 
     monkeypatch.setattr("builder.prepare.write_tokens", refuse)

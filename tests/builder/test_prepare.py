@@ -69,3 +69,10 @@ def test_too_little_text_leaves_no_summary_not_even_an_old_one(tmp_path: Path) -
     with pytest.raises(InputError, match="one row needs 33; add text"):
         prepare(small_recipe(tmp_path, lines=3), tmp_path / "run", lambda line: None)
     assert not (tmp_path / "run" / "prepare.json").exists()
+
+
+def test_a_limit_that_leaves_no_tokens_is_named(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    recipe = dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, max_tokens=3))
+    with pytest.raises(InputError, match=r"every train document is longer than corpus\.max_tokens 3"):
+        prepare(recipe, tmp_path / "run", lambda line: None)

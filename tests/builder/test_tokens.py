@@ -53,6 +53,23 @@ def test_a_shard_is_the_documents_each_with_the_end_token(tokenizer: Tokenizer, 
     }
 
 
+@pytest.mark.parametrize("trim", [False, True])
+def test_documents_of_too_many_tokens_are_left_out_or_cut(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trim: bool
+) -> None:
+    monkeypatch.setattr("builder.tokenizer._PIECE_CHARACTERS", 50)
+    path, end = tmp_path / "train.bin", end_token_id(tokenizer)
+    limit = len(tokenizer.encode(TEXTS[0]).ids)
+    long = tokenizer.encode(TEXTS[2]).ids
+    expected = [*tokenizer.encode(TEXTS[0]).ids, end, end, *([*long[:limit], end] if trim else [])]
+    assert write_tokens(TEXTS, tokenizer, path, max_tokens=limit, trim=trim) == len(expected)
+    assert open_tokens(path).tolist() == expected
+    index = json.loads((tmp_path / "train.json").read_text())
+    assert (index["too_long"], index["documents"]) == (1, 2 + trim)
+    write_tokens(TEXTS, tokenizer, path, max_tokens=len(long), trim=trim)
+    assert json.loads((tmp_path / "train.json").read_text())["too_long"] == 0
+
+
 def test_batches_and_pieces_make_the_same_stream(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
