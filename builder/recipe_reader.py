@@ -130,6 +130,11 @@ def _check_consistency(recipe: Recipe) -> None:
     if not _NAME.fullmatch(recipe.name):
         raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
     model, training = recipe.model, recipe.training
+    if training.batch_size % training.accumulation:
+        raise InputError(
+            f"recipe key 'training.accumulation' is {training.accumulation}, which does not divide "
+            f"training.batch_size {training.batch_size}; change one of them"
+        )
     if model.base:
         return  # The base checkpoint's own geometry is checked when it is read.
     if model.n_embd % model.n_head:

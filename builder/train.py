@@ -64,7 +64,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
 
     # TensorFlow only now: what is wrong above is answered at once.
     from builder.frameworks import keras
-    from builder.training import LanguageModel, fit
+    from builder.training import LanguageModel, exported_row, fit
     from builder.weights import write_safetensors
 
     keras.utils.set_random_seed(recipe.seed)
@@ -88,13 +88,14 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
             run_id=run_id,
             notify=notify,
         )
+    exported = exported_row(history, recipe.training)
     report = {
         "parameters": geometry.parameters,
         "training_tokens": len(tokens),
         "validation_tokens": len(held_out),
-        "validation_loss": history[-1]["validation_loss"],
-        "validation_perplexity": history[-1]["validation_perplexity"],
-        "validation_accuracy": history[-1]["validation_accuracy"],
+        "validation_loss": exported["validation_loss"],
+        "validation_perplexity": exported["validation_perplexity"],
+        "validation_accuracy": exported["validation_accuracy"],
         "unigram_perplexity": unigram_perplexity(tokens, held_out, geometry.vocab_size),
         "trigram_perplexity": trigram_perplexity(tokens, held_out, geometry.vocab_size),
         "history": history,

@@ -182,3 +182,8 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "r.toml").touch()
     assert read_recipe(tmp_path / "r.toml") == Recipe()
+
+
+def test_the_parts_of_a_batch_must_be_of_one_size() -> None:
+    assert "does not divide training.batch_size 16" in refusal("training.accumulation=3")
+    assert read_recipe(None, ["training.accumulation=4"]).training.accumulation == 4
