@@ -108,6 +108,12 @@ class TrainingRecipe:
     )
     keep: str = _key("last", "Which validation's weights are exported.", choices=("best", "last"))
     checkpoints_kept: int = _key(1, "Checkpoints kept, the newest ones.", low=1, high=1000)
+    log_every: int = _key(10, "Steps between two lines of metrics.jsonl.", low=1, high=1_000_000)
+    tensorboard: bool = _key(False, "Write TensorBoard's event files too.")
+    sample_prompts: tuple[str, ...] = _key(
+        (), "Texts continued at each validation; empty takes two places of the validation text."
+    )
+    sample_tokens: int = _key(16, "Tokens each of them is continued by; 0 shows none.", low=0, high=1024)
     loop: str = _key(
         "fit", "fit: Keras's own loop. custom: the project's loop, with the same steps.", choices=("fit", "custom")
     )

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
 from builder.base import geometry_of, load_weights, resolve_base
+from builder.metrics_log import MetricsLog, read_metrics
 from builder.ngram import trigram_perplexity, unigram_perplexity
 from builder.progress import Reporter
-from builder.recipe import Recipe
+from builder.recipe import Recipe, TrainingRecipe
+from builder.run_report import REPORT_PAGE, write_report
 from builder.tokenizer import end_token_id, load_tokenizer, vocabulary_size
 from builder.tokens import open_tokens
 from serving.bundle import Geometry
@@ -41,7 +46,8 @@ def hf_config(geometry: Geometry) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: Reporter) -> dict[str, Any]:
-    """Train on the tokens in `prepared`; write model.safetensors, config.json and training.json to `folder`.
+    """Train on the tokens in `prepared`; write weights, config.json, training.json, metrics.jsonl and report.html
+    to `folder`.
 
     Returns the report. A checkpoint of the same `run_id` in `folder` is taken up. Raises InputError for a base
     checkpoint that does not fit, TrainingError when the loss is not a number.
@@ -64,6 +70,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
 
     # TensorFlow only now: what is wrong above is answered at once.
     from builder.frameworks import keras
+    from builder.samples import continue_greedily
     from builder.training import LanguageModel, exported_row, fit
     from builder.weights import write_safetensors
 
@@ -77,17 +84,40 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     if recipe.model.base:
         load_weights(model, resolve_base(recipe.model.base))
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
-    with reporter.training() as notify:
+    settings = recipe.training
+    prompts = _prompts(settings, tokenizer, held_out) if settings.sample_tokens else []
+
+    def sample() -> list[tuple[str, str]]:
+        continued = continue_greedily(model, prompts, settings.sample_tokens) if prompts else []
+        pairs = zip(prompts, continued, strict=bool(prompts))
+        return [(tokenizer.decode(prompt), tokenizer.decode(text)) for prompt, text in pairs]
+
+    shown: list[tuple[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    with reporter.training() as tell:
+
+        def notify(event: dict[str, Any]) -> None:
+            tell(event)
+            if "validation" in event:
+                rows.append(event["validation"])
+                shown[:] = event.get("samples", [])
+                for prompt, text in shown:
+                    reporter.line(f"  {prompt!r} -> {text!r}")
+                write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), rows, shown)
+
         history = fit(
             model,
-            recipe.training,
+            settings,
             tokens,
             held_out,
             seed=recipe.seed,
             folder=folder / "checkpoint",
             run_id=run_id,
             notify=notify,
+            log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
+            sample=sample,
         )
+    write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), history, shown or sample())
     exported = exported_row(history, recipe.training)
     report = {
         "parameters": geometry.parameters,
@@ -105,6 +135,15 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     (folder / "config.json").write_text(json.dumps(hf_config(geometry), indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _prompts(recipe: TrainingRecipe, tokenizer: Tokenizer, held_out: NDArray[Any]) -> list[list[int]]:
+    """Ids of the prompts that samples continue."""
+    if recipe.sample_prompts:
+        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in recipe.sample_prompts]
+        return [ids for ids in encoded if ids]
+    places = (0, len(held_out) // 2)
+    return [held_out[place : place + 8].tolist() for place in places]
 
 
 def quality(report: dict[str, Any]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from builder.checkpoint import Progress, load_best, load_checkpoint
 from builder.frameworks import keras, tf
 from builder.gpt2 import GPT2
 from builder.loop import run_epochs
+from builder.metrics_log import MetricsLog
 from builder.optimisers import make_optimizer
 from builder.recipe import TrainingRecipe
 from builder.tokens import RowSampler, training_dataset, training_steps, validation_dataset
@@ -76,11 +78,14 @@ def fit(
     folder: Path,
     run_id: str,
     notify: Notify,
+    log: MetricsLog | None = None,
+    sample: Callable[[], list[tuple[str, str]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
 
     Takes up the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
-    and one with the key "validation" after every validation. Raises TrainingError when the loss is not a number.
+    and one with the keys "validation" and "samples" (what `sample` gives) after every validation; figures go to `log`.
+    Raises TrainingError when the loss is not a number.
     """
     steps, interval = plan_steps(recipe, len(train))
     if steps == 0:
@@ -92,7 +97,7 @@ def fit(
     optimizer.build(model.trainable_variables)
     best = recipe.keep == "best"
     start = load_checkpoint(folder, model, optimizer, run_id, with_best=best) or Progress(0, [])
-    watch = Watch(recipe, folder, run_id, steps, start, notify)
+    watch = Watch(recipe, folder, run_id, steps, start, notify, log, sample)
     if start.step < steps and not watch.is_stale:
         watch.rows_of = RowSampler(train, recipe.sequence_length, recipe.batch_size, seed).starts
         _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)

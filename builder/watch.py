@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from builder.checkpoint import Progress, save_best, save_checkpoint
 from builder.frameworks import keras
+from builder.metrics_log import MetricsLog
 from builder.optimisers import averaged
 from builder.recipe import TrainingRecipe
 from serving.errors import TrainingError
@@ -29,12 +30,26 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         steps: updates of the weights in the whole run.
         start: how far the run has come.
         notify: gets a dictionary after every step, and one with the key "validation" after every validation.
+        log: where figures are written.
+        sample: makes (prompt, continuation) pairs of the model as it is, for the event and the row of a validation.
     """
 
     def __init__(
-        self, recipe: TrainingRecipe, folder: Path, run_id: str, steps: int, start: Progress, notify: Notify
+        self,
+        recipe: TrainingRecipe,
+        folder: Path,
+        run_id: str,
+        steps: int,
+        start: Progress,
+        notify: Notify,
+        log: MetricsLog | None = None,
+        sample: Callable[[], list[tuple[str, str]]] | None = None,
     ) -> None:
         super().__init__()
+        self.log, self.sample = log, sample
+        self.logged_loss, self.logged_calls, self.logged_at = 0.0, 0, time.monotonic()
+        if log is not None:
+            log.open_at(start.step)
         self.recipe, self.folder, self.run_id, self.steps, self.notify = recipe, folder, run_id, steps, notify
         self.step, self.history = start.step, list(start.history)
         self.calls = start.step * recipe.accumulation
@@ -48,6 +63,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.interval_start, self.interval_step = time.monotonic(), self.step
+        self.logged_loss, self.logged_calls, self.logged_at = 0.0, 0, self.interval_start
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.calls += 1
@@ -59,6 +75,24 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             return
         self.step += 1
         self.notify({"step": self.step, "steps": self.steps, "loss": loss, "tokens_per_second": self._speed()})
+        if self.log is not None and self.step % self.log.every == 0:
+            self._log(self.log, loss, self.calls - self.interval_step * self.recipe.accumulation)
+
+    def _log(self, log: MetricsLog, mean: float, calls: int) -> None:
+        """Write the figures since the last line; `mean` is the loss of the `calls` since the last validation."""
+        parts, new = self.recipe.accumulation, calls - self.logged_calls
+        now = time.monotonic()
+        tokens = new // parts * self.recipe.batch_size * self.recipe.sequence_length
+        log.write(
+            {
+                "step": self.step,
+                "loss": (mean * calls - self.logged_loss) / new,
+                "learning_rate": float(self.model.optimizer.learning_rate),
+                "gradient_norm": float(self.model.optimizer.gradient_norm),
+                "tokens_per_second": tokens / max(now - self.logged_at, 1e-9),
+            }
+        )
+        self.logged_loss, self.logged_calls, self.logged_at = mean * calls, calls, now
 
     def on_test_begin(self, logs: Any = None) -> None:
         self.measured_speed = self._speed()
@@ -66,6 +100,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.swap.enter_context(averaged(self.model, self.model.optimizer))
 
     def on_test_end(self, logs: Any = None) -> None:
+        self.samples = self.sample() if self.sample is not None else []
         self.swap.close()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -89,7 +124,9 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         save_checkpoint(
             self.folder, self.model, self.model.optimizer, self.run_id, progress, self.recipe.checkpoints_kept
         )
-        self.notify({"step": self.step, "steps": self.steps, "validation": row})
+        if self.log is not None:
+            self.log.write({"step": self.step, "validation_loss": row["validation_loss"]})
+        self.notify({"step": self.step, "steps": self.steps, "validation": row, "samples": self.samples})
         if self.is_stale:
             self.model.stop_training = True
 
