@@ -92,6 +92,21 @@ class TrainingRecipe:
     adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
     adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
     max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
+    precision: str = _key(
+        "float32", "Arithmetic of the layers; the weights are float32 in both.", choices=("float32", "bfloat16")
+    )
+    freeze: tuple[str, ...] = _key(
+        (), "Weights that stay as they are, as patterns on their Hugging Face names: wte.weight, h.0.*, *.bias."
+    )
+    lora_rank: int = _key(
+        0, "Train low-rank adapters of this rank and nothing else, merged at export; 0 is none.", low=0, high=1024
+    )
+    lora_alpha: float = _key(0.0, "The adapters count alpha / rank times; 0 takes the rank.", low=0.0, high=1e4)
+    lora_targets: tuple[str, ...] = _key(
+        ("attn.c_attn", "mlp.c_fc"),
+        "Matrices that get adapters.",
+        choices=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    )
     accumulation: int = _key(
         1, "Parts that a batch is run in to save memory; must divide batch_size.", low=1, high=65_536
     )

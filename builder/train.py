@@ -71,18 +71,22 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     # TensorFlow only now: what is wrong above is answered at once.
     from builder.frameworks import keras
     from builder.samples import continue_greedily
-    from builder.training import LanguageModel, exported_row, fit
+    from builder.trainable import choose_trainable
+    from builder.training import LanguageModel, exported_row, fit, layer_precision
     from builder.weights import write_safetensors
 
     keras.utils.set_random_seed(recipe.seed)
-    model = LanguageModel.create(
-        geometry,
-        embd_pdrop=recipe.model.embd_pdrop,
-        attn_pdrop=recipe.model.attn_pdrop,
-        resid_pdrop=recipe.model.resid_pdrop,
-    )
+    with layer_precision(recipe.training.precision):
+        model = LanguageModel.create(
+            geometry,
+            embd_pdrop=recipe.model.embd_pdrop,
+            attn_pdrop=recipe.model.attn_pdrop,
+            resid_pdrop=recipe.model.resid_pdrop,
+        )
     if recipe.model.base:
         load_weights(model, resolve_base(recipe.model.base))
+    if recipe.training.epochs:
+        choose_trainable(model, recipe.training)
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
     settings = recipe.training
     prompts = _prompts(settings, tokenizer, held_out) if settings.sample_tokens else []

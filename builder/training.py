@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,17 @@ class LanguageModel(GPT2):
         if sample_weight is None:
             return tf.reduce_mean(losses)
         return tf.reduce_sum(losses * sample_weight) / tf.reduce_sum(sample_weight)
+
+
+@contextlib.contextmanager
+def layer_precision(precision: str) -> Iterator[None]:
+    """Make layers that are created inside compute in "float32" or "bfloat16"; their weights are float32 in both."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:

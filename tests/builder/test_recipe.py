@@ -31,7 +31,9 @@ LEAVES = {key: (field, value) for key, field, value in leaves(Recipe())}
 
 
 def as_toml(value: Any) -> str:
-    return "[]" if value == () else f'"{value}"' if isinstance(value, str) else str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 def refusal(*overrides: str, path: Path | None = None) -> str:
