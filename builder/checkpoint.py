@@ -53,12 +53,13 @@ def save_checkpoint(folder: Path, model: GPT2, optimizer: Any, run_id: str, prog
     metadata = {"run_id": run_id, "step": str(progress.step), "history": json.dumps(progress.history)}
     partial = _write(folder / FILE, _state(model, optimizer), metadata)
     newest = folder / FILE
-    if kept > 1 and newest.exists():
+    before = _step_of(newest, run_id)
+    if kept > 1 and before >= 0:
         # Between the two renamings there is no newest, and the older ones are looked at.
-        newest.replace(folder / f"checkpoint-{max(0, _step_of(newest)):09d}.safetensors")
+        newest.replace(folder / f"checkpoint-{before:09d}.safetensors")
     partial.replace(newest)
-    older = _older(folder)
-    for path in older[kept - 1 :]:
+    ours = [path for path in _older(folder) if _step_of(path, run_id) >= 0]
+    for path in set(_older(folder)) - set(ours[: kept - 1]):
         path.unlink()
 
 
@@ -133,11 +134,11 @@ def _older(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.safetensors"), reverse=True)
 
 
-def _step_of(path: Path, run_id: str | None = None) -> int:
+def _step_of(path: Path, run_id: str) -> int:
     """The step that a file is of; -1 where it is broken, missing or of another run than `run_id`."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            return int(metadata["step"]) if run_id in (None, metadata.get("run_id")) else -1
+            return int(metadata["step"]) if metadata.get("run_id") == run_id else -1
     except (FileNotFoundError, KeyError, ValueError, SafetensorError):
         return -1

@@ -70,7 +70,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
 
     # TensorFlow only now: what is wrong above is answered at once.
     from builder.frameworks import keras
-    from builder.samples import continue_greedily
+    from builder.samples import Continuations
     from builder.trainable import choose_trainable
     from builder.training import LanguageModel, exported_row, fit, layer_precision
     from builder.weights import write_safetensors
@@ -91,23 +91,22 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     settings = recipe.training
     prompts = _prompts(settings, tokenizer, held_out) if settings.sample_tokens else []
 
+    continuations = Continuations(model, prompts, settings.sample_tokens)
+
     def sample() -> list[tuple[str, str]]:
-        continued = continue_greedily(model, prompts, settings.sample_tokens) if prompts else []
-        pairs = zip(prompts, continued, strict=bool(prompts))
+        pairs = zip(prompts, continuations(), strict=True)
         return [(tokenizer.decode(prompt), tokenizer.decode(text)) for prompt, text in pairs]
 
     shown: list[tuple[str, str]] = []
-    rows: list[dict[str, Any]] = []
     with reporter.training() as tell:
 
         def notify(event: dict[str, Any]) -> None:
             tell(event)
             if "validation" in event:
-                rows.append(event["validation"])
                 shown[:] = event.get("samples", [])
                 for prompt, text in shown:
                     reporter.line(f"  {prompt!r} -> {text!r}")
-                write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), rows, shown)
+                write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), event["history"], shown)
 
         history = fit(
             model,

@@ -96,13 +96,15 @@ def fit(
     """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
 
     Takes up the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
-    and one with the keys "validation" and "samples" (what `sample` gives) after every validation; figures go to `log`.
-    Raises TrainingError when the loss is not a number.
+    and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
+    figures go to `log`. Raises TrainingError when the loss is not a number.
     """
     steps, interval = plan_steps(recipe, len(train))
     if steps == 0:
+        if log is not None:
+            log.open_at(0)
         row = {"step": 0, **evaluate(model, validation, recipe.sequence_length, recipe.batch_size)}
-        notify({"step": 0, "steps": 0, "validation": row})
+        notify({"step": 0, "steps": 0, "validation": row, "history": [row]})
         return [row]
     model.label_smoothing = recipe.label_smoothing
     optimizer = make_optimizer(recipe, steps)

@@ -126,7 +126,8 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         )
         if self.log is not None:
             self.log.write({"step": self.step, "validation_loss": row["validation_loss"]})
-        self.notify({"step": self.step, "steps": self.steps, "validation": row, "samples": self.samples})
+        event = {"step": self.step, "steps": self.steps, "validation": row}
+        self.notify(event | {"samples": self.samples, "history": self.history})
         if self.is_stale:
             self.model.stop_training = True
 

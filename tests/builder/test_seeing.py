@@ -14,7 +14,7 @@ from builder.frameworks import keras, tf
 from builder.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from builder.recipe import TrainingRecipe
 from builder.run_report import write_report
-from builder.samples import continue_greedily
+from builder.samples import Continuations
 from builder.training import LanguageModel, fit
 from tests.builder.test_training import GEOMETRY, RECIPE, TRAIN, VALIDATION, Stop
 
@@ -91,12 +91,24 @@ def test_samples_are_the_most_likely_tokens() -> None:
     keras.utils.set_random_seed(3)
     model = LanguageModel.create(GEOMETRY)
     prompts = [[1, 2, 3], [4], list(range(14))]
-    for prompt, ours in zip(prompts, continue_greedily(model, prompts, 5), strict=True):
+    for prompt, ours in zip(prompts, Continuations(model, prompts, 5)(), strict=True):
         ids = prompt[-11:]  # Sixteen positions hold eleven tokens of the prompt and five new ones.
         for token in ours:
             assert token == int(np.argmax(model(np.array([ids], np.int32)).numpy()[0, -1]))
             ids = [*ids, token]
         assert len(ours) == 5
+    assert Continuations(model, [], 5)() == []
+
+
+def test_samples_follow_the_weights() -> None:
+    model = LanguageModel.create(GEOMETRY)
+    continuations = Continuations(model, [[1, 2]], 3)
+    for token in (5, 9):
+        # A last layer norm of zeros and a bias along one token's embedding leave that token alone.
+        model.ln_f.gamma.assign(tf.zeros(16))
+        model.ln_f.beta.assign(model.wte.embeddings[token] * 100.0)
+        model.wte.embeddings.assign(tf.math.l2_normalize(model.wte.embeddings, -1))
+        assert continuations() == [[token] * 3]
 
 
 def test_the_page_stands_alone_and_shows_every_curve(tmp_path: Path) -> None:
