@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.base import local_base, resolve_base
+from builder.metrics_log import METRICS, TENSORBOARD
 from builder.prepare import prepare
 from builder.progress import Reporter
 from builder.recipe import Recipe
@@ -102,8 +103,9 @@ def train_stage(run: Run, reporter: Reporter) -> None:
     def work(folder: Path) -> None:
         train(run.recipe, run.prepared, folder, key, reporter)
 
-    # The checkpoint stays while the key is another's too: it names the run that it belongs to.
-    if not run_stage(run.trained, key, work, keep=("checkpoint",)):
+    # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
+    # run that is not taken up are dropped when the new one begins.
+    if not run_stage(run.trained, key, work, keep=("checkpoint", METRICS, TENSORBOARD)):
         reporter.line("train: done already")
 
 

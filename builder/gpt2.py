@@ -54,6 +54,16 @@ class Block(keras.layers.Layer):  # type: ignore[misc]
         self.mlp_c_proj.build((None, None, self.n_inner))
         self.built = True
 
+    @property
+    def matrices(self) -> dict[str, Any]:
+        """The Dense layers by their names in a Hugging Face checkpoint."""
+        return {
+            "attn.c_attn": self.c_attn,
+            "attn.c_proj": self.attn_c_proj,
+            "mlp.c_fc": self.c_fc,
+            "mlp.c_proj": self.mlp_c_proj,
+        }
+
     def call(self, hidden: Any, kernels: Kernels, training: bool = False) -> Any:
         qkv = kernels.dense(self.c_attn, kernels.layer_norm(self.ln_1, hidden))
         attended = kernels.dense(self.attn_c_proj, kernels.attention(self.index, qkv, training))
@@ -156,3 +166,31 @@ def named_variables(model: GPT2) -> list[tuple[str, Any]]:
     named.append(("transformer.ln_f.weight", model.ln_f.gamma))
     named.append(("transformer.ln_f.bias", model.ln_f.beta))
     return named
+
+
+def stored_variables(model: GPT2) -> list[tuple[str, Any]]:
+    """What training must keep of the weights: `named_variables`, with a LoRA layer's three matrices told apart.
+
+    A kernel with adapters reads as the merged matrix, which is what an export wants and cannot be assigned.
+    """
+    layers = [layer for block in model.blocks for layer in block.matrices.values()]
+    adapted = [layer for layer in layers if layer.lora_enabled]
+    if not adapted:
+        return named_variables(model)
+    for layer in adapted:
+        layer.lora_enabled = False
+    try:
+        named = named_variables(model)
+    finally:
+        for layer in adapted:
+            layer.lora_enabled = True
+    for layer in adapted:
+        named.append((f"lora.{layer.path}.a", layer.lora_kernel_a))
+        named.append((f"lora.{layer.path}.b", layer.lora_kernel_b))
+    return named
+
+
+def random_states(model: GPT2) -> list[Any]:
+    """The state of every dropout's random numbers, in the order of the model; none where no rate is above 0."""
+    dropouts = [model.dropout, *(block.dropout for block in model.blocks), model.plain.attn_dropout]
+    return [dropout.seed_generator.state for dropout in dropouts if dropout is not None and dropout.rate > 0]

@@ -116,13 +116,59 @@ class TrainingRecipe:
     adam_rate_ratio: float = _key(
         1.5, "With muon, AdamW's rate for embeddings, biases and norms over learning_rate.", low=0.0, high=100.0
     )
+    schedule: str = _key(
+        "cosine",
+        "How the rate falls after the warm-up; constant and inverse_sqrt have no end.",
+        choices=("constant", "linear", "cosine", "inverse_sqrt"),
+    )
     warmup_fraction: float = _key(0.05, "Share of the steps over which the rate rises from 0.", low=0.0, high=1.0)
-    final_learning_rate_fraction: float = _key(0.05, "The cosine ends at this share of the peak.", low=0.0, high=1.0)
+    final_learning_rate_fraction: float = _key(
+        0.05, "Cosine and linear end at this share of the peak.", low=0.0, high=1.0
+    )
     weight_decay: float = _key(0.25, "Decay of matrices; biases, norms and embeddings have none.", low=0.0, high=10.0)
     adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
     adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
     max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
+    precision: str = _key(
+        "float32", "Arithmetic of the layers; the weights are float32 in both.", choices=("float32", "bfloat16")
+    )
+    freeze: tuple[str, ...] = _key(
+        (), "Weights that stay as they are, as patterns on their Hugging Face names: wte.weight, h.0.*, *.bias."
+    )
+    lora_rank: int = _key(
+        0, "Train low-rank adapters of this rank and nothing else, merged at export; 0 is none.", low=0, high=1024
+    )
+    lora_alpha: float = _key(0.0, "The adapters count alpha / rank times; 0 takes the rank.", low=0.0, high=1e4)
+    lora_targets: tuple[str, ...] = _key(
+        ("attn.c_attn", "mlp.c_fc"),
+        "Matrices that get adapters.",
+        choices=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    )
+    accumulation: int = _key(
+        1, "Parts that a batch is run in to save memory; must divide batch_size.", low=1, high=65_536
+    )
+    label_smoothing: float = _key(
+        0.0, "Share of each target spread evenly over the vocabulary, in training only.", low=0.0, high=0.9
+    )
+    ema: float = _key(
+        0.0, "Momentum of the moving average of the weights, which is validated and exported; 0 is none.",
+        low=0.0, high=0.99999,
+    )  # fmt: skip
     validations: int = _key(4, "Validations, and checkpoints, spread evenly over the run.", low=1, high=1000)
+    patience: int = _key(
+        0, "Stop after this many validations in a row without a lower loss; 0 never stops early.", low=0, high=1000
+    )
+    keep: str = _key("last", "Which validation's weights are exported.", choices=("best", "last"))
+    checkpoints_kept: int = _key(1, "Checkpoints kept, the newest ones.", low=1, high=1000)
+    log_every: int = _key(10, "Steps between two lines of metrics.jsonl.", low=1, high=1_000_000)
+    tensorboard: bool = _key(False, "Write TensorBoard's event files too.")
+    sample_prompts: tuple[str, ...] = _key(
+        (), "Texts continued at each validation; empty takes two places of the validation text."
+    )
+    sample_tokens: int = _key(16, "Tokens each of them is continued by; 0 shows none.", low=0, high=1024)
+    loop: str = _key(
+        "fit", "fit: Keras's own loop. custom: the project's loop, with the same steps.", choices=("fit", "custom")
+    )
     jit_compile: bool = _key(True, "Compile the training step with XLA.")
 
 

@@ -98,6 +98,10 @@ def _checked(where: str, kind: Any, value: Any, metadata: Any) -> Any:
             raise InputError(f"recipe key {where!r} takes a list of strings, not {reprlib.repr(value)}")
         if any("\0" in item for item in items):
             raise InputError(f"recipe key {where!r} holds a null character, which no path may")
+        choices = metadata.get("choices")
+        for item in items:
+            if choices and item not in choices:
+                raise InputError(f"recipe key {where!r} holds {item!r}{did_you_mean(item, choices)}")
         return tuple(items)
     if type(value) is not kind:
         raise InputError(f"recipe key {where!r} takes {_WORDS[kind]}, not {reprlib.repr(value)}")
@@ -147,6 +151,15 @@ def _check_consistency(recipe: Recipe) -> None:
         )
     if corpus.label_field and not corpus.paths:
         raise InputError("recipe key 'corpus.label_field' is for files, and docstrings have none; set corpus.paths")
+    if training.batch_size % training.accumulation:
+        raise InputError(
+            f"recipe key 'training.accumulation' is {training.accumulation}, which does not divide "
+            f"training.batch_size {training.batch_size}; change one of them"
+        )
+    if training.lora_rank and training.freeze:
+        raise InputError("recipe key 'training.freeze' has no use with training.lora_rank, which freezes all; drop one")
+    if training.lora_rank and len(set(training.lora_targets)) != max(1, len(training.lora_targets)):
+        raise InputError("recipe key 'training.lora_targets' must name at least one matrix, and each only once")
     if model.base:
         return  # The base checkpoint's own geometry is checked when it is read.
     if model.n_embd % model.n_head:

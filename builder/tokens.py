@@ -140,14 +140,18 @@ class RowSampler:
     def batch(self, step: int) -> NDArray[np.int32]:
         """Return the rows of a step, int32 [batch, sequence + 1]: inputs are all but the last column, targets all
         but the first."""
+        places = (self.starts(step)[:, None] + self._within) % len(self._tokens)
+        rows: NDArray[np.int32] = self._tokens[places].astype(np.int32)
+        return rows
+
+    def starts(self, step: int) -> NDArray[np.int64]:
+        """Return where a step's rows begin in the token stream, int64 [batch], each in [0, len)."""
         numbers = step * self._batch_size + np.arange(self._batch_size)
         starts = np.empty(self._batch_size, np.int64)
         for epoch in np.unique(numbers // self.rows):
             inside = numbers // self.rows == epoch
             starts[inside] = self._epoch_starts(int(epoch))[numbers[inside] % self.rows]
-        places = (starts[:, None] + self._within) % len(self._tokens)
-        rows: NDArray[np.int32] = self._tokens[places].astype(np.int32)
-        return rows
+        return starts % len(self._tokens)
 
     def _epoch_starts(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
 from builder.base import geometry_of, load_weights, resolve_base
+from builder.metrics_log import MetricsLog, read_metrics
 from builder.ngram import trigram_perplexity, unigram_perplexity
 from builder.progress import Reporter
-from builder.recipe import Recipe
+from builder.recipe import Recipe, TrainingRecipe
+from builder.run_report import REPORT_PAGE, write_report
 from builder.tokenizer import end_token_id, load_tokenizer, vocabulary_size
 from builder.tokens import open_tokens
 from serving.bundle import Geometry
@@ -41,7 +46,8 @@ def hf_config(geometry: Geometry) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: Reporter) -> dict[str, Any]:
-    """Train on the tokens in `prepared`; write model.safetensors, config.json and training.json to `folder`.
+    """Train on the tokens in `prepared`; write weights, config.json, training.json, metrics.jsonl and report.html
+    to `folder`.
 
     Returns the report. A checkpoint of the same `run_id` in `folder` is taken up. Raises InputError for a base
     checkpoint that does not fit, TrainingError when the loss is not a number.
@@ -65,37 +71,65 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
 
     # TensorFlow only now: what is wrong above is answered at once.
     from builder.frameworks import keras
-    from builder.training import LanguageModel, fit
+    from builder.samples import Continuations
+    from builder.trainable import choose_trainable
+    from builder.training import LanguageModel, exported_row, fit, layer_precision
     from builder.weights import write_safetensors
 
     keras.utils.set_random_seed(recipe.seed)
-    model = LanguageModel.create(
-        geometry,
-        embd_pdrop=recipe.model.embd_pdrop,
-        attn_pdrop=recipe.model.attn_pdrop,
-        resid_pdrop=recipe.model.resid_pdrop,
-    )
+    with layer_precision(recipe.training.precision):
+        model = LanguageModel.create(
+            geometry,
+            embd_pdrop=recipe.model.embd_pdrop,
+            attn_pdrop=recipe.model.attn_pdrop,
+            resid_pdrop=recipe.model.resid_pdrop,
+        )
     if base is not None:
         reporter.line(f"base: {load_weights(model, base.weights)} of {recipe.model.base}")
+    if recipe.training.epochs:
+        choose_trainable(model, recipe.training)
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
-    with reporter.training() as notify:
+    settings = recipe.training
+    prompts = _prompts(settings, tokenizer, held_out) if settings.sample_tokens else []
+
+    continuations = Continuations(model, prompts, settings.sample_tokens)
+
+    def sample() -> list[tuple[str, str]]:
+        pairs = zip(prompts, continuations(), strict=True)
+        return [(tokenizer.decode(prompt), tokenizer.decode(text)) for prompt, text in pairs]
+
+    shown: list[tuple[str, str]] = []
+    with reporter.training() as tell:
+
+        def notify(event: dict[str, Any]) -> None:
+            tell(event)
+            if "validation" in event:
+                shown[:] = event.get("samples", [])
+                for prompt, text in shown:
+                    reporter.line(f"  {prompt!r} -> {text!r}")
+                write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), event["history"], shown)
+
         history = fit(
             model,
-            recipe.training,
+            settings,
             tokens,
             held_out,
             seed=recipe.seed,
             folder=folder / "checkpoint",
             run_id=run_id,
             notify=notify,
+            log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
+            sample=sample,
         )
+    write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), history, shown or sample())
+    exported = exported_row(history, recipe.training)
     report = {
         "parameters": geometry.parameters,
         "training_tokens": len(tokens),
         "validation_tokens": len(held_out),
-        "validation_loss": history[-1]["validation_loss"],
-        "validation_perplexity": history[-1]["validation_perplexity"],
-        "validation_accuracy": history[-1]["validation_accuracy"],
+        "validation_loss": exported["validation_loss"],
+        "validation_perplexity": exported["validation_perplexity"],
+        "validation_accuracy": exported["validation_accuracy"],
         "unigram_perplexity": unigram_perplexity(tokens, held_out, geometry.vocab_size),
         "trigram_perplexity": trigram_perplexity(tokens, held_out, geometry.vocab_size),
         "history": history,
@@ -105,6 +139,15 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     (folder / "config.json").write_text(json.dumps(hf_config(geometry), indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _prompts(recipe: TrainingRecipe, tokenizer: Tokenizer, held_out: NDArray[Any]) -> list[list[int]]:
+    """Ids of the prompts that samples continue."""
+    if recipe.sample_prompts:
+        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in recipe.sample_prompts]
+        return [ids for ids in encoded if ids]
+    places = (0, len(held_out) // 2)
+    return [held_out[place : place + 8].tolist() for place in places]
 
 
 def quality(report: dict[str, Any]) -> dict[str, float]:

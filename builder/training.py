@@ -1,23 +1,25 @@
-"""Fit GPT-2 on token shards with Keras `compile` and `fit`, resumable at every validation."""
+"""Fit GPT-2 on token shards, by Keras's `fit` or by the project's own loop, resumable at every validation."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from builder.checkpoint import Progress, load_checkpoint, save_checkpoint
+from builder.checkpoint import Progress, load_best, load_checkpoint
 from builder.frameworks import keras, tf
 from builder.gpt2 import GPT2
+from builder.loop import run_epochs
+from builder.metrics_log import MetricsLog
+from builder.optimisers import make_optimizer
 from builder.recipe import TrainingRecipe
-from builder.tokens import training_dataset, training_steps, validation_dataset
+from builder.tokens import RowSampler, training_dataset, training_steps, validation_dataset
+from builder.watch import Notify, Watch
 from serving.errors import TrainingError
-
-Notify = Callable[[dict[str, Any]], None]
 
 
 class Perplexity(keras.metrics.Mean):  # type: ignore[misc]
@@ -33,16 +35,35 @@ class LanguageModel(GPT2):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.perplexity = Perplexity(name="perplexity")
+        self.label_smoothing = 0.0
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        """Mean cross-entropy (nats a token) of logits `y_pred` [batch, sequence, vocab] against ids `y`."""
+        """Mean cross-entropy (nats a token) of logits `y_pred` [batch, sequence, vocab] against ids `y`.
+
+        In training, `label_smoothing` e makes the target 1 - e of the token and e spread evenly over the vocabulary
+        (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets.
+        """
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
         self.perplexity.update_state(losses, sample_weight)
+        if training and self.label_smoothing:
+            even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
+            losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
         if sample_weight is None:
             return tf.reduce_mean(losses)
         return tf.reduce_sum(losses * sample_weight) / tf.reduce_sum(sample_weight)
+
+
+@contextlib.contextmanager
+def layer_precision(precision: str) -> Iterator[None]:
+    """Make layers that are created inside compute in "float32" or "bfloat16"; their weights are float32 in both."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:
@@ -59,88 +80,6 @@ def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:
     return interval * math.ceil(steps / interval), interval
 
 
-def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
-    """Muon or AdamW with linear warm-up and cosine decay; biases, norms and embeddings are not decayed.
-
-    Muon (Jordan et al., 2024) orthogonalises the momentum of each block's matrices; scaled as by Liu et al. (2025,
-    arXiv:2502.16982), one rate means updates of AdamW's size. AdamW fits what is no matrix, and the embeddings.
-    """
-    warmup = min(steps - 1, round(steps * recipe.warmup_fraction))
-    rate: Any = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if warmup else recipe.learning_rate,
-        decay_steps=max(1, steps - warmup),
-        alpha=recipe.final_learning_rate_fraction,
-        warmup_target=recipe.learning_rate if warmup else None,
-        warmup_steps=warmup,
-    )
-    shared = {"weight_decay": recipe.weight_decay, "global_clipnorm": recipe.max_grad_norm}
-    if recipe.optimizer == "muon":
-        optimizer = keras.optimizers.Muon(
-            rate,
-            adam_lr_ratio=recipe.adam_rate_ratio,
-            adam_beta_1=recipe.adam_beta1,
-            adam_beta_2=recipe.adam_beta2,
-            adam_weight_decay=None,
-            **shared,
-        )
-    else:
-        optimizer = keras.optimizers.AdamW(rate, beta_1=recipe.adam_beta1, beta_2=recipe.adam_beta2, **shared)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "embeddings"])
-    return optimizer
-
-
-class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Report progress, keep the history, write a checkpoint at each validation, stop on a loss that is no number."""
-
-    def __init__(
-        self, recipe: TrainingRecipe, folder: Path, run_id: str, steps: int, start: Progress, notify: Notify
-    ) -> None:
-        super().__init__()
-        self.recipe, self.folder, self.run_id, self.steps, self.notify = recipe, folder, run_id, steps, notify
-        self.step, self.history = start.step, list(start.history)
-        self.interval_start, self.interval_step = time.monotonic(), start.step
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.interval_start, self.interval_step = time.monotonic(), self.step
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.step += 1
-        loss = math.log(max(float(logs["perplexity"]), 1e-30))
-        self._stop_unless_finite(loss)
-        self.notify({"step": self.step, "steps": self.steps, "loss": loss, "tokens_per_second": self._speed()})
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self.measured_speed = self._speed()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        row = {
-            "step": self.step,
-            "train_loss": math.log(float(logs["perplexity"])),
-            "validation_loss": math.log(float(logs["val_perplexity"])),
-            "validation_perplexity": float(logs["val_perplexity"]),
-            "validation_accuracy": float(logs["val_accuracy"]),
-            "learning_rate": float(self.model.optimizer.learning_rate),
-            "tokens_per_second": self.measured_speed,
-        }
-        self._stop_unless_finite(row["validation_loss"])
-        self.history.append(row)
-        save_checkpoint(self.folder, self.model, self.model.optimizer, self.run_id, Progress(self.step, self.history))
-        self.notify({"step": self.step, "steps": self.steps, "validation": row})
-
-    def _stop_unless_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            kept = f" (the checkpoint of step {self.history[-1]['step']} is kept)" if self.history else ""
-            raise TrainingError(
-                f"the loss is not a number at step {self.step} of {self.steps}; lower training.learning_rate or "
-                f"training.max_grad_norm{kept}"
-            )
-
-    def _speed(self) -> float:
-        seconds = time.monotonic() - self.interval_start
-        tokens = (self.step - self.interval_step) * self.recipe.batch_size * self.recipe.sequence_length
-        return tokens / seconds if seconds > 0 else 0.0
-
-
 def fit(
     model: LanguageModel,
     recipe: TrainingRecipe,
@@ -151,41 +90,87 @@ def fit(
     folder: Path,
     run_id: str,
     notify: Notify,
+    log: MetricsLog | None = None,
+    sample: Callable[[], list[tuple[str, str]]] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
 
     Takes up the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
-    and one with the key "validation" after every validation. Raises TrainingError when the loss is not a number.
+    and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
+    figures go to `log`. Raises TrainingError when the loss is not a number.
     """
     steps, interval = plan_steps(recipe, len(train))
     if steps == 0:
+        if log is not None:
+            log.open_at(0)
         row = {"step": 0, **evaluate(model, validation, recipe.sequence_length, recipe.batch_size)}
-        notify({"step": 0, "steps": 0, "validation": row})
+        notify({"step": 0, "steps": 0, "validation": row, "history": [row]})
         return [row]
+    model.label_smoothing = recipe.label_smoothing
     optimizer = make_optimizer(recipe, steps)
     optimizer.build(model.trainable_variables)
-    start = load_checkpoint(folder, model, optimizer, run_id) or Progress(0, [])
-    if start.step >= steps:
-        return start.history
+    best = recipe.keep == "best"
+    start = load_checkpoint(folder, model, optimizer, run_id, with_best=best) or Progress(0, [])
+    watch = Watch(recipe, folder, run_id, steps, start, notify, log, sample)
+    if start.step < steps and not watch.is_stale:
+        watch.rows_of = RowSampler(train, recipe.sequence_length, recipe.batch_size, seed).starts
+        _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    if best and not load_best(folder, model, run_id, exported_row(watch.history, recipe)["step"]):
+        raise TrainingError(f"{folder}: the best weights are gone; run the same command again")
+    return watch.history
+
+
+def exported_row(history: list[dict[str, Any]], recipe: TrainingRecipe) -> dict[str, Any]:
+    """The history's row of the weights that `fit` left in the model."""
+    return history[Progress(0, history).best if recipe.keep == "best" else -1]
+
+
+def _run(
+    model: LanguageModel,
+    optimizer: Any,
+    recipe: TrainingRecipe,
+    train: NDArray[Any],
+    validation: NDArray[Any],
+    seed: int,
+    steps: int,
+    interval: int,
+    watch: Watch,
+) -> None:
+    """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
     model.compile(
         optimizer=optimizer,
         metrics=[],
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=recipe.jit_compile,
     )
-    watch = _Watch(recipe, folder, run_id, steps, start, notify)
-    rows = {"sequence_length": recipe.sequence_length, "batch_size": recipe.batch_size}
+    parts, length = recipe.accumulation, recipe.sequence_length
+    # Rows are numbered through, so the parts of a batch are batches of the smaller size.
+    dataset = training_dataset(
+        train,
+        sequence_length=length,
+        batch_size=recipe.batch_size // parts,
+        seed=seed,
+        steps=steps * parts,
+        start_step=watch.step * parts,
+    )
+    held_out = validation_dataset(validation, sequence_length=length, batch_size=recipe.batch_size // parts)
+    first, epochs, calls = watch.step // interval, steps // interval, interval * parts
+    if recipe.loop == "custom":
+        run_epochs(
+            model, dataset, held_out, first=first, epochs=epochs, calls=calls, watch=watch, xla=recipe.jit_compile
+        )
+        return
     model.fit(
-        training_dataset(train, **rows, seed=seed, steps=steps, start_step=start.step),
-        validation_data=validation_dataset(validation, **rows),
-        initial_epoch=start.step // interval,
-        epochs=steps // interval,
-        steps_per_epoch=interval,
+        dataset,
+        validation_data=held_out,
+        initial_epoch=first,
+        epochs=epochs,
+        steps_per_epoch=calls,
         callbacks=[watch],
         shuffle=False,
         verbose=0,
     )
-    return watch.history
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from safetensors.numpy import save_file
 
@@ -27,7 +28,9 @@ _FICLONE = 0x40049409  # linux/fs.h; other systems refuse it, and the bytes are 
 
 def write_safetensors(model: GPT2, path: Path) -> None:
     """Write the weights under their Hugging Face names (float32; the tied head is not stored a second time)."""
-    save_file({name: variable.numpy() for name, variable in named_variables(model)}, path, metadata={"format": "pt"})
+    save_file(
+        {name: np.asarray(variable) for name, variable in named_variables(model)}, path, metadata={"format": "pt"}
+    )
     # The library writes it for its owner alone; a server under another user must read it.
     path.chmod(0o644)
 

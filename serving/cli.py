@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("builder.commands.build:build", "Text to verified bundle: prepare, train, export, verify, package."),
     "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print what is in it."),
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
+    "evaluate": ("builder.commands.evaluate:evaluate", "Measure a bundle's perplexity on a text."),
     "bench": ("benchmarks.command:bench", "Measure decode and prefill latency against the hardware's floor."),
 }
 

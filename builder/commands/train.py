@@ -11,9 +11,12 @@ from builder.commands.options import make_run, recipe_options
 
 @click.command()
 @recipe_options
-def train(**options: Any) -> None:
+@click.option("--loop", type=click.Choice(["fit", "custom"]), help="Whose training loop (short for training.loop).")
+def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train GPT-2 on the prepared tokens; takes up an interrupted run."""
-    run = make_run(**options)
+    if loop is not None:
+        overrides = (*overrides, f"training.loop={loop}")
+    run = make_run(overrides=overrides, **options)
 
     from builder.build import train_stage
     from builder.progress import Reporter

@@ -143,3 +143,14 @@ def test_weights_lie_under_their_hugging_face_names(saved: tuple[Path, list[Any]
         names = set(file.keys())
     assert {name for name, _ in named_variables(keras_model("one_block"))} <= names
     assert all(name.startswith(("transformer.", "optimizer.")) for name in names)
+
+
+def test_older_ones_of_another_run_are_not_kept(saved: tuple[Path, list[Any]]) -> None:
+    folder, _ = saved
+    model, optimizer = fresh(2)
+    for run_id, steps in (("run", (6, 900)), ("other", (1, 2, 3))):
+        for step in steps:
+            save_checkpoint(folder, model, optimizer, run_id, Progress(step, []), kept=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-000000002.safetensors", FILE]
+    assert load_checkpoint(folder, model, optimizer, "run") is None
+    assert load_checkpoint(folder, model, optimizer, "other") == Progress(3, [])

@@ -31,7 +31,9 @@ LEAVES = {key: (field, value) for key, field, value in leaves(Recipe())}
 
 
 def as_toml(value: Any) -> str:
-    return "[]" if value == () else f'"{value}"' if isinstance(value, str) else str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 def refusal(*overrides: str, path: Path | None = None) -> str:
@@ -187,3 +189,8 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "r.toml").touch()
     assert read_recipe(tmp_path / "r.toml") == Recipe()
+
+
+def test_the_parts_of_a_batch_must_be_of_one_size() -> None:
+    assert "does not divide training.batch_size 16" in refusal("training.accumulation=3")
+    assert read_recipe(None, ["training.accumulation=4"]).training.accumulation == 4

@@ -11,8 +11,9 @@ import pytest
 from builder.frameworks import keras
 from builder.gpt2 import named_variables
 from builder.ngram import unigram_perplexity
+from builder.optimisers import make_optimizer
 from builder.recipe import TrainingRecipe
-from builder.training import LanguageModel, fit, make_optimizer, plan_steps
+from builder.training import LanguageModel, fit, plan_steps
 from serving.bundle import Geometry
 from serving.errors import TrainingError
 

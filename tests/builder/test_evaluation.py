@@ -1,0 +1,71 @@
+"""Perplexity by sliding window: what is scored, with which context, and what the command says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builder.evaluation import evaluate_bundle, read_ids, score, windows
+from builder.frameworks import keras
+from builder.gpt2 import GPT2
+from serving.cli import run
+from serving.errors import InputError
+from tests.builder.test_training import GEOMETRY
+from tests.tiny_build import TinyBuild
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 16])
+@pytest.mark.parametrize("count", [2, 3, 16, 17, 18, 50])
+def test_every_token_but_the_first_is_scored_once_with_the_context_that_is_promised(count: int, window: int) -> None:
+    for stride in range(1, window + 1):
+        scored = []
+        for number, (begin, first) in enumerate(windows(count, window, stride)):
+            for place in range(first, min(window, count - 1 - begin)):
+                scored.append(begin + place + 1)
+                assert number == 0 or place + 1 >= window - stride + 1
+        assert scored == list(range(1, count))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 5), (7, 7), (7, 1), (3, 2)])
+def test_the_sum_is_that_of_each_token_alone(window: int, stride: int) -> None:
+    keras.utils.set_random_seed(3)
+    model = GPT2.create(GEOMETRY)
+    ids = np.random.default_rng(1).integers(0, 32, 40).astype(np.int32)
+    expected = 0.0
+    for target in range(1, len(ids)):
+        begin = 0 if target <= window else -(-(target - window) // stride) * stride
+        logits = model(ids[None, begin:target]).numpy()[0, -1].astype(np.float64)
+        expected += math.log(np.exp(logits).sum()) - logits[ids[target]]
+    total, scored = score(model, ids, window, stride)
+    assert scored == 39
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_command_measures_a_bundle(built: TinyBuild, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Return the value of a list. " * 8)
+    capsys.readouterr()
+    assert run(["evaluate", str(built.bundle), "--text", str(text), "--stride", "16", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["window"] == 48 and record["stride"] == 16
+    assert record["tokens"] == len(read_ids(built.bundle, str(text))) - 1
+    assert 1 < record["perplexity"] < 300
+    assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    assert run(["evaluate", str(built.bundle), "--text", str(text), "--stride", "16"]) == 0
+    assert f"perplexity {record['perplexity']:.3f} " in capsys.readouterr().out
+
+
+def test_what_cannot_be_measured_is_refused(built: TinyBuild, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("words")
+    for options, words in (
+        ({"window": 49}, "--window 49: the model reads from 1 to 48"),
+        ({"window": 8, "stride": 9}, "--stride 9: it must be from 1 to the window, 8"),
+        ({"stride": 0}, "--stride 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate_bundle(built.bundle, str(text), **options)
