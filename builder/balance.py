@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.documents import read_file, write_document
+from builder.documents import Document, read_file, write_document
 from builder.recipe import CorpusRecipe
-from builder.sources import Document
 
 
 def balance(path: Path, recipe: CorpusRecipe, seed: int) -> dict[str, dict[str, int]]:

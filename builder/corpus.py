@@ -17,9 +17,9 @@ from pathlib import Path
 from builder.balance import balance
 from builder.curation import Tally, curate, share
 from builder.docstrings import read_docstrings
-from builder.documents import read_file, write_document
+from builder.documents import Document, read_file, write_document
 from builder.recipe import Recipe
-from builder.sources import Document, find_sources, read_sources
+from builder.sources import find_sources, read_sources
 from serving.errors import InputError
 
 TRAIN, VALIDATION, REPORT = "train.jsonl", "validation.jsonl", "report.json"

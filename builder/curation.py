@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.cleaning import remove_lines, steps, tidy_space, trim
-from builder.documents import read_file, write_document
+from builder.documents import Document, read_file, write_document
 from builder.duplicates import NearDuplicates
 from builder.recipe import CleaningRecipe, Recipe
-from builder.sources import Document
 
 _COUNTED_LINES = 1 << 19
 _SAMPLES = 5

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from builder.sources import Document
+from builder.documents import Document
 from serving.errors import InputError
 
 _SKIPPED_FOLDERS = frozenset(

@@ -1,14 +1,23 @@
-"""Documents in a file: one JSON object a line, between the steps of preparation and after them."""
+"""A document, and documents in a file: one JSON object a line, between the steps of preparation and after them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from builder.sources import Document
 from serving.errors import InputError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus and where it came from; the name holds no part of a path above what the recipe named."""
+
+    name: str
+    text: str
+    label: str = ""
 
 
 def write_document(file: TextIO, document: Document) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
@@ -10,6 +11,9 @@ from serving.quiet_tensorflow import deferred_interrupt, quiet_stderr, tf
 
 with deferred_interrupt(), quiet_stderr():
     import keras
+
+# Attention over a single token is such a softmax, and right.
+warnings.filterwarnings("ignore", message="You are using a softmax over axis -1")
 
 ops = keras.ops
 

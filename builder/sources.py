@@ -9,18 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.docstrings import read_docstrings
+from builder.documents import Document
 from builder.formats import kind_of, kinds, read_records
 from builder.recipe import CorpusRecipe
 from serving.errors import InputError
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of the corpus and where it came from; the name holds no part of a path above what the recipe named."""
-
-    name: str
-    text: str
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,6 @@ def read_documents(recipe: CorpusRecipe) -> Iterator[Document]:
     if recipe.paths:
         yield from read_sources(find_sources(recipe.paths), recipe.text_field, recipe.label_field)
         return
-    from builder.docstrings import read_docstrings  # It needs Document from here.
-
     yield from read_docstrings()
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from builder import curation
 from builder.cleaning import trim
 from builder.curation import Tally, boilerplate_lines, curate
+from builder.documents import Document
 from builder.duplicates import count_bands, shingles
 from builder.recipe import CleaningRecipe, CorpusRecipe, Recipe
-from builder.sources import Document
 
 HEADER = "Licensed to you under the terms of the licence."
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from builder.documents import Document
 from builder.recipe import CorpusRecipe
-from builder.sources import Document, find_sources, read_documents
+from builder.sources import find_sources, read_documents
 from serving.errors import InputError
 
 
