@@ -104,3 +104,21 @@ def test_a_default_build_reads_pythons_own_docstrings(monkeypatch: pytest.Monkey
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     assert ours.prepare_key() != before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_takes_the_loop_that_was_asked_for(fresh: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
+    from builder import training
+
+    asked = []
+    original = training.run_epochs
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        asked.append("custom")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(training, "run_epochs", spy)
+    assert run(["prepare", *fresh.options()]) == 0
+    assert run(["train", *fresh.options(), "--loop", "fit"]) == 0
+    assert asked == []
+    assert run(["train", *fresh.options(), "--loop", "custom"]) == 0
+    assert asked == ["custom"]
