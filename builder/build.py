@@ -18,7 +18,7 @@ from builder.progress import Reporter
 from builder.recipe import Recipe
 from builder.sources import find_sources
 from builder.train import REPORT, quality, train
-from builder.workspace import clear, is_done, refusals_named, run_stage, stage_key
+from builder.workspace import STAMP, clear, is_done, refusals_named, run_stage, stage_key
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.errors import BundleError, GPT2BundleError, InputError
@@ -196,7 +196,7 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
 
 def clear_stamp(run: Run) -> None:
     """Take back the export stage's stamp."""
-    (run.draft.parent / "stage.json").unlink(missing_ok=True)
+    (run.draft.parent / STAMP).unlink(missing_ok=True)
 
 
 def _record(key: str, destination: Path) -> dict[str, str]:

@@ -78,8 +78,8 @@ class PortableKernels(OnnxKernels):
         past_length = tf.shape(past[0][0])[2]
         slots = tf.range(total)
         causal = slots[None, :] <= (slots[past_length:])[:, None]
-        self.visible = tf.logical_and(causal[None, None], (attention_mask > 0)[:, None, None, :])
-        self.bias: Any = tf.where(self.visible, 0.0, MASKED)
+        visible = tf.logical_and(causal[None, None], (attention_mask > 0)[:, None, None, :])
+        self.bias: Any = tf.where(visible, 0.0, MASKED)
 
     def attention(self, layer: int, qkv: Any, training: bool) -> Any:
         query, key, value = self.split_heads(qkv)
@@ -111,7 +111,6 @@ class OptimisedKernels(OnnxKernels):
     ) -> None:
         super().__init__(geometry, markers, past, attention_mask)
         lengths = tf.reduce_sum(attention_mask, axis=1)
-        self.lengths = lengths
         self.last_index = tf.cast(lengths - 1, tf.int32)
         self.total = tf.cast(tf.shape(attention_mask)[1], tf.int32)
 
