@@ -12,6 +12,7 @@ import pytest
 
 from builder.frameworks import keras, tf
 from builder.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
+from builder.page import ticks
 from builder.recipe import TrainingRecipe
 from builder.run_report import write_report
 from builder.samples import Continuations
@@ -122,9 +123,24 @@ def test_the_page_stands_alone_and_shows_every_curve(tmp_path: Path) -> None:
         [row | {"validation_accuracy": 0.5}], [("<i>", "\udcff & so")],
     )  # fmt: skip
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 5 and page.count("<polyline") == 4 and page.count("<circle") == 1
+    assert page.count("<svg") == 4 and page.count("<polyline") == 4 and page.count("<circle") == 1
     assert "prefers-color-scheme: dark" in page and "&lt;i&gt;" in page and "a&lt;b" in page and "&amp; so" in page
     assert not re.search(r"https?://|src=|@import|<script", page)
     # The first value is the highest and the last the lowest, at the two ends of the axes.
     points = re.findall(r'points="([^"]*)"', page)[0].split()
     assert points[0] == "64.0,10.0" and points[-1] == "630.0,192.0"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (4.863, 7.08, [4, 5, 6, 7, 8]),
+        (1361, 99_010, [0, 50_000, 100_000]),
+        (0.0005, 0.009997, [0, 0.005, 0.01]),
+        (-0.3, 0.1, [-0.3, -0.2, -0.1, 0, 0.1]),
+        (1.0, 1.0, [0.5, 1.0, 1.5]),
+        (0.0, 0.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
+    ],
+)
+def test_an_axis_has_round_marks_around_its_values(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
