@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from builder.base import load_weights, read_geometry
+from builder.byte_pair_tables import problem
 from builder.frameworks import tf
 from builder.genai import write_genai
 from builder.gpt2 import GPT2
@@ -23,7 +24,8 @@ from builder.onnx_kernels import OptimisedKernels, PortableKernels
 from builder.progress import Reporter
 from builder.recipe import Recipe, VerifyRecipe
 from builder.savedmodel import Servable
-from builder.tokenizer import TOKENIZER_FILES
+from builder.tf_tokenizer import GraphTokenizer
+from builder.tokenizer import TOKENIZER_FILES, load_tokenizer
 from builder.tracing import TracedGraph, trace
 from builder.weights import write_graph, write_safetensors
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
@@ -70,7 +72,7 @@ def export(
     graphs["ort/fp32"] = _onnx_graph(optimised, "ort/fp32/model.onnx", "right", "shared-buffer")
     reporter.line("exported ort/fp32/model.onnx (GroupQueryAttention, shared cache buffer, fp32)")
 
-    signatures = Servable(model).save(draft / "savedmodel" / "1")
+    signatures = servable(model, draft, reporter).save(draft / "savedmodel" / "1")
     for name, function in signatures.items():
         graphs[f"savedmodel/{name}"] = _savedmodel_graph(name, function)
     reporter.line(f"exported savedmodel/1 (signatures {', '.join(signatures)})")
@@ -90,6 +92,16 @@ def export(
         parity={"verified": False},
     )
     return open_bundle(draft, check="sizes")
+
+
+def servable(model: GPT2, folder: Path, reporter: Reporter) -> Servable:
+    """The model with the tokenizer in `folder`; without signatures for text if the graph cannot do its work."""
+    tokenizer = load_tokenizer(folder)
+    reason = problem(tokenizer)
+    if reason is not None:
+        reporter.line(f"left generate_text out of the SavedModel: no graph code for its tokenizer ({reason})")
+        return Servable(model)
+    return Servable(model, GraphTokenizer(tokenizer, model.geometry.vocab_size))
 
 
 def versions() -> dict[str, str]:
@@ -143,10 +155,8 @@ def _savedmodel_graph(name: str, function: Any) -> Graph:
     positional, keywords = function.structured_input_signature
     inputs = {spec.name: _tf_spec(spec) for spec in (*positional, *keywords.values())}
     outputs = {key: _tf_spec(spec) for key, spec in sorted(function.structured_outputs.items())}
-    return Graph(
-        "tensorflow", "savedmodel/1/saved_model.pb", "fp32", "right", "static" if name != "score" else "none",
-        inputs, outputs, signature=name,
-    )  # fmt: skip
+    cache: Any = "none" if name in ("score", "tokenize", "detokenize") else "static"
+    return Graph("tensorflow", "savedmodel/1/saved_model.pb", "fp32", "right", cache, inputs, outputs, signature=name)
 
 
 def _tf_spec(spec: Any) -> TensorSpec:

@@ -3,6 +3,7 @@
 serving_default  generate: token ids in, generated ids out, the loop inside the graph.
 prefill, decode  a prompt's logits and its cache out; then one token and the cache in, logits and the cache out.
 score            log-probability of each token of a text.
+generate_text    text in, text out; with tokenize and detokenize, where the graph can do the tokenizer's work.
 
 Every input and output has the batch as its first axis, so that TensorFlow Serving may merge and split requests.
 Sequences are right-padded; `lengths` says where each row ends. A request that breaks a bound fails with
@@ -16,8 +17,11 @@ from typing import Any
 
 from builder.frameworks import tf
 from builder.gpt2 import GPT2
+from builder.tf_checks import after, check_all, check_ids, check_rows
 from builder.tf_kernels import Cache, LoopKernels, PromptKernels, StepKernels
 from builder.tf_sampling import choose
+from builder.tf_text import TextSignatures
+from builder.tf_tokenizer import GraphTokenizer
 
 
 def _function(method: Any) -> Any:
@@ -30,31 +34,33 @@ def _row(dtype: Any, name: str) -> Any:
 
 _TOKENS = tf.TensorSpec([None, None], tf.int32, name="token_ids")
 _LENGTHS = _row(tf.int32, "lengths")
+_TEXT = _row(tf.string, "text")
+_PARAMETERS = (
+    _row(tf.int32, "max_new_tokens"),
+    _row(tf.float32, "temperature"),
+    _row(tf.int32, "top_k"),
+    _row(tf.float32, "top_p"),
+    _row(tf.int64, "seed"),
+)
 
 
 class Servable(tf.Module):  # type: ignore[misc]
     """The signatures of one model; `save` writes them."""
 
-    def __init__(self, model: GPT2) -> None:
+    def __init__(self, model: GPT2, tokenizer: GraphTokenizer | None = None) -> None:
+        """Without a tokenizer there are no signatures for text."""
         super().__init__(name="gpt2")
         # The method and not the model, which would be tracked and its weights stored a second time.
         self._forward = model.__call__
         # TensorFlow's own variables: it restores Keras's wrappers of them only in Python, not through a Session.
         self.weights = [variable.value for variable in model.trainable_variables]
         self.geometry = model.geometry
+        self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self.generate)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the SavedModel to `folder` (a TensorFlow Serving version folder); return its concrete functions."""
         signatures = {
-            "serving_default": _function(self.generate).get_concrete_function(
-                _TOKENS,
-                _LENGTHS,
-                _row(tf.int32, "max_new_tokens"),
-                _row(tf.float32, "temperature"),
-                _row(tf.int32, "top_k"),
-                _row(tf.float32, "top_p"),
-                _row(tf.int64, "seed"),
-            ),
+            "serving_default": _function(self.generate).get_concrete_function(_TOKENS, _LENGTHS, *_PARAMETERS),
             "prefill": _function(self.prefill).get_concrete_function(_TOKENS, _LENGTHS, _row(tf.int32, "capacity")),
             "decode": _function(self.decode).get_concrete_function(
                 _row(tf.int32, "token_ids"),
@@ -68,6 +74,10 @@ class Servable(tf.Module):  # type: ignore[misc]
             ),
             "score": _function(self.score).get_concrete_function(_TOKENS, _LENGTHS),
         }
+        if self.text is not None:
+            signatures["generate_text"] = _function(self.text.generate).get_concrete_function(_TEXT, *_PARAMETERS)
+            signatures["tokenize"] = _function(self.text.tokenize).get_concrete_function(_TEXT)
+            signatures["detokenize"] = _function(self.text.detokenize).get_concrete_function(_TOKENS, _LENGTHS)
         tf.saved_model.save(self, str(folder), signatures=signatures)
         return signatures
 
@@ -86,17 +96,23 @@ class Servable(tf.Module):  # type: ignore[misc]
         geometry = self.geometry
         checks = [
             *self._check_prompt(token_ids, lengths),
-            *_check_rows(
-                token_ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            *check_rows(
+                "token_ids",
+                token_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
             ),
             tf.debugging.assert_greater_equal(max_new_tokens, 1, "max_new_tokens must be at least 1"),
-            _assert_all(
+            check_all(
                 tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"
             ),
             tf.debugging.assert_greater_equal(top_k, 0, "top_k must be 0 (off) or more"),
-            _assert_all((top_p > 0) & (top_p <= 1), "top_p must be above 0 and at most 1"),
+            check_all((top_p > 0) & (top_p <= 1), "top_p must be above 0 and at most 1"),
         ]
-        token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed = _after(
+        token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed = after(
             checks, token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed
         )
         budget = tf.minimum(max_new_tokens, geometry.n_positions - lengths)
@@ -151,7 +167,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         """
         checks = [
             *self._check_prompt(token_ids, lengths),
-            *_check_rows(token_ids, capacity=capacity),
+            *check_rows("token_ids", token_ids, capacity=capacity),
             tf.debugging.assert_greater_equal(
                 tf.reduce_max(capacity), tf.shape(token_ids)[1], "capacity must hold the padded prompt"
             ),
@@ -159,7 +175,7 @@ class Servable(tf.Module):  # type: ignore[misc]
                 capacity, self.geometry.n_positions, f"capacity must be at most {self.geometry.n_positions}"
             ),
         ]
-        token_ids, lengths, capacity = _after(checks, token_ids, lengths, capacity)
+        token_ids, lengths, capacity = after(checks, token_ids, lengths, capacity)
         kernels = PromptKernels(self.geometry, lengths, last=True)
         logits = self._run(token_ids, None, kernels)
         room = tf.reduce_max(capacity) - tf.shape(token_ids)[1]
@@ -174,13 +190,13 @@ class Servable(tf.Module):  # type: ignore[misc]
         names = self.cache_names()
         capacity = tf.shape(cache[names[0]])[2]
         checks = [
-            self._check_ids(token_ids),
-            *_check_rows(token_ids, lengths=lengths, **{names[0]: cache[names[0]]}),
+            check_ids(token_ids, self.geometry.vocab_size),
+            *check_rows("token_ids", token_ids, lengths=lengths, **{names[0]: cache[names[0]]}),
             tf.debugging.assert_non_negative(lengths, "lengths must be 0 or more"),
             tf.debugging.assert_less(lengths, capacity, "the cache is full; prefill with a larger capacity"),
             tf.debugging.assert_less(lengths, self.geometry.n_positions, "the context is full"),
         ]
-        token_ids, lengths, *tensors = _after(checks, token_ids, lengths, *[cache[name] for name in names])
+        token_ids, lengths, *tensors = after(checks, token_ids, lengths, *[cache[name] for name in names])
         pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
         kernels = StepKernels(self.geometry, lengths, pairs)
         logits = self._run(token_ids[:, None], lengths[:, None], kernels)
@@ -192,7 +208,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         Returns `log_probs` [batch, sequence] float32, 0 for a row's first token and for padding, and `total` [batch].
         """
-        token_ids, lengths = _after(self._check_prompt(token_ids, lengths), token_ids, lengths)
+        token_ids, lengths = after(self._check_prompt(token_ids, lengths), token_ids, lengths)
         kernels = PromptKernels(self.geometry, lengths, last=False)
         logits = self._run(token_ids, None, kernels)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(token_ids[:, 1:], logits[:, :-1])
@@ -205,38 +221,13 @@ class Servable(tf.Module):  # type: ignore[misc]
             position_ids = tf.broadcast_to(tf.range(tf.shape(token_ids)[1])[None, :], tf.shape(token_ids))
         return self._forward(token_ids, position_ids=position_ids, kernels=kernels)
 
-    def _check_ids(self, token_ids: Any) -> Any:
-        return _assert_all(
-            (token_ids >= 0) & (token_ids < self.geometry.vocab_size),
-            f"token_ids must be from 0 to {self.geometry.vocab_size - 1}, padding included",
-        )
-
     def _check_prompt(self, token_ids: Any, lengths: Any) -> list[Any]:
         width = tf.shape(token_ids)[1]
         limit = self.geometry.n_positions
         return [
-            self._check_ids(token_ids),
+            check_ids(token_ids, self.geometry.vocab_size),
             tf.debugging.assert_less_equal(width, limit, f"the prompt is longer than the context of {limit} tokens"),
-            *_check_rows(token_ids, lengths=lengths),
+            *check_rows("token_ids", token_ids, lengths=lengths),
             tf.debugging.assert_greater_equal(lengths, 1, "lengths must be at least 1: a prompt may not be empty"),
             tf.debugging.assert_less_equal(lengths, width, "lengths must not pass the end of token_ids"),
         ]
-
-
-def _check_rows(token_ids: Any, **tensors: Any) -> list[Any]:
-    """Check that each tensor has as many rows as `token_ids`; one row would be spread over all of them unasked."""
-    rows = tf.shape(token_ids)[0]
-    return [
-        tf.debugging.assert_equal(tf.shape(tensor)[0], rows, f"{name} must have one value for each row of token_ids")
-        for name, tensor in tensors.items()
-    ]
-
-
-def _after(checks: list[Any], *tensors: Any) -> list[Any]:
-    """The tensors, but not before the checks have passed: else an op that fails on them may be heard first."""
-    with tf.control_dependencies(checks):
-        return [tf.identity(tensor) for tensor in tensors]
-
-
-def _assert_all(condition: Any, message: str) -> Any:
-    return tf.debugging.Assert(tf.reduce_all(condition), [message])

@@ -35,16 +35,33 @@ class SessionServable:
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations by `serving_default`; the end token, if reached, is included."""
         token_ids, lengths = pad_right(prompts)
-        rows = len(prompts)
         outputs = self.run(
             "serving_default",
             token_ids=token_ids.astype(np.int32),
             lengths=lengths.astype(np.int32),
-            max_new_tokens=np.full(rows, max_new_tokens, np.int32),
-            temperature=np.zeros(rows, np.float32),
-            top_k=np.zeros(rows, np.int32),
-            top_p=np.ones(rows, np.float32),
-            seed=np.zeros(rows, np.int64),
+            **_greedy(len(prompts), max_new_tokens),
         )
         pairs = zip(outputs["token_ids"], outputs["lengths"], strict=True)
         return [row[:length].tolist() for row, length in pairs]
+
+    def generate_text(self, texts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """Greedy continuations by the signature `generate_text`."""
+        given = np.array([text.encode("utf-8") for text in texts], np.object_)
+        outputs = self.run("generate_text", text=given, **_greedy(len(texts), max_new_tokens))
+        return [text.decode("utf-8") for text in outputs["text"]]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids by the signature `tokenize`."""
+        outputs = self.run("tokenize", text=np.array([text.encode("utf-8") for text in texts], np.object_))
+        pairs = zip(outputs["token_ids"], outputs["lengths"], strict=True)
+        return [row[:length].tolist() for row, length in pairs]
+
+
+def _greedy(rows: int, max_new_tokens: int) -> dict[str, Any]:
+    return {
+        "max_new_tokens": np.full(rows, max_new_tokens, np.int32),
+        "temperature": np.zeros(rows, np.float32),
+        "top_k": np.zeros(rows, np.int32),
+        "top_p": np.ones(rows, np.float32),
+        "seed": np.zeros(rows, np.int64),
+    }

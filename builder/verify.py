@@ -24,6 +24,9 @@ from builder.parity import (
     window_losses_full,
 )
 from builder.progress import Reporter
+from builder.session import SessionServable
+from builder.text_parity import compare_text, judge_text
+from builder.tokenizer import load_tokenizer
 from serving.backends.base import Backend
 from serving.backends.onnx import OnnxBackend
 from serving.backends.tensorflow import TensorFlowBackend
@@ -58,9 +61,10 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
             compare_cached(reports[name], backend, prompts[rows], candidates[rows], expected, number)
     reporter.line(f"compared logits of {candidates.size:,} greedy tokens in {', '.join(backends)} with Keras")
 
+    servable = _servable(bundle)
     loops = {
         "savedmodel/serving_default": lambda some, count: savedmodel.generate(some, max_new_tokens=count),
-        "savedmodel/serving_default (Session API)": _session_generate(bundle),
+        "savedmodel/serving_default (Session API)": lambda some, count: servable.generate(some, max_new_tokens=count),
     }
     greedy = {name: _greedy_record(reports[name].places["every_step"].table()) for name in backends}
     end = bundle.manifest.model.eos_token_id
@@ -68,6 +72,12 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         equal = sum(_equal_tokens(generate, prompts[r], candidates[r], end) for r in batches(len(prompts), batch_size))
         greedy[name] = {"equal": equal, "of": candidates.size}
     reporter.line("compared greedy tokens of the in-graph loop, through tf.function and through the Session API")
+
+    texts = {}
+    if "savedmodel/generate_text" in bundle.manifest.graphs:
+        texts = compare_text(servable, load_tokenizer(bundle.folder), prompts, candidates, end, batch_size)
+        judge_text(texts)
+        reporter.line(f"compared {texts['encoded']} encoded and {texts['continued']} continued texts")
 
     windows = _windows(text, bundle.manifest.model.n_positions)
     count = windows[:, 1:].size
@@ -95,6 +105,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "perplexity": {"reference": perplexity, "tokens": count},
         "runtimes": {name: report.table() for name, report in reports.items()},
         "greedy": greedy,
+        "text": texts,
         "versions": versions(),
         "not_run": ["tensorflow_model_server: the SavedModel was run by TensorFlow in process, not by the server"],
     }
@@ -162,12 +173,9 @@ def _reference(model: Any) -> Reference:
     return lambda ids: forward(tf.constant(ids, tf.int32)).numpy()
 
 
-def _session_generate(bundle: Bundle) -> Callable[[Any, int], list[list[int]]]:
-    """`serving_default` through the Session API, as TensorFlow Serving loads and runs a SavedModel."""
-    from builder.session import SessionServable
-
-    servable = SessionServable(bundle.path(bundle.graph("savedmodel/serving_default").path).parent)
-    return lambda prompts, count: servable.generate(prompts, max_new_tokens=count)
+def _servable(bundle: Bundle) -> SessionServable:
+    """The SavedModel through the Session API, as TensorFlow Serving loads and runs it."""
+    return SessionServable(bundle.path(bundle.graph("savedmodel/serving_default").path).parent)
 
 
 def _greedy_record(place: dict[str, Any]) -> dict[str, int]:

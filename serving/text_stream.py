@@ -26,7 +26,7 @@ def _byte_alphabet() -> dict[str, int]:
     return alphabet
 
 
-_BYTES = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 class TokenBytes:
@@ -52,7 +52,7 @@ class TokenBytes:
 
 def _token_bytes(text: str) -> bytes:
     try:
-        return bytes([_BYTES[character] for character in text])
+        return bytes([BYTE_ALPHABET[character] for character in text])
     except KeyError:  # An added token with characters of its own, which the decoder takes as they are.
         return text.encode("utf-8")
 

@@ -38,7 +38,8 @@ def test_the_bundle_has_what_the_format_asks_for(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert manifest.name == "tiny" and manifest.model.n_positions == 48 and manifest.model.vocab_size == 300
     assert set(manifest.graphs) == {"onnx/portable", "ort/fp32"} | {
-        f"savedmodel/{name}" for name in ("serving_default", "prefill", "decode", "score")
+        f"savedmodel/{name}"
+        for name in ("serving_default", "prefill", "decode", "score", "generate_text", "tokenize", "detokenize")
     }
     for name in ("README.md", "config.json", "generation_config.json", "golden.json", "verification.json"):
         assert bundle.path(name).stat().st_size > 0

@@ -63,12 +63,17 @@ def test_signatures_have_names_types_and_a_free_batch(meta_graph: Any) -> None:
     prompt = {"token_ids": ("int32", [-1, -1]), "lengths": ("int32", [-1])}
     row = {"token_ids": ("int32", [-1]), "lengths": ("int32", [-1])}
     logits = {"logits": ("float32", [-1, 257])}
+    text = {"text": ("string", [-1])}
+    counts = {"lengths": ("int32", [-1]), "prompt_tokens": ("int32", [-1]), "finish_reason": ("string", [-1])}
     parameters = {name: (value.dtype.name, [-1]) for name, value in columns([{}]).items()}
     wanted = {
         "serving_default": (prompt | parameters, prompt),
         "prefill": (prompt | {"capacity": ("int32", [-1])}, logits | cache),
         "decode": (row | cache, logits | cache),
         "score": (prompt, {"log_probs": ("float32", [-1, -1]), "total": ("float32", [-1])}),
+        "generate_text": (text | parameters, text | counts),
+        "tokenize": (text, prompt),
+        "detokenize": (prompt, text),
     }
     definitions = dict(meta_graph.signature_def)
     definitions.pop("__saved_model_init_op", None)
@@ -104,7 +109,8 @@ def test_the_graph_needs_neither_python_nor_xla(meta_graph: Any) -> None:
 def test_weights_are_stored_once_and_outside_the_graph(real_bundle: Path, meta_graph: Any) -> None:
     weights = 4 * keras_model("bytes").geometry.parameters
     stored = sum(path.stat().st_size for path in (real_bundle / "savedmodel/1/variables").iterdir())
-    assert weights <= stored < weights + 10_000
+    # The tokenizer's tables are about 20,000 bytes of it.
+    assert weights <= stored < weights + 40_000
     constants = [node for node in meta_graph.graph_def.node if node.op == "Const"]
     assert all(node.ByteSize() < 4000 for node in constants)
 

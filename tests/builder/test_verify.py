@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -71,13 +72,12 @@ def failure(folder: Path) -> str:
 
 def resave(folder: Path, change: Callable[[Any], None]) -> None:
     """Write the SavedModel of the bundle's model anew after `change(model)`."""
-    from builder.export import load_model
-    from builder.savedmodel import Servable
+    from builder.export import load_model, servable
 
     model = load_model(folder)
     change(model)
     shutil.rmtree(folder / "savedmodel" / "1")
-    Servable(model).save(folder / "savedmodel" / "1")
+    servable(model, folder, Reporter()).save(folder / "savedmodel" / "1")
 
 
 # One artifact says something else than the others.
@@ -135,6 +135,28 @@ def test_a_loop_in_the_graph_that_chooses_otherwise_is_found(
 
     monkeypatch.setattr(real, attribute, wrong)
     assert f"parity failed in {name}: only 22 of 24 greedy tokens are those of Keras" in failure(bundle)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("tokenize", r"savedmodel/tokenize: only 3 of 4 texts are encoded as"),
+        ("generate_text", r"savedmodel/generate_text: only \d of [1-4] texts are continued as"),
+    ],
+)
+def test_a_tokenizer_in_the_graph_that_is_another_is_found(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, method: str, words: str
+) -> None:
+    from builder.session import SessionServable
+
+    real = getattr(SessionServable, method)
+
+    def wrong(self: Any, texts: Any, **options: Any) -> Any:
+        answers = real(self, texts, **options)
+        return [*answers[:-1], answers[-1] + answers[-1][:1]]
+
+    monkeypatch.setattr(SessionServable, method, wrong)
+    assert re.search(f"parity failed in {words} by the bundle's tokenizer", failure(bundle))
 
 
 def test_a_score_that_is_off_is_found_in_the_perplexity(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +292,8 @@ def test_the_summary_is_the_worst_of_the_certificate(built: TinyBuild) -> None:
     certificate = json.loads((built.bundle / "verification.json").read_text())
     certificate["greedy"]["savedmodel/serving_default"]["equal"] = 21
     certificate["runtimes"]["savedmodel"]["perplexity_relative"] = 0.5
+    texts = certificate["text"]
+    assert texts["encoded"] == texts["encoded_equal"] == 4 and 1 <= texts["continued"] == texts["continued_equal"]
     ours = summary(certificate)
     assert (ours["greedy_equal"], ours["greedy_tokens"], ours["perplexity_relative"]) == (21, 24, 0.5)
     assert dataclasses.asdict(open_bundle(built.bundle).manifest)["parity"]["certificate"] == "verification.json"
