@@ -42,6 +42,8 @@ _PARAMETERS = (
     _row(tf.float32, "top_p"),
     _row(tf.int64, "seed"),
 )
+# Positions that the loop's cache grows by: it is copied once for so many tokens, and attended to its end.
+_BLOCK = 64
 
 
 class Servable(tf.Module):  # type: ignore[misc]
@@ -121,32 +123,44 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         prompt = PromptKernels(geometry, lengths, last=True)
         logits = self._run(token_ids, None, prompt)
-        prefix = prompt.present
-        prefix_bias = tf.where(tf.range(tf.shape(token_ids)[1]) < lengths[:, None], 0.0, -1e9)[:, None, None, :]
-        batch = tf.shape(token_ids)[0]
-        block = tf.zeros([tf.maximum(steps - 1, 1), batch, geometry.n_head, geometry.head_dim])
+        batch, width = tf.shape(token_ids)[0], tf.shape(token_ids)[1]
 
-        def pick(logits: Any, step: Any) -> Any:
+        def body(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
             count = tf.fill([batch], tf.cast(step, tf.int64))
-            return choose(logits, temperature, top_k, top_p, seed, count)
-
-        def body(step: Any, logits: Any, active: Any, made: Any, output: Any, recent: Cache) -> Any:
-            token = tf.where(active, pick(logits, step), end)
+            token = tf.where(active, choose(logits, temperature, top_k, top_p, seed, count), end)
             output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
             made += tf.cast(active, tf.int32)
             active = active & (token != end) & (made < budget)
 
             def advance() -> Any:
-                kernels = LoopKernels(geometry, prefix, prefix_bias, recent, step)
                 # A row that has ended may stand at the last position; its token is not used, so the clip is safe.
-                position = tf.minimum(lengths + step, geometry.n_positions - 1)[:, None]
-                return self._run(token[:, None], position, kernels), kernels.present
+                positions = tf.minimum(lengths + step, geometry.n_positions - 1)
+                kernels = LoopKernels(geometry, positions, cache, capacity)
+                return self._run(token[:, None], positions[:, None], kernels), kernels.present
 
-            logits, recent = tf.cond(tf.reduce_any(active), advance, lambda: (logits, recent))
-            return step + 1, logits, active, made, output, recent
+            logits, cache = tf.cond(tf.reduce_any(active), advance, lambda: (logits, cache))
+            return step + 1, logits, active, made, output, cache, capacity
 
         def unfinished(step: Any, logits: Any, active: Any, *rest: Any) -> Any:
             return (step < steps) & tf.reduce_any(active)
+
+        def has_room(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
+            return unfinished(step, logits, active) & (width + step < capacity)
+
+        def block(*state: Any) -> Any:
+            *others, cache, capacity = state
+            room = tf.minimum(_BLOCK, width + steps - capacity)
+            return tf.while_loop(has_room, body, (*others, grow(cache, capacity, room), capacity + room))
+
+        def grow(cache: Cache, capacity: Any, room: Any) -> Cache:
+            shape = [batch * geometry.n_head, capacity, geometry.head_dim]
+            return [
+                tuple(
+                    tf.reshape(tf.pad(tf.reshape(part, shape), [[0, 0], [0, room], [0, 0]]), [-1, geometry.head_dim])
+                    for part in pair
+                )
+                for pair in cache
+            ]
 
         state = (
             tf.constant(0),
@@ -154,9 +168,10 @@ class Servable(tf.Module):  # type: ignore[misc]
             budget > 0,
             tf.zeros([batch], tf.int32),
             tf.fill([steps, batch], end),
-            [(block, block) for _ in range(geometry.n_layer)],
+            [tuple(tf.reshape(part, [-1, geometry.head_dim]) for part in pair) for pair in prompt.present],
+            width,
         )
-        longest, _, _, made, output, _ = tf.while_loop(unfinished, body, state)
+        longest, _, _, made, output, *_ = tf.while_loop(unfinished, block, state)
         return {"token_ids": tf.transpose(output[:longest]), "lengths": made}
 
     def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:

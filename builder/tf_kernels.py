@@ -113,37 +113,33 @@ class StepKernels(ServableKernels):
 
 
 class LoopKernels(ServableKernels):
-    """One new token a row inside the generation loop: a prefix that never changes and a block of recent tokens.
-
-    The prompt's keys stay loop-invariant, so a step writes only into the recent block, at the same index in every
-    row. Softmax runs over both parts at once.
+    """One new token a row inside the generation loop, written in place into a cache that only the loop knows.
 
     Args:
-        prefix: per block (key, value), each [batch, n_head, prompt, head_dim].
-        prefix_bias: [batch, 1, 1, prompt], 0 for a row's tokens, large negative for its padding.
-        recent: per block (key, value), each [block, batch, n_head, head_dim].
-        index: scalar int32, where this step writes in the block.
+        positions: [batch] int32, each row's new token's position; what a row holds behind it is never attended.
+        cache: per block (key, value), each [batch * n_head * capacity, head_dim].
+        capacity: scalar int32, cached positions a row.
     """
 
-    def __init__(self, geometry: Geometry, prefix: Cache, prefix_bias: Any, recent: Cache, index: Any) -> None:
+    def __init__(self, geometry: Geometry, positions: Any, cache: Cache, capacity: Any) -> None:
         super().__init__(geometry)
-        self.prefix, self.prefix_bias, self.recent, self.index = prefix, prefix_bias, recent, index
-        block = tf.shape(recent[0][0])[0]
-        self.recent_bias = tf.where(tf.range(block) <= index, 0.0, MASKED)[None, None, None, :]
+        self.cache, self.capacity = cache, capacity
+        heads = tf.range(tf.shape(positions)[0] * geometry.n_head)
+        self.places = heads * capacity + tf.repeat(positions, geometry.n_head)
+        self.bias = tf.where(tf.range(capacity) <= positions[:, None], 0.0, MASKED)[:, None, None, :]
 
-    def attend_cached(self, layer: int, query: Any, key: Any, value: Any) -> Any:
-        recent_key, recent_value = (
-            tf.tensor_scatter_nd_update(block, [[self.index]], [new[:, :, 0, :]])
-            for block, new in zip(self.recent[layer], (key, value), strict=True)
-        )
-        self.present.append((recent_key, recent_value))
-        prefix_key, prefix_value = self.prefix[layer]
-        on_prefix = tf.matmul(query, prefix_key, transpose_b=True) + self.prefix_bias
-        on_recent = tf.einsum("bhqd,tbhd->bhqt", query, recent_key) + self.recent_bias
-        prompt = tf.shape(prefix_key)[2]
-        probabilities = tf.nn.softmax(tf.concat([on_prefix, on_recent], axis=-1))
-        context = tf.matmul(probabilities[..., :prompt], prefix_value)
-        return context + tf.einsum("bhqt,tbhd->bhqd", probabilities[..., prompt:], recent_value)
+    def attention(self, layer: int, qkv: Any, training: bool) -> Any:
+        heads, width = self.geometry.n_head, self.geometry.head_dim
+        query, *new = tf.unstack(tf.reshape(qkv, [-1, 3, heads, 1, width]), axis=1)
+        # The op changes its input where it lies: nothing reads the cache as it was before, and no copy is made.
+        updated = [
+            tf.raw_ops.InplaceUpdate(x=past, i=self.places, v=tf.reshape(tensor, [-1, width]))
+            for past, tensor in zip(self.cache[layer], new, strict=True)
+        ]
+        self.present.append((updated[0], updated[1]))
+        key, value = (tf.reshape(tensor, [-1, heads, self.capacity, width]) for tensor in updated)
+        scores = tf.matmul(query * (float(width) ** -0.5), key, transpose_b=True) + self.bias
+        return tf.reshape(tf.matmul(tf.nn.softmax(scores), value), [-1, self.geometry.n_embd])
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:
         return self.project(hidden, wte)
