@@ -31,6 +31,8 @@ class DiskIndex:
 
     def add(self, keys: Numbers, values: Numbers) -> None:
         """Add pairs, both uint64 [n]."""
+        if len(keys) == 0:
+            return
         self._recent.append(np.stack([keys, values], axis=1))
         if sum(map(len, self._recent)) < _ROWS:
             return

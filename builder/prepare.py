@@ -13,7 +13,7 @@ from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_
 from builder.recipe import Recipe
 from builder.report import vocabulary_coverage, write_report
 from builder.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer, vocabulary_size
-from builder.tokens import open_tokens, rows_per_epoch, write_tokens
+from builder.tokens import open_tokens, read_tokens, rows_per_epoch, write_tokens
 from builder.workspace import clear, run_stage, stage_key
 from serving.errors import InputError
 
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
         "characters": {"train": corpus.train.characters, "validation": corpus.validation.characters},
         "tokens": counts,
         "vocab_size": vocab_size,
-        "vocabulary": vocabulary_coverage(open_tokens(shards[0]), open_tokens(shards[1]), vocab_size),
+        "vocabulary": vocabulary_coverage(read_tokens(shards[0]), read_tokens(shards[1]), vocab_size),
         "tokens_per_document": round(total / corpus.documents, 2),
         "characters_per_token": round(corpus.characters / total, 3),
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 _BATCH_CHARACTERS = 1 << 20
 _BATCHES_AHEAD = 2
+_READ_TOKENS = 1 << 20
 _BATCHES_A_NOTE = 32
 
 
@@ -135,6 +136,16 @@ def open_tokens(path: Path) -> NDArray[Any]:
     if count == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+
+
+def read_tokens(path: Path) -> Iterator[NDArray[Any]]:
+    """Yield the ids of a shard, a million at a time; unlike pages of a mapped file they do not stay in memory.
+
+    Raises what `open_tokens` does.
+    """
+    tokens = open_tokens(path)
+    for start in range(0, len(tokens), _READ_TOKENS):
+        yield np.fromfile(path, tokens.dtype, _READ_TOKENS, offset=start * tokens.itemsize)
 
 
 def rows_per_epoch(tokens: int, sequence_length: int) -> int:
