@@ -15,7 +15,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve bench bench-gpt2 bench-prepare test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ bench: $(INSTALLED) ## Measure the bundle's latency beside this machine's floor 
 bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
 	$(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	$(BIN)/gpt2-bundle bench "$(OUTPUT)/gpt2-geometry"
+
+bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
+	$(BIN)/python -m benchmarks.prepare --work runs/bench-prepare --memory 100 --memory 500
 
 test: $(INSTALLED) ## Run the fast tests.
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy")
+_PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy", "tokenizers", "rensa")
 # Far larger than any cache, so that every pass comes from memory.
 _BYTES = 512 << 20
 

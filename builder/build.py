@@ -13,11 +13,12 @@ from typing import Any
 
 from builder.base import local_base, resolve_base
 from builder.metrics_log import METRICS, TENSORBOARD
-from builder.prepare import prepare
+from builder.prepare import PARTS, prepare
 from builder.progress import Reporter
 from builder.recipe import Recipe
 from builder.sources import find_sources
 from builder.train import REPORT, quality, train
+from builder.workers import usable_cores
 from builder.workspace import STAMP, clear, is_done, refusals_named, run_stage, stage_key
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
@@ -73,16 +74,19 @@ class Run:
         return stage_key(self.train_key(), asdict(self.recipe.verify), self.recipe.name)
 
 
-def prepare_stage(run: Run, reporter: Reporter) -> None:
-    """Text to tokens. Raises InputError for a base that is this run's own work."""
+def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
+    """Text to tokens, by so many worker processes, or one a core. Raises InputError for a base that is this run's own
+    work."""
     _refuse_as_base(run, run.folder, "the folder of this very run, which is emptied on the way")
+
+    key = run.prepare_key()
 
     def work(folder: Path) -> None:
         if run.recipe.model.base:
             resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
-        prepare(run.recipe, folder, reporter.line)
+        prepare(run.recipe, folder, reporter.line, key=key, workers=workers or usable_cores())
 
-    if not run_stage(run.prepared, run.prepare_key(), work):
+    if not run_stage(run.prepared, key, work, parts=PARTS):
         reporter.line("prepare: done already")
 
 

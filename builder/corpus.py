@@ -6,6 +6,7 @@ whatever else the corpus holds. Memory holds what `curation` says.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -67,8 +68,10 @@ class CorpusReport:
         return self.train.characters + self.validation.characters
 
 
-def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
+def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusReport:
     """Read the recipe's documents and write train.jsonl, validation.jsonl and report.json into `folder`.
+
+    The result does not depend on the number of `workers`, processes that clean and compare texts.
 
     Chance may give one side nothing, or far too little or too much, when a corpus is a few documents or one large one.
     If the held-out share of the characters is not within a factor of five of `validation_fraction`, each document's
@@ -85,9 +88,10 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
     tally = Tally()
-    kept = curate(documents, recipe, folder / "cleaned.part", tally)
+    kept = curate(documents, recipe, folder / "scratch", tally, workers)
     fraction = settings.validation_fraction
-    sides = _write(folder, ((document, place < fraction) for document, place in kept))
+    with contextlib.closing(kept):
+        sides = _write(folder, ((document, place < fraction) for document, place in kept))
     if not sum(side.documents for side in sides):
         reasons = ", ".join(f"{count} {why}" for why, count in tally.dropped.items())
         raise InputError(
@@ -119,6 +123,13 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> CorpusReport:
     )
     (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def read_report(folder: Path) -> CorpusReport:
+    """Return the report that `prepare_corpus` left in `folder`."""
+    record = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    sides = {side: SideReport(**record[side]) for side in ("train", "validation")}
+    return CorpusReport(**{**record, **sides})
 
 
 def iter_texts(path: Path) -> Iterator[str]:
@@ -159,8 +170,8 @@ def _split_again(
     total = sum(side.documents for side in sides)
     if total > 1:
         seed = str(recipe.seed).encode()
-        shares = [share(document.text, seed) for document in _read_both(folder)]
-        chosen = shares.index(min(shares))
+        shares = ((share(document.text, seed), index) for index, document in enumerate(_read_both(folder)))
+        chosen = min(shares)[1]
         pairs = ((document, index == chosen) for index, document in enumerate(_read_both(folder)))
         return "one document", _write(folder, pairs)
     raise InputError(

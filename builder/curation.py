@@ -1,26 +1,35 @@
 """Choose and clean the documents of a corpus, and count what each step did.
 
 The steps run in this order: cleaning of each text, boilerplate lines, trimming, length, copies, near-duplicates. All
-come before the split, so no document is on one side while its copy is on the other. Memory holds one document, 16 bytes
-for each document kept, and what `boilerplate_lines` and `NearDuplicates` say of themselves.
+come before the split, so no document is on one side while its copy is on the other. What needs one text only runs in
+several processes; what comes out is the same for any number of them. Memory holds the chunks under way (about a million
+characters each), a block of 16 million characters, and what `boilerplate_lines` and `DiskIndex` say of themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from builder.cleaning import remove_lines, steps, tidy_space, trim
 from builder.documents import Document, read_file, write_document
-from builder.duplicates import NearDuplicates
-from builder.recipe import CleaningRecipe, Recipe
+from builder.duplicates import Copies, NearDuplicates, Signatures, require_rensa, sign
+from builder.recipe import Recipe
+from builder.workers import map_in_order
 
 _COUNTED_LINES = 1 << 19
 _SAMPLES = 5
 _SAMPLE_CHARACTERS = 400
+# A chunk is what a worker gets at a time; a block of several is what is looked up in the indices at a time.
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 1 << 20, 1 << 11
+_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 1 << 24, 1 << 13
 
 
 @dataclass
@@ -52,20 +61,54 @@ class Tally:
             piece = slice(start, start + _SAMPLE_CHARACTERS)
             self.samples.append({"name": name, "before": before[piece], "after": after[piece]})
 
+    def add(self, other: Tally) -> None:
+        """Count what `other` counted, of the documents that follow."""
+        self.read += other.read
+        self.dropped.update(other.dropped)
+        self.lengths.update(other.lengths)
+        self.samples += other.samples[: _SAMPLES - len(self.samples)]
+        for step, counts in other.cleaning.items():
+            ours = self.cleaning.setdefault(step, dict.fromkeys(counts, 0))
+            for key, count in counts.items():
+                ours[key] += count
+
+
+@dataclass
+class Chunk:
+    """Documents on their way, what was counted of them, and once they are chosen by length, what they are compared by.
+
+    `digests` has 16 bytes a document; `signatures` is None where near-duplicates are kept.
+    """
+
+    documents: list[Document]
+    tally: Tally
+    digests: list[bytes] = field(default_factory=list)
+    signatures: Signatures | None = None
+
 
 def curate(
-    documents: Iterable[Document], recipe: Recipe, scratch: Path, tally: Tally
-) -> Iterator[tuple[Document, float]]:
+    documents: Iterable[Document], recipe: Recipe, scratch: Path, tally: Tally, workers: int = 1
+) -> Generator[tuple[Document, float]]:
     """Yield the documents that are kept, cleaned, each with its `share`.
 
-    `scratch` is a file name to use where texts are read twice.
+    `scratch` is a folder to make for what does not stay in memory; it is removed at the end.
     """
-    cleaned = _clean_each(documents, recipe.cleaning, tally)
-    if recipe.cleaning.boilerplate_documents:
-        cleaned = _without_boilerplate(cleaned, recipe.cleaning, scratch, tally)
-    for document, digest in _select(cleaned, recipe, tally):
-        tally.lengths[1 << (len(document.text).bit_length() - 1)] += 1
-        yield document, _fraction(digest)
+    if recipe.corpus.near_duplicates:
+        require_rensa()  # Said before any text is read.
+    try:
+        if recipe.cleaning.boilerplate_documents:
+            scratch.mkdir(parents=True, exist_ok=True)
+            cleaned = map_in_order(partial(_clean, recipe), _chunks(documents), workers)
+            unwanted = _find_boilerplate(cleaned, recipe, scratch / "cleaned.jsonl", tally)
+            finish = partial(_without_boilerplate, recipe, unwanted)
+            chunks = map_in_order(finish, _chunks(read_file(scratch / "cleaned.jsonl")), workers)
+        else:
+            chunks = map_in_order(partial(_clean_and_measure, recipe), _chunks(documents), workers)
+        for document, digest in _without_repeats(chunks, recipe, scratch, tally):
+            tally.lengths[1 << (len(document.text).bit_length() - 1)] += 1
+            yield document, _fraction(digest)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def share(text: str, seed: bytes) -> float:
@@ -95,45 +138,69 @@ def boilerplate_lines(texts: Iterable[str], documents: int, characters: int) -> 
     return common
 
 
-def _clean_each(documents: Iterable[Document], recipe: CleaningRecipe, tally: Tally) -> Iterator[Document]:
-    functions = list(steps(recipe))
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    characters = 0
     for document in documents:
-        tally.read += 1
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _clean(recipe: Recipe, documents: list[Document]) -> Chunk:
+    functions = list(steps(recipe.cleaning))
+    chunk = Chunk([], Tally(read=len(documents)))
+    for document in documents:
         text = document.text
         for name, step in functions:
             cleaned, _ = step(text)
-            tally.changed(name, text, cleaned)
+            chunk.tally.changed(name, text, cleaned)
             text = cleaned
-        tally.sample(document.name, document.text, text)
-        yield Document(document.name, text, document.label)
+        chunk.tally.sample(document.name, document.text, text)
+        chunk.documents.append(Document(document.name, text, document.label))
+    return chunk
 
 
-def _without_boilerplate(
-    documents: Iterable[Document], recipe: CleaningRecipe, scratch: Path, tally: Tally
-) -> Iterator[Document]:
-    with scratch.open("w", encoding="utf-8", newline="\n") as file:
+def _find_boilerplate(chunks: Iterable[Chunk], recipe: Recipe, path: Path, tally: Tally) -> frozenset[str]:
+    """Return the boilerplate lines of all chunks, and leave their documents in the file `path`."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
 
         def texts() -> Iterator[str]:
-            for document in documents:
-                write_document(file, document)
-                yield document.text
+            for chunk in chunks:
+                tally.add(chunk.tally)
+                for document in chunk.documents:
+                    write_document(file, document)
+                    yield document.text
 
-        lines = boilerplate_lines(texts(), recipe.boilerplate_documents, recipe.boilerplate_characters)
-    for document in read_file(scratch):
-        text, removed = remove_lines(document.text, lines)
-        if removed and recipe.white_space != "keep":
-            text, _ = tidy_space(text, words=False)
-        tally.changed("boilerplate", document.text, text)
-        tally.sample(document.name, document.text, text)
-        yield Document(document.name, text, document.label)
-    scratch.unlink()
+        settings = recipe.cleaning
+        return frozenset(boilerplate_lines(texts(), settings.boilerplate_documents, settings.boilerplate_characters))
 
 
-def _select(documents: Iterable[Document], recipe: Recipe, tally: Tally) -> Iterator[tuple[Document, bytes]]:
-    settings, seed = recipe.corpus, str(recipe.seed).encode()
-    near = NearDuplicates(settings, recipe.seed) if settings.near_duplicates else None
-    seen: set[bytes] = set()
+def _without_boilerplate(recipe: Recipe, unwanted: frozenset[str], documents: list[Document]) -> Chunk:
+    chunk = Chunk([], Tally())
     for document in documents:
+        text, removed = remove_lines(document.text, unwanted)
+        if removed and recipe.cleaning.white_space != "keep":
+            text, _ = tidy_space(text, words=False)
+        chunk.tally.changed("boilerplate", document.text, text)
+        chunk.tally.sample(document.name, document.text, text)
+        chunk.documents.append(Document(document.name, text, document.label))
+    return _measure(recipe, chunk)
+
+
+def _clean_and_measure(recipe: Recipe, documents: list[Document]) -> Chunk:
+    return _measure(recipe, _clean(recipe, documents))
+
+
+def _measure(recipe: Recipe, chunk: Chunk) -> Chunk:
+    """Trim the documents, leave out those of a wrong length, and give the others their digests and signatures."""
+    settings, seed, tally = recipe.corpus, str(recipe.seed).encode(), chunk.tally
+    kept: list[Document] = []
+    for document in chunk.documents:
         text = document.text
         if settings.trim and settings.max_characters:
             trimmed, _ = trim(text, settings.max_characters)
@@ -141,20 +208,58 @@ def _select(documents: Iterable[Document], recipe: Recipe, tally: Tally) -> Iter
             text = trimmed
         if len(text.strip()) < settings.min_characters:
             tally.dropped["too short"] += 1
-            continue
-        if settings.max_characters and len(text) > settings.max_characters:
+        elif settings.max_characters and len(text) > settings.max_characters:
             tally.dropped["too long"] += 1
-            continue
-        digest = _digest(text, seed)
-        if settings.deduplicate:
-            if digest in seen:
-                tally.dropped["duplicate"] += 1
-                continue
-            seen.add(digest)
-        if near and near.is_repeat(text):
-            tally.dropped["near-duplicate"] += 1
-            continue
-        yield Document(document.name, text, document.label), digest
+        else:
+            kept.append(Document(document.name, text, document.label))
+    texts = [document.text for document in kept]
+    signatures = sign(texts, settings, recipe.seed) if settings.near_duplicates else None
+    return Chunk(kept, tally, [_digest(text, seed) for text in texts], signatures)
+
+
+def _without_repeats(
+    chunks: Iterable[Chunk], recipe: Recipe, scratch: Path, tally: Tally
+) -> Iterator[tuple[Document, bytes]]:
+    copies = Copies(scratch) if recipe.corpus.deduplicate else None
+    near = NearDuplicates(recipe.corpus, scratch) if recipe.corpus.near_duplicates else None
+    for block in _blocks(chunks, tally):
+        stays = np.ones(len(block.documents), np.bool_)
+        if copies:
+            stays = ~copies.repeats(block.digests)
+            tally.dropped["duplicate"] += int((~stays).sum())
+        if near and block.signatures is not None:
+            repeated = near.repeats(block.signatures[stays])
+            tally.dropped["near-duplicate"] += int(repeated.sum())
+            stays[stays] = ~repeated
+        for place in np.flatnonzero(stays).tolist():
+            yield block.documents[place], block.digests[place]
+    tally.dropped = +tally.dropped  # Nothing of a kind is no line in the report.
+
+
+def _blocks(chunks: Iterable[Chunk], tally: Tally) -> Iterator[Chunk]:
+    """Join chunks, and count them."""
+    parts: list[Chunk] = []
+    characters = documents = 0
+    for chunk in chunks:
+        tally.add(chunk.tally)
+        parts.append(chunk)
+        characters += sum(len(document.text) for document in chunk.documents)
+        documents += len(chunk.documents)
+        if characters >= _BLOCK_CHARACTERS or documents >= _BLOCK_DOCUMENTS:
+            yield _join(parts)
+            parts, characters, documents = [], 0, 0
+    if parts:
+        yield _join(parts)
+
+
+def _join(parts: list[Chunk]) -> Chunk:
+    signatures = [part.signatures for part in parts if part.signatures is not None]
+    return Chunk(
+        [document for part in parts for document in part.documents],
+        Tally(),
+        [digest for part in parts for digest in part.digests],
+        np.concatenate(signatures) if signatures else None,
+    )
 
 
 def _fraction(digest: bytes) -> float:

@@ -3,50 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus
+from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
 from builder.recipe import Recipe
 from builder.report import vocabulary_coverage, write_report
-from builder.tokenizer import copy_tokenizer, train_tokenizer, vocabulary_size
-from builder.tokens import open_tokens, rows_per_epoch, write_tokens
+from builder.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer, vocabulary_size
+from builder.tokens import open_tokens, read_tokens, rows_per_epoch, write_tokens
+from builder.workspace import clear, run_stage, stage_key
 from serving.errors import InputError
 
 SUMMARY, PAGE = "prepare.json", "report.html"
+PARTS = ("corpus", "tokenizer", "tokens")
 
 
-def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None:
+def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key: str = "", workers: int = 1) -> None:
     """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
+
+    `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
+    tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
+    of `prepare_corpus`.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
     and if the training side has fewer tokens than one row of `training.sequence_length`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)
-    corpus = prepare_corpus(recipe, folder / "corpus")
-    report(_corpus_line(corpus))
-    tokenizer = _make_tokenizer(recipe, folder)
+    for part in PARTS if not key else ():
+        clear(folder / part)
+    ran = run_stage(folder / "corpus", stage_key(key, "corpus"), lambda part: _make_corpus(recipe, part, workers))
+    corpus = read_report(folder / "corpus")
+    report(_corpus_line(corpus) + _again(ran))
+    ran = run_stage(folder / "tokenizer", stage_key(key, "tokenizer"), lambda part: _make_tokenizer(recipe, part))
+    tokenizer = load_tokenizer(folder / "tokenizer")
     vocab_size = vocabulary_size(tokenizer)
-    report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size))
-    counts = {}
+    report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size) + _again(ran))
     shards = [(folder / "tokens" / name).with_suffix(".bin") for name in (TRAIN, VALIDATION)]
-    for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
-        counts[shard.stem] = write_tokens(
-            iter_texts(folder / "corpus" / name),
-            tokenizer,
-            shard,
-            max_tokens=recipe.corpus.max_tokens,
-            trim=recipe.corpus.trim,
-        )
-        if not counts[shard.stem]:
-            raise InputError(
-                f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
-                "raise it or set corpus.trim"
-            )
+    tokens_key = stage_key(key, "tokens")
+    half_done = tuple(shard.with_suffix(ending).name for shard in shards for ending in (".bin", ".progress"))
+    run_stage(
+        folder / "tokens",
+        tokens_key,
+        lambda part: _make_tokens(recipe, tokenizer, shards, tokens_key if key else ""),
+        parts=half_done,
+    )
+    counts = {shard.stem: len(open_tokens(shard)) for shard in shards}
     rows_per_epoch(counts["train"], recipe.training.sequence_length)
     report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
     total = sum(counts.values())
@@ -60,7 +65,7 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None
         "characters": {"train": corpus.train.characters, "validation": corpus.validation.characters},
         "tokens": counts,
         "vocab_size": vocab_size,
-        "vocabulary": vocabulary_coverage(open_tokens(shards[0]), open_tokens(shards[1]), vocab_size),
+        "vocabulary": vocabulary_coverage(read_tokens(shards[0]), read_tokens(shards[1]), vocab_size),
         "tokens_per_document": round(total / corpus.documents, 2),
         "characters_per_token": round(corpus.characters / total, 3),
     }
@@ -73,15 +78,39 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None]) -> None
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _make_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+def _make_corpus(recipe: Recipe, folder: Path, workers: int) -> None:
+    prepare_corpus(recipe, folder, workers)
+
+
+def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[Path], key: str) -> None:
+    for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
+        count = write_tokens(
+            iter_texts(shard.parent.parent / "corpus" / name),
+            tokenizer,
+            shard,
+            max_tokens=recipe.corpus.max_tokens,
+            trim=recipe.corpus.trim,
+            resume_key=key,
+        )
+        if not count:
+            raise InputError(
+                f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
+                "raise it or set corpus.trim"
+            )
+    for shard in shards:
+        shard.with_suffix(".progress").unlink(missing_ok=True)
+
+
+def _make_tokenizer(recipe: Recipe, folder: Path) -> None:
     if recipe.model.base:
         from builder.base import resolve_base  # It may ask the hub, which a model from scratch never needs.
 
         base = resolve_base(recipe.model.base)
         n_positions = _base_positions(base.weights, recipe.model.n_positions)
-        return copy_tokenizer(base.tokenizer, folder / "tokenizer", n_positions)
-    texts = iter_texts(folder / "corpus" / TRAIN)
-    return train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder / "tokenizer")
+        copy_tokenizer(base.tokenizer, folder, n_positions)
+        return
+    texts = iter_texts(folder.parent / "corpus" / TRAIN)
+    train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
 
 
 def _base_positions(base: Path, otherwise: int) -> int:
@@ -92,6 +121,10 @@ def _base_positions(base: Path, otherwise: int) -> int:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return otherwise
+
+
+def _again(ran: bool) -> str:
+    return "" if ran else " (done before)"
 
 
 def _corpus_line(corpus: CorpusReport) -> str:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from builder.corpus import CorpusReport
 
-_CHUNK = 1 << 22
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --bar: #4a7dbd; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -26,9 +25,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--li
 """
 
 
-def vocabulary_coverage(train: NDArray[Any], validation: NDArray[Any], vocab_size: int) -> dict[str, int]:
+def vocabulary_coverage(
+    train: Iterable[NDArray[Any]], validation: Iterable[NDArray[Any]], vocab_size: int
+) -> dict[str, int]:
     """Return how many of a vocabulary's entries each side uses, and of the validation tokens, how many are of entries
-    that training never sees. `train` and `validation` are ids [count]; memory holds 8 bytes an entry and a chunk."""
+    that training never sees. `train` and `validation` are chunks of ids; memory holds 8 bytes an entry and a chunk."""
     seen, held_out = (_count(side, vocab_size) for side in (train, validation))
     return {
         "entries": vocab_size,
@@ -96,10 +97,10 @@ def write_report(path: Path, corpus: CorpusReport, summary: Mapping[str, Any]) -
     path.write_bytes(render_report(corpus, summary).encode("utf-8", "replace"))
 
 
-def _count(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.int64]:
+def _count(chunks: Iterable[NDArray[Any]], vocab_size: int) -> NDArray[np.int64]:
     counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(tokens), _CHUNK):
-        counts += np.bincount(tokens[start : start + _CHUNK], minlength=vocab_size)
+    for chunk in chunks:
+        counts += np.bincount(chunk, minlength=vocab_size)
     return counts
 
 

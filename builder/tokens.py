@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from builder.tokenizer import can_cut, end_token_id, pieces, vocabulary_size
 from serving.errors import InputError
@@ -25,10 +29,29 @@ if TYPE_CHECKING:
 
 _DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 _BATCH_CHARACTERS = 1 << 20
+_BATCHES_AHEAD = 2
+_READ_TOKENS = 1 << 20
+_BATCHES_A_NOTE = 32
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far a shard is written: its tokens, and the documents in it; those left out are among `too_long`."""
+
+    key: str = ""
+    tokens: int = 0
+    documents: int = 0
+    too_long: int = 0
 
 
 def write_tokens(
-    texts: Iterable[str], tokenizer: Tokenizer, path: Path, *, max_tokens: int = 0, trim: bool = False
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    max_tokens: int = 0,
+    trim: bool = False,
+    resume_key: str = "",
 ) -> int:
     """Encode `texts` into the shard `path` (a .bin file) with its index beside it, and return the number of tokens.
 
@@ -38,17 +61,22 @@ def write_tokens(
 
     With `max_tokens`, a document of more is left out, or with `trim` cut to its first ones; the index counts these as
     `too_long`.
+
+    With `resume_key`, a name of all that decides the shard, progress is noted now and then in a file beside it
+    (.progress, the caller's to remove), and a shard that was left half written with the same key is gone on with.
     """
     end, vocab_size = end_token_id(tokenizer), vocabulary_size(tokenizer)
     name = "uint16" if vocab_size <= 1 << 16 else "uint32"
     path.parent.mkdir(parents=True, exist_ok=True)
     index = path.with_suffix(".json")
     index.unlink(missing_ok=True)
-    digest, count, documents, too_long = hashlib.sha256(), 0, 0, 0
+    done = _read_progress(path, resume_key, np.dtype(_DTYPES[name]).itemsize)
+    count, documents, too_long = done.tokens, done.documents, done.too_long
     document: list[int] = []
-    with path.open("wb") as file:
-        for batch in _batches(texts, can_cut(tokenizer)):
-            encodings = tokenizer.encode_batch([piece for piece, _ in batch], add_special_tokens=False)
+    with path.open("r+b" if count else "wb") as file:
+        digest = _hash_to(file, count * np.dtype(_DTYPES[name]).itemsize)
+        batches = _batches(islice(texts, documents + too_long * (not trim), None), can_cut(tokenizer))
+        for number, (batch, encodings) in enumerate(_encode_ahead(tokenizer, batches), 1):
             ids: list[int] = []
             for encoding, (_, last) in zip(encodings, batch, strict=True):
                 if not max_tokens:
@@ -68,6 +96,11 @@ def write_tokens(
             file.write(data)
             digest.update(data)
             count += len(ids)
+            if resume_key and number % _BATCHES_A_NOTE == 0 and batch[-1][1]:
+                file.flush()
+                _write_progress(path, _Progress(resume_key, count, documents, too_long))
+    if resume_key:
+        _write_progress(path, _Progress(resume_key, count, documents, too_long))
     record = {
         "dtype": name,
         "byte_order": "little",
@@ -103,6 +136,16 @@ def open_tokens(path: Path) -> NDArray[Any]:
     if count == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+
+
+def read_tokens(path: Path) -> Iterator[NDArray[Any]]:
+    """Yield the ids of a shard, a million at a time; unlike pages of a mapped file they do not stay in memory.
+
+    Raises what `open_tokens` does.
+    """
+    tokens = open_tokens(path)
+    for start in range(0, len(tokens), _READ_TOKENS):
+        yield np.fromfile(path, tokens.dtype, _READ_TOKENS, offset=start * tokens.itemsize)
 
 
 def rows_per_epoch(tokens: int, sequence_length: int) -> int:
@@ -215,6 +258,48 @@ def validation_dataset(tokens: NDArray[Any], *, sequence_length: int, batch_size
     signature = (spec, spec, tf.TensorSpec(shape, tf.float32))
     dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return dataset.apply(tf.data.experimental.assert_cardinality(batches)).prefetch(2)
+
+
+def _read_progress(path: Path, key: str, item_bytes: int) -> _Progress:
+    """What was noted of a shard with this key and is still there; nothing without a key."""
+    try:
+        progress = _Progress(**json.loads(path.with_suffix(".progress").read_text(encoding="utf-8")))
+        if key and progress.key == key and path.stat().st_size >= progress.tokens * item_bytes:
+            return progress
+    except (OSError, ValueError, TypeError):
+        pass
+    return _Progress()
+
+
+def _write_progress(path: Path, progress: _Progress) -> None:
+    partial = path.with_suffix(".progress.partial")
+    partial.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    partial.replace(path.with_suffix(".progress"))
+
+
+def _hash_to(file: BinaryIO, size: int) -> hashlib._Hash:
+    """Hash the first `size` bytes of a file, cut it there, and stand there."""
+    digest = hashlib.sha256()
+    for start in range(0, size, 1 << 20):
+        digest.update(file.read(min(1 << 20, size - start)))
+    file.truncate(size)
+    return digest
+
+
+def _encode_ahead(
+    tokenizer: Tokenizer, batches: Iterable[list[tuple[str, bool]]]
+) -> Iterator[tuple[list[tuple[str, bool]], list[Encoding]]]:
+    """Yield each batch with its encodings, while the next ones are encoded; offsets are not worked out."""
+    under_way: deque[tuple[list[tuple[str, bool]], Future[list[Encoding]]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for batch in batches:
+            texts = [piece for piece, _ in batch]
+            under_way.append((batch, thread.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)))
+            if len(under_way) > _BATCHES_AHEAD:
+                done, encodings = under_way.popleft()
+                yield done, encodings.result()
+        for done, encodings in under_way:
+            yield done, encodings.result()
 
 
 def _batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:

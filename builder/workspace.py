@@ -53,14 +53,17 @@ def is_done(folder: Path, key: str) -> bool:
         return False
 
 
-def run_stage(folder: Path, key: str, work: Callable[[Path], None], keep: tuple[str, ...] = ()) -> bool:
+def run_stage(
+    folder: Path, key: str, work: Callable[[Path], None], keep: tuple[str, ...] = (), parts: tuple[str, ...] = ()
+) -> bool:
     """Run `work(folder)` unless the stage is done already, then stamp it; return whether it ran.
 
-    Everything in `folder` but the names in `keep` is removed first.
+    Everything in `folder` but the names in `keep` and `parts` is removed first. `keep` is no part of the stage's
+    output; `parts` is, and `work` itself takes over what it finds there or makes it anew.
     """
     if is_done(folder, key):
         return False
-    clear(folder, keep)
+    clear(folder, keep + parts)
     folder.mkdir(parents=True, exist_ok=True)
     with refusals_named(folder):
         work(folder)

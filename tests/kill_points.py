@@ -53,8 +53,8 @@ class Quiet(Reporter):
 def play_stages(folder: Path) -> None:
     """Put stand-ins in the place of the stages' work; `folder`/trained gets a byte for each training."""
 
-    def prepare(recipe: Recipe, target: Path, report: Callable[[str], None]) -> None:
-        (target / "tokens").mkdir()
+    def prepare(recipe: Recipe, target: Path, report: Callable[[str], None], **options: Any) -> None:
+        (target / "tokens").mkdir(exist_ok=True)
         (target / "tokens" / "train.bin").write_bytes(b"tokens")
 
     def train(recipe: Recipe, prepared: Path, target: Path, run_id: str, reporter: Reporter) -> None:

@@ -11,7 +11,9 @@ from builder.commands.options import make_run, recipe_options
 
 @click.command()
 @recipe_options
-def prepare(**options: Any) -> None:
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes that clean and compare texts; one a core by "
+              "default. The result is the same for any number.")  # fmt: skip
+def prepare(workers: int | None, **options: Any) -> None:
     """Read the recipe's text, make its tokenizer, and write token shards."""
     run = make_run(**options)
 
@@ -20,4 +22,4 @@ def prepare(**options: Any) -> None:
     from builder.workspace import locked
 
     with locked(run.folder):
-        prepare_stage(run, Reporter())
+        prepare_stage(run, Reporter(), workers or 0)

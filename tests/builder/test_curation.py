@@ -145,19 +145,22 @@ def test_bands_divide_the_permutations_and_catch_what_is_alike(threshold: float,
     assert 1 - (1 - min(1.0, threshold + 0.05) ** rows) ** bands > 0.9
 
 
-def test_what_is_a_near_duplicate_does_not_depend_on_the_process() -> None:
+def test_what_is_a_near_duplicate_does_not_depend_on_the_process(tmp_path: Path) -> None:
     program = (
         "import random\n"
-        "from builder.duplicates import NearDuplicates\n"
+        "from pathlib import Path\n"
+        "import sys\n"
+        "from builder.duplicates import NearDuplicates, sign\n"
         "from builder.recipe import CorpusRecipe\n"
-        "near, draw = NearDuplicates(CorpusRecipe(near_threshold=0.5), 3), random.Random(1)\n"
+        "recipe, draw = CorpusRecipe(near_threshold=0.5), random.Random(1)\n"
         "texts = [' '.join(draw.choice(['a', f'w{n}']) for n in range(60)) for _ in range(60)]\n"
-        "print([near.is_repeat(text) for text in texts + [text[:200] for text in texts]])\n"
+        "signatures = sign(texts + [text[:200] for text in texts], recipe, 3)\n"
+        "print(NearDuplicates(recipe, Path(sys.argv[1])).repeats(signatures).tolist())\n"
     )
     answers = {
         subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": salt}, capture_output=True, text=True,
-            check=True,
+            [sys.executable, "-c", program, str(tmp_path / salt)], env={**os.environ, "PYTHONHASHSEED": salt},
+            capture_output=True, text=True, check=True,
         ).stdout
         for salt in ("1", "2")
     }  # fmt: skip

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
+from builder import curation
 from builder.prepare import prepare
 from builder.recipe import CorpusRecipe, ModelRecipe, Recipe, TokenizerRecipe, TrainingRecipe
 from builder.tokenizer import load_tokenizer, train_tokenizer
 from builder.tokens import open_tokens
 from serving.errors import InputError
+from tests.prepare_kills import recipe_of
+from tests.tiny_build import contents
 
 
 def small_recipe(tmp_path: Path, lines: int = 400) -> Recipe:
@@ -76,3 +80,28 @@ def test_a_limit_that_leaves_no_tokens_is_named(tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, max_tokens=3))
     with pytest.raises(InputError, match=r"every train document is longer than corpus\.max_tokens 3"):
         prepare(recipe, tmp_path / "run", lambda line: None)
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curation, "_CHUNK_DOCUMENTS", 20)
+    monkeypatch.setattr(curation, "_BLOCK_DOCUMENTS", 50)
+    recipe = recipe_of(tmp_path / "text", documents=300)
+    whole = []
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
+        prepare(recipe, folder, lambda line: None, workers=workers)
+        whole.append(contents(folder))
+    report = json.loads(whole[0]["corpus/report.json"])
+    assert set(report["dropped"]) == {"duplicate", "near-duplicate"} and report["cleaning"]["boilerplate"]["documents"]
+    assert whole[0] == whole[1]
+
+
+def test_a_kill_at_some_steps_harms_nothing_and_finished_parts_stay(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.prepare_kills", str(tmp_path), "3"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["wrong"] == []
+    assert record["kills"] > 20 and record["taken_over"] > 3

@@ -89,7 +89,7 @@ def test_a_corpus_left_as_it_is_gives_a_page_without_empty_sections(tmp_path: Pa
 
 def test_coverage_counts_entries_and_unseen_tokens() -> None:
     train, validation = np.array([0, 1, 1, 4], np.uint16), np.array([1, 2, 2, 3, 4], np.uint16)
-    assert vocabulary_coverage(train, validation, 6) == {
+    assert vocabulary_coverage([train[:2], train[2:]], [validation], 6) == {
         "entries": 6,
         "used_in_training": 3,
         "used_in_validation": 4,

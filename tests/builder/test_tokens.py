@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
+from builder import tokens
 from builder.recipe import TokenizerRecipe
 from builder.tokenizer import end_token_id, train_tokenizer
 from builder.tokens import (
@@ -174,3 +177,38 @@ def test_too_few_tokens() -> None:
         training_dataset(np.arange(8), seed=0, steps=1, **sizes)
     with pytest.raises(InputError, match="has 1 tokens and needs at least 2"):
         validation_dataset(np.arange(1), **sizes)
+
+
+def test_a_shard_that_was_broken_off_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(["some words and more words"], TokenizerRecipe(vocab_size=270), 16, tmp_path / "tok")
+    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(tokens, "_BATCHES_A_NOTE", 1)
+    texts = [f"words and {number} more " * (1 + number % 4) for number in range(60)]
+    whole, broken = tmp_path / "whole.bin", tmp_path / "broken.bin"
+    encoded: list[int] = []
+    ahead = tokens._encode_ahead
+
+    def breaking() -> Iterator[str]:
+        yield from texts[:45]
+        raise RuntimeError("killed")
+
+    def counting(*arguments: Any) -> Iterator[Any]:
+        for batch, encodings in ahead(*arguments):
+            encoded.append(len(batch))
+            yield batch, encodings
+
+    monkeypatch.setattr(tokens, "_encode_ahead", counting)
+    for trim in (True, False):
+        options: dict[str, Any] = {"max_tokens": 30, "trim": trim}
+        write_tokens(texts, tokenizer, whole, **options)
+        for key, least in (("one key", 30), ("another key", 0)):
+            with pytest.raises(RuntimeError):
+                write_tokens(breaking(), tokenizer, broken, resume_key="one key", **options)
+            with broken.open("ab") as file:
+                file.write(b"half of a batch that was not noted")
+            encoded.clear()
+            write_tokens(texts, tokenizer, broken, resume_key=key, **options)
+            assert 60 - sum(encoded) >= least and (least or sum(encoded) == 60)
+            assert broken.read_bytes() == whole.read_bytes()
+            assert broken.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
+            broken.with_suffix(".progress").unlink()
