@@ -99,13 +99,12 @@ def _clean_each(documents: Iterable[Document], recipe: CleaningRecipe, tally: Ta
     functions = list(steps(recipe))
     for document in documents:
         tally.read += 1
-        text = document.text
+        cleaned = document
         for name, step in functions:
-            cleaned, _ = step(text)
-            tally.changed(name, text, cleaned)
-            text = cleaned
-        tally.sample(document.name, document.text, text)
-        yield Document(document.name, text, document.label)
+            before, cleaned = cleaned, cleaned.mapped(step)
+            tally.changed(name, before.text, cleaned.text)
+        tally.sample(document.name, document.text, cleaned.text)
+        yield cleaned
 
 
 def _without_boilerplate(
@@ -116,16 +115,21 @@ def _without_boilerplate(
         def texts() -> Iterator[str]:
             for document in documents:
                 write_document(file, document)
-                yield document.text
+                yield document.content
 
         lines = boilerplate_lines(texts(), recipe.boilerplate_documents, recipe.boilerplate_characters)
-    for document in read_file(scratch):
-        text, removed = remove_lines(document.text, lines)
+
+    def remove(text: str) -> tuple[str, bool]:
+        cleaned, removed = remove_lines(text, lines)
         if removed and recipe.white_space != "keep":
-            text, _ = tidy_space(text, words=False)
-        tally.changed("boilerplate", document.text, text)
-        tally.sample(document.name, document.text, text)
-        yield Document(document.name, text, document.label)
+            cleaned, _ = tidy_space(cleaned, words=False)
+        return cleaned, removed
+
+    for document in read_file(scratch):
+        cleaned = document.mapped(remove)
+        tally.changed("boilerplate", document.text, cleaned.text)
+        tally.sample(document.name, document.text, cleaned.text)
+        yield cleaned
     scratch.unlink()
 
 
@@ -134,15 +138,19 @@ def _select(documents: Iterable[Document], recipe: Recipe, tally: Tally) -> Iter
     near = NearDuplicates(settings, recipe.seed) if settings.near_duplicates else None
     seen: set[bytes] = set()
     for document in documents:
-        text = document.text
+        document = document.ended()
         if settings.trim and settings.max_characters:
-            trimmed, _ = trim(text, settings.max_characters)
-            tally.changed("trim", text, trimmed)
-            text = trimmed
+            trimmed = document.trimmed(settings.max_characters, trim)
+            tally.changed("trim", document.text, trimmed.text)
+            document = trimmed
+        text = document.content
+        if not document.is_answered:
+            tally.dropped["no response"] += 1
+            continue
         if len(text.strip()) < settings.min_characters:
             tally.dropped["too short"] += 1
             continue
-        if settings.max_characters and len(text) > settings.max_characters:
+        if settings.max_characters and len(document.text) > settings.max_characters:
             tally.dropped["too long"] += 1
             continue
         digest = _digest(text, seed)
@@ -154,7 +162,7 @@ def _select(documents: Iterable[Document], recipe: Recipe, tally: Tally) -> Iter
         if near and near.is_repeat(text):
             tally.dropped["near-duplicate"] += 1
             continue
-        yield Document(document.name, text, document.label), digest
+        yield document, digest
 
 
 def _fraction(digest: bytes) -> float:
