@@ -62,8 +62,8 @@ class Run:
         if recipe.model.base:
             base = local_base(recipe.model.base)
             model = recipe.model.base, _look(base.files()) if base else []
-        sequence = recipe.training.sequence_length
-        parts = asdict(recipe.corpus), asdict(recipe.cleaning), asdict(recipe.tokenizer)
+        sequence = recipe.training.sequence_length, recipe.training.packing
+        parts = asdict(recipe.corpus), asdict(recipe.instruction), asdict(recipe.cleaning), asdict(recipe.tokenizer)
         return stage_key(__version__, *parts, recipe.seed, model, sequence, files)
 
     def train_key(self) -> str:

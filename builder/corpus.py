@@ -17,10 +17,9 @@ from pathlib import Path
 
 from builder.balance import balance
 from builder.curation import Tally, curate, share
-from builder.docstrings import read_docstrings
 from builder.documents import Document, read_file, write_document
 from builder.recipe import Recipe
-from builder.sources import find_sources, read_sources
+from builder.sources import find_sources, read_documents, read_sources
 from serving.errors import InputError
 
 TRAIN, VALIDATION, REPORT = "train.jsonl", "validation.jsonl", "report.json"
@@ -81,10 +80,11 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
     settings = recipe.corpus
     if settings.paths:
         sources = find_sources(settings.paths)
-        documents = read_sources(sources, settings.text_field, settings.label_field)
+        documents = read_sources(sources, settings, recipe.instruction)
         source, files, skipped = "files", len(sources.files), sources.skipped
     else:
-        documents, source, files, skipped = read_docstrings(), "Python standard library docstrings", 0, {}
+        documents = read_documents(settings, recipe.instruction)
+        source, files, skipped = "Python standard library docstrings", 0, {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
     tally = Tally()
@@ -170,7 +170,7 @@ def _split_again(
     total = sum(side.documents for side in sides)
     if total > 1:
         seed = str(recipe.seed).encode()
-        shares = ((share(document.text, seed), index) for index, document in enumerate(_read_both(folder)))
+        shares = ((share(document.content, seed), index) for index, document in enumerate(_read_both(folder)))
         chosen = min(shares)[1]
         pairs = ((document, index == chosen) for index, document in enumerate(_read_both(folder)))
         return "one document", _write(folder, pairs)
@@ -188,7 +188,7 @@ def _cut_documents(documents: Iterable[Document], fraction: float) -> Iterator[t
         target = int(len(text) * (1 - fraction))
         before, after = text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1
         for cut in (before, after):
-            if text[:cut].strip() and text[cut:].strip():
+            if not document.segments and text[:cut].strip() and text[cut:].strip():
                 yield Document(document.name, text[:cut], document.label), False
                 yield Document(f"{document.name} (end)", text[cut:], document.label), True
                 break

@@ -155,13 +155,12 @@ def _clean(recipe: Recipe, documents: list[Document]) -> Chunk:
     functions = list(steps(recipe.cleaning))
     chunk = Chunk([], Tally(read=len(documents)))
     for document in documents:
-        text = document.text
+        cleaned = document
         for name, step in functions:
-            cleaned, _ = step(text)
-            chunk.tally.changed(name, text, cleaned)
-            text = cleaned
-        chunk.tally.sample(document.name, document.text, text)
-        chunk.documents.append(Document(document.name, text, document.label))
+            before, cleaned = cleaned, cleaned.mapped(step)
+            chunk.tally.changed(name, before.text, cleaned.text)
+        chunk.tally.sample(document.name, document.text, cleaned.text)
+        chunk.documents.append(cleaned)
     return chunk
 
 
@@ -174,21 +173,25 @@ def _find_boilerplate(chunks: Iterable[Chunk], recipe: Recipe, path: Path, tally
                 tally.add(chunk.tally)
                 for document in chunk.documents:
                     write_document(file, document)
-                    yield document.text
+                    yield document.content
 
         settings = recipe.cleaning
         return frozenset(boilerplate_lines(texts(), settings.boilerplate_documents, settings.boilerplate_characters))
 
 
 def _without_boilerplate(recipe: Recipe, unwanted: frozenset[str], documents: list[Document]) -> Chunk:
+    def remove(text: str) -> tuple[str, bool]:
+        cleaned, removed = remove_lines(text, unwanted)
+        if removed and recipe.cleaning.white_space != "keep":
+            cleaned, _ = tidy_space(cleaned, words=False)
+        return cleaned, removed
+
     chunk = Chunk([], Tally())
     for document in documents:
-        text, removed = remove_lines(document.text, unwanted)
-        if removed and recipe.cleaning.white_space != "keep":
-            text, _ = tidy_space(text, words=False)
-        chunk.tally.changed("boilerplate", document.text, text)
-        chunk.tally.sample(document.name, document.text, text)
-        chunk.documents.append(Document(document.name, text, document.label))
+        cleaned = document.mapped(remove)
+        chunk.tally.changed("boilerplate", document.text, cleaned.text)
+        chunk.tally.sample(document.name, document.text, cleaned.text)
+        chunk.documents.append(cleaned)
     return _measure(recipe, chunk)
 
 
@@ -201,18 +204,21 @@ def _measure(recipe: Recipe, chunk: Chunk) -> Chunk:
     settings, seed, tally = recipe.corpus, str(recipe.seed).encode(), chunk.tally
     kept: list[Document] = []
     for document in chunk.documents:
-        text = document.text
+        document = document.ended()
         if settings.trim and settings.max_characters:
-            trimmed, _ = trim(text, settings.max_characters)
-            tally.changed("trim", text, trimmed)
-            text = trimmed
-        if len(text.strip()) < settings.min_characters:
+            trimmed = document.trimmed(settings.max_characters, trim)
+            tally.changed("trim", document.text, trimmed.text)
+            document = trimmed
+        text = document.content
+        if not document.is_answered:
+            tally.dropped["no response"] += 1
+        elif len(text.strip()) < settings.min_characters:
             tally.dropped["too short"] += 1
-        elif settings.max_characters and len(text) > settings.max_characters:
+        elif settings.max_characters and len(document.text) > settings.max_characters:
             tally.dropped["too long"] += 1
         else:
-            kept.append(Document(document.name, text, document.label))
-    texts = [document.text for document in kept]
+            kept.append(document)
+    texts = [document.content for document in kept]
     signatures = sign(texts, settings, recipe.seed) if settings.near_duplicates else None
     return Chunk(kept, tally, [_digest(text, seed) for text in texts], signatures)
 

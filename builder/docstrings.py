@@ -16,6 +16,8 @@ from pathlib import Path
 from builder.documents import Document
 from serving.errors import InputError
 
+Found = tuple[str, ast.AST, str]
+
 _SKIPPED_FOLDERS = frozenset(
     {
         "site-packages",
@@ -41,14 +43,28 @@ def read_docstrings(library: Path | None = None) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib")) if library is None else library
     empty = True
     for path in _source_files(root):
-        for document in _docstrings(path, root):
+        for name, _, text in _docstrings(path, root):
             empty = False
-            yield document
+            yield Document(name, text)
     if empty:
         raise InputError(
             f"{root}: no docstrings here, so this Python came without its library's sources; "
             "set corpus.paths to texts of your own"
         )
+
+
+def read_functions(library: Path | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yield (qualified name, signature, docstring) of each function that `read_docstrings` finds.
+
+    The signature is the `def` line with its annotations, on one line and without decorators.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if library is None else library
+    for path in _source_files(root):
+        for name, node, text in _docstrings(path, root):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+                returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+                yield name, f"{keyword} {node.name}({ast.unparse(node.args)}){returns}:", text
 
 
 def _source_files(root: Path) -> list[Path]:
@@ -59,7 +75,7 @@ def _source_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-def _docstrings(path: Path, root: Path) -> Iterator[Document]:
+def _docstrings(path: Path, root: Path) -> Iterator[Found]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,12 +88,12 @@ def _docstrings(path: Path, root: Path) -> Iterator[Document]:
     yield from _walk(tree, ".".join(parts))
 
 
-def _walk(node: ast.AST, name: str) -> Iterator[Document]:
-    """The docstrings of a node and of all that is defined inside it, in source order."""
+def _walk(node: ast.AST, name: str) -> Iterator[Found]:
+    """The docstrings, with name and node, of a node and of all that is defined inside it, in source order."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         text = ast.get_docstring(node)
         if text and _encodable(text):
-            yield Document(name, text)
+            yield name, node, text
     for child in ast.iter_child_nodes(node):
         inner = child.name if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else ""
         if inner or isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):

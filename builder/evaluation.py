@@ -11,8 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.base import read_geometry
+from builder.formats import has_fields
+from builder.masked_tokens import COUNTED, encode_document
+from builder.recipe import CorpusRecipe, InstructionRecipe
 from builder.sources import find_sources, read_sources
-from builder.tokenizer import end_token_id, load_tokenizer
+from builder.tokenizer import load_tokenizer
+from serving.bundle import Bundle
 from serving.errors import InputError
 
 _BATCH = 8
@@ -32,8 +36,13 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int]]:
         begin += stride
 
 
-def score(model: Any, ids: NDArray[np.int32], window: int, stride: int) -> tuple[float, int]:
-    """Return (sum of negative log-likelihoods in nats, tokens scored) of `ids` [count] by `windows`, in float32."""
+def score(
+    model: Any, ids: NDArray[np.int32], window: int, stride: int, counted: NDArray[np.bool_] | None = None
+) -> tuple[float, int]:
+    """Return (sum of negative log-likelihoods in nats, tokens scored) of `ids` [count] by `windows`, in float32.
+
+    `counted` [count] says which tokens are scored; all but the first are if it is None.
+    """
     from builder.frameworks import tf
 
     @tf.function  # type: ignore[untyped-decorator]
@@ -50,30 +59,59 @@ def score(model: Any, ids: NDArray[np.int32], window: int, stride: int) -> tuple
         found = losses(tf.constant(rows[:, :-1]), tf.constant(rows[:, 1:])).numpy().astype(np.float64)
         for row, (begin, first) in enumerate(places[start : start + _BATCH]):
             last = min(window, len(ids) - 1 - begin)
-            total += float(found[row, first:last].sum())
-            scored += last - first
+            chosen = slice(None) if counted is None else counted[begin + 1 + first : begin + 1 + last]
+            losses_here = found[row, first:last][chosen]
+            total += float(losses_here.sum())
+            scored += len(losses_here)
     return total, scored
 
 
-def read_ids(folder: Path, text: str, text_field: str = "text") -> NDArray[np.int32]:
+def read_ids(
+    folder: Path, text: str, text_field: str = "text", instruction: InstructionRecipe | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Token ids of the documents at `text` (file, folder or glob), each followed by the end token, as one stream.
 
-    Raises InputError if there are fewer than 2 tokens.
+    Also which of them are scored [count]: with an `instruction`, those of responses, unless all files are .txt or .md.
+    Raises InputError if none is scored.
     """
     tokenizer = load_tokenizer(folder)
-    end = end_token_id(tokenizer)
-    ids: list[int] = []
-    for document in read_sources(find_sources([text]), text_field):
-        ids += [*tokenizer.encode(document.text, add_special_tokens=False).ids, end]
-    if len(ids) < 2:
-        raise InputError(f"{text}: {len(ids)} tokens, and a perplexity needs at least 2; name a text with words in it")
-    return np.array(ids, np.int32)
+    sources = find_sources([text])
+    if instruction is None or not any(has_fields(source.path) for source in sources.files):
+        instruction = InstructionRecipe()
+    encoded = [
+        encode_document(document.ended(), tokenizer)
+        for document in read_sources(sources, CorpusRecipe(text_field=text_field), instruction)
+        if document.is_answered
+    ]
+    ids = np.concatenate([np.empty(0, np.int32), *(part for part, _ in encoded)]).astype(np.int32)
+    counted = np.concatenate([np.empty(0, np.bool_), *((mask & COUNTED) > 0 for _, mask in encoded)])
+    if not counted[1:].any():
+        raise InputError(f"{text}: {len(ids)} tokens, none to score, and a perplexity needs one; name a text with more")
+    return ids, counted
+
+
+def instruction_of(bundle: Bundle) -> InstructionRecipe | None:
+    """How the records that a bundle was trained on are read; None where they were plain text."""
+    table = bundle.manifest.provenance.recipe.get("instruction", {})
+    try:
+        recipe = InstructionRecipe(**table)
+    except TypeError:  # Written by a version with other keys.
+        return None
+    return recipe if recipe.is_set else None
 
 
 def evaluate_bundle(
-    folder: Path, text: str, *, window: int | None = None, stride: int | None = None, text_field: str = "text"
+    folder: Path,
+    text: str,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    text_field: str = "text",
+    instruction: InstructionRecipe | None = None,
 ) -> dict[str, float]:
     """Return perplexity, loss (nats a token), tokens scored, window and stride of a bundle on a text.
+
+    With an `instruction`, the text is records, and the tokens of their responses alone are scored.
 
     `window` is the model's context by default, `stride` half of the window. Raises InputError for a window or stride
     out of bounds and for a text without words.
@@ -87,7 +125,7 @@ def evaluate_bundle(
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise InputError(f"--stride {stride}: it must be from 1 to the window, {window}, or tokens would be left out")
-    ids = read_ids(folder, text, text_field)
-    total, scored = score(load_model(folder), ids, window, stride)
+    ids, counted = read_ids(folder, text, text_field, instruction)
+    total, scored = score(load_model(folder), ids, window, stride, counted)
     loss = total / scored
     return {"perplexity": math.exp(loss), "loss": loss, "tokens": scored, "window": window, "stride": stride}

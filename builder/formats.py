@@ -29,15 +29,24 @@ def kind_of(path: Path) -> str | None:
     if path.suffix.lower() in COMPRESSIONS:
         path = path.with_suffix("")
     ending = path.suffix.lower()
-    return ending if ending in _READERS else None
+    return ending if ending in _WHOLE or ending in _READERS else None
+
+
+def has_fields(path: Path) -> bool:
+    """Return whether a file's kind has records with fields."""
+    return kind_of(path) in _READERS
 
 
 def kinds() -> str:
     """Return the readable endings as a phrase for a message."""
-    return f"{', '.join(_READERS)}, each also with {' or '.join(COMPRESSIONS)}"
+    return f"{', '.join([*_WHOLE, *_READERS])}, each also with {' or '.join(COMPRESSIONS)}"
 
 
 Record = tuple[str, str, str]
+# A value's place in its file, the same in words, and the values of the fields that were asked for.
+Values = tuple[str, str, tuple[Any, ...]]
+# Recipe key to the field that it names.
+Fields = dict[str, str]
 
 
 def read_records(path: Path, text_field: str, label_field: str = "") -> Iterator[Record]:
@@ -47,22 +56,38 @@ def read_records(path: Path, text_field: str, label_field: str = "") -> Iterator
 
     Raises InputError, with the file and the line, row or byte where it has one, for what cannot be read as text.
     """
+    if kind_of(path) in _WHOLE and not label_field:
+        yield "", _read_whole(path), ""
+        return
+    fields = {"corpus.text_field": text_field} | ({"corpus.label_field": label_field} if label_field else {})
+    for place, where, (text, *labels) in read_values(path, fields):
+        label = checked_label(labels[0], where, label_field) if labels else ""
+        yield place, checked_text(text, where, text_field), label
+
+
+def read_values(path: Path, fields: Fields) -> Iterator[Values]:
+    """Yield (place, place in words, values) of each record, with the value of each of `fields` in their order.
+
+    Values are what the file holds: strings from .csv, any JSON from .jsonl, any type from .parquet. Raises InputError
+    as `read_records` does, and for a file whose kind has no fields.
+    """
     kind = kind_of(path)
     if kind is None:
         raise InputError(f"{path}: this kind of file is not read; give one of {kinds()}")
-    yield from _READERS[kind](path, text_field, label_field)
-
-
-def _read_whole(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
-    if label_field:
+    if kind in _WHOLE:
+        key, field = next((key, field) for key, field in fields.items() if key != "corpus.text_field")
         raise InputError(
-            f"{path}: this kind of file has no field {label_field!r} (corpus.label_field); "
-            "give .jsonl, .csv or .parquet, or leave label_field empty"
+            f"{path}: this kind of file has no field {field!r} ({key}); "
+            f"give .jsonl, .csv or .parquet, or leave {key.rpartition('.')[2]} empty"
         )
-    yield "", _decode(b"".join(_chunks(path)), path, 0).removeprefix("\ufeff"), ""
+    yield from _READERS[kind](path, fields)
 
 
-def _read_jsonl(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
+def _read_whole(path: Path) -> str:
+    return _decode(b"".join(_chunks(path)), path, 0).removeprefix("\ufeff")
+
+
+def _read_jsonl(path: Path, fields: Fields) -> Iterator[Values]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -75,27 +100,19 @@ def _read_jsonl(path: Path, text_field: str, label_field: str) -> Iterator[Recor
             reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise InputError(f"{where}: not valid JSON ({reason}); put one whole JSON object on each line") from None
         if not isinstance(record, dict):
-            raise InputError(f"{where}: a JSON {_json_kind(record)}; put one JSON object on each line")
-        if text_field not in record:
-            raise InputError(_no_field(where, text_field, list(record)))
-        if label_field and label_field not in record:
-            raise InputError(_no_field(where, label_field, list(record), "label_field"))
-        label = _label(record[label_field], where, label_field) if label_field else ""
-        yield str(number), _checked(record[text_field], where, text_field), label
+            raise InputError(f"{where}: a JSON {json_kind(record)}; put one JSON object on each line")
+        _check_fields(where, fields, list(record))
+        yield str(number), where, tuple(record[field] for field in fields.values())
 
 
-def _read_csv(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
+def _read_csv(path: Path, fields: Fields) -> Iterator[Values]:
     csv.field_size_limit(2**31 - 1)  # The default of 128 KiB is shorter than many documents; a C long holds this one.
     reader = csv.reader(_lines(path), strict=True)
     line = 1
     try:
         header = next(reader, [])
-        if text_field not in header:
-            raise InputError(_no_field(f"{path}, line 1", text_field, header))
-        if label_field and label_field not in header:
-            raise InputError(_no_field(f"{path}, line 1", label_field, header, "label_field"))
-        column = header.index(text_field)
-        label_column = header.index(label_field) if label_field else None
+        _check_fields(f"{path}, line 1", fields, header)
+        columns = [header.index(field) for field in fields.values()]
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
@@ -104,13 +121,13 @@ def _read_csv(path: Path, text_field: str, label_field: str) -> Iterator[Record]
                     "put quotes around text that contains commas"
                 )
             if row:
-                yield str(line), row[column], "" if label_column is None else row[label_column]
+                yield str(line), f"{path}, line {line}", tuple(row[column] for column in columns)
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: not valid CSV ({error}); mend the row or leave it out") from None
 
 
-def _read_parquet(path: Path, text_field: str, label_field: str) -> Iterator[Record]:
+def _read_parquet(path: Path, fields: Fields) -> Iterator[Values]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -128,18 +145,11 @@ def _read_parquet(path: Path, text_field: str, label_field: str) -> Iterator[Rec
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise InputError(_no_field(str(path), text_field, names))
-            if label_field and label_field not in names:
-                raise InputError(_no_field(str(path), label_field, names, "label_field"))
-            for batch in table.iter_batches(batch_size=_ROWS, columns=[text_field, label_field or text_field]):
-                texts, labels = batch.column(text_field), batch.column(label_field or text_field)
-                for value, mark in zip(texts, labels, strict=True):
+            _check_fields(str(path), fields, table.schema_arrow.names)
+            for batch in table.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(fields.values()))):
+                for values in zip(*(batch.column(field) for field in fields.values()), strict=True):
                     number += 1
-                    where = f"{path}, row {number}"
-                    label = _label(mark.as_py(), where, label_field) if label_field else ""
-                    yield str(number), _checked(value.as_py(), where, text_field), label
+                    yield str(number), f"{path}, row {number}", tuple(value.as_py() for value in values)
         except UnicodeDecodeError:
             raise InputError(f"{path}, row {number}: not UTF-8 text; mend the row or leave it out") from None
         except (pyarrow.ArrowException, OSError) as error:
@@ -147,9 +157,8 @@ def _read_parquet(path: Path, text_field: str, label_field: str) -> Iterator[Rec
             raise InputError(f"{path}: broken Parquet after row {number} ({reason}); fetch or write it again") from None
 
 
-_READERS: dict[str, Callable[[Path, str, str], Iterator[Record]]] = {
-    ".txt": _read_whole,
-    ".md": _read_whole,
+_WHOLE = (".txt", ".md")
+_READERS: dict[str, Callable[[Path, Fields], Iterator[Values]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
@@ -229,33 +238,38 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
     raise InputError(f"{path}: a binary file (byte {offset + zero} is zero), not UTF-8 text; leave it out")
 
 
-def _checked(value: Any, where: str, text_field: str) -> str:
+def checked_text(value: Any, where: str, field: str) -> str:
+    """Return a field's value if it is text that UTF-8 can hold, else raise InputError."""
     if not isinstance(value, str):
         raise InputError(
-            f"{where}: field {text_field!r} is a {_json_kind(value)}, not a string; mend the record or leave it out"
+            f"{where}: field {field!r} is a {json_kind(value)}, not a string; mend the record or leave it out"
         )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: field {text_field!r} has half a surrogate pair at character {error.start}; "
+            f"{where}: field {field!r} has half a surrogate pair at character {error.start}; "
             "mend the record or leave it out"
         ) from None
     return value
 
 
-def _label(value: Any, where: str, label_field: str) -> str:
+def checked_label(value: Any, where: str, field: str) -> str:
+    """Return a label as text, empty for null, else raise InputError as `checked_text` does."""
     if value is None:
         return ""
     if isinstance(value, (bool, int, float)):
         return str(value)
-    return _checked(value, where, label_field)
+    return checked_text(value, where, field)
 
 
-def _json_kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
+    """Return what JSON calls a value's type."""
     names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list"}
     return names.get(type(value), "object" if isinstance(value, dict) else type(value).__name__)
 
 
-def _no_field(where: str, field: str, known: list[str], key: str = "text_field") -> str:
-    return f"{where}: no field {field!r} to read (corpus.{key}){did_you_mean(field, known)}"
+def _check_fields(where: str, fields: Fields, known: list[str]) -> None:
+    for key, field in fields.items():
+        if field not in known:
+            raise InputError(f"{where}: no field {field!r} to read ({key}){did_you_mean(field, known)}")

@@ -15,7 +15,8 @@ def run_epochs(
 
     Args:
         model: a `builder.training.LanguageModel`, compiled with its optimiser.
-        train: a dataset of (inputs, targets), int32 [batch, sequence] each, of all calls that are left.
+        train: a dataset of (inputs, targets), int32 [batch, sequence] each, and weights where there are any, of all
+            calls that are left.
         validation: a dataset of (inputs, targets, weights).
         xla: compile both steps with XLA.
 
@@ -25,10 +26,10 @@ def run_epochs(
     callbacks = keras.callbacks.CallbackList([watch], model=model)
 
     @tf.function(jit_compile=xla)  # type: ignore[untyped-decorator]
-    def train_step(inputs: Any, targets: Any) -> None:
+    def train_step(inputs: Any, targets: Any, weights: Any = None) -> None:
         variables = model.trainable_variables
         with tf.GradientTape() as tape:
-            loss = model.compute_loss(inputs, targets, model(inputs, training=True), training=True)
+            loss = model.compute_loss(inputs, targets, model(inputs, training=True), weights, training=True)
         model.optimizer.apply(tape.gradient(loss, [variable.value for variable in variables]), variables)
 
     @tf.function(jit_compile=xla)  # type: ignore[untyped-decorator]

@@ -16,34 +16,48 @@ from serving.errors import InputError
 
 _Ints = NDArray[np.int64]
 _Floats = NDArray[np.float64]
+# Which tokens of the training and of the validation text are targets; None where all are.
+Counted = tuple[NDArray[np.bool_], NDArray[np.bool_]] | None
 # Cubed, it still fits the 63 bits of a trigram's key.
 _LARGEST_VOCABULARY = 1 << 21
 
 
-def unigram_perplexity(train: NDArray[Any], validation: NDArray[Any], vocab_size: int) -> float:
+def unigram_perplexity(
+    train: NDArray[Any], validation: NDArray[Any], vocab_size: int, counted: Counted = None
+) -> float:
     """Return the perplexity of `validation` [m] under token frequencies of `train` [n], add-one smoothed.
 
     exp of the mean negative log-likelihood in nats, p(w) = (count(w) + 1) / (n + vocab_size), over all validation
     tokens but the first. Raises InputError for fewer than 2 validation tokens or an id outside the vocabulary.
+
+    `counted` (bool [n], bool [m]) leaves the other tokens of both out of the counts and of the mean.
     """
     train, validation = _checked(train, vocab_size), _checked(validation, vocab_size, at_least=2)
+    scored = validation[1:]
+    if counted is not None:
+        train, scored = train[counted[0]], scored[counted[1][1:]]
     counts = np.bincount(train, minlength=vocab_size)
     probabilities = (counts + 1) / (len(train) + vocab_size)
-    return float(np.exp(-np.log(probabilities[validation[1:]]).mean()))
+    return float(np.exp(-np.log(probabilities[scored]).mean()))
 
 
-def trigram_perplexity(train: NDArray[Any], validation: NDArray[Any], vocab_size: int) -> float:
+def trigram_perplexity(
+    train: NDArray[Any], validation: NDArray[Any], vocab_size: int, counted: Counted = None
+) -> float:
     """Return the perplexity of `validation` [m] under an interpolated modified Kneser-Ney trigram of `train` [n].
 
     exp of the mean negative log-likelihood in nats over all validation tokens but the first; the second is scored by
     the model's bigram level, for want of a longer past. Memory is some 100 bytes a training token. Raises InputError
     for fewer than 2 validation tokens or an id outside the vocabulary.
+
+    `counted` (bool [n], bool [m]) says which tokens are predicted, in both; the others are only seen as pasts.
     """
-    model = KneserNeyTrigram(train, vocab_size)
+    model = KneserNeyTrigram(train, vocab_size, None if counted is None else counted[0])
     validation = _checked(validation, vocab_size, at_least=2)
     second = model.bigram(validation[:1], validation[1:2])
     rest = model.trigram(validation[:-2], validation[1:-1], validation[2:])
-    return float(np.exp(-np.log(np.concatenate([second, rest])).mean()))
+    found = np.concatenate([second, rest])
+    return float(np.exp(-np.log(found if counted is None else found[counted[1][1:]]).mean()))
 
 
 @dataclass(frozen=True)
@@ -85,10 +99,11 @@ class KneserNeyTrigram:
     discounts for counts of one, two, and three or more. For any context, seen or not, the probabilities sum to 1.
     """
 
-    def __init__(self, train: NDArray[Any], vocab_size: int) -> None:
+    def __init__(self, train: NDArray[Any], vocab_size: int, counted: NDArray[np.bool_] | None = None) -> None:
         tokens = _checked(train, vocab_size)
         size = self._size = vocab_size
-        trigrams, counts = np.unique((tokens[:-2] * size + tokens[1:-1]) * size + tokens[2:], return_counts=True)
+        keys = (tokens[:-2] * size + tokens[1:-1]) * size + tokens[2:]
+        trigrams, counts = np.unique(keys if counted is None else keys[counted[2:]], return_counts=True)
         bigrams, bigram_counts = np.unique(trigrams % (size * size), return_counts=True)
         unigrams, unigram_counts = np.unique(bigrams % size, return_counts=True)
         self._trigrams = _Level.of(trigrams, counts, size)

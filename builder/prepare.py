@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
+from builder.documents import read_file
+from builder.instructions import Template
+from builder.masked_tokens import open_shard, write_masked_tokens
 from builder.recipe import Recipe
 from builder.report import vocabulary_coverage, write_report
-from builder.tokenizer import copy_tokenizer, load_tokenizer, train_tokenizer, vocabulary_size
-from builder.tokens import open_tokens, read_tokens, rows_per_epoch, write_tokens
+from builder.rows import describe_loss
+from builder.tokenizer import (
+    END_TOKEN,
+    add_chat_template,
+    copy_tokenizer,
+    end_token_id,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
+from builder.tokens import open_tokens, read_tokens, write_tokens
 from builder.workspace import clear, run_stage, stage_key
 from serving.errors import InputError
 
@@ -52,7 +64,7 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
         parts=half_done,
     )
     counts = {shard.stem: len(open_tokens(shard)) for shard in shards}
-    rows_per_epoch(counts["train"], recipe.training.sequence_length)
+    loss = describe_loss([open_shard(shard, end_token_id(tokenizer)) for shard in shards], recipe.training)
     report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
     total = sum(counts.values())
     summary: dict[str, Any] = {
@@ -69,11 +81,13 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
         "tokens_per_document": round(total / corpus.documents, 2),
         "characters_per_token": round(corpus.characters / total, 3),
     }
-    if recipe.corpus.max_tokens:
-        indices = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in shards]
-        summary["over_max_tokens"] = {
-            shard.stem: index["too_long"] for shard, index in zip(shards, indices, strict=True)
-        }
+    indices = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in shards]
+    for key, name in (("too_long", "over_max_tokens"), ("no_response", "no_response_within_max_tokens")):
+        if key in indices[0]:
+            summary[name] = {shard.stem: index[key] for shard, index in zip(shards, indices, strict=True)}
+    if loss:
+        summary["loss"] = loss
+        report(_loss_line(loss))
     write_report(folder / PAGE, corpus, summary)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -83,15 +97,13 @@ def _make_corpus(recipe: Recipe, folder: Path, workers: int) -> None:
 
 
 def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[Path], key: str) -> None:
+    limits: dict[str, Any] = {"max_tokens": recipe.corpus.max_tokens, "trim": recipe.corpus.trim}
     for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
-        count = write_tokens(
-            iter_texts(shard.parent.parent / "corpus" / name),
-            tokenizer,
-            shard,
-            max_tokens=recipe.corpus.max_tokens,
-            trim=recipe.corpus.trim,
-            resume_key=key,
-        )
+        source = shard.parent.parent / "corpus" / name
+        if recipe.instruction.is_set:
+            count = write_masked_tokens(read_file(source), tokenizer, shard, **limits)
+        else:
+            count = write_tokens(iter_texts(source), tokenizer, shard, **limits, resume_key=key)
         if not count:
             raise InputError(
                 f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
@@ -108,9 +120,17 @@ def _make_tokenizer(recipe: Recipe, folder: Path) -> None:
         base = resolve_base(recipe.model.base)
         n_positions = _base_positions(base.weights, recipe.model.n_positions)
         copy_tokenizer(base.tokenizer, folder, n_positions)
-        return
-    texts = iter_texts(folder.parent / "corpus" / TRAIN)
-    train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
+    else:
+        # The end token inside a chat is no text to learn a vocabulary from; a plain document is one run.
+        texts = (
+            text
+            for document in read_file(folder.parent / "corpus" / TRAIN)
+            for text, _ in document.runs
+            if not (document.segments and text == END_TOKEN)
+        )
+        train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
+    if recipe.instruction.is_set:
+        add_chat_template(folder, Template.of(recipe.instruction).chat_template())
 
 
 def _base_positions(base: Path, otherwise: int) -> int:
@@ -125,6 +145,17 @@ def _base_positions(base: Path, otherwise: int) -> int:
 
 def _again(ran: bool) -> str:
     return "" if ran else " (done before)"
+
+
+def _loss_line(loss: Mapping[str, Mapping[str, int]]) -> str:
+    counted, tokens = (sum(side[key] for side in loss.values()) for key in ("counted_tokens", "tokens"))
+    left_out = sum(side.get("documents_without_counted_tokens", 0) for side in loss.values())
+    truncated = sum(side.get("truncated_documents", 0) for side in loss.values())
+    return (
+        f"loss: on {counted:,} of {tokens:,} tokens"
+        + (f"; {truncated:,} documents cut to a row" if truncated else "")
+        + (f"; {left_out:,} left out, with none in their row" if left_out else "")
+    )
 
 
 def _corpus_line(corpus: CorpusReport) -> str:

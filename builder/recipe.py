@@ -46,6 +46,32 @@ class CorpusRecipe:
 
 
 @dataclass(frozen=True)
+class InstructionRecipe:
+    """Prompts and responses instead of plain text: where they stand in a record, and the template around them."""
+
+    prompt_field: str = _key("", "Field or column that is the prompt; needs response_field.")
+    response_field: str = _key("", "Field or column that is the response, which alone the loss counts.")
+    input_field: str = _key("", "Field or column that goes with the prompt, such as a context; may be empty.")
+    messages_field: str = _key(
+        "", "Instead of those: the field of chat turns, a list of {role, content} or of ShareGPT's {from, value}."
+    )
+    template: str = _key(
+        "instruction",
+        "instruction: ### headings as in Alpaca. chat: names of the roles. The keys below replace pieces of either.",
+        choices=("instruction", "chat"),
+    )
+    system_template: str = _key("", "What a system turn becomes, with {content} in it; empty takes the template's.")
+    user_template: str = _key("", "The same of a user turn or prompt.")
+    input_template: str = _key("", "The same of what input_field holds.")
+    assistant_template: str = _key("", "The same of a response; must end in {content}, where the end token follows.")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether records are read as instructions."""
+        return bool(self.prompt_field or self.response_field or self.messages_field)
+
+
+@dataclass(frozen=True)
 class CleaningRecipe:
     """What is done to each document's text before anything else; all off unless switched on, in the order they run."""
 
@@ -105,6 +131,11 @@ class TrainingRecipe:
     )
     batch_size: int = _key(16, "Rows a step.", low=1, high=65_536)
     sequence_length: int = _key(128, "Tokens a row; at most n_positions.", low=8, high=65_536)
+    packing: str = _key(
+        "stream",
+        "stream: documents joined by the end token and cut into rows. rows: one document a row, cut or padded.",
+        choices=("stream", "rows"),
+    )
     optimizer: str = _key(
         "muon",
         "muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all, as is usual for fine-tuning.",
@@ -191,6 +222,7 @@ class Recipe:
     name: str = _key("gpt2-docs", "Name of the bundle, and of its folders under dist/ and runs/.")
     seed: int = _key(1234, "Seed of the split, the initial weights, the dropout and the order.", low=0, high=2**31 - 1)
     corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    instruction: InstructionRecipe = field(default_factory=InstructionRecipe)
     cleaning: CleaningRecipe = field(default_factory=CleaningRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)

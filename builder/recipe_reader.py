@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from builder.instructions import Template
 from builder.presets import resolve_preset
 from builder.recipe import ModelRecipe, Recipe
 from serving.errors import InputError
@@ -151,6 +152,7 @@ def _check_consistency(recipe: Recipe) -> None:
         )
     if corpus.label_field and not corpus.paths:
         raise InputError("recipe key 'corpus.label_field' is for files, and docstrings have none; set corpus.paths")
+    _check_instruction(recipe)
     if training.batch_size % training.accumulation:
         raise InputError(
             f"recipe key 'training.accumulation' is {training.accumulation}, which does not divide "
@@ -169,3 +171,22 @@ def _check_consistency(recipe: Recipe) -> None:
             f"recipe key 'training.sequence_length' is {training.sequence_length}, longer than "
             f"model.n_positions {model.n_positions}; lower the one or raise the other"
         )
+
+
+def _check_instruction(recipe: Recipe) -> None:
+    instruction = recipe.instruction
+    pair = bool(instruction.prompt_field), bool(instruction.response_field)
+    if pair[0] != pair[1]:
+        given, missing = ("prompt", "response") if pair[0] else ("response", "prompt")
+        raise InputError(
+            f"recipe key 'instruction.{given}_field' needs instruction.{missing}_field; set both or neither"
+        )
+    if instruction.messages_field and pair[0]:
+        raise InputError("recipe key 'instruction.messages_field' stands instead of prompt_field; set one of the two")
+    if instruction.input_field and not pair[0]:
+        raise InputError("recipe key 'instruction.input_field' goes with a prompt; set instruction.prompt_field")
+    if instruction.messages_field and not recipe.corpus.paths:
+        raise InputError(
+            "recipe key 'instruction.messages_field' is for files, and docstrings have no turns; set corpus.paths"
+        )
+    Template.of(instruction)

@@ -57,6 +57,17 @@ def render_report(corpus: CorpusReport, summary: Mapping[str, Any]) -> str:
         _section("Overview", _table((name, _show(value)) for name, value in overview.items())),
         _section("Dropped documents, by reason", _bars(corpus.dropped)),
         _section("Documents over max_tokens, left out or cut", _bars(summary.get("over_max_tokens", {}))),
+        _section(
+            "Documents without a response within max_tokens, left out",
+            _bars(summary.get("no_response_within_max_tokens", {})),
+        ),
+        *(
+            _section(
+                f"What the loss counts, {side}",
+                _table((key.replace("_", " "), _show(count)) for key, count in counts.items()),
+            )
+            for side, counts in summary.get("loss", {}).items()
+        ),
         _section("Files of other kinds, skipped", _bars(corpus.skipped_files)),
         _section(
             "Cleaning",

@@ -6,13 +6,14 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder.docstrings import read_docstrings
 from builder.documents import Document
 from builder.formats import kind_of, kinds, read_records
-from builder.recipe import CorpusRecipe
+from builder.instructions import read_function_instructions, read_instructions
+from builder.recipe import CorpusRecipe, InstructionRecipe
 from serving.errors import InputError
 
 
@@ -52,19 +53,26 @@ def find_sources(paths: Sequence[str]) -> Sources:
     return Sources(tuple(files), dict(sorted(skipped.items())))
 
 
-def read_documents(recipe: CorpusRecipe) -> Iterator[Document]:
+_PLAIN = InstructionRecipe()
+
+
+def read_documents(recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN) -> Iterator[Document]:
     """Yield every document of `recipe.paths`, lazily and in a fixed order; without paths, Python's own docstrings.
+
+    With an `instruction` that is set, records are read as `instructions.read_instructions` says.
 
     Raises InputError, in one sentence with the file and where in it, for whatever cannot be read; for a file named
     directly that holds no text; and, at the end, if no document had any.
     """
     if recipe.paths:
-        yield from read_sources(find_sources(recipe.paths), recipe.text_field, recipe.label_field)
-        return
-    yield from read_docstrings()
+        yield from read_sources(find_sources(recipe.paths), recipe, instruction)
+    elif instruction.is_set:
+        yield from read_function_instructions(instruction)
+    else:
+        yield from read_docstrings()
 
 
-def read_sources(sources: Sources, text_field: str, label_field: str = "") -> Iterator[Document]:
+def read_sources(sources: Sources, recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN) -> Iterator[Document]:
     """Yield the documents of files already found; see `read_documents`."""
     any_content = False
     for source in sources.files:
@@ -74,15 +82,23 @@ def read_sources(sources: Sources, text_field: str, label_field: str = "") -> It
                 raise InputError(f"{source.path}: the file is empty; put text in it or leave it out of corpus.paths")
             yield Document(source.name, "")
             continue
-        for place, text, label in read_records(source.path, text_field, label_field):
-            content = content or bool(text.strip())
-            yield Document(f"{source.name}:{place}" if place else source.name, text, label)
+        for document in _records(source.path, recipe, instruction):
+            content = content or bool(document.content.strip())
+            yield replace(document, name=f"{source.name}:{document.name}" if document.name else source.name)
         if source.named and not content:
             raise InputError(f"{source.path}: no text in it, only white space or no records; leave it out")
         any_content = any_content or content
     if not any_content:
         names = ", ".join(sorted({source.name for source in sources.files})[:3])
         raise InputError(f"corpus.paths: {len(sources.files)} files ({names}) and no text in any; name files with text")
+
+
+def _records(path: Path, recipe: CorpusRecipe, instruction: InstructionRecipe) -> Iterator[Document]:
+    if instruction.is_set:
+        yield from read_instructions(path, recipe, instruction)
+        return
+    for record in read_records(path, recipe.text_field, recipe.label_field):
+        yield Document(*record)
 
 
 def _expand(entry: str, skipped: Counter[str]) -> list[SourceFile]:

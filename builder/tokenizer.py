@@ -87,6 +87,13 @@ def copy_tokenizer(source: Path, folder: Path, n_positions: int) -> Tokenizer:
     return tokenizer
 
 
+def add_chat_template(folder: Path, template: str) -> None:
+    """Write a Jinja `chat_template` into the folder's tokenizer_config.json, where transformers looks for it."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    _write(path, json.dumps(config | {"chat_template": template}, indent=2) + "\n")
+
+
 def end_token_id(tokenizer: Tokenizer) -> int:
     """Return the id of `<|endoftext|>`; raises InputError if the tokenizer has none."""
     found = tokenizer.token_to_id(END_TOKEN)

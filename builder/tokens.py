@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,11 +155,6 @@ def rows_per_epoch(tokens: int, sequence_length: int) -> int:
             "add text in corpus.paths or lower training.sequence_length"
         )
     return tokens // sequence_length
-
-
-def training_steps(tokens: int, *, sequence_length: int, batch_size: int, epochs: float) -> int:
-    """Return the steps that make `epochs` passes over `tokens`, rounded up; at least 1."""
-    return max(1, math.ceil(epochs * rows_per_epoch(tokens, sequence_length) / batch_size))
 
 
 class RowSampler:

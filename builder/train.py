@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from builder.base import geometry_of, load_weights, resolve_base
+from builder.instructions import Template
+from builder.masked_tokens import Shard, open_shard
 from builder.metrics_log import MetricsLog, read_metrics
 from builder.ngram import trigram_perplexity, unigram_perplexity
 from builder.progress import Reporter
-from builder.recipe import Recipe, TrainingRecipe
+from builder.recipe import Recipe
+from builder.rows import counted_targets, first_prompts, is_plain
 from builder.run_report import REPORT_PAGE, write_report
 from builder.tokenizer import end_token_id, load_tokenizer, vocabulary_size
-from builder.tokens import open_tokens
 from serving.bundle import Geometry
 from serving.errors import InputError
 
@@ -52,12 +53,13 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     Returns the report. A checkpoint of the same `run_id` in `folder` is taken up. Raises InputError for a base
     checkpoint that does not fit, TrainingError when the loss is not a number.
     """
-    tokens = open_tokens(prepared / "tokens" / "train.bin")
-    held_out = open_tokens(prepared / "tokens" / "validation.bin")
     tokenizer = load_tokenizer(prepared / "tokenizer")
+    end = end_token_id(tokenizer)
+    shard, held_out_shard = (open_shard(prepared / "tokens" / f"{side}.bin", end) for side in ("train", "validation"))
+    tokens, held_out = shard.ids, held_out_shard.ids
     vocab_size = vocabulary_size(tokenizer)
     base = resolve_base(recipe.model.base) if recipe.model.base else None
-    geometry = geometry_of(recipe.model, vocab_size, end_token_id(tokenizer), base)
+    geometry = geometry_of(recipe.model, vocab_size, end, base)
     if vocab_size > geometry.vocab_size:
         raise InputError(
             f"model.base {recipe.model.base!r}: its tokenizer has {vocab_size} entries, its weights only "
@@ -90,7 +92,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         choose_trainable(model, recipe.training)
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
     settings = recipe.training
-    prompts = _prompts(settings, tokenizer, held_out) if settings.sample_tokens else []
+    prompts = _prompts(recipe, tokenizer, held_out_shard) if settings.sample_tokens else []
 
     continuations = Continuations(model, prompts, settings.sample_tokens)
 
@@ -112,8 +114,8 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         history = fit(
             model,
             settings,
-            tokens,
-            held_out,
+            shard,
+            held_out_shard,
             seed=recipe.seed,
             folder=folder / "checkpoint",
             run_id=run_id,
@@ -122,6 +124,10 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
             sample=sample,
         )
     write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), history, shown or sample())
+    # With weights, n-grams are held to the same targets.
+    counted = None
+    if not is_plain(shard, settings):
+        counted = counted_targets(shard, settings), counted_targets(held_out_shard, settings)
     exported = exported_row(history, recipe.training)
     report = {
         "parameters": geometry.parameters,
@@ -130,10 +136,12 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         "validation_loss": exported["validation_loss"],
         "validation_perplexity": exported["validation_perplexity"],
         "validation_accuracy": exported["validation_accuracy"],
-        "unigram_perplexity": unigram_perplexity(tokens, held_out, geometry.vocab_size),
-        "trigram_perplexity": trigram_perplexity(tokens, held_out, geometry.vocab_size),
+        "unigram_perplexity": unigram_perplexity(tokens, held_out, geometry.vocab_size, counted),
+        "trigram_perplexity": trigram_perplexity(tokens, held_out, geometry.vocab_size, counted),
         "history": history,
     }
+    if counted:
+        report |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
     _say_how_it_compares(report, reporter)
     write_safetensors(model, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(hf_config(geometry), indent=2) + "\n", encoding="utf-8")
@@ -141,13 +149,18 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     return report
 
 
-def _prompts(recipe: TrainingRecipe, tokenizer: Tokenizer, held_out: NDArray[Any]) -> list[list[int]]:
-    """Ids of the prompts that samples continue."""
-    if recipe.sample_prompts:
-        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in recipe.sample_prompts]
+def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list[int]]:
+    """Ids of the prompts that samples continue; the recipe's own stand in the instruction template if it has one."""
+    if recipe.training.sample_prompts:
+        texts = list(recipe.training.sample_prompts)
+        if recipe.instruction.is_set:
+            texts = [Template.of(recipe.instruction).prompt(text) for text in texts]
+        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         return [ids for ids in encoded if ids]
-    places = (0, len(held_out) // 2)
-    return [held_out[place : place + 8].tolist() for place in places]
+    if held_out.mask is not None:
+        return first_prompts(held_out, 2)
+    places = (0, len(held_out.ids) // 2)
+    return [held_out.ids[place : place + 8].tolist() for place in places]
 
 
 def quality(report: dict[str, Any]) -> dict[str, float]:
@@ -160,5 +173,9 @@ def _say_how_it_compares(report: dict[str, Any], reporter: Reporter) -> None:
     verdict = "better than both" if ours < min(trigram, report["unigram_perplexity"]) else "NOT better than both"
     reporter.line(
         f"validation perplexity {ours:.2f}, {verdict}: unigram {report['unigram_perplexity']:.2f}, "
-        f"trigram (modified Kneser-Ney) {trigram:.2f}, on the same {report['validation_tokens']:,} tokens"
+        f"trigram (modified Kneser-Ney) {trigram:.2f}, on the same {_compared(report):,} tokens"
     )
+
+
+def _compared(report: dict[str, Any]) -> int:
+    return int(report.get("counted_validation_tokens", report["validation_tokens"]))

@@ -14,10 +14,11 @@ from builder.checkpoint import Progress, load_best, load_checkpoint
 from builder.frameworks import keras, tf
 from builder.gpt2 import GPT2
 from builder.loop import run_epochs
+from builder.masked_tokens import Shard
 from builder.metrics_log import MetricsLog
 from builder.optimisers import make_optimizer
 from builder.recipe import TrainingRecipe
-from builder.tokens import RowSampler, training_dataset, training_steps, validation_dataset
+from builder.rows import make_sampler, training_batches, validation_batches
 from builder.watch import Notify, Watch
 from serving.errors import TrainingError
 
@@ -44,15 +45,21 @@ class LanguageModel(GPT2):
 
         In training, `label_smoothing` e makes the target 1 - e of the token and e spread evenly over the vocabulary
         (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets.
+
+        In validation it is the mean by `sample_weight`, 0 where no weight is above 0. In training it is the sum by the
+        weights, which carry what to divide by (see `rows.training_batches`). The perplexity counts each target of a
+        weight above 0 once in both.
         """
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
-        self.perplexity.update_state(losses, sample_weight)
+        counted = None if sample_weight is None else tf.cast(sample_weight > 0, losses.dtype)
+        self.perplexity.update_state(losses, counted)
         if training and self.label_smoothing:
             even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
         if sample_weight is None:
             return tf.reduce_mean(losses)
-        return tf.reduce_sum(losses * sample_weight) / tf.reduce_sum(sample_weight)
+        total = tf.reduce_sum(losses * sample_weight)
+        return total if training else tf.math.divide_no_nan(total, tf.reduce_sum(sample_weight))
 
 
 @contextlib.contextmanager
@@ -66,16 +73,14 @@ def layer_precision(precision: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:
+def plan_steps(recipe: TrainingRecipe, rows: int) -> tuple[int, int]:
     """Return (steps in all, steps between validations); the first is rounded up to a multiple of the second.
 
-    No epochs are no steps.
+    `rows` are those of an epoch. No epochs are no steps.
     """
     if recipe.epochs == 0:
         return 0, 1
-    steps = training_steps(
-        tokens, sequence_length=recipe.sequence_length, batch_size=recipe.batch_size, epochs=recipe.epochs
-    )
+    steps = max(1, math.ceil(recipe.epochs * rows / recipe.batch_size))
     interval = math.ceil(steps / recipe.validations)
     return interval * math.ceil(steps / interval), interval
 
@@ -83,8 +88,8 @@ def plan_steps(recipe: TrainingRecipe, tokens: int) -> tuple[int, int]:
 def fit(
     model: LanguageModel,
     recipe: TrainingRecipe,
-    train: NDArray[Any],
-    validation: NDArray[Any],
+    train: Shard | NDArray[Any],
+    validation: Shard | NDArray[Any],
     *,
     seed: int,
     folder: Path,
@@ -99,11 +104,13 @@ def fit(
     and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
     figures go to `log`. Raises TrainingError when the loss is not a number.
     """
-    steps, interval = plan_steps(recipe, len(train))
+    train, validation = Shard.of(train), Shard.of(validation)
+    sampler = make_sampler(train, recipe, seed) if recipe.epochs else None
+    steps, interval = plan_steps(recipe, sampler.rows if sampler else 0)
     if steps == 0:
         if log is not None:
             log.open_at(0)
-        row = {"step": 0, **evaluate(model, validation, recipe.sequence_length, recipe.batch_size)}
+        row = {"step": 0, **evaluate(model, validation, recipe)}
         notify({"step": 0, "steps": 0, "validation": row, "history": [row]})
         return [row]
     model.label_smoothing = recipe.label_smoothing
@@ -112,8 +119,8 @@ def fit(
     best = recipe.keep == "best"
     start = load_checkpoint(folder, model, optimizer, run_id, with_best=best) or Progress(0, [])
     watch = Watch(recipe, folder, run_id, steps, start, notify, log, sample)
-    if start.step < steps and not watch.is_stale:
-        watch.rows_of = RowSampler(train, recipe.sequence_length, recipe.batch_size, seed).starts
+    if sampler and start.step < steps and not watch.is_stale:
+        watch.rows_of = sampler.starts
         _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)
     optimizer.finalize_variable_values(model.trainable_variables)
     if best and not load_best(folder, model, run_id, exported_row(watch.history, recipe)["step"]):
@@ -130,8 +137,8 @@ def _run(
     model: LanguageModel,
     optimizer: Any,
     recipe: TrainingRecipe,
-    train: NDArray[Any],
-    validation: NDArray[Any],
+    train: Shard,
+    validation: Shard,
     seed: int,
     steps: int,
     interval: int,
@@ -144,17 +151,9 @@ def _run(
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=recipe.jit_compile,
     )
-    parts, length = recipe.accumulation, recipe.sequence_length
-    # Rows are numbered through, so the parts of a batch are batches of the smaller size.
-    dataset = training_dataset(
-        train,
-        sequence_length=length,
-        batch_size=recipe.batch_size // parts,
-        seed=seed,
-        steps=steps * parts,
-        start_step=watch.step * parts,
-    )
-    held_out = validation_dataset(validation, sequence_length=length, batch_size=recipe.batch_size // parts)
+    parts = recipe.accumulation
+    dataset = training_batches(train, recipe, seed=seed, steps=steps, start_step=watch.step)
+    held_out = validation_batches(validation, recipe)
     first, epochs, calls = watch.step // interval, steps // interval, interval * parts
     if recipe.loop == "custom":
         run_epochs(
@@ -173,13 +172,10 @@ def _run(
     )
 
 
-def evaluate(
-    model: LanguageModel, tokens: NDArray[Any], sequence_length: int, batch_size: int
-) -> dict[str, float | None]:
-    """A history row for weights as they are: nats, perplexity and accuracy a token over `tokens` but the first."""
+def evaluate(model: LanguageModel, validation: Shard | NDArray[Any], recipe: TrainingRecipe) -> dict[str, float | None]:
+    """A history row for weights as they are: nats, perplexity and accuracy a token over the counted targets."""
     model.compile(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")], jit_compile=False)
-    dataset = validation_dataset(tokens, sequence_length=sequence_length, batch_size=batch_size)
-    logs = model.evaluate(dataset, return_dict=True, verbose=0)
+    logs = model.evaluate(validation_batches(Shard.of(validation), recipe), return_dict=True, verbose=0)
     perplexity = float(logs["perplexity"])
     return {
         "train_loss": None,

@@ -47,7 +47,8 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.log, self.sample = log, sample
-        self.logged_loss, self.logged_calls, self.logged_at = 0.0, 0, time.monotonic()
+        self.logged_loss, self.logged_count, self.logged_step = 0.0, 0.0, start.step
+        self.logged_at = time.monotonic()
         if log is not None:
             log.open_at(start.step)
         self.recipe, self.folder, self.run_id, self.steps, self.notify = recipe, folder, run_id, steps, notify
@@ -63,7 +64,8 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.interval_start, self.interval_step = time.monotonic(), self.step
-        self.logged_loss, self.logged_calls, self.logged_at = 0.0, 0, self.interval_start
+        self.logged_loss, self.logged_count, self.logged_step = 0.0, 0.0, self.step
+        self.logged_at = self.interval_start
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.calls += 1
@@ -76,23 +78,23 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.step += 1
         self.notify({"step": self.step, "steps": self.steps, "loss": loss, "tokens_per_second": self._speed()})
         if self.log is not None and self.step % self.log.every == 0:
-            self._log(self.log, loss, self.calls - self.interval_step * self.recipe.accumulation)
+            self._log(self.log, loss)
 
-    def _log(self, log: MetricsLog, mean: float, calls: int) -> None:
-        """Write the figures since the last line; `mean` is the loss of the `calls` since the last validation."""
-        parts, new = self.recipe.accumulation, calls - self.logged_calls
-        now = time.monotonic()
-        tokens = new // parts * self.recipe.batch_size * self.recipe.sequence_length
+    def _log(self, log: MetricsLog, mean: float) -> None:
+        """Write the figures since the last line; `mean` is the loss of the targets since the last validation."""
+        count, now = float(self.model.perplexity.count), time.monotonic()
+        new = count - self.logged_count
+        tokens = (self.step - self.logged_step) * self.recipe.batch_size * self.recipe.sequence_length
         log.write(
             {
                 "step": self.step,
-                "loss": (mean * calls - self.logged_loss) / new,
+                "loss": (mean * count - self.logged_loss) / new if new else mean,
                 "learning_rate": float(self.model.optimizer.learning_rate),
                 "gradient_norm": float(self.model.optimizer.gradient_norm),
                 "tokens_per_second": tokens / max(now - self.logged_at, 1e-9),
             }
         )
-        self.logged_loss, self.logged_calls, self.logged_at = mean * calls, calls, now
+        self.logged_loss, self.logged_count, self.logged_step, self.logged_at = mean * count, count, self.step, now
 
     def on_test_begin(self, logs: Any = None) -> None:
         self.measured_speed = self._speed()

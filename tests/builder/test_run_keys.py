@@ -22,6 +22,7 @@ def test_the_keys_follow_what_decides_each_stage(tmp_path: Path) -> None:
     assert changed("training.learning_rate=0.5") == [False, True, True]
     assert changed("model.n_layer=3") == [False, True, True]
     assert changed("cleaning.html=true") == changed("corpus.near_duplicates=true") == [True] * 3
+    assert changed("training.packing=rows") == changed("instruction.template=chat") == [True] * 3
     assert changed("seed=3") == changed("tokenizer.vocab_size=300") == changed("corpus.min_characters=3") == [True] * 3
 
 

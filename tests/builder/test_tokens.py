@@ -19,7 +19,6 @@ from builder.tokens import (
     RowSampler,
     open_tokens,
     training_dataset,
-    training_steps,
     validation_dataset,
     write_tokens,
 )
@@ -163,12 +162,6 @@ def test_validation_scores_every_token_but_the_first_once(count: int) -> None:
     assert targets[scored].tolist() == tokens[1:].tolist()
     assert inputs[scored].tolist() == tokens[:-1].tolist()
     assert not targets[~scored].any()
-
-
-def test_steps_of_an_epoch() -> None:
-    assert training_steps(1001, sequence_length=10, batch_size=8, epochs=1.0) == 13
-    assert training_steps(1001, sequence_length=10, batch_size=8, epochs=2.0) == 25
-    assert training_steps(11, sequence_length=10, batch_size=8, epochs=0.001) == 1
 
 
 def test_too_few_tokens() -> None:

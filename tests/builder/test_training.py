@@ -43,9 +43,9 @@ def train(folder, recipe=RECIPE, notify=lambda event: None, run_id="run"):
 
 
 def test_steps_cover_the_epochs_in_equal_intervals():
-    assert plan_steps(RECIPE, 1600) == (76, 19)  # 100 rows an epoch, 75 steps, rounded up to four intervals.
-    assert plan_steps(replace(RECIPE, epochs=0.001), 1600) == (1, 1)
-    assert plan_steps(replace(RECIPE, epochs=0.0), 1600) == (0, 1)
+    assert plan_steps(RECIPE, 100) == (76, 19)  # 75 steps, rounded up to four intervals.
+    assert plan_steps(replace(RECIPE, epochs=0.001), 100) == (1, 1)
+    assert plan_steps(replace(RECIPE, epochs=0.0), 100) == (0, 1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -32,7 +32,7 @@ def run(
     model = LanguageModel.create(GEOMETRY)
     history = fit(model, recipe, TRAIN, validation, seed=1, folder=folder, run_id="run", notify=notify)
     row = exported_row(history, recipe)
-    measured = evaluate(model, validation, recipe.sequence_length, recipe.batch_size)
+    measured = evaluate(model, validation, recipe)
     assert measured["validation_loss"] == pytest.approx(row["validation_loss"], rel=1e-4), "exports other weights"
     return {name: np.array(variable) for name, variable in named_variables(model)}, history
 
