@@ -30,11 +30,12 @@ class Perplexity(keras.metrics.Mean):  # type: ignore[misc]
 
 
 class LanguageModel(GPT2):
-    """GPT-2 with the language-model loss and its perplexity, both exact means over the weighted tokens."""
+    """GPT-2 with the language-model loss, its perplexity and the accuracy, exact means over the weighted tokens."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.perplexity = Perplexity(name="perplexity")
+        self.accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
         self.label_smoothing = 0.0
 
     def compute_loss(
@@ -43,11 +44,14 @@ class LanguageModel(GPT2):
         """Mean cross-entropy (nats a token) of logits `y_pred` [batch, sequence, vocab] against ids `y`.
 
         In training, `label_smoothing` e makes the target 1 - e of the token and e spread evenly over the vocabulary
-        (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets.
+        (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets. The accuracy is
+        counted outside training only, since the largest logit of each token takes a pass over all of them.
         """
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
         self.perplexity.update_state(losses, sample_weight)
-        if training and self.label_smoothing:
+        if not training:
+            self.accuracy.update_state(y, y_pred, sample_weight)
+        elif self.label_smoothing:
             even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
         if sample_weight is None:
@@ -138,12 +142,7 @@ def _run(
     watch: Watch,
 ) -> None:
     """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
-    model.compile(
-        optimizer=optimizer,
-        metrics=[],
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-        jit_compile=recipe.jit_compile,
-    )
+    model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile)
     parts, length = recipe.accumulation, recipe.sequence_length
     # Rows are numbered through, so the parts of a batch are batches of the smaller size.
     dataset = training_dataset(
@@ -177,7 +176,7 @@ def evaluate(
     model: LanguageModel, tokens: NDArray[Any], sequence_length: int, batch_size: int
 ) -> dict[str, float | None]:
     """A history row for weights as they are: nats, perplexity and accuracy a token over `tokens` but the first."""
-    model.compile(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")], jit_compile=False)
+    model.compile(jit_compile=False)
     dataset = validation_dataset(tokens, sequence_length=sequence_length, batch_size=batch_size)
     logs = model.evaluate(dataset, return_dict=True, verbose=0)
     perplexity = float(logs["perplexity"])
