@@ -63,7 +63,7 @@ def read_ids(folder: Path, text: str, text_field: str = "text") -> NDArray[np.in
     tokenizer = load_tokenizer(folder)
     end = end_token_id(tokenizer)
     ids: list[int] = []
-    for document in read_sources(find_sources([text]), text_field):
+    for document in read_sources(find_sources([text], "--text"), text_field):
         ids += [*tokenizer.encode(document.text, add_special_tokens=False).ids, end]
     if len(ids) < 2:
         raise InputError(f"{text}: {len(ids)} tokens, and a perplexity needs at least 2; name a text with words in it")
