@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from builder.base import geometry_of, load_weights, resolve_base
+from builder.base import Base, geometry_of, load_weights, resolve_base
 from builder.metrics_log import MetricsLog, read_metrics
 from builder.ngram import trigram_perplexity, unigram_perplexity
 from builder.progress import Reporter
@@ -70,6 +70,26 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         )
 
     # TensorFlow only now: what is wrong above is answered at once.
+    from builder.devices import training_devices
+
+    with training_devices(recipe.training) as devices:
+        if devices > 1:
+            reporter.line(f"training on {devices} devices")
+        return _train(recipe, base, geometry, tokens, held_out, tokenizer, folder, run_id, reporter)
+
+
+def _train(
+    recipe: Recipe,
+    base: Base | None,
+    geometry: Geometry,
+    tokens: NDArray[Any],
+    held_out: NDArray[Any],
+    tokenizer: Tokenizer,
+    folder: Path,
+    run_id: str,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Make the model, fit it and write what `train` says, on the devices whose scope is open."""
     from builder.frameworks import keras
     from builder.samples import Continuations
     from builder.trainable import choose_trainable
@@ -124,6 +144,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), history, shown or sample())
     exported = exported_row(history, recipe.training)
     report = {
+        "loop": settings.loop,
         "parameters": geometry.parameters,
         "training_tokens": len(tokens),
         "validation_tokens": len(held_out),
@@ -152,7 +173,7 @@ def _prompts(recipe: TrainingRecipe, tokenizer: Tokenizer, held_out: NDArray[Any
 
 def quality(report: dict[str, Any]) -> dict[str, float]:
     """The report's figures that a manifest carries."""
-    return {key: float(value) for key, value in report.items() if key != "history"}
+    return {key: float(value) for key, value in report.items() if key not in ("history", "loop")}
 
 
 def _say_how_it_compares(report: dict[str, Any], reporter: Reporter) -> None:

@@ -55,8 +55,16 @@ class LanguageModel(GPT2):
             even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
         if sample_weight is None:
-            return tf.reduce_mean(losses)
-        return tf.reduce_sum(losses * sample_weight) / tf.reduce_sum(sample_weight)
+            return tf.reduce_mean(losses) / tf.distribute.get_strategy().num_replicas_in_sync
+        return tf.reduce_sum(losses * sample_weight) / _over_all_devices(tf.reduce_sum(sample_weight))
+
+
+def _over_all_devices(value: Any) -> Any:
+    """The sum of each device's `value`; gradients are summed over the devices too, so parts of a mean add up to it."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return value
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 @contextlib.contextmanager
@@ -142,7 +150,9 @@ def _run(
     watch: Watch,
 ) -> None:
     """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
-    model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile)
+    # On several devices Keras joins them in the middle of a step, where XLA cannot.
+    one_device = model.distribute_strategy.num_replicas_in_sync == 1
+    model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile and one_device)
     parts, length = recipe.accumulation, recipe.sequence_length
     # Rows are numbered through, so the parts of a batch are batches of the smaller size.
     dataset = training_dataset(

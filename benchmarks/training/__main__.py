@@ -86,7 +86,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         seconds[key].append(sample["seconds"])
         medians[key][sample["round"]] = statistics.median(sample["seconds"][WARM_UP:])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (case, name), runs in seconds.items():
         step = summarise([value for run in runs for value in run[WARM_UP:]])
         assert step is not None

@@ -21,7 +21,7 @@ from benchmarks.training.job import Job, batches, finish, rate, validation_rows
 
 def make_model(job: Job) -> Any:
     """The model with the job's weights, in float32, with torch's scaled dot-product attention and no dropout."""
-    options = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "sdpa"}
     if job.start:
         return GPT2LMHeadModel.from_pretrained(job.start, **options)
     config = GPT2Config(
