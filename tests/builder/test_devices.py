@@ -16,9 +16,8 @@ from serving.errors import InputError
 from tests.builder.test_training_control import ADAM
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimizer": "muon"}], ids=str)
-def test_two_devices_give_the_weights_of_one_and_resume(tmp_path: Path, changes: dict[str, Any]) -> None:
-    command = [sys.executable, "-m", "tests.builder.two_devices", str(tmp_path), json.dumps(changes)]
+def test_two_devices_give_the_weights_of_one_and_resume(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.builder.two_devices", str(tmp_path), "{}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads(done.stdout.splitlines()[-1])
