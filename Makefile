@@ -15,7 +15,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 bench-prepare test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,14 @@ bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
 bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
 	$(BIN)/python -m benchmarks.prepare --work runs/bench-prepare --memory 100 --memory 500
 
+# Peers have an environment of their own. KerasHub asks for tensorflow-text, which GPT-2 does not need.
+bench-training: $(INSTALLED) ## Measure training beside torch and KerasHub, which are installed for it (20 minutes).
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		torch transformers tensorflow keras safetensors rich regex
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
+	$(BIN)/python -m benchmarks.training --peers .venv-peers/bin/python --output runs/bench-training/record.json
+
 test: $(INSTALLED) ## Run the fast tests.
 	$(BIN)/python -m pytest
 
@@ -81,4 +89,4 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai .venv-peers runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from builder.base import local_base, resolve_base
 from builder.metrics_log import METRICS, TENSORBOARD
 from builder.prepare import PARTS, prepare
 from builder.progress import Reporter
-from builder.recipe import Recipe
+from builder.recipe import OBSERVING, Recipe
 from builder.sources import find_sources
 from builder.train import REPORT, quality, train
 from builder.workers import usable_cores
@@ -67,8 +67,10 @@ class Run:
         return stage_key(__version__, *parts, recipe.seed, model, sequence, files)
 
     def train_key(self) -> str:
+        """Of the tokens and of what decides the weights: both loops' are equal but for rounding, so it is not said."""
         recipe = self.recipe
-        return stage_key(self.prepare_key(), asdict(recipe.model), asdict(recipe.training), recipe.seed)
+        training = {key: value for key, value in asdict(recipe.training).items() if key not in OBSERVING}
+        return stage_key(self.prepare_key(), asdict(recipe.model), training, recipe.seed)
 
     def export_key(self) -> str:
         return stage_key(self.train_key(), asdict(self.recipe.verify), self.recipe.name)
@@ -123,7 +125,9 @@ def export_stage(run: Run, reporter: Reporter) -> Bundle:
 
         run.draft.mkdir(parents=True)
         report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
-        export(run.recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
+        # The loop is not in the key: the manifest names the one that made these weights.
+        recipe = replace(run.recipe, training=replace(run.recipe.training, loop=report["loop"]))
+        export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
 
     if not run_stage(run.draft.parent, run.export_key(), work):
         reporter.line("export: done already")

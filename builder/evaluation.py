@@ -75,7 +75,7 @@ def read_ids(
     Raises InputError if none is scored.
     """
     tokenizer = load_tokenizer(folder)
-    sources = find_sources([text])
+    sources = find_sources([text], "--text")
     if instruction is None or not any(has_fields(source.path) for source in sources.files):
         instruction = InstructionRecipe()
     encoded = [

@@ -30,9 +30,9 @@ class Kernels:
     def split_heads(self, qkv: Any) -> list[Any]:
         """Split [batch, sequence, 3 * n_embd] into query, key and value, each [batch, n_head, sequence, head_dim]."""
         batch, sequence = ops.shape(qkv)[0], ops.shape(qkv)[1]
-        head_dim = qkv.shape[-1] // (3 * self.n_head)
-        heads = ops.transpose(ops.reshape(qkv, (batch, sequence, 3, self.n_head, head_dim)), (2, 0, 3, 1, 4))
-        return [heads[0], heads[1], heads[2]]
+        shape = (batch, sequence, self.n_head, qkv.shape[-1] // (3 * self.n_head))
+        # Cut first: the gradient is then one concatenation, and not three tensors of the whole's size, mostly zeros.
+        return [ops.transpose(ops.reshape(part, shape), (0, 2, 1, 3)) for part in ops.split(qkv, 3, axis=-1)]
 
     def merge_heads(self, context: Any) -> Any:
         """Turn [batch, n_head, sequence, head_dim] back into [batch, sequence, n_embd]."""

@@ -22,7 +22,6 @@ def run_epochs(
 
     Gives the same weights as `Model.fit` but for rounding, since a compiler may order sums otherwise.
     """
-    accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     callbacks = keras.callbacks.CallbackList([watch], model=model)
 
     @tf.function(jit_compile=xla)  # type: ignore[untyped-decorator]
@@ -34,9 +33,7 @@ def run_epochs(
 
     @tf.function(jit_compile=xla)  # type: ignore[untyped-decorator]
     def test_step(inputs: Any, targets: Any, weights: Any) -> None:
-        logits = model(inputs, training=False)
-        model.compute_loss(inputs, targets, logits, weights, training=False)
-        accuracy.update_state(targets, logits, weights)
+        model.compute_loss(inputs, targets, model(inputs, training=False), weights, training=False)
 
     batches = iter(train)
     model.stop_training = False
@@ -49,10 +46,10 @@ def run_epochs(
             callbacks.on_train_batch_end(call, logs)
         callbacks.on_test_begin()
         model.perplexity.reset_state()
-        accuracy.reset_state()
+        model.accuracy.reset_state()
         for batch in validation:
             test_step(*batch)
-        logs |= {"val_perplexity": float(model.perplexity.result()), "val_accuracy": float(accuracy.result())}
+        logs |= {"val_perplexity": float(model.perplexity.result()), "val_accuracy": float(model.accuracy.result())}
         callbacks.on_test_end(logs)
         callbacks.on_epoch_end(epoch, logs)
         if model.stop_training:

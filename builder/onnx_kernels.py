@@ -81,6 +81,14 @@ class PortableKernels(OnnxKernels):
         visible = tf.logical_and(causal[None, None], (attention_mask > 0)[:, None, None, :])
         self.bias: Any = tf.where(visible, 0.0, MASKED)
 
+    def split_heads(self, qkv: Any) -> list[Any]:
+        # One transpose of the whole: fewer nodes than one of each part, and there is no gradient to care for.
+        shape = tf.shape(qkv)
+        head_dim = qkv.shape[-1] // (3 * self.n_head)
+        packed = tf.reshape(qkv, [shape[0], shape[1], 3, self.n_head, head_dim])
+        heads = tf.transpose(packed, (2, 0, 3, 1, 4))
+        return [heads[0], heads[1], heads[2]]
+
     def attention(self, layer: int, qkv: Any, training: bool) -> Any:
         query, key, value = self.split_heads(qkv)
         past_key, past_value = self.past[layer]

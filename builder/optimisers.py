@@ -58,13 +58,24 @@ class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignor
 
 
 class _Measured:
-    """Keeps the global norm of the gradients that were applied last, before clipping, in `gradient_norm`."""
+    """Keeps the global norm of the gradients that were applied last, before clipping, in `gradient_norm`.
+
+    On several devices it sums their gradients before all else. Keras would sum them behind the clipping, which would
+    then clip the parts of a batch and not the batch.
+    """
 
     gradient_norm: Any
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        self.gradient_norm.assign(tf.linalg.global_norm([tf.convert_to_tensor(grad) for grad in grads]))
+        grads = [tf.convert_to_tensor(grad) for grad in grads]
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            grads = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+        self.gradient_norm.assign(tf.linalg.global_norm(grads))
         super().apply(grads, trainable_variables)  # type: ignore[misc]
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        return grads_and_vars
 
 
 class MeasuredMuon(_Measured, keras.optimizers.Muon):  # type: ignore[misc]
@@ -123,7 +134,9 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
         )
     else:
         optimizer = MeasuredAdamW(rate, beta_1=recipe.adam_beta1, beta_2=recipe.adam_beta2, **shared)
-    optimizer.gradient_norm = tf.Variable(0.0, trainable=False, name="gradient_norm")
+    optimizer.gradient_norm = tf.Variable(
+        0.0, trainable=False, name="gradient_norm", aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+    )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "embeddings"])
     return optimizer
 

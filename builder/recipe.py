@@ -200,7 +200,12 @@ class TrainingRecipe:
     loop: str = _key(
         "fit", "fit: Keras's own loop. custom: the project's loop, with the same steps.", choices=("fit", "custom")
     )
-    jit_compile: bool = _key(True, "Compile the training step with XLA.")
+    jit_compile: bool = _key(True, "Compile the training step with XLA; on one device only.")
+    devices: int = _key(0, "GPUs that a batch is split over; 0 takes all that are visible.", low=0, high=1024)
+
+
+# Training keys that decide what is seen of a run, and by which loop it is made, but not what its weights become.
+OBSERVING = ("log_every", "tensorboard", "sample_prompts", "sample_tokens", "checkpoints_kept", "loop")
 
 
 @dataclass(frozen=True)

@@ -28,29 +28,33 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Sources:
-    """What the paths of a recipe stand for: files in reading order, and how many were skipped, by their ending."""
+    """What given paths stand for: files in reading order, and how many were skipped, by their ending.
+
+    `asked` is where the paths were given, which errors name.
+    """
 
     files: tuple[SourceFile, ...]
     skipped: Mapping[str, int]
+    asked: str = "corpus.paths"
 
 
-def find_sources(paths: Sequence[str]) -> Sources:
+def find_sources(paths: Sequence[str], asked: str = "corpus.paths") -> Sources:
     """Return the files behind `paths` (files, folders or globs): entries in their order, each entry's files sorted.
 
     A file that two entries reach is read once. In folders and globs, hidden files and unknown endings are skipped and
     counted. Raises InputError for a path that does not exist, a glob that matches nothing, a folder or glob without a
-    readable file, and a file named directly whose kind is not read.
+    readable file, and a file named directly whose kind is not read; `asked` says in it where the paths were given.
     """
     files: list[SourceFile] = []
     skipped: Counter[str] = Counter()
     seen: set[Path] = set()
     for entry in paths:
-        for source in _expand(entry, skipped):
+        for source in _expand(entry, skipped, asked):
             real = source.path.resolve()
             if real not in seen:
                 seen.add(real)
                 files.append(source)
-    return Sources(tuple(files), dict(sorted(skipped.items())))
+    return Sources(tuple(files), dict(sorted(skipped.items())), asked)
 
 
 _PLAIN = InstructionRecipe()
@@ -79,7 +83,7 @@ def read_sources(sources: Sources, recipe: CorpusRecipe, instruction: Instructio
         content = False
         if source.path.stat().st_size == 0:
             if source.named:
-                raise InputError(f"{source.path}: the file is empty; put text in it or leave it out of corpus.paths")
+                raise InputError(f"{source.path}: the file is empty; put text in it or leave it out of {sources.asked}")
             yield Document(source.name, "")
             continue
         for document in _records(source.path, recipe, instruction):
@@ -90,7 +94,8 @@ def read_sources(sources: Sources, recipe: CorpusRecipe, instruction: Instructio
         any_content = any_content or content
     if not any_content:
         names = ", ".join(sorted({source.name for source in sources.files})[:3])
-        raise InputError(f"corpus.paths: {len(sources.files)} files ({names}) and no text in any; name files with text")
+        found = f"{len(sources.files)} files ({names}) and no text in any"
+        raise InputError(f"{sources.asked}: {found}; name files with text")
 
 
 def _records(path: Path, recipe: CorpusRecipe, instruction: InstructionRecipe) -> Iterator[Document]:
@@ -101,9 +106,9 @@ def _records(path: Path, recipe: CorpusRecipe, instruction: InstructionRecipe) -
         yield Document(*record)
 
 
-def _expand(entry: str, skipped: Counter[str]) -> list[SourceFile]:
+def _expand(entry: str, skipped: Counter[str], asked: str) -> list[SourceFile]:
     if not entry.strip():
-        raise InputError("corpus.paths has an empty entry; name a file, a folder or a glob such as 'texts/*.txt'")
+        raise InputError(f"{asked} has an empty entry; name a file, a folder or a glob such as 'texts/*.txt'")
     path = Path(entry).expanduser()
     if path.is_file():
         if kind_of(path) is None:
@@ -113,10 +118,10 @@ def _expand(entry: str, skipped: Counter[str]) -> list[SourceFile]:
         found = [(file, Path(path.name) / file.relative_to(path)) for file in _walk(path)]
         return _readable(entry, "folder", found, skipped)
     if not glob.has_magic(entry):
-        raise InputError(f"{path}: no such file or folder; check corpus.paths")
+        raise InputError(f"{path}: no such file or folder; check {asked}")
     matches = [Path(match) for match in glob.iglob(str(path), recursive=True)]  # noqa: PTH207 - Path.glob takes no absolute one
     if not matches:
-        raise InputError(f"{entry}: the glob matches nothing; check corpus.paths")
+        raise InputError(f"{entry}: the glob matches nothing; check {asked}")
     root = _fixed_part(path)
     inside = {file for match in matches for file in (_walk(match) if match.is_dir() else [match])}
     return _readable(entry, "glob", [(file, file.relative_to(root)) for file in inside], skipped)

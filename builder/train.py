@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from builder.base import geometry_of, load_weights, resolve_base
+from builder.base import Base, geometry_of, load_weights, resolve_base
 from builder.instructions import Template
 from builder.masked_tokens import Shard, open_shard
 from builder.metrics_log import MetricsLog, read_metrics
@@ -55,8 +55,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     """
     tokenizer = load_tokenizer(prepared / "tokenizer")
     end = end_token_id(tokenizer)
-    shard, held_out_shard = (open_shard(prepared / "tokens" / f"{side}.bin", end) for side in ("train", "validation"))
-    tokens, held_out = shard.ids, held_out_shard.ids
+    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", end) for side in ("train", "validation"))
     vocab_size = vocabulary_size(tokenizer)
     base = resolve_base(recipe.model.base) if recipe.model.base else None
     geometry = geometry_of(recipe.model, vocab_size, end, base)
@@ -72,6 +71,26 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         )
 
     # TensorFlow only now: what is wrong above is answered at once.
+    from builder.devices import training_devices
+
+    with training_devices(recipe.training) as devices:
+        if devices > 1:
+            reporter.line(f"training on {devices} devices")
+        return _train(recipe, base, geometry, shard, held_out, tokenizer, folder, run_id, reporter)
+
+
+def _train(
+    recipe: Recipe,
+    base: Base | None,
+    geometry: Geometry,
+    shard: Shard,
+    held_out: Shard,
+    tokenizer: Tokenizer,
+    folder: Path,
+    run_id: str,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Make the model, fit it and write what `train` says, on the devices whose scope is open."""
     from builder.frameworks import keras
     from builder.samples import Continuations
     from builder.trainable import choose_trainable
@@ -92,7 +111,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         choose_trainable(model, recipe.training)
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
     settings = recipe.training
-    prompts = _prompts(recipe, tokenizer, held_out_shard) if settings.sample_tokens else []
+    prompts = _prompts(recipe, tokenizer, held_out) if settings.sample_tokens else []
 
     continuations = Continuations(model, prompts, settings.sample_tokens)
 
@@ -115,7 +134,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
             model,
             settings,
             shard,
-            held_out_shard,
+            held_out,
             seed=recipe.seed,
             folder=folder / "checkpoint",
             run_id=run_id,
@@ -127,17 +146,18 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     # With weights, n-grams are held to the same targets.
     counted = None
     if not is_plain(shard, settings):
-        counted = counted_targets(shard, settings), counted_targets(held_out_shard, settings)
+        counted = counted_targets(shard, settings), counted_targets(held_out, settings)
     exported = exported_row(history, recipe.training)
     report = {
+        "loop": settings.loop,
         "parameters": geometry.parameters,
-        "training_tokens": len(tokens),
-        "validation_tokens": len(held_out),
+        "training_tokens": len(shard.ids),
+        "validation_tokens": len(held_out.ids),
         "validation_loss": exported["validation_loss"],
         "validation_perplexity": exported["validation_perplexity"],
         "validation_accuracy": exported["validation_accuracy"],
-        "unigram_perplexity": unigram_perplexity(tokens, held_out, geometry.vocab_size, counted),
-        "trigram_perplexity": trigram_perplexity(tokens, held_out, geometry.vocab_size, counted),
+        "unigram_perplexity": unigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+        "trigram_perplexity": trigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
         "history": history,
     }
     if counted:
@@ -165,7 +185,7 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list
 
 def quality(report: dict[str, Any]) -> dict[str, float]:
     """The report's figures that a manifest carries."""
-    return {key: float(value) for key, value in report.items() if key != "history"}
+    return {key: float(value) for key, value in report.items() if key not in ("history", "loop")}
 
 
 def _say_how_it_compares(report: dict[str, Any], reporter: Reporter) -> None:

@@ -31,11 +31,12 @@ class Perplexity(keras.metrics.Mean):  # type: ignore[misc]
 
 
 class LanguageModel(GPT2):
-    """GPT-2 with the language-model loss and its perplexity, both exact means over the weighted tokens."""
+    """GPT-2 with the language-model loss, its perplexity and the accuracy, exact means over the weighted tokens."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.perplexity = Perplexity(name="perplexity")
+        self.accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
         self.label_smoothing = 0.0
 
     def compute_loss(
@@ -44,7 +45,8 @@ class LanguageModel(GPT2):
         """Mean cross-entropy (nats a token) of logits `y_pred` [batch, sequence, vocab] against ids `y`.
 
         In training, `label_smoothing` e makes the target 1 - e of the token and e spread evenly over the vocabulary
-        (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets.
+        (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets. The accuracy is
+        counted outside training only, since the largest logit of each token takes a pass over all of them.
 
         In validation it is the mean by `sample_weight`, 0 where no weight is above 0. In training it is the sum by the
         weights, which carry what to divide by (see `rows.training_batches`). The perplexity counts each target of a
@@ -53,13 +55,23 @@ class LanguageModel(GPT2):
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
         counted = None if sample_weight is None else tf.cast(sample_weight > 0, losses.dtype)
         self.perplexity.update_state(losses, counted)
-        if training and self.label_smoothing:
+        if not training:
+            self.accuracy.update_state(y, y_pred, counted)
+        elif self.label_smoothing:
             even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
         if sample_weight is None:
-            return tf.reduce_mean(losses)
+            return tf.reduce_mean(losses) / tf.distribute.get_strategy().num_replicas_in_sync
         total = tf.reduce_sum(losses * sample_weight)
-        return total if training else tf.math.divide_no_nan(total, tf.reduce_sum(sample_weight))
+        return total if training else tf.math.divide_no_nan(total, _over_all_devices(tf.reduce_sum(sample_weight)))
+
+
+def _over_all_devices(value: Any) -> Any:
+    """The sum of each device's `value`; gradients are summed over the devices too, so parts of a mean add up to it."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return value
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 @contextlib.contextmanager
@@ -145,12 +157,9 @@ def _run(
     watch: Watch,
 ) -> None:
     """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
-    model.compile(
-        optimizer=optimizer,
-        metrics=[],
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-        jit_compile=recipe.jit_compile,
-    )
+    # On several devices Keras joins them in the middle of a step, where XLA cannot.
+    one_device = model.distribute_strategy.num_replicas_in_sync == 1
+    model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile and one_device)
     parts = recipe.accumulation
     dataset = training_batches(train, recipe, seed=seed, steps=steps, start_step=watch.step)
     held_out = validation_batches(validation, recipe)
@@ -174,7 +183,7 @@ def _run(
 
 def evaluate(model: LanguageModel, validation: Shard | NDArray[Any], recipe: TrainingRecipe) -> dict[str, float | None]:
     """A history row for weights as they are: nats, perplexity and accuracy a token over the counted targets."""
-    model.compile(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")], jit_compile=False)
+    model.compile(jit_compile=False)
     logs = model.evaluate(validation_batches(Shard.of(validation), recipe), return_dict=True, verbose=0)
     perplexity = float(logs["perplexity"])
     return {

@@ -63,7 +63,9 @@ def play_stages(folder: Path) -> None:
             file.write(b".")
         (target / "model.safetensors").write_bytes(b"weights")
         figures = {"validation_tokens": 5.0, "validation_perplexity": 2.0, "trigram_perplexity": 3.0}
-        (target / builds.REPORT).write_text(json.dumps(figures | {"unigram_perplexity": 4.0, "history": []}))
+        (target / builds.REPORT).write_text(
+            json.dumps(figures | {"loop": "fit", "unigram_perplexity": 4.0, "history": []})
+        )
 
     def export(recipe: Recipe, prepared: Path, trained: Path, draft: Path, *rest: Any) -> None:
         assert (trained / "model.safetensors").read_bytes() == b"weights"

@@ -69,3 +69,15 @@ def test_what_cannot_be_measured_is_refused(built: TinyBuild, tmp_path: Path) ->
     ):
         with pytest.raises(InputError, match=words):
             evaluate_bundle(built.bundle, str(text), **options)
+
+
+def test_a_text_that_is_not_there_is_refused_by_the_option_that_named_it(built: TinyBuild, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    for text, words in (
+        (tmp_path / "gone.txt", "no such file or folder; check --text"),
+        (tmp_path / "*.md", "the glob matches nothing; check --text"),
+        (tmp_path / "empty.txt", "leave it out of --text"),
+        ("", "--text has an empty entry"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_ids(built.bundle, str(text))

@@ -1,0 +1,1 @@
+"""Training throughput and validation loss beside torch and KerasHub: `make bench-training`."""
