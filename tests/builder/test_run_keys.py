@@ -18,7 +18,7 @@ def test_the_keys_follow_what_decides_each_stage(tmp_path: Path) -> None:
 
     assert changed() == [False, False, False]
     assert changed("name=other") == [False, False, True]
-    assert changed("verify.prompts=3") == [False, False, True]
+    assert changed("verify.prompts=3") == changed('export.variants=["int8"]') == [False, False, True]
     assert changed("training.learning_rate=0.5") == [False, True, True]
     assert changed("model.n_layer=3") == [False, True, True]
     assert changed("cleaning.html=true") == changed("corpus.near_duplicates=true") == [True] * 3
