@@ -87,6 +87,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
 
     tolerances = golden["tolerances"]
     _judge(reports, greedy, tolerances)
+    graphs = bundle.manifest.graphs
     variants = _certify_variants(bundle, reference, golden, candidates, windows, perplexity, batch_size, reporter)
     certificate = {
         "schema_version": 1,
@@ -101,7 +102,10 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "variants": variants,
         "left_out": {name: table["problem"] for name, table in variants.items() if "problem" in table},
         "versions": versions(),
-        "not_run": ["tensorflow_model_server: the SavedModel was run by TensorFlow in process, not by the server"],
+        "not_run": [
+            "tensorflow_model_server: the SavedModel was run by TensorFlow in process, not by the server",
+            *[f"{name} on a GPU: it ran on the processor" for name in variants if graphs[name].precision == "fp16"],
+        ],
     }
     return certificate, golden | {"expected": candidates.tolist()}
 
