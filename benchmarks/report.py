@@ -54,11 +54,14 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _agreement(rows: list[dict[str, Any]]) -> str:
-    differing = []
-    for size in sorted({row["batch_size"] for row in rows}):
-        hashes = {digest for row in rows if row["batch_size"] == size for digest in row["tokens_sha256"]}
-        if len(hashes) > 1:
-            differing.append(str(size))
+    """Whether targets of one precision gave the same tokens; between two precisions they may differ."""
+    differing = set()
+    for precision, size in {(row["precision"], row["batch_size"]) for row in rows}:
+        alike = [row for row in rows if (row["precision"], row["batch_size"]) == (precision, size)]
+        if len({digest for row in alike for digest in row["tokens_sha256"]}) > 1:
+            differing.add(size)
     if differing:
-        return f"TOKENS DIFFER between targets or repeats at batch {', '.join(differing)}: the rows are not comparable"
-    return "all targets gave the same tokens"
+        sizes = ", ".join(map(str, sorted(differing)))
+        return f"TOKENS DIFFER between targets or repeats at batch {sizes}: the rows are not comparable"
+    several = len({row["precision"] for row in rows}) > 1
+    return f"all targets{' of one precision' if several else ''} gave the same tokens"

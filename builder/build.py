@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -73,7 +74,7 @@ class Run:
         return stage_key(self.prepare_key(), asdict(recipe.model), training, recipe.seed)
 
     def export_key(self) -> str:
-        return stage_key(self.train_key(), asdict(self.recipe.verify), self.recipe.name)
+        return stage_key(self.train_key(), asdict(self.recipe.export), asdict(self.recipe.verify), self.recipe.name)
 
 
 def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
@@ -155,6 +156,7 @@ def verify_bundle(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[
 def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], destination: Path) -> Path:
     """Add certificate and model card to the draft, write the manifest anew, and move it to `destination`, atomically.
 
+    Variants that the certificate leaves out are removed.
     A bundle that stands there is replaced at once; any other folder is refused.
     """
     from builder.modelcard import model_card
@@ -162,13 +164,15 @@ def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], 
 
     write_certificate(draft.folder, certificate, golden)
     manifest = draft.manifest
+    for name in certificate["left_out"]:
+        shutil.rmtree(draft.path(draft.graph(name).path).parent)
     card = model_card(draft, certificate, manifest.quality)
     (draft.folder / "README.md").write_text(card, encoding="utf-8")
     write_manifest(
         draft.folder,
         name=manifest.name,
         model=manifest.model,
-        graphs=manifest.graphs,
+        graphs={name: graph for name, graph in manifest.graphs.items() if name not in certificate["left_out"]},
         provenance=manifest.provenance,
         quality=manifest.quality,
         parity=summary(certificate),

@@ -26,7 +26,8 @@ from builder.recipe import Recipe, VerifyRecipe
 from builder.savedmodel import Servable
 from builder.tf_tokenizer import GraphTokenizer
 from builder.tokenizer import TOKENIZER_FILES, load_tokenizer
-from builder.tracing import TracedGraph, trace
+from builder.tracing import trace
+from builder.variants import PRECISIONS, write_variant
 from builder.weights import write_graph, write_safetensors
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
 
@@ -61,16 +62,22 @@ def export(
     graphs: dict[str, Graph] = {}
     logits: list[str | int] = ["batch_size", "sequence_length", geometry.vocab_size]
     portable = trace(model, PortableKernels, logits, "past_sequence_length", "total_sequence_length")
-    write_graph(portable, weights, draft / "onnx" / "model.onnx")
-    graphs["onnx/portable"] = _onnx_graph(portable, "onnx/model.onnx", "any", "concatenated")
+    written = write_graph(portable, weights, draft / "onnx" / "model.onnx")
+    graphs["onnx/portable"] = _onnx_graph(written, "onnx/model.onnx", "any", "concatenated")
     reporter.line("exported onnx/model.onnx (portable, fp32)")
 
     logits = ["batch_size", 1, geometry.vocab_size]
     optimised = trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
-    write_graph(optimised, weights, draft / "ort" / "fp32" / "model.onnx")
+    written = write_graph(optimised, weights, draft / "ort" / "fp32" / "model.onnx")
     write_genai(geometry, draft, draft / "ort" / "fp32")
-    graphs["ort/fp32"] = _onnx_graph(optimised, "ort/fp32/model.onnx", "right", "shared-buffer")
+    graphs["ort/fp32"] = _onnx_graph(written, "ort/fp32/model.onnx", "right", "shared-buffer")
     reporter.line("exported ort/fp32/model.onnx (GroupQueryAttention, shared cache buffer, fp32)")
+    for precision in recipe.export.variants:
+        path = f"ort/{precision}/model.onnx"
+        written = write_variant(optimised, weights, precision, draft / path)
+        write_genai(geometry, draft, (draft / path).parent)
+        graphs[f"ort/{precision}"] = _onnx_graph(written, path, "right", "shared-buffer", precision)
+        reporter.line(f"exported {path}")
 
     signatures = servable(model, draft, reporter).save(draft / "savedmodel" / "1")
     for name, function in signatures.items():
@@ -129,6 +136,7 @@ def write_golden(recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: i
         "expected": [],
         "text": _ids(tokens[: recipe.perplexity_tokens]),
         "tolerances": {"max_abs": recipe.max_abs, "perplexity_relative": recipe.perplexity_relative},
+        "gates": {f"ort/{precision}": getattr(recipe, f"{precision}_perplexity") for precision in PRECISIONS},
     }
     path.write_text(json.dumps(golden) + "\n", encoding="utf-8")
 
@@ -137,12 +145,10 @@ def _ids(tokens: NDArray[Any]) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def _onnx_graph(traced: TracedGraph, path: str, padding: Any, cache: Any) -> Graph:
-    def specs(values: Any) -> dict[str, TensorSpec]:
-        return {value.name: _onnx_spec(value) for value in values if value.name not in traced.weight_names}
-
-    graph = traced.model.graph
-    return Graph("onnx", path, "fp32", padding, cache, specs(graph.input), specs(graph.output))
+def _onnx_graph(model: onnx.ModelProto, path: str, padding: Any, cache: Any, precision: Any = "fp32") -> Graph:
+    inputs = {value.name: _onnx_spec(value) for value in model.graph.input}
+    outputs = {value.name: _onnx_spec(value) for value in model.graph.output}
+    return Graph("onnx", path, precision, padding, cache, inputs, outputs)
 
 
 def _onnx_spec(value: Any) -> TensorSpec:

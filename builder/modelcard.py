@@ -52,7 +52,9 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
             f"| {name} | {table['every_step']['max_abs']:.1e} | {greedy['equal']:,} of {greedy['of']:,} "
             f"| {table['perplexity']:.4f} |"
         )
-    lines += [f"| Keras (reference) | | | {certificate['perplexity']['reference']:.4f} |", "", "Not run:", ""]
+    lines += [f"| Keras (reference) | | | {certificate['perplexity']['reference']:.4f} |", ""]
+    lines += _variants(certificate)
+    lines += ["Not run:", ""]
     lines += [f"- {sentence}" for sentence in certificate["not_run"]]
     lines += [
         "",
@@ -67,3 +69,28 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "",
     ]
     return "\n".join(lines)
+
+
+def _variants(certificate: dict[str, Any]) -> list[str]:
+    """What fewer bits cost: a row for each variant in the bundle, a sentence for each that was left out."""
+    kept = {name: table for name, table in certificate["variants"].items() if name not in certificate["left_out"]}
+    lines = []
+    if kept:
+        lines += [
+            "In fewer bits, against the same reference; KL divergence in nats a token, logit differences as median, "
+            "99th percentile and largest:",
+            "",
+            "| variant | perplexity | same likeliest token | KL | logit difference | greedy text the same for |",
+            "|---|---|---|---|---|---|",
+        ]
+    for name, table in kept.items():
+        first = table["first_divergence"]
+        difference = " / ".join(f"{table['logit_difference'][key]:.2g}" for key in ("p50", "p99", "max"))
+        lines.append(
+            f"| {name} | {table['perplexity']:.4f} ({table['perplexity_relative']:+.2%}) "
+            f"| {table['top1_agreement']:.2%} | {table['kl_divergence']:.2e} | {difference} "
+            f"| {first['median']:.0f} of {first['of']} tokens (median; shortest {first['min']}) |"
+        )
+    lines += [""] if kept else []
+    lines += [f"{name} was left out: {reason}.\n" for name, reason in certificate["left_out"].items()]
+    return lines

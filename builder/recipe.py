@@ -209,6 +209,15 @@ OBSERVING = ("log_every", "tensorboard", "sample_prompts", "sample_tokens", "che
 
 
 @dataclass(frozen=True)
+class ExportRecipe:
+    """What a bundle holds beside the float32 graphs, which are always there."""
+
+    variants: tuple[str, ...] = _key(
+        ("int8", "int4"), "Further precisions of the optimised graph, under ort/.", choices=("fp16", "int8", "int4")
+    )
+
+
+@dataclass(frozen=True)
 class VerifyRecipe:
     """What the parity certificate runs, and how far two runtimes may differ."""
 
@@ -218,6 +227,9 @@ class VerifyRecipe:
     max_abs: float = _key(1e-3, "Largest allowed difference of a logit in fp32.", low=0.0, high=1.0)
     perplexity_tokens: int = _key(8192, "Validation tokens scored through each runtime.", low=64)
     perplexity_relative: float = _key(1e-4, "Largest allowed relative difference of perplexity.", low=0.0, high=1.0)
+    fp16_perplexity: float = _key(1e-3, "The same for ort/fp16; a variant over its gate is left out.", low=0.0, high=10)
+    int8_perplexity: float = _key(0.01, "The same for ort/int8.", low=0.0, high=10)
+    int4_perplexity: float = _key(0.03, "The same for ort/int4.", low=0.0, high=10)
 
 
 @dataclass(frozen=True)
@@ -232,4 +244,5 @@ class Recipe:
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    export: ExportRecipe = field(default_factory=ExportRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)

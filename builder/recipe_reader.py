@@ -162,6 +162,9 @@ def _check_consistency(recipe: Recipe) -> None:
         raise InputError("recipe key 'training.freeze' has no use with training.lora_rank, which freezes all; drop one")
     if training.lora_rank and len(set(training.lora_targets)) != max(1, len(training.lora_targets)):
         raise InputError("recipe key 'training.lora_targets' must name at least one matrix, and each only once")
+    variants = recipe.export.variants
+    if len(set(variants)) != len(variants):
+        raise InputError(f"recipe key 'export.variants' names one twice: {', '.join(variants)}; name each only once")
     if model.base:
         return  # The base checkpoint's own geometry is checked when it is read.
     if model.n_embd % model.n_head:

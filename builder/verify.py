@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from builder.certify import distributions, greedy_record, problem
 from builder.export import GOLDEN, load_model, versions
 from builder.frameworks import tf
 from builder.parity import (
@@ -38,10 +39,11 @@ _OPTIMISED, _PORTABLE, _SAVEDMODEL = "ort/fp32", "onnx/portable", "savedmodel"
 
 
 def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compare every fp32 graph of a bundle with Keras; return the certificate and the golden record.
+    """Compare every graph of a bundle with Keras; return the certificate and the golden record.
 
-    Runs on golden.json's prompts and text. Raises ParityError, which names the artifact and the place, if anything is
-    over the tolerances that golden.json states; BundleError if golden.json is not what this version writes.
+    Runs on golden.json's prompts and text. A variant in fewer bits that misses its gate is named under "left_out", with
+    the reason: the caller must not publish it. Raises ParityError, which names the artifact and the place, if anything
+    else is over the tolerances that golden.json states; BundleError if golden.json is not what this version writes.
     """
     golden = _read_golden(bundle)
     prompts, text = golden["prompts"], np.array(golden["text"], np.int64)
@@ -95,6 +97,8 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
 
     tolerances = golden["tolerances"]
     _judge(reports, greedy, tolerances)
+    graphs = bundle.manifest.graphs
+    variants = _certify_variants(bundle, reference, golden, candidates, windows, perplexity, batch_size, reporter)
     certificate = {
         "schema_version": 1,
         "passed": True,
@@ -106,10 +110,41 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "runtimes": {name: report.table() for name, report in reports.items()},
         "greedy": greedy,
         "text": texts,
+        "variants": variants,
+        "left_out": {name: table["problem"] for name, table in variants.items() if "problem" in table},
         "versions": versions(),
-        "not_run": ["tensorflow_model_server: the SavedModel was run by TensorFlow in process, not by the server"],
+        "not_run": [
+            "tensorflow_model_server: the SavedModel was run by TensorFlow in process, not by the server",
+            *[f"{name} on a GPU: it ran on the processor" for name in variants if graphs[name].precision == "fp16"],
+        ],
     }
     return certificate, golden | {"expected": candidates.tolist()}
+
+
+def _certify_variants(
+    bundle: Bundle,
+    reference: Reference,
+    golden: dict[str, Any],
+    candidates: NDArray[np.int64],
+    windows: NDArray[np.int64],
+    perplexity: float,
+    batch_size: int,
+    reporter: Reporter,
+) -> dict[str, dict[str, Any]]:
+    """The figures of each graph that is not float32, with its gate, and with its problem where it misses it."""
+    graphs = bundle.manifest.graphs
+    backends = {name: OnnxBackend(bundle, name) for name, graph in graphs.items() if graph.precision != "fp32"}
+    variants = {}
+    for name, distribution in distributions(backends, reference, windows).items():
+        greedy = greedy_record(backends[name], golden["prompts"], candidates, batch_size)
+        table = distribution.table(perplexity) | greedy | {"gate": golden["gates"][name]}
+        found = problem(table, table["gate"])
+        variants[name] = table | ({"problem": found} if found else {})
+        verdict = f"LEFT OUT: {found}" if found else f"perplexity {table['perplexity_relative']:+.3%}"
+        reporter.line(
+            f"{name}: {verdict}; the likeliest token is the same at {table['top1_agreement']:.2%} of the text"
+        )
+    return variants
 
 
 def summary(certificate: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +157,12 @@ def summary(certificate: dict[str, Any]) -> dict[str, Any]:
         "greedy_tokens": min(record["of"] for record in certificate["greedy"].values()),
         "greedy_equal": min(record["equal"] for record in certificate["greedy"].values()),
         "perplexity_relative": max(table["perplexity_relative"] for table in runtimes.values()),
+        "variants": {
+            name: {key: table[key] for key in ("perplexity_relative", "top1_agreement", "kl_divergence")}
+            for name, table in certificate["variants"].items()
+            if name not in certificate["left_out"]
+        },
+        "left_out": certificate["left_out"],
     }
 
 
@@ -160,6 +201,9 @@ def _read_golden(bundle: Bundle) -> dict[str, Any]:
             raise ValueError("its text is too short")
         if not all(0 <= golden["tolerances"][key] < math.inf for key in ("max_abs", "perplexity_relative")):
             raise ValueError("its tolerances are not finite")
+        wanted = [name for name, graph in bundle.manifest.graphs.items() if graph.precision != "fp32"]
+        if not all(0 <= golden["gates"][name] < math.inf for name in wanted):
+            raise ValueError("its gates are not finite")
     except (ValueError, TypeError, KeyError) as error:
         raise BundleError(f"{path}: not a golden record ({type(error).__name__}: {error}); build it again") from None
     result: dict[str, Any] = golden

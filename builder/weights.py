@@ -60,8 +60,11 @@ def clone_or_copy(source: Path, destination: Path) -> None:
             shutil.copyfileobj(reader, writer, 2**20)
 
 
-def write_graph(traced: TracedGraph, weights: Path, path: Path) -> None:
-    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` beside it."""
+def write_graph(traced: TracedGraph, weights: Path, path: Path) -> onnx.ModelProto:
+    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` beside it.
+
+    Returns what was written.
+    """
     graph = onnx.ModelProto()
     graph.CopyFrom(traced.model)
     ranges = tensor_ranges(weights)
@@ -85,3 +88,4 @@ def write_graph(traced: TracedGraph, weights: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     clone_or_copy(weights, path.parent / EXTERNAL_DATA)
     path.write_bytes(graph.SerializeToString())
+    return graph

@@ -39,7 +39,8 @@ EVENTS = {
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CERTIFICATE = {
-    "prompts": 1, "new_tokens": 1, "runtimes": {}, "greedy": {}, "perplexity": {"reference": 1.0}, "not_run": [],
+    "prompts": 1, "new_tokens": 1, "runtimes": {}, "greedy": {}, "variants": {}, "left_out": {},
+    "perplexity": {"reference": 1.0}, "not_run": [],
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def verify(bundle: Path | None, as_json: bool, **options: Any) -> None:
     from builder.progress import Reporter
     from builder.workspace import locked
     from serving.bundle import open_bundle
+    from serving.errors import ParityError
 
     reporter = Reporter()
     if bundle is not None:
@@ -37,6 +38,9 @@ def verify(bundle: Path | None, as_json: bool, **options: Any) -> None:
             path = run.draft.parent / "verification.json"
             path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
             reporter.line(f"wrote {path}")
+    if bundle is not None:
+        for name, problem in certificate["left_out"].items():
+            raise ParityError(f"parity failed in {name}: {problem}")
     for name, record in certificate["greedy"].items():
         table = certificate["runtimes"].get(name)
         detail = f", largest logit difference {table['every_step']['max_abs']:.1e}" if table else ""

@@ -48,6 +48,7 @@ class OnnxBackend:
         self._cache_shape = (geometry.n_head, geometry.head_dim)
         self._shared = graph.cache == "shared-buffer"
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
+        self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         options = ort.SessionOptions()
         if threads is not None:
@@ -71,7 +72,7 @@ class OnnxBackend:
         heads, head_dim = self._cache_shape
         length = capacity if self._shared else 0
         for name in self._past:
-            state.cache.append(_zeros((rows, heads, length, head_dim)))
+            state.cache.append(_zeros((rows, heads, length, head_dim), self._cache_dtype))
             state.binding.bind_ortvalue_input(name, state.cache[-1])
         positions = np.broadcast_to(np.arange(width), token_ids.shape)
         logits = self._run(state, token_ids, positions, width)
@@ -122,6 +123,6 @@ class OnnxBackend:
         return result
 
 
-def _zeros(shape: tuple[int, ...]) -> Any:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """Zeros, so that no slot that was never written can hold not-a-number."""
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))

@@ -62,6 +62,13 @@ def test_equal_work_is_said_to_be_equal_and_other_work_is_called_out():
     assert "TOKENS DIFFER" in report(run(ClosedFormBackend(), Disagreeing()))
 
 
+def test_another_precision_may_give_other_tokens():
+    record = run(ClosedFormBackend(), Disagreeing())
+    for row in record["rows"]:
+        row["precision"] = {"target0": "fp32", "target1": "int8"}[row["target"]]
+    assert "all targets of one precision gave the same tokens" in report(record)
+
+
 def test_a_prompt_that_does_not_fit_is_refused():
     with pytest.raises(InputError, match="pass the context"):
         run(ClosedFormBackend(), prompt_tokens=geometry().n_positions)

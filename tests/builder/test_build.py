@@ -37,7 +37,7 @@ def bundle(built: TinyBuild) -> Bundle:
 def test_the_bundle_has_what_the_format_asks_for(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert manifest.name == "tiny" and manifest.model.n_positions == 48 and manifest.model.vocab_size == 300
-    assert set(manifest.graphs) == {"onnx/portable", "ort/fp32"} | {
+    assert set(manifest.graphs) == {"onnx/portable", "ort/fp32", "ort/int8", "ort/int4"} | {
         f"savedmodel/{name}"
         for name in ("serving_default", "prefill", "decode", "score", "generate_text", "tokenize", "detokenize")
     }
@@ -200,7 +200,7 @@ def test_a_damaged_bundle_is_built_anew_from_the_trained_weights(
     assert ours.keys() == theirs.keys()
     same = {name for name in ours if ours[name] == theirs[name]}
     assert {name for name in ours.keys() - same if not name.startswith("savedmodel/")} <= {
-        "onnx/model.onnx", "ort/fp32/model.onnx",
+        "onnx/model.onnx", "ort/fp32/model.onnx", "ort/int8/model.onnx", "ort/int4/model.onnx",
     }  # fmt: skip
     assert [path.name for path in tiny.dist.iterdir()] == ["tiny"]
 

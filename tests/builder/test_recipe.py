@@ -194,3 +194,11 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
 def test_the_parts_of_a_batch_must_be_of_one_size() -> None:
     assert "does not divide training.batch_size 16" in refusal("training.accumulation=3")
     assert read_recipe(None, ["training.accumulation=4"]).training.accumulation == 4
+
+
+def test_variants_are_named_once_and_are_known() -> None:
+    assert read_recipe().export.variants == ("int8", "int4")
+    assert read_recipe(None, ["export.variants=[]"]).export.variants == ()
+    for value, words in (('["int8", "int8"]', "names one twice"), ('["int9"]', "did you mean 'int8'")):
+        with pytest.raises(InputError, match=words):
+            read_recipe(None, [f"export.variants={value}"])

@@ -18,7 +18,7 @@ def test_the_keys_follow_what_decides_each_stage(tmp_path: Path) -> None:
 
     assert changed() == [False, False, False]
     assert changed("name=other") == [False, False, True]
-    assert changed("verify.prompts=3") == [False, False, True]
+    assert changed("verify.prompts=3") == changed('export.variants=["int8"]') == [False, False, True]
     assert changed("training.learning_rate=0.5") == changed("training.jit_compile=false") == [False, True, True]
     for setting in ("loop=custom", "log_every=3", "tensorboard=true", "sample_tokens=0", "checkpoints_kept=2"):
         assert changed(f"training.{setting}") == [False] * 3, setting

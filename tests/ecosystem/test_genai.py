@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI opens `ort/fp32` as it lies in a bundle, and says what this project says."""
+"""ONNX Runtime GenAI opens the folders under `ort/` as they lie in a bundle, and says what this project says."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ PROMPTS = [[5], [70, 71, 72], list(range(40, 60))]
 
 
 @pytest.mark.ecosystem
-def test_genai_gives_the_same_tokens(built):
+@pytest.mark.parametrize("graph", ["ort/fp32", "ort/int8", "ort/int4"])
+def test_genai_gives_the_same_tokens(built, graph):
     python = os.environ.get("GENAI_PYTHON")
     if not python:
         pytest.skip("GENAI_PYTHON names no Python with onnxruntime-genai; run 'make test-ecosystem'")
     bundle = open_bundle(built.bundle)
     script = Path(__file__).with_name("genai_greedy.py")
-    folder = bundle.path("ort/fp32/genai_config.json").parent
+    folder = bundle.path(f"{graph}/genai_config.json").parent
     command = [python, str(script), str(folder), json.dumps(PROMPTS), str(NEW_TOKENS)]
     answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
     end = bundle.manifest.model.eos_token_id
-    ours = generate(OnnxBackend(bundle), PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS), end)
+    ours = generate(OnnxBackend(bundle, graph), PROMPTS, SamplingParams(max_new_tokens=NEW_TOKENS), end)
     assert answer["answers"] == [list(one.token_ids) for one in ours]
     assert answer["tokens"] == load_tokenizer(bundle).encode(answer["text"]).ids
