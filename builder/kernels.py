@@ -1,6 +1,6 @@
 """The operations of GPT-2 that differ by target, behind one interface; this file holds the plain ones.
 
-A trace of the model passes its own subclass: static caches for the SavedModel (`builder.static_cache`), marker nodes
+A trace of the model passes its own subclass: static caches for the SavedModel (`builder.tf_kernels`), marker nodes
 for ONNX (`builder.onnx_kernels`). Everything else in the model is the same Keras code in every target.
 """
 

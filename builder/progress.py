@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from serving.interrupts import check_interrupt
+
 # Seconds between two lines about training when there is no terminal to draw a bar on.
 _LINE_INTERVAL = 10.0
 
@@ -22,7 +24,8 @@ class Reporter:
         self.started = time.monotonic()
 
     def line(self, text: str) -> None:
-        """Print one line, with the seconds since the start."""
+        """Print one line, with the seconds since the start. Raises KeyboardInterrupt if Ctrl-C was lost before."""
+        check_interrupt()
         # A path may hold what the terminal's encoding has no form for; that is no reason to end a build.
         text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
         self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, emoji=False)
@@ -43,6 +46,7 @@ class Reporter:
             task = bar.add_task("training", total=None, detail="")
 
             def notify(event: dict[str, Any]) -> None:
+                check_interrupt()
                 if "validation" in event:
                     self.line(_validation(event))
                     return
@@ -57,6 +61,7 @@ class Reporter:
 
         def notify(event: dict[str, Any]) -> None:
             nonlocal last, last_step
+            check_interrupt()
             if "validation" in event:
                 self.line(_validation(event))
                 return

@@ -16,6 +16,7 @@ import click
 
 from serving import __version__
 from serving.errors import GPT2BundleError
+from serving.interrupts import remembered_interrupts
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("builder.commands.prepare:prepare", "Read text, train or load the tokenizer, write token shards."),
@@ -45,7 +46,8 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with remembered_interrupts():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             # Click itself would print an empty line, even where no terminal has shown "^C".
             raise click.Abort from None

@@ -105,25 +105,24 @@ def test_prompt_and_steps_equal_the_whole_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["wide_heads", "bytes"])
-def test_prefix_and_recent_block_equal_the_whole_text(name: str) -> None:
+def test_a_loop_that_writes_in_place_equals_the_whole_text(name: str) -> None:
     model, case = keras_model(name), read_cases(name)["full"]
     geometry = model.geometry
-    start = np.array([2, 6], np.int32)
+    start, steps, width = np.array([2, 6], np.int32), 10, 8
     prompt = PromptKernels(geometry, tf.constant(start), last=True)
-    run(model, case.ids[:, :8].astype(np.int32), None, prompt)
-    bias = np.where(np.arange(8) < start[:, None], 0.0, -1e9).astype(np.float32)[:, None, None, :]
-    steps = 10
+    run(model, case.ids[:, :width].astype(np.int32), None, prompt)
     # Garbage where nothing was written yet must not be seen.
-    block = tf.fill([steps, 2, geometry.n_head, geometry.head_dim], 50.0)
-    recent: Any = [(block, block)] * geometry.n_layer
+    padded = [[tf.pad(part, [[0, 0], [0, 0], [0, steps], [0, 0]], constant_values=50.0) for part in pair]
+              for pair in prompt.present]  # fmt: skip
+    cache: Any = [tuple(tf.reshape(part, [-1, geometry.head_dim]) for part in pair) for pair in padded]
     rows = np.arange(2)
     for index in range(steps):
-        kernels = LoopKernels(geometry, prompt.present, bias, recent, tf.constant(index))
         position = start + index
+        kernels = LoopKernels(geometry, tf.constant(position), cache, tf.constant(width + steps))
         logits = run(model, case.ids[rows, position][:, None].astype(np.int32), position[:, None], kernels)
         difference = max_difference(logits, case.logits[rows, position])
         assert difference < TOLERANCE, (difference, index)
-        recent = kernels.present
+        cache = kernels.present
 
 
 def test_every_position_of_a_prompt_when_asked() -> None:
