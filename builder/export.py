@@ -28,7 +28,7 @@ from builder.tf_tokenizer import GraphTokenizer
 from builder.tokenizer import TOKENIZER_FILES, load_tokenizer
 from builder.tracing import trace
 from builder.variants import PRECISIONS, write_variant
-from builder.weights import write_graph, write_safetensors
+from builder.weights import clone_or_copy, write_graph
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
 
 GOLDEN = "golden.json"
@@ -57,7 +57,7 @@ def export(
     end = {"bos_token_id": geometry.bos_token_id, "eos_token_id": geometry.eos_token_id}
     (draft / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n", encoding="utf-8")
     weights = draft / "model.safetensors"
-    write_safetensors(model, weights)
+    clone_or_copy(trained / weights.name, weights)
 
     graphs: dict[str, Graph] = {}
     logits: list[str | int] = ["batch_size", "sequence_length", geometry.vocab_size]

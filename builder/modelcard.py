@@ -30,7 +30,8 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "",
         "## Quality",
         "",
-        f"Over {int(quality['validation_tokens']):,} held-out tokens:",
+        f"Over {int(quality.get('counted_validation_tokens', quality['validation_tokens'])):,} held-out tokens"
+        + (" of responses:" if "counted_validation_tokens" in quality else ":"),
         "",
         "| model | perplexity |",
         "|---|---|",

@@ -17,12 +17,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from safetensors import safe_open
 
 from builder.onnx_markers import MICROSOFT
 from builder.quantise import BLOCK, int4_by_block, int8_by_axis
 from builder.tracing import TracedGraph
-from builder.weights import EXTERNAL_DATA
+from builder.weights import EXTERNAL_DATA, WeightFile
 
 TOKEN_TABLE = "transformer.wte.weight"
 _ALIGNMENT = 64
@@ -36,8 +35,8 @@ def write_variant(traced: TracedGraph, weights: Path, precision: str, path: Path
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with safe_open(weights, framework="numpy") as tensors, (path.parent / EXTERNAL_DATA).open("xb") as data:
-        _REWRITERS[precision](model.graph, traced.weight_names, tensors, data).rewrite()
+    with (path.parent / EXTERNAL_DATA).open("xb") as data:
+        _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data).rewrite()
     path.write_bytes(model.SerializeToString())
     return model
 
@@ -45,7 +44,7 @@ def write_variant(traced: TracedGraph, weights: Path, precision: str, path: Path
 class _Rewriter:
     """One graph on its way to another precision, and the data file that its weights go to, one after the other."""
 
-    def __init__(self, graph: Any, weight_names: Sequence[str], tensors: Any, data: Any) -> None:
+    def __init__(self, graph: Any, weight_names: Sequence[str], tensors: WeightFile, data: Any) -> None:
         self.graph, self.weight_names, self.tensors, self.data = graph, set(weight_names), tensors, data
         self.nodes: list[Any] = []
         self.dims: dict[str, tuple[int, ...]] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from safetensors.numpy import save_file
+from numpy.typing import NDArray
 
 from builder.gpt2 import GPT2, named_variables
 from builder.tracing import TracedGraph
@@ -27,12 +28,22 @@ _FICLONE = 0x40049409  # linux/fs.h; other systems refuse it, and the bytes are 
 
 
 def write_safetensors(model: GPT2, path: Path) -> None:
-    """Write the weights under their Hugging Face names (float32; the tied head is not stored a second time)."""
-    save_file(
-        {name: np.asarray(variable) for name, variable in named_variables(model)}, path, metadata={"format": "pt"}
-    )
-    # The library writes it for its owner alone; a server under another user must read it.
-    path.chmod(0o644)
+    """Write the weights under their Hugging Face names (float32; the tied head is not stored a second time).
+
+    One tensor at a time: the library's own writer takes all of them at once, in a second copy.
+    """
+    named = sorted(named_variables(model), key=lambda pair: pair[0])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, variable in named:
+        begin, end = end, end + 4 * math.prod(variable.shape)
+        header[name] = {"dtype": "F32", "shape": list(variable.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, variable in named:
+            file.write(np.ascontiguousarray(variable, np.float32).data)
 
 
 def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
@@ -47,6 +58,27 @@ def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
             begin, end = entry["data_offsets"]
             ranges[name] = (start + begin, end - begin)
     return ranges
+
+
+class WeightFile:
+    """Tensors of a file that `write_safetensors` wrote, read one at a time into memory of their own.
+
+    A mapping of the file would count as the process's memory page by page, until all of the weights do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            self._header: dict[str, Any] = json.loads(file.read(header_bytes))
+        self._start = 8 + header_bytes
+
+    def get_tensor(self, name: str) -> NDArray[np.float32]:
+        """Return a tensor, float32 of its shape."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        flat = np.fromfile(self._path, np.float32, (end - begin) // 4, offset=self._start + begin)
+        return flat.reshape(entry["shape"])
 
 
 def clone_or_copy(source: Path, destination: Path) -> None:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from builder.evaluation import evaluate_bundle, read_ids, score, windows
+from builder.export import load_model
 from builder.frameworks import keras
 from builder.gpt2 import GPT2
+from builder.recipe import InstructionRecipe
+from builder.tokenizer import load_tokenizer
 from serving.cli import run
 from serving.errors import InputError
 from tests.builder.test_training import GEOMETRY
@@ -57,6 +60,26 @@ def test_the_command_measures_a_bundle(built: TinyBuild, tmp_path: Path, capsys:
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert run(["evaluate", str(built.bundle), "--text", str(text), "--stride", "16"]) == 0
     assert f"perplexity {record['perplexity']:.3f} " in capsys.readouterr().out
+
+
+def test_of_records_the_responses_alone_are_scored(built: TinyBuild, tmp_path: Path) -> None:
+    pairs = (("give a list", "return the list"), ("raise", "an error is raised"), ("x", ""))
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps({"q": prompt, "a": answer}) + "\n" for prompt, answer in pairs))
+    recipe = InstructionRecipe(prompt_field="q", response_field="a")
+    ids, counted = read_ids(built.bundle, str(path), instruction=recipe)
+    tokenizer = load_tokenizer(built.bundle)
+    answers = tokenizer.decode(ids[counted].tolist(), skip_special_tokens=False)
+    assert answers == "return the list<|endoftext|>an error is raised<|endoftext|>"
+    assert "give a list" in tokenizer.decode(ids[~counted].tolist())
+
+    model = load_model(built.bundle)
+    scored, rest = (score(model, ids, 16, 5, which) for which in (counted, ~counted))
+    total, count = score(model, ids, 16, 5)
+    assert scored[0] + rest[0] == pytest.approx(total, rel=1e-6) and scored[1] + rest[1] == count
+    figures = evaluate_bundle(built.bundle, str(path), window=16, stride=5, instruction=recipe)
+    assert figures["tokens"] == scored[1] == counted.sum()
+    assert figures["loss"] == pytest.approx(scored[0] / scored[1])
 
 
 def test_what_cannot_be_measured_is_refused(built: TinyBuild, tmp_path: Path) -> None:

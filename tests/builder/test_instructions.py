@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from tokenizers import Tokenizer
 
@@ -133,7 +134,6 @@ CUSTOM = InstructionRecipe(
 
 @pytest.mark.parametrize("recipe", [CHAT, CUSTOM, InstructionRecipe(messages_field="messages")], ids=str)
 def test_the_jinja_template_gives_what_training_reads(recipe: InstructionRecipe) -> None:
-    jinja2 = pytest.importorskip("jinja2")
     template = Template.of(recipe)
     # As transformers sets it up.
     render = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template.chat_template()).render
