@@ -54,8 +54,8 @@ class Tally:
             counts["characters_removed"] += len(before) - len(after)
 
     def sample(self, name: str, before: str, after: str) -> None:
-        """Keep the first few changed texts, from just before where they were changed."""
-        if len(self.samples) < _SAMPLES and before != after:
+        """Keep the first few texts changed in what can be seen of them, from just before where they were changed."""
+        if len(self.samples) < _SAMPLES and before.strip() != after.strip():
             same = next((i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new), len(after))
             start = max(0, same - _SAMPLE_CHARACTERS // 4)
             piece = slice(start, start + _SAMPLE_CHARACTERS)

@@ -11,18 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.corpus import CorpusReport
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --bar: #4a7dbd; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; width: 100%; }
-th, td { text-align: left; padding: 0.2rem 0.6rem; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; width: 9rem; }
-td.bar { width: 50%; }
-td.bar span { display: block; height: 0.8rem; background: var(--bar); }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: 0.5rem; margin: 0; }
-"""
+from builder.page import page, section
 
 
 def vocabulary_coverage(
@@ -39,7 +28,7 @@ def vocabulary_coverage(
     }
 
 
-def render_report(corpus: CorpusReport, summary: Mapping[str, Any]) -> str:
+def render_report(corpus: CorpusReport, summary: Mapping[str, Any]) -> bytes:
     """Return the page for a corpus report and the summary of prepare.json; every text in it is escaped."""
     tokens, vocabulary = summary["tokens"], summary["vocabulary"]
     overview = {
@@ -54,22 +43,22 @@ def render_report(corpus: CorpusReport, summary: Mapping[str, Any]) -> str:
         "Split by": corpus.split,
     }
     parts = [
-        _section("Overview", _table((name, _show(value)) for name, value in overview.items())),
-        _section("Dropped documents, by reason", _bars(corpus.dropped)),
-        _section("Documents over max_tokens, left out or cut", _bars(summary.get("over_max_tokens", {}))),
-        _section(
+        section("Overview", _table((name, _show(value)) for name, value in overview.items())),
+        section("Dropped documents, by reason", _bars(corpus.dropped)),
+        section("Documents over max_tokens, left out or cut", _bars(summary.get("over_max_tokens", {}))),
+        section(
             "Documents without a response within max_tokens, left out",
             _bars(summary.get("no_response_within_max_tokens", {})),
         ),
         *(
-            _section(
+            section(
                 f"What the loss counts, {side}",
                 _table((key.replace("_", " "), _show(count)) for key, count in counts.items()),
             )
             for side, counts in summary.get("loss", {}).items()
         ),
-        _section("Files of other kinds, skipped", _bars(corpus.skipped_files)),
-        _section(
+        section("Files of other kinds, skipped", _bars(corpus.skipped_files)),
+        section(
             "Cleaning",
             _table(
                 (
@@ -79,11 +68,11 @@ def render_report(corpus: CorpusReport, summary: Mapping[str, Any]) -> str:
                 ("Step", "Documents changed", "Characters removed"),
             ),
         ),
-        _section(
+        section(
             "Length of kept documents, in characters",
             _bars({f"{int(low):,} to {2 * int(low) - 1:,}": count for low, count in corpus.lengths.items()}),
         ),
-        _section(
+        section(
             "Labels on the training side",
             _table(
                 (
@@ -93,19 +82,15 @@ def render_report(corpus: CorpusReport, summary: Mapping[str, Any]) -> str:
                 ("Label", "Documents before balancing", "Documents after"),
             ),
         ),
-        _section("Vocabulary", _table((key.replace("_", " "), _show(value)) for key, value in vocabulary.items())),
-        _section("Before and after cleaning", "".join(_sample(sample) for sample in corpus.samples)),
+        section("Vocabulary", _table((key.replace("_", " "), _show(value)) for key, value in vocabulary.items())),
+        section("Before and after cleaning", "".join(_sample(sample) for sample in corpus.samples)),
     ]
-    title = escape(f"Data of {summary['name']}")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{''.join(parts)}</body>\n</html>\n"
-    )
+    return page(f"Data of {summary['name']}", "".join(parts))
 
 
 def write_report(path: Path, corpus: CorpusReport, summary: Mapping[str, Any]) -> None:
-    """Write the page of `render_report` as UTF-8; half a surrogate pair, which UTF-8 has not, becomes `?`."""
-    path.write_bytes(render_report(corpus, summary).encode("utf-8", "replace"))
+    """Write the page of `render_report`."""
+    path.write_bytes(render_report(corpus, summary))
 
 
 def _count(chunks: Iterable[NDArray[Any]], vocab_size: int) -> NDArray[np.int64]:
@@ -117,11 +102,6 @@ def _count(chunks: Iterable[NDArray[Any]], vocab_size: int) -> NDArray[np.int64]
 
 def _show(value: int | float | str) -> str:
     return value if isinstance(value, str) else f"{value:,}"
-
-
-def _section(title: str, content: str) -> str:
-    """A heading and its content, or nothing where there is no content."""
-    return f"<h2>{escape(title)}</h2>\n{content}" if content else ""
 
 
 def _table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:

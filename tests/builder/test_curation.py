@@ -49,7 +49,7 @@ def sentences(seed: int, words: int = 120) -> list[str]:
         ({"unicode": "NFKC"}, "A sentence of ﬁne length.", "A sentence of fine length.", -1),
         ({"symbols": "collapse"}, "A sentence ===== of length.", "A sentence === of length.", 2),
         ({"symbols": "drop"}, "=====\nA sentence of some length.", "A sentence of some length.", 6),
-        ({"white_space": "lines"}, "A sentence of some length. \r\n", "A sentence of some length.", 3),
+        ({"white_space": "lines"}, "A sentence \r\nof some length.\n", "A sentence\nof some length.", 3),
     ],
 )
 def test_a_cleaning_step_changes_and_counts_what_it_is_for(
@@ -61,6 +61,11 @@ def test_a_cleaning_step_changes_and_counts_what_it_is_for(
     assert kept == [after, clean_text]
     assert tally.cleaning == {next(iter(setting)): {"documents": 1, "characters_removed": removed}}
     assert [(sample["before"], sample["after"]) for sample in tally.samples] == [(dirty, after)]
+
+
+def test_blanks_at_the_ends_are_no_sample(tmp_path: Path) -> None:
+    _, tally = run(["A sentence of some length. \r\n"], tmp_path, white_space="lines")
+    assert tally.cleaning["white_space"]["documents"] == 1 and tally.samples == []
 
 
 def test_all_off_changes_counts_and_samples_nothing(tmp_path: Path) -> None:
