@@ -66,6 +66,7 @@ def test_signatures_have_names_types_and_a_free_batch(meta_graph: Any) -> None:
     text = {"text": ("string", [-1])}
     counts = {"lengths": ("int32", [-1]), "prompt_tokens": ("int32", [-1]), "finish_reason": ("string", [-1])}
     parameters = {name: (value.dtype.name, [-1]) for name, value in columns([{}]).items()}
+    slot, status = {"slot": ("int32", [-1]), "generation": ("int64", [-1])}, {"status": ("int32", [-1])}
     wanted = {
         "serving_default": (prompt | parameters, prompt),
         "prefill": (prompt | {"capacity": ("int32", [-1])}, logits | cache),
@@ -74,6 +75,9 @@ def test_signatures_have_names_types_and_a_free_batch(meta_graph: Any) -> None:
         "generate_text": (text | parameters, text | counts),
         "tokenize": (text, prompt),
         "detokenize": (prompt, text),
+        "prefill_slots": ({"request_id": ("int64", [-1])} | prompt | parameters, prompt | slot | status),
+        "decode_slots": (slot | {"received": ("int32", [-1]), "steps": ("int32", [-1])}, prompt | status),
+        "release_slots": (slot, status),
     }
     definitions = dict(meta_graph.signature_def)
     definitions.pop("__saved_model_init_op", None)

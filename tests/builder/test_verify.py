@@ -119,6 +119,7 @@ def test_the_same_savedmodel_again_is_no_failure(bundle: Path) -> None:
     [
         ("serving.backends.tensorflow.TensorFlowBackend.generate", "savedmodel/serving_default"),
         ("builder.session.SessionServable.generate", "savedmodel/serving_default (Session API)"),
+        ("builder.session.SessionServable.generate_by_slots", "savedmodel/decode_slots (Session API)"),
     ],
 )
 def test_a_loop_in_the_graph_that_chooses_otherwise_is_found(
