@@ -242,6 +242,7 @@ class Slots(tf.Module):  # type: ignore[misc]
     def _answer(self, state: State, valid: Any, slot: Any, received: Any, steps: Any, otherwise: Any) -> State:
         """Tokens of each valid row from `received` on, at most `steps`; the status `otherwise` for the other rows."""
         made = tf.gather(state["made"], slot)
+        received = tf.where(valid, received, 0)
         lengths = tf.where(valid, tf.minimum(made - received, steps), 0)
         columns = tf.range(tf.reduce_max(lengths))
         index = tf.minimum(received[:, None] + columns, self.geometry.n_positions - 1)

@@ -174,8 +174,9 @@ def test_a_stale_generation_gets_a_status_and_no_token(slots: Call) -> None:
 
 def test_a_client_cannot_have_more_than_was_made(slots: Call) -> None:
     held = start(slots, 1)
-    answer = decode(slots, held, 2, 1)
-    assert answer["status"].tolist() == [AHEAD] and tokens(answer) == [[]]
+    for received in (2, 2**31 - 1):
+        answer = decode(slots, {name: held[name].repeat(2) for name in ("slot", "generation")}, [received, 0], 1)
+        assert answer["status"].tolist() == [AHEAD, RUNNING] and [len(row) for row in tokens(answer)] == [0, 1]
     assert len(tokens(decode(slots, held, 1, 1))[0]) == 1
     assert release(slots, held) == [FINISHED]
 

@@ -73,11 +73,12 @@ def failure(folder: Path) -> str:
 def resave(folder: Path, change: Callable[[Any], None]) -> None:
     """Write the SavedModel of the bundle's model anew after `change(model)`."""
     from builder.export import load_model, servable
+    from builder.recipe import ExportRecipe
 
     model = load_model(folder)
     change(model)
     shutil.rmtree(folder / "savedmodel" / "1")
-    servable(model, folder, Reporter()).save(folder / "savedmodel" / "1")
+    servable(model, folder, ExportRecipe(), Reporter()).save(folder / "savedmodel" / "1")
 
 
 # One artifact says something else than the others.
