@@ -201,8 +201,8 @@ class Slots(tf.Module):  # type: ignore[misc]
         logits = self.run(token_ids[:, :width], None, kernels)
         longest = tf.reduce_max(tf.where(state["active"], state["length"], 0))
         self.cache.store(kernels.present, taken, width, tf.maximum(longest, width))
-        sampling = [values[name] for name in _SAMPLING]
-        return choose(logits, *sampling, tf.zeros_like(values["seed"]))
+        temperature, top_k, top_p, seed = (values[name] for name in _SAMPLING)
+        return choose(logits, temperature, top_k, top_p, seed, tf.zeros_like(seed))
 
     def _advance(self, state: State, live: Any, asked: Any, count: Any) -> State:
         """Decode up to `count` tokens of every `live` slot, while one that was `asked` for goes on."""
@@ -210,7 +210,7 @@ class Slots(tf.Module):  # type: ignore[misc]
         filled = state["length"] + tf.minimum(count, state["budget"] - state["made"])
         cache, capacity = self.cache.fit(tf.reduce_max(tf.where(state["active"], filled, 0)))
         rows = tf.reduce_max(tf.where(live, tf.range(1, self.count + 1), 0))
-        sampling = [state[name][:rows] for name in _SAMPLING]
+        temperature, top_k, top_p, seed = (state[name][:rows] for name in _SAMPLING)
         live, asked, budget = live[:rows], asked[:rows], state["budget"][:rows]
         numbers = tf.range(rows)
 
@@ -223,7 +223,7 @@ class Slots(tf.Module):  # type: ignore[misc]
             positions = tf.minimum(length, capacity - 1)
             kernels = SlotKernels(self.geometry, positions, cache, capacity)
             logits = self.run(last[:, None], positions[:, None], kernels)
-            token = choose(logits, *sampling, tf.cast(made, tf.int64))
+            token = choose(logits, temperature, top_k, top_p, seed, tf.cast(made, tf.int64))
             places = tf.boolean_mask(tf.stack([numbers, made], axis=1), live)
             tokens = tf.tensor_scatter_nd_update(tokens, places, tf.boolean_mask(token, live))
             made, length = made + tf.cast(live, tf.int32), length + tf.cast(live, tf.int32)

@@ -116,7 +116,8 @@ def test_weights_are_stored_once_and_outside_the_graph(real_bundle: Path, meta_g
     # The tokenizer's tables are about 20,000 bytes of it.
     assert weights <= stored < weights + 40_000
     constants = [node for node in meta_graph.graph_def.node if node.op == "Const"]
-    assert all(node.ByteSize() < 4000 for node in constants)
+    # One holds the names under which the variables are stored, and grows with them.
+    assert all(node.ByteSize() < 4000 or b"VARIABLE_VALUE" in node.SerializeToString() for node in constants)
 
 
 def test_greedy_is_the_whole_text_again(call: Call) -> None:
