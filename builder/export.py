@@ -22,7 +22,7 @@ from builder.genai import write_genai
 from builder.gpt2 import GPT2
 from builder.onnx_kernels import OptimisedKernels, PortableKernels
 from builder.progress import Reporter
-from builder.recipe import Recipe, VerifyRecipe
+from builder.recipe import ExportRecipe, Recipe, VerifyRecipe
 from builder.savedmodel import Servable
 from builder.tf_tokenizer import GraphTokenizer
 from builder.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -79,7 +79,7 @@ def export(
         graphs[f"ort/{precision}"] = _onnx_graph(written, path, "right", "shared-buffer", precision)
         reporter.line(f"exported {path}")
 
-    signatures = servable(model, draft, reporter).save(draft / "savedmodel" / "1")
+    signatures = servable(model, draft, recipe.export, reporter).save(draft / "savedmodel" / "1")
     for name, function in signatures.items():
         graphs[f"savedmodel/{name}"] = _savedmodel_graph(name, function)
     reporter.line(f"exported savedmodel/1 (signatures {', '.join(signatures)})")
@@ -101,14 +101,15 @@ def export(
     return open_bundle(draft, check="sizes")
 
 
-def servable(model: GPT2, folder: Path, reporter: Reporter) -> Servable:
+def servable(model: GPT2, folder: Path, recipe: ExportRecipe, reporter: Reporter) -> Servable:
     """The model with the tokenizer in `folder`; without signatures for text if the graph cannot do its work."""
     tokenizer = load_tokenizer(folder)
     reason = problem(tokenizer)
     if reason is not None:
         reporter.line(f"left generate_text out of the SavedModel: no graph code for its tokenizer ({reason})")
-        return Servable(model)
-    return Servable(model, GraphTokenizer(tokenizer, model.geometry.vocab_size))
+        return Servable(model, slots=recipe.slots, slot_lease=recipe.slot_lease)
+    graph_tokenizer = GraphTokenizer(tokenizer, model.geometry.vocab_size)
+    return Servable(model, graph_tokenizer, slots=recipe.slots, slot_lease=recipe.slot_lease)
 
 
 def versions() -> dict[str, str]:
@@ -161,7 +162,7 @@ def _savedmodel_graph(name: str, function: Any) -> Graph:
     positional, keywords = function.structured_input_signature
     inputs = {spec.name: _tf_spec(spec) for spec in (*positional, *keywords.values())}
     outputs = {key: _tf_spec(spec) for key, spec in sorted(function.structured_outputs.items())}
-    cache: Any = "none" if name in ("score", "tokenize", "detokenize") else "static"
+    cache: Any = "none" if name in ("score", "tokenize", "detokenize", "release_slots") else "static"
     return Graph("tensorflow", "savedmodel/1/saved_model.pb", "fp32", "right", cache, inputs, outputs, signature=name)
 
 

@@ -4,6 +4,7 @@ serving_default  generate: token ids in, generated ids out, the loop inside the 
 prefill, decode  a prompt's logits and its cache out; then one token and the cache in, logits and the cache out.
 score            log-probability of each token of a text.
 generate_text    text in, text out; with tokenize and detokenize, where the graph can do the tokenizer's work.
+prefill_slots    streaming and continuous batching; with decode_slots and release_slots, in builder/tf_slots.py.
 
 Every input and output has the batch as its first axis, so that TensorFlow Serving may merge and split requests.
 Sequences are right-padded; `lengths` says where each row ends. A request that breaks a bound fails with
@@ -17,9 +18,10 @@ from typing import Any
 
 from builder.frameworks import tf
 from builder.gpt2 import GPT2
-from builder.tf_checks import after, check_all, check_ids, check_rows
+from builder.tf_checks import after, check_ids, check_parameters, check_prompt, check_rows
 from builder.tf_kernels import Cache, LoopKernels, PromptKernels, StepKernels
 from builder.tf_sampling import choose
+from builder.tf_slots import Slots
 from builder.tf_text import TextSignatures
 from builder.tf_tokenizer import GraphTokenizer
 
@@ -49,14 +51,17 @@ _BLOCK = 64
 class Servable(tf.Module):  # type: ignore[misc]
     """The signatures of one model; `save` writes them."""
 
-    def __init__(self, model: GPT2, tokenizer: GraphTokenizer | None = None) -> None:
-        """Without a tokenizer there are no signatures for text."""
+    def __init__(
+        self, model: GPT2, tokenizer: GraphTokenizer | None = None, *, slots: int = 0, slot_lease: float = 60.0
+    ) -> None:
+        """Without a tokenizer there are no signatures for text, and without slots none for them."""
         super().__init__(name="gpt2")
         # The method and not the model, which would be tracked and its weights stored a second time.
         self._forward = model.__call__
         # TensorFlow's own variables: it restores Keras's wrappers of them only in Python, not through a Session.
         self.weights = [variable.value for variable in model.trainable_variables]
         self.geometry = model.geometry
+        self.slots = Slots(self.geometry, self._run, slots, slot_lease) if slots else None
         self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self.generate)
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -80,6 +85,15 @@ class Servable(tf.Module):  # type: ignore[misc]
             signatures["generate_text"] = _function(self.text.generate).get_concrete_function(_TEXT, *_PARAMETERS)
             signatures["tokenize"] = _function(self.text.tokenize).get_concrete_function(_TEXT)
             signatures["detokenize"] = _function(self.text.detokenize).get_concrete_function(_TOKENS, _LENGTHS)
+        if self.slots is not None:
+            slot = (_row(tf.int32, "slot"), _row(tf.int64, "generation"))
+            signatures["prefill_slots"] = _function(self.slots.prefill).get_concrete_function(
+                _row(tf.int64, "request_id"), _TOKENS, _LENGTHS, *_PARAMETERS
+            )
+            signatures["decode_slots"] = _function(self.slots.decode).get_concrete_function(
+                *slot, _row(tf.int32, "received"), _row(tf.int32, "steps")
+            )
+            signatures["release_slots"] = _function(self.slots.release).get_concrete_function(*slot)
         tf.saved_model.save(self, str(folder), signatures=signatures)
         return signatures
 
@@ -97,22 +111,8 @@ class Servable(tf.Module):  # type: ignore[misc]
         """
         geometry = self.geometry
         checks = [
-            *self._check_prompt(token_ids, lengths),
-            *check_rows(
-                "token_ids",
-                token_ids,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-            ),
-            tf.debugging.assert_greater_equal(max_new_tokens, 1, "max_new_tokens must be at least 1"),
-            check_all(
-                tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"
-            ),
-            tf.debugging.assert_greater_equal(top_k, 0, "top_k must be 0 (off) or more"),
-            check_all((top_p > 0) & (top_p <= 1), "top_p must be above 0 and at most 1"),
+            *check_prompt(geometry, token_ids, lengths),
+            *check_parameters(token_ids, max_new_tokens, temperature, top_k, top_p, seed),
         ]
         token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed = after(
             checks, token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed
@@ -181,7 +181,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         of `capacity` [batch], which must be at least the padded prompt's and at most n_positions.
         """
         checks = [
-            *self._check_prompt(token_ids, lengths),
+            *check_prompt(self.geometry, token_ids, lengths),
             *check_rows("token_ids", token_ids, capacity=capacity),
             tf.debugging.assert_greater_equal(
                 tf.reduce_max(capacity), tf.shape(token_ids)[1], "capacity must hold the padded prompt"
@@ -223,7 +223,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         Returns `log_probs` [batch, sequence] float32, 0 for a row's first token and for padding, and `total` [batch].
         """
-        token_ids, lengths = after(self._check_prompt(token_ids, lengths), token_ids, lengths)
+        token_ids, lengths = after(check_prompt(self.geometry, token_ids, lengths), token_ids, lengths)
         kernels = PromptKernels(self.geometry, lengths, last=False)
         logits = self._run(token_ids, None, kernels)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(token_ids[:, 1:], logits[:, :-1])
@@ -235,14 +235,3 @@ class Servable(tf.Module):  # type: ignore[misc]
         if position_ids is None:
             position_ids = tf.broadcast_to(tf.range(tf.shape(token_ids)[1])[None, :], tf.shape(token_ids))
         return self._forward(token_ids, position_ids=position_ids, kernels=kernels)
-
-    def _check_prompt(self, token_ids: Any, lengths: Any) -> list[Any]:
-        width = tf.shape(token_ids)[1]
-        limit = self.geometry.n_positions
-        return [
-            check_ids(token_ids, self.geometry.vocab_size),
-            tf.debugging.assert_less_equal(width, limit, f"the prompt is longer than the context of {limit} tokens"),
-            *check_rows("token_ids", token_ids, lengths=lengths),
-            tf.debugging.assert_greater_equal(lengths, 1, "lengths must be at least 1: a prompt may not be empty"),
-            tf.debugging.assert_less_equal(lengths, width, "lengths must not pass the end of token_ids"),
-        ]

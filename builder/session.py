@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class SessionServable:
         with self._session.graph.as_default():
             meta_graph = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
         self.signatures = meta_graph.signature_def
+        self._requests = itertools.count(1)
 
     def run(self, signature: str, **inputs: Any) -> dict[str, Any]:
         """Run a signature on numpy inputs by name and return its outputs by name.
@@ -43,6 +45,36 @@ class SessionServable:
         )
         pairs = zip(outputs["token_ids"], outputs["lengths"], strict=True)
         return [row[:length].tolist() for row, length in pairs]
+
+    def generate_by_slots(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """The same by `prefill_slots`, `decode_slots` and `release_slots`, as many prompts at once as find a slot."""
+        texts: list[list[int]] = [[] for _ in prompts]
+        waiting = list(range(len(prompts)))
+        while waiting:
+            token_ids, lengths = pad_right([prompts[row] for row in waiting])
+            answer = self.run(
+                "prefill_slots",
+                request_id=np.array([next(self._requests) for _ in waiting], np.int64),
+                token_ids=token_ids.astype(np.int32),
+                lengths=lengths.astype(np.int32),
+                **_greedy(len(waiting), max_new_tokens),
+            )
+            placed = np.flatnonzero(answer["status"] >= 0)
+            if not len(placed):
+                raise RuntimeError("no slot is free, though nothing else uses this servable")
+            rows = [waiting[place] for place in placed]
+            held = {name: answer[name][placed] for name in ("slot", "generation")}
+            answer = {name: value[placed] for name, value in answer.items()}
+            while True:
+                for row, tokens, length in zip(rows, answer["token_ids"], answer["lengths"], strict=True):
+                    texts[row] += tokens[:length].tolist()
+                if (answer["status"] != 0).all():
+                    break
+                received = np.array([len(texts[row]) for row in rows], np.int32)
+                answer = self.run("decode_slots", **held, received=received, steps=np.full(len(rows), 8, np.int32))
+            self.run("release_slots", **held)
+            waiting = [row for row in waiting if row not in rows]
+        return texts
 
     def generate_text(self, texts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy continuations by the signature `generate_text`."""

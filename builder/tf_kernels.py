@@ -137,9 +137,21 @@ class LoopKernels(ServableKernels):
             for past, tensor in zip(self.cache[layer], new, strict=True)
         ]
         self.present.append((updated[0], updated[1]))
-        key, value = (tf.reshape(tensor, [-1, heads, self.capacity, width]) for tensor in updated)
+        key, value = (tf.reshape(self.attended(tensor), [-1, heads, self.capacity, width]) for tensor in updated)
         scores = tf.matmul(query * (float(width) ** -0.5), key, transpose_b=True) + self.bias
         return tf.reshape(tf.matmul(tf.nn.softmax(scores), value), [-1, self.geometry.n_embd])
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:
         return self.project(hidden, wte)
+
+    def attended(self, cache: Any) -> Any:
+        """The part of a cache tensor that belongs to the rows of this step."""
+        return cache
+
+
+class SlotKernels(LoopKernels):
+    """The same on a cache that has room for more rows than the step: its first ones are the step's."""
+
+    def attended(self, cache: Any) -> Any:
+        # The head of a tensor is no copy of it.
+        return cache[: tf.size(self.places) * self.capacity]

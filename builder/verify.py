@@ -68,12 +68,16 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "savedmodel/serving_default": lambda some, count: savedmodel.generate(some, max_new_tokens=count),
         "savedmodel/serving_default (Session API)": lambda some, count: servable.generate(some, max_new_tokens=count),
     }
+    if "savedmodel/decode_slots" in bundle.manifest.graphs:
+        loops["savedmodel/decode_slots (Session API)"] = lambda some, count: servable.generate_by_slots(
+            some, max_new_tokens=count
+        )
     greedy = {name: _greedy_record(reports[name].places["every_step"].table()) for name in backends}
     end = bundle.manifest.model.eos_token_id
     for name, generate in loops.items():
         equal = sum(_equal_tokens(generate, prompts[r], candidates[r], end) for r in batches(len(prompts), batch_size))
         greedy[name] = {"equal": equal, "of": candidates.size}
-    reporter.line("compared greedy tokens of the in-graph loop, through tf.function and through the Session API")
+    reporter.line("compared greedy tokens of the in-graph loop, through tf.function and the Session API, and of slots")
 
     texts = {}
     if "savedmodel/generate_text" in bundle.manifest.graphs:

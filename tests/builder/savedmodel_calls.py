@@ -33,11 +33,11 @@ def session_call(folder: str) -> Call:
     with session.graph.as_default():
         definitions = tf.compat.v1.saved_model.load(session, ["serve"], folder).signature_def
 
-    def run(signature: str, **inputs: Any) -> dict[str, Any]:
+    def run(signature: str, options: Any = None, **inputs: Any) -> dict[str, Any]:
         definition = definitions[signature]
         fetches = {key: value.name for key, value in definition.outputs.items()}
         feeds = {definition.inputs[key].name: value for key, value in inputs.items()}
-        result: dict[str, Any] = session.run(fetches, feeds)
+        result: dict[str, Any] = session.run(fetches, feeds, options=options)
         return result
 
     return run

@@ -37,9 +37,9 @@ def bundle(built: TinyBuild) -> Bundle:
 def test_the_bundle_has_what_the_format_asks_for(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert manifest.name == "tiny" and manifest.model.n_positions == 48 and manifest.model.vocab_size == 300
+    texts, slots = ("generate_text", "tokenize", "detokenize"), ("prefill_slots", "decode_slots", "release_slots")
     assert set(manifest.graphs) == {"onnx/portable", "ort/fp32", "ort/int8", "ort/int4"} | {
-        f"savedmodel/{name}"
-        for name in ("serving_default", "prefill", "decode", "score", "generate_text", "tokenize", "detokenize")
+        f"savedmodel/{name}" for name in ("serving_default", "prefill", "decode", "score", *texts, *slots)
     }
     for name in ("README.md", "config.json", "generation_config.json", "golden.json", "verification.json"):
         assert bundle.path(name).stat().st_size > 0

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, normalizers
 
 from builder.export import servable
 from builder.progress import Reporter
+from builder.recipe import ExportRecipe
 from tests.builder.savedmodel_calls import Call, assert_refused, columns, padded
 from tests.closed_form import byte_tokenizer
 from tests.oracles.fixtures import keras_model
@@ -142,7 +143,8 @@ def test_a_tokenizer_that_no_graph_can_be_made_of_leaves_it_out(
     tokenizer = byte_tokenizer()
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert servable(keras_model("bytes"), tmp_path, Reporter()).text is None
+    made = servable(keras_model("bytes"), tmp_path, ExportRecipe(slots=0), Reporter())
+    assert made.text is None and made.slots is None
     assert "left generate_text out of the SavedModel: no graph code for its tokenizer (it has a normalizer" in (
         capsys.readouterr().out
     )

@@ -73,11 +73,12 @@ def failure(folder: Path) -> str:
 def resave(folder: Path, change: Callable[[Any], None]) -> None:
     """Write the SavedModel of the bundle's model anew after `change(model)`."""
     from builder.export import load_model, servable
+    from builder.recipe import ExportRecipe
 
     model = load_model(folder)
     change(model)
     shutil.rmtree(folder / "savedmodel" / "1")
-    servable(model, folder, Reporter()).save(folder / "savedmodel" / "1")
+    servable(model, folder, ExportRecipe(), Reporter()).save(folder / "savedmodel" / "1")
 
 
 # One artifact says something else than the others.
@@ -119,6 +120,7 @@ def test_the_same_savedmodel_again_is_no_failure(bundle: Path) -> None:
     [
         ("serving.backends.tensorflow.TensorFlowBackend.generate", "savedmodel/serving_default"),
         ("builder.session.SessionServable.generate", "savedmodel/serving_default (Session API)"),
+        ("builder.session.SessionServable.generate_by_slots", "savedmodel/decode_slots (Session API)"),
     ],
 )
 def test_a_loop_in_the_graph_that_chooses_otherwise_is_found(

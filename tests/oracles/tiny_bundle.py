@@ -32,6 +32,7 @@ def write_real_bundle(folder: Path) -> Manifest:
     """Export the fixture "bytes" to every graph of a bundle in `folder`."""
     from builder.export import servable
     from builder.progress import Reporter
+    from builder.recipe import ExportRecipe
     from builder.weights import write_graph, write_safetensors
 
     model = keras_model("bytes")
@@ -40,7 +41,7 @@ def write_real_bundle(folder: Path) -> Manifest:
     write_safetensors(model, folder / "model.safetensors")
     write_graph(trace_portable(model), folder / "model.safetensors", folder / "onnx/model.onnx")
     write_graph(trace_optimised(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
-    servable(model, folder, Reporter()).save(folder / "savedmodel/1")
+    servable(model, folder, ExportRecipe(), Reporter()).save(folder / "savedmodel/1")
     return write_manifest(
         folder,
         name="bytes",
