@@ -20,6 +20,7 @@ from builder.byte_pair_tables import problem
 from builder.frameworks import tf
 from builder.genai import write_genai
 from builder.gpt2 import GPT2
+from builder.lint import Target, lint, refuse_errors
 from builder.onnx_kernels import OptimisedKernels, PortableKernels
 from builder.progress import Reporter
 from builder.recipe import Recipe, VerifyRecipe
@@ -84,6 +85,7 @@ def export(
     version_folder = draft / "savedmodel" / "1"
     signatures = servable(model, draft, reporter).save(version_folder)
     requests = write_warmup(version_folder, recipe.name, geometry, tuple(signatures))
+    refuse_errors(version_folder, lint(Target(version_folder, geometry)))
     for name, function in signatures.items():
         graphs[f"savedmodel/{name}"] = _savedmodel_graph(name, function)
     reporter.line(f"exported savedmodel/1 (signatures {', '.join(signatures)}; {requests} warm-up requests)")

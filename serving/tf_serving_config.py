@@ -1,7 +1,8 @@
 """The text files that configure TensorFlow Serving for a bundle's SavedModel. Standard library only.
 
 Messages and fields are those of tensorflow/serving: ModelServerConfig (config/model_server_config.proto),
-BatchingParameters (servables/tensorflow/session_bundle_config.proto), MonitoringConfig (config/monitoring_config.proto).
+MonitoringConfig (config/monitoring_config.proto) and BatchingParameters
+(servables/tensorflow/session_bundle_config.proto).
 """
 
 from __future__ import annotations
