@@ -20,6 +20,7 @@ from builder.byte_pair_tables import problem
 from builder.frameworks import tf
 from builder.genai import write_genai
 from builder.gpt2 import GPT2
+from builder.lint import Target, lint, refuse_errors
 from builder.onnx_kernels import OptimisedKernels, PortableKernels
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe, VerifyRecipe
@@ -28,8 +29,10 @@ from builder.tf_tokenizer import GraphTokenizer
 from builder.tokenizer import TOKENIZER_FILES, load_tokenizer
 from builder.tracing import trace
 from builder.variants import PRECISIONS, write_variant
+from builder.warmup import write_warmup
 from builder.weights import clone_or_copy, write_graph
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
+from serving.tf_serving_config import config_files
 
 GOLDEN = "golden.json"
 _PACKAGES = ("tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "numpy", "tokenizers", "safetensors")
@@ -79,10 +82,16 @@ def export(
         graphs[f"ort/{precision}"] = _onnx_graph(written, path, "right", "shared-buffer", precision)
         reporter.line(f"exported {path}")
 
-    signatures = servable(model, draft, recipe.export, reporter).save(draft / "savedmodel" / "1")
+    version_folder = draft / "savedmodel" / "1"
+    signatures = servable(model, draft, recipe.export, reporter).save(version_folder)
+    requests = write_warmup(version_folder, recipe.name, geometry, tuple(signatures))
+    refuse_errors(version_folder, lint(Target(version_folder, geometry)))
     for name, function in signatures.items():
         graphs[f"savedmodel/{name}"] = _savedmodel_graph(name, function)
-    reporter.line(f"exported savedmodel/1 (signatures {', '.join(signatures)})")
+    reporter.line(f"exported savedmodel/1 (signatures {', '.join(signatures)}; {requests} warm-up requests)")
+    (draft / "deploy" / "tf_serving").mkdir(parents=True)
+    for name, text in config_files(recipe.name).items():
+        (draft / "deploy" / "tf_serving" / name).write_text(text, encoding="utf-8")
 
     held_out = prepared / "tokens" / "validation.bin"
     write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN)

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print what is in it."),
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure a bundle's perplexity on a text."),
+    "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "bench": ("benchmarks.command:bench", "Measure decode and prefill latency against the hardware's floor."),
 }
 
