@@ -37,7 +37,7 @@ def bundle(built: TinyBuild) -> Bundle:
 def test_the_bundle_has_what_the_format_asks_for(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert manifest.name == "tiny" and manifest.model.n_positions == 48 and manifest.model.vocab_size == 300
-    assert set(manifest.graphs) == {"onnx/portable", "ort/fp32", "ort/int8", "ort/int4"} | {
+    assert set(manifest.graphs) == {"onnx/portable", "ort/fp32", "ort/int8", "ort/int4", "ort/choose"} | {
         f"savedmodel/{name}"
         for name in ("serving_default", "prefill", "decode", "score", "generate_text", "tokenize", "detokenize")
     }
