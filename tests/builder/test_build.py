@@ -73,6 +73,9 @@ def test_the_certificate_says_what_was_compared(bundle: Bundle) -> None:
         }  # fmt: skip
         assert table["perplexity"] == pytest.approx(certificate["perplexity"]["reference"], rel=1e-4)
     assert len(certificate["greedy"]) == 5
+    for record in certificate["choices"].values():
+        assert record["draws"] == 24 and 12 <= record["exact"] == record["equal"]
+    assert len(certificate["choices"]) == 4
     assert any("tensorflow_model_server" in sentence for sentence in certificate["not_run"])
 
 

@@ -79,13 +79,20 @@ def test_rows_that_are_not_certain_are_chosen_here(
     candidates: int, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "MAX_CANDIDATES", candidates)
+    asked: list[int] = []
+    ask = backend.choose
+    monkeypatch.setattr(backend, "choose", lambda *arguments: asked.append(1) or ask(*arguments))
     host, device, fetches = both_ways(backend, MIXED, monkeypatch)
     assert host == device and fetches > 0
+    # With one candidate nearly nothing is certain, and on the processor the graph is no longer asked.
+    steps = max(len(each.token_ids) for each in host)
+    assert candidates > 1 or len(asked) < steps
 
 
 def test_the_device_chooses_where_it_pays(backend: Any, bundle: Bundle) -> None:
-    greedy, sampled = SamplingParams(), SamplingParams(temperature=1.0)
-    assert isinstance(choice.open_steps(backend, [[1]], [greedy], 4), HostSteps)
+    greedy, few, sampled = (SamplingParams(temperature=each, top_k=k) for each, k in ((0, 0), (1, 40), (1, 0)))
+    for params in (greedy, few):
+        assert isinstance(choice.open_steps(backend, [[1]], [params], 4), HostSteps)
     assert isinstance(choice.open_steps(backend, [[1], [2]], [greedy, sampled], 4), DeviceSteps)
     assert isinstance(choice.open_steps(load_backend(bundle, "onnx", "onnx/portable"), [[1]], [sampled], 4), HostSteps)
 
