@@ -20,7 +20,7 @@ def load_targets(bundle: Bundle, names: Sequence[str]) -> list[Target]:
     Raises InputError for a name that the bundle does not have, RuntimeMissingError if its runtime is not installed.
     """
     graphs = bundle.manifest.graphs
-    known = [name for name, graph in graphs.items() if graph.runtime == "onnx"]
+    known = [name for name, graph in graphs.items() if graph.runtime == "onnx" and graph.cache != "none"]
     known += [SAVEDMODEL] if "savedmodel/prefill" in graphs else []
     targets = []
     for name in names or known:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from builder.base import load_weights, read_geometry
 from builder.byte_pair_tables import problem
+from builder.choose_graph import write_choose
 from builder.frameworks import tf
 from builder.genai import write_genai
 from builder.gpt2 import GPT2
@@ -81,6 +82,9 @@ def export(
         write_genai(geometry, draft, (draft / path).parent)
         graphs[f"ort/{precision}"] = _onnx_graph(written, path, "right", "shared-buffer", precision)
         reporter.line(f"exported {path}")
+    written = write_choose(geometry.vocab_size, draft / "ort" / "choose" / "model.onnx")
+    graphs["ort/choose"] = _onnx_graph(written, "ort/choose/model.onnx", "any", "none")
+    reporter.line("exported ort/choose/model.onnx (the choice of the next token)")
 
     version_folder = draft / "savedmodel" / "1"
     signatures = servable(model, draft, recipe.export, reporter).save(version_folder)

@@ -1,5 +1,7 @@
 """Choosing the next token inside a TensorFlow graph: the twin of `serving.sampling.choose`, operation by operation.
 
+It takes what the signatures take: temperature, top-k and top-p. Min-p, penalties and bias are the host's alone.
+
 Both sides draw from the same counter-based random number, so a seed gives the same tokens in the graph and on the
 host. Only core TensorFlow ops are used, and every row depends on its own inputs alone.
 """
@@ -61,8 +63,9 @@ def _sample(logits: Any, temperature: Any, top_k: Any, top_p: Any, draw: Any) ->
     kept = tf.where(top_k > 0, tf.minimum(top_k, vocab_size), vocab_size)
     in_top_k = tf.range(vocab_size)[None, :] < kept[:, None]
     weights = tf.where(in_top_k, tf.exp((values - values[:, :1]) / safe), 0.0)
-    sums = tf.cumsum(weights, axis=-1)
-    last = tf.reduce_sum(tf.cast(sums[:, :-1] < top_p[:, None] * sums[:, -1:], tf.int32), axis=-1)
+    sums = tf.cumsum(tf.cast(weights, tf.float64), axis=-1)
+    reach = tf.cast(top_p, tf.float64)[:, None] * sums[:, -1:]
+    last = tf.reduce_sum(tf.cast(sums[:, :-1] < reach, tf.int32), axis=-1)
     total = tf.gather(sums, last, batch_dims=1)
-    chosen = tf.reduce_sum(tf.cast(sums <= (draw * total)[:, None], tf.int32), axis=-1)
+    chosen = tf.reduce_sum(tf.cast(sums <= (tf.cast(draw, tf.float64) * total)[:, None], tf.int32), axis=-1)
     return tf.gather(order, tf.minimum(chosen, last), batch_dims=1)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.certify import distributions, greedy_record, problem
+from builder.choice_parity import compare_choices
 from builder.export import GOLDEN, load_model, versions
 from builder.frameworks import tf
 from builder.parity import (
@@ -79,6 +80,9 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         greedy[name] = {"equal": equal, "of": candidates.size}
     reporter.line("compared greedy tokens of the in-graph loop, through tf.function and the Session API, and of slots")
 
+    choices = compare_choices(optimised, prompts, candidates, batch_size) if optimised.chooses else {}
+    reporter.line(f"compared {sum(each['draws'] for each in choices.values()):,} choices of ort/choose with the host's")
+
     texts = {}
     if "savedmodel/generate_text" in bundle.manifest.graphs:
         texts = compare_text(servable, load_tokenizer(bundle.folder), prompts, candidates, end, batch_size)
@@ -113,6 +117,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "perplexity": {"reference": perplexity, "tokens": count},
         "runtimes": {name: report.table() for name, report in reports.items()},
         "greedy": greedy,
+        "choices": choices,
         "text": texts,
         "variants": variants,
         "left_out": {name: table["problem"] for name, table in variants.items() if "problem" in table},

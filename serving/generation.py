@@ -10,8 +10,9 @@ from typing import Literal
 import numpy as np
 
 from serving.backends.base import Backend
+from serving.choice import open_steps
 from serving.errors import InputError
-from serving.sampling import SamplingParams, choose
+from serving.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def generate(
 
     `params` is one for all or one for each; its `stop` strings are text and not looked at here. `on_token` is called
     with (prompt index, token id) for every new token and ends that row by returning True. A prompt and its
-    continuation fill at most `n_positions`. All rows run as one batch, ended rows fed the end-of-text token, unless
+    continuation fill at most `n_positions`. All rows run as one batch, ended rows fed tokens that nobody sees, unless
     that would push one past the context: then the rows run as several batches, shorter prompts first. Raises
     InputError for an empty prompt, one that leaves no room for a token, and a token id outside the vocabulary.
     """
@@ -51,7 +52,7 @@ def generate(
         live = [True] * len(rows)
         batch = [prompts[row] for row in rows]
         limits = [budgets[row] for row in rows]
-        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, eos_token_id, live):
+        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, live):
             row = rows[place]
             tokens[row].append(token)
             said_so = on_token is not None and on_token(row, token) is True
@@ -69,7 +70,7 @@ def stream(backend: Backend, prompt: Sequence[int], params: SamplingParams, eos_
     budget = _budget(backend, 0, prompt, params)
 
     def tokens() -> Iterator[int]:
-        for _, token in _steps(backend, [prompt], [params], [budget], eos_token_id, [True]):
+        for _, token in _steps(backend, [prompt], [params], [budget], [True]):
             yield token
             if token == eos_token_id and not params.ignore_eos:
                 return
@@ -87,12 +88,13 @@ def _budget(backend: Backend, index: int, prompt: Sequence[int], params: Samplin
             f"prompt {index} has {len(prompt)} tokens, which leaves no room in a context of {backend.n_positions}; "
             f"shorten it to {backend.n_positions - 1}"
         )
-    outside = next((token for token in prompt if not 0 <= token < backend.vocab_size), None)
-    if outside is not None:
-        raise InputError(
-            f"prompt {index} has the token id {outside}, outside the vocabulary of {backend.vocab_size}; "
-            "use the bundle's own tokenizer"
-        )
+    for what, ids in (("prompt", prompt), ("the logit_bias of prompt", [token for token, _ in params.logit_bias])):
+        outside = next((token for token in ids if not 0 <= token < backend.vocab_size), None)
+        if outside is not None:
+            raise InputError(
+                f"{what} {index} has the token id {outside}, outside the vocabulary of {backend.vocab_size}; "
+                "use the bundle's own tokenizer"
+            )
     return min(params.max_new_tokens, room)
 
 
@@ -114,26 +116,18 @@ def _steps(
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     budgets: Sequence[int],
-    eos_token_id: int,
     live: list[bool],
 ) -> Iterator[tuple[int, int]]:
     """Give (row, token) for each new token; the caller ends a row by setting its `live` to False."""
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
-    temperature = np.array([each.temperature for each in params], np.float32)
-    top_k = np.array([each.top_k for each in params], np.int64)
-    top_p = np.array([each.top_p for each in params], np.float32)
-    seed = np.array([each.seed for each in params], np.int64)
-    state, logits = backend.prefill(prompts, capacity)
+    steps = open_steps(backend, prompts, params, capacity)
     for step in itertools.count():
         rows = np.flatnonzero(live)
-        tokens = np.full(len(prompts), eos_token_id, np.int64)
-        tokens[rows] = choose(
-            logits[rows], temperature[rows], top_k[rows], top_p[rows], seed[rows], np.full(len(rows), step)
-        )
+        tokens = steps.choose(rows, step)
         for row in rows.tolist():
             # Before the caller sees the token, so that the caller's own verdict is the last word.
             live[row] = step + 1 < budgets[row]
             yield row, int(tokens[row])
         if not any(live):
             return
-        logits = backend.decode(state, tokens)
+        steps.feed(tokens)

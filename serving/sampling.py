@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: greedily, or by temperature, top-k and top-p with a counter-based seed.
+"""How the next token is chosen from logits: greedily, or by temperature, top-k, top-p and min-p with a counted seed.
 
 The same seed and step give the same random number in every runtime and every batch, because the number is a hash of
 the two and not the state of a generator. Everything here is written so that the same steps can be taken in TensorFlow.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from serving.errors import BundleError, InputError
 
 MAX_TEMPERATURE = 1000.0
 MAX_SEED = 2**63 - 1
+MAX_BIAS = 100.0
 
 _MASK = np.uint64(0xFFFFFFFF)
 _GOLDEN = np.uint64(0x9E3779B9)
@@ -36,6 +37,16 @@ class SamplingParams:
     """Sample among this many likeliest tokens; 0 means among all."""
     top_p: float = 1.0
     """Sample among the fewest likeliest tokens that together reach this probability; above 0, at most 1."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest; 0 to 1, 0 means among all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or continuation; from 0.01 to 100."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the continuation has; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once for each time that the continuation has it; from -2 to 2."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids with what is added to their logits, from -100 to 100; a mapping or pairs, each id once."""
     seed: int = 0
     """From 0 to 2^63 - 1; equal seeds give equal tokens."""
     stop: tuple[str, ...] = ()
@@ -49,6 +60,11 @@ class SamplingParams:
         _set_integer(self, "seed", 0, MAX_SEED)
         _set_number(self, "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"from 0 to {MAX_TEMPERATURE:g}")
         _set_number(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        _set_number(self, "min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
+        _set_number(self, "repetition_penalty", lambda value: 0.01 <= value <= 100, "from 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _set_number(self, name, lambda value: -2 <= value <= 2, "from -2 to 2")
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         if not isinstance(self.ignore_eos, bool):
             raise InputError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
         if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) for text in self.stop):
@@ -65,6 +81,24 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    """`bias` (a mapping or pairs) as pairs in order of id."""
+    problem = f"logit_bias is {bias!r}; it must give token ids numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}, each id once"
+    checked: dict[int, float] = {}
+    try:
+        for token, value in bias.items() if isinstance(bias, Mapping) else bias:
+            whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+            numeric = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not whole or not numeric or not 0 <= int(token) < 2**31 or not abs(float(value)) <= MAX_BIAS:
+                raise InputError(problem)
+            if int(token) in checked:
+                raise InputError(problem)
+            checked[int(token)] = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(problem) from None
+    return tuple(sorted(checked.items()))
 
 
 def _set_integer(params: SamplingParams, name: str, low: int, high: int) -> None:
@@ -112,21 +146,26 @@ def choose(
     top_p: ArrayLike,
     seed: ArrayLike,
     step: ArrayLike,
+    min_p: ArrayLike = 0.0,
 ) -> NDArray[np.int64]:
     """Choose one token id a row: `logits` is [rows, vocab] float32, the rest and the result are [rows].
 
-    Temperature 0 takes the greatest logit, the lowest id among equals. Otherwise, in float32 and in this order:
+    Temperature 0 takes the greatest logit, the lowest id among equals. Otherwise, in this order:
 
     1. x = logits sorted descending, the lowest id first among equals, the first `top_k` kept (0 keeps all);
-    2. w = exp((x - x[0]) / temperature), so that no temperature overflows;
-    3. c = running sum of w from left to right, mass = last of c;
-    4. token i is kept if i = 0 or c[i - 1] < top_p * mass (Hugging Face's rule: the mass before it is below top_p);
+    2. w = exp((x - x[0]) / temperature) in float32, so that no temperature overflows;
+    3. c = running sum of w in float64, from left to right, mass = last of c;
+    4. token i is kept if i = 0, or c[i - 1] < top_p * mass (Hugging Face's rule: the mass before it is below top_p)
+       and w[i] >= min_p (w[0] is 1);
     5. the first i whose c[i] > uniform(seed, step) * (last kept c) is chosen.
 
-    A row's result is computed from that row alone. Raises BundleError if a row has no finite greatest logit.
+    Bias and penalties come before all this (`serving.penalties`). A row's result is computed from that row alone.
+    Raises BundleError if a row has no finite greatest logit.
     """
     rows = logits.shape[0]
-    temperatures, top_ps = (np.broadcast_to(np.asarray(each, np.float32), rows) for each in (temperature, top_p))
+    temperatures, top_ps, min_ps = (
+        np.broadcast_to(np.asarray(each, np.float32), rows) for each in (temperature, top_p, min_p)
+    )
     top_ks = np.broadcast_to(np.asarray(top_k, np.int64), rows)
     draws = np.broadcast_to(uniform(seed, step), rows)
     chosen = np.empty(rows, np.int64)
@@ -141,12 +180,17 @@ def choose(
         if temperatures[row] == 0 or top_ks[row] == 1:
             chosen[row] = best
         else:
-            chosen[row] = _sample(line, temperatures[row], int(top_ks[row]), top_ps[row], draws[row])
+            chosen[row] = _sample(line, temperatures[row], int(top_ks[row]), top_ps[row], min_ps[row], draws[row])
     return chosen
 
 
 def _sample(
-    line: NDArray[np.float32], temperature: np.float32, top_k: int, top_p: np.float32, draw: np.float32
+    line: NDArray[np.float32],
+    temperature: np.float32,
+    top_k: int,
+    top_p: np.float32,
+    min_p: np.float32,
+    draw: np.float32,
 ) -> np.int64:
     """One row of `choose`, temperature above 0: `line` is [vocab]."""
     ids: NDArray[np.int64] = np.arange(line.shape[0])
@@ -158,9 +202,13 @@ def _sample(
         ids = ids[:top_k]
     x = line[ids]
     with np.errstate(over="ignore", under="ignore"):
-        cumulative = np.cumsum(np.exp((x - x[0]) / temperature), dtype=np.float32)
-    kept = 1 + int(np.searchsorted(cumulative[:-1], top_p * cumulative[-1], side="left"))
-    index = int(np.searchsorted(cumulative[:kept], draw * cumulative[kept - 1], side="right"))
+        weights = np.exp((x - x[0]) / temperature)
+    # In float32, what is added at the end of a large vocabulary would be lost in rounding.
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    kept = 1 + int(np.searchsorted(cumulative[:-1], np.float64(top_p) * cumulative[-1], side="left"))
+    kept = min(kept, int(np.count_nonzero(weights >= min_p)))
+    target = np.float64(draw) * cumulative[kept - 1]
+    index = int(np.searchsorted(cumulative[:kept], target, side="right"))
     # The draw is below 1 and so is its product with the mass, in every rounding; the bound costs nothing.
     return np.int64(ids[min(index, kept - 1)])
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
+from serving.penalties import Edits
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 class Backend(Protocol):
@@ -39,6 +42,66 @@ class Backend(Protocol):
         The next step of the same state may write into the same memory: copy what is kept.
         Raises InputError if a row is already at its capacity.
         """
+        ...
+
+
+@dataclass
+class Request:
+    """What each row of a batch asks of the next choice, all [rows]; `draw` is its random number in [0, 1).
+
+    `candidates` is among how many of the likeliest tokens the choice is looked for.
+    """
+
+    temperature: FloatArray
+    top_k: IntArray
+    top_p: FloatArray
+    min_p: FloatArray
+    draw: FloatArray
+    edits: Edits
+    candidates: int
+
+
+@dataclass
+class Choice:
+    """The chosen tokens, [rows], and whether each is certainly the one that the host would choose, [rows].
+
+    Where asked for: the greatest logits after the edits and their ids, [rows, candidates], and the normaliser, [rows]:
+    the logarithm of the sum over the vocabulary of exp((logit - greatest) / temperature), at temperature 1 for a greedy
+    row, so that a candidate's log-probability is (logit - greatest) / temperature - normaliser.
+    """
+
+    tokens: IntArray
+    exact: BoolArray
+    candidate_logits: FloatArray | None = None
+    candidate_ids: IntArray | None = None
+    normaliser: FloatArray | None = None
+
+
+class ChoosingBackend(Backend, Protocol):
+    """A backend that can choose tokens where the logits are, so that no logits need to be fetched.
+
+    `open` and `advance` are `prefill` and `decode` that fetch nothing.
+    """
+
+    chooses: bool
+    """Whether this one can; if not, the methods below may not be called."""
+    device: str
+    """Where it runs: "cpu" or "cuda"."""
+
+    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> Any:
+        """Run `prompts` as `prefill` does and return the state."""
+        ...
+
+    def advance(self, state: Any, tokens: IntArray) -> None:
+        """Append one token id a row as `decode` does."""
+        ...
+
+    def choose(self, state: Any, request: Request, candidates: bool = False) -> Choice:
+        """Choose each row's next token from its last logits; with `candidates`, fetch those and the normaliser too."""
+        ...
+
+    def logits(self, state: Any) -> FloatArray:
+        """Fetch the last logits, [rows, vocab_size]; the next step may write into the same memory."""
         ...
 
 

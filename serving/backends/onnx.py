@@ -1,68 +1,98 @@
 """A bundle's ONNX graphs in ONNX Runtime: the optimised one on a shared cache buffer, the portable by concatenation.
 
-Tensors stay bound between steps: a shared buffer is at once past and present, so no step copies a cache.
+Tensors stay bound between steps: a shared buffer is at once past and present, so no step copies a cache. Where the
+bundle has the graph `ort/choose`, logits stay where they are and the chosen tokens are the next step's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from serving.backends.base import FloatArray, IntArray, check_capacity, check_room, pad_right
+from serving.backends.base import (
+    Choice,
+    FloatArray,
+    IntArray,
+    Request,
+    check_capacity,
+    check_room,
+    pad_right,
+)
 from serving.bundle import Bundle
-from serving.errors import BundleError
+from serving.errors import BundleError, InputError, RuntimeMissingError
 
 DEFAULT_GRAPH = "ort/fp32"
 
 
+CHOOSE_GRAPH = "ort/choose"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
 @dataclass
 class State:
-    """A batch of rows being decoded: their lengths so far, [rows], and the binding that holds their cache."""
+    """A batch of rows being decoded: their lengths so far, [rows], and the binding that holds their cache.
+
+    `values` are the tensors that stay on the device between steps: "logits", and "token", [rows, 1], the last choice,
+    which is `chosen`, [rows], here.
+    """
 
     lengths: IntArray
     capacity: int
     mask: IntArray
     binding: Any
     cache: list[Any]
-    logits: FloatArray | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    choice: Any = None
+    chosen: IntArray | None = None
 
 
 class OnnxBackend:
-    """One ONNX graph of a bundle, on the CPU.
+    """One ONNX graph of a bundle.
 
     Args:
         bundle: an opened bundle.
         graph_name: the graph's name in the manifest, such as "ort/fp32" or "onnx/portable".
         threads: intra-operator threads; None leaves the choice to ONNX Runtime (one a physical core).
+        device: "cpu" or "cuda". Raises RuntimeMissingError if ONNX Runtime is not built for it here.
     """
 
-    def __init__(self, bundle: Bundle, graph_name: str = DEFAULT_GRAPH, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, graph_name: str = DEFAULT_GRAPH, threads: int | None = None, device: str = "cpu"
+    ) -> None:
         geometry = bundle.manifest.model
         graph = bundle.graph(graph_name)
-        self.name = graph_name
+        if graph.cache == "none":
+            raise InputError(f"{bundle.folder}: the graph {graph_name!r} is not a language model; ask for 'ort/fp32'")
+        self.name, self.device = graph_name, device
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
         self._cache_shape = (geometry.n_head, geometry.head_dim)
         self._shared = graph.cache == "shared-buffer"
+        if device != "cpu" and not self._shared:
+            raise InputError(f"the graph {graph_name!r} runs on the processor only; ask for 'ort/fp32' on {device}")
+        self.chooses = self._shared and CHOOSE_GRAPH in bundle.manifest.graphs
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
-        options = ort.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(
-                str(bundle.path(graph.path)), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's errors share no narrower base.
-            reason = " ".join(str(error).split())
-            raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {graph.path}: {reason}") from None
+        self._session = _open_session(bundle, graph_name, device, threads)
+        # Two thread pools that wait by spinning would take the processor from each other at every step.
+        self._choose_session = _open_session(bundle, CHOOSE_GRAPH, device, 1) if self.chooses else None
 
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
         """See `Backend.prefill`."""
+        state = self.open(prompts, capacity)
+        return state, self.logits(state)
+
+    def decode(self, state: State, tokens: IntArray) -> FloatArray:
+        """See `Backend.decode`."""
+        self.advance(state, tokens)
+        return self.logits(state)
+
+    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> State:
+        """See `ChoosingBackend.open`."""
         check_capacity(prompts, capacity, self.n_positions)
         token_ids, lengths = pad_right(prompts)
         rows, width = token_ids.shape
@@ -72,16 +102,19 @@ class OnnxBackend:
         heads, head_dim = self._cache_shape
         length = capacity if self._shared else 0
         for name in self._past:
-            state.cache.append(_zeros((rows, heads, length, head_dim), self._cache_dtype))
+            state.cache.append(self._zeros((rows, heads, length, head_dim), self._cache_dtype))
             state.binding.bind_ortvalue_input(name, state.cache[-1])
         positions = np.broadcast_to(np.arange(width), token_ids.shape)
-        logits = self._run(state, token_ids, positions, width)
-        if logits.shape[1] == 1:
-            return state, logits[:, 0]
-        return state, np.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        state.binding.bind_cpu_input("input_ids", token_ids)
+        self._run(state, positions, width)
+        if state.values["logits"].shape()[1] != 1:
+            # The portable graph gives every position's; a row's own last one is what counts.
+            logits = np.take_along_axis(state.values["logits"].numpy(), (lengths - 1)[:, None, None], axis=1)
+            state.values["logits"] = ort.OrtValue.ortvalue_from_numpy(logits)
+        return state
 
-    def decode(self, state: State, tokens: IntArray) -> FloatArray:
-        """See `Backend.decode`."""
+    def advance(self, state: State, tokens: IntArray) -> None:
+        """See `ChoosingBackend.advance`."""
         check_room(state.lengths, state.capacity)
         if self._shared:
             # Row by row the new token lands behind the row's own last one.
@@ -93,36 +126,92 @@ class OnnxBackend:
             if total > state.mask.shape[1]:
                 state.mask = np.pad(state.mask, ((0, 0), (0, state.capacity)))
             state.mask[:, total - 1] = 1
-        logits = self._run(state, tokens[:, None], state.lengths[:, None], total)
+        if state.chosen is not None and np.array_equal(tokens, state.chosen):
+            state.binding.bind_ortvalue_input("input_ids", state.values["token"])
+        else:
+            state.binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, None], np.int64))
+        self._run(state, state.lengths[:, None], total)
         state.lengths += 1
+
+    def logits(self, state: State) -> FloatArray:
+        """See `ChoosingBackend.logits`."""
+        logits: FloatArray = state.values["logits"].numpy()
         return logits[:, 0]
 
-    def _run(self, state: State, token_ids: IntArray, positions: IntArray, total: int) -> FloatArray:
+    def choose(self, state: State, request: Request, candidates: bool = False) -> Choice:
+        """See `ChoosingBackend.choose`."""
+        assert self._choose_session is not None, "asked to choose without a graph for it; look at `chooses` first"
+        if state.choice is None:
+            state.choice = self._choose_session.io_binding()
+            state.values["token"] = self._zeros((len(state.lengths), 1), np.dtype(np.int64))
+            state.choice.bind_ortvalue_input("logits", state.values["logits"])
+        edits = request.edits
+        for name, value in (
+            *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
+            *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
+            ("candidates", np.array([request.candidates], np.int64)),
+        ):
+            state.choice.bind_cpu_input(name, value)
+        state.choice.clear_binding_outputs()
+        state.choice.bind_ortvalue_output("token", state.values["token"])
+        names = ["exact", "candidate_logits", "candidate_ids", "normaliser"] if candidates else ["exact"]
+        for name in names:
+            state.choice.bind_output(name, "cpu")
+        self._choose_session.run_with_iobinding(state.choice)
+        # A copy, since the next choice is written into the same memory.
+        state.chosen = state.values["token"].numpy()[:, 0].copy()
+        _, *fetched = state.choice.get_outputs()
+        return Choice(state.chosen, *(value.numpy() for value in fetched))
+
+    def _run(self, state: State, positions: IntArray, total: int) -> None:
+        """One pass over the bound `input_ids`; leaves `state.values["logits"]`."""
         binding = state.binding
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(token_ids, np.int64))
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[:, :total]))
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions, np.int64))
         if not self._shared:
-            return self._run_concatenated(state)
-        if state.logits is None:
-            state.logits = np.empty((len(token_ids), 1, self.vocab_size), np.float32)
-            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(state.logits))
+            self._run_concatenated(state)
+            return
+        if "logits" not in state.values:
+            state.values["logits"] = self._zeros((len(state.lengths), 1, self.vocab_size), np.dtype(np.float32))
+            binding.bind_ortvalue_output("logits", state.values["logits"])
             for name, value in zip(self._present, state.cache, strict=True):
                 binding.bind_ortvalue_output(name, value)
         self._session.run_with_iobinding(binding)
-        return state.logits
 
-    def _run_concatenated(self, state: State) -> FloatArray:
+    def _run_concatenated(self, state: State) -> None:
         for name in ("logits", *self._present):
             state.binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(state.binding)
-        logits, *state.cache = state.binding.get_outputs()
+        state.values["logits"], *state.cache = state.binding.get_outputs()
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
-        result: FloatArray = logits.numpy()
-        return result
+
+    def _zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Zeros on the device, so that no slot that was never written can hold not-a-number."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self.device, 0)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Zeros, so that no slot that was never written can hold not-a-number."""
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+def _open_session(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise RuntimeMissingError(
+            f"the ONNX Runtime that is installed here does not run on {device!r} (it has no {provider}); "
+            "run: pip install 'gpt2-bundle[onnx-gpu]'"
+        )
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = bundle.graph(graph_name).path
+    try:
+        session = ort.InferenceSession(
+            str(bundle.path(path)), options, providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
+        )
+    except Exception as error:  # ONNX Runtime's errors share no narrower base.
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
+    if session.get_providers()[0] != provider:
+        # Its libraries are not there, or there is no such device: ONNX Runtime goes on without, but for a warning.
+        raise RuntimeMissingError(
+            f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
+        )
+    return session

@@ -27,25 +27,61 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.argument("prompt")
 @click.option("--runtime", default="onnx", show_default=True, metavar="NAME", help="onnx or tensorflow.")
 @click.option("--graph", metavar="NAME", help="A graph by its name in the manifest, such as ort/int8.")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda, for ONNX Runtime.")
 @click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
 @click.option(
     "--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token each time."
 )
 @click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
 @click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
+@click.option(
+    "--min-p",
+    default=_DEFAULTS["min_p"],
+    show_default=True,
+    help="Leave out what is less likely than this share of the likeliest.",
+)
+@click.option(
+    "--repetition-penalty",
+    default=_DEFAULTS["repetition_penalty"],
+    show_default=True,
+    help="Above 1, tokens that came, prompt too, come less.",
+)
+@click.option(
+    "--presence-penalty",
+    default=_DEFAULTS["presence_penalty"],
+    show_default=True,
+    help="Taken from the logit of each token generated.",
+)
+@click.option(
+    "--frequency-penalty",
+    default=_DEFAULTS["frequency_penalty"],
+    show_default=True,
+    help="The same, for each time that it came.",
+)
+@click.option(
+    "--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; may be given several times."
+)
 @click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
 def generate(
-    bundle: Path, prompt: str, runtime: str, graph: str | None, as_json: bool, stop: tuple[str, ...], **sampling: Any
+    bundle: Path,
+    prompt: str,
+    runtime: str,
+    graph: str | None,
+    device: str,
+    as_json: bool,
+    stop: tuple[str, ...],
+    logit_bias: tuple[str, ...],
+    **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in the folder BUNDLE and print the continuation.
 
     PROMPT '-' reads standard input, less one newline at its end; an empty one starts from the end-of-text token. Put
     '--' before a PROMPT that begins with a dash.
     """
-    params = SamplingParams(stop=stop, **sampling)
+    params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
@@ -59,7 +95,7 @@ def generate(
     eos_token_id = opened.manifest.model.eos_token_id
     prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
     pieces = TextStream(tokenizer, params.stop)
-    backend = load_backend(opened, runtime, graph)
+    backend = load_backend(opened, runtime, graph, device)
 
     began = time.perf_counter()
     token_ids: list[int] = []
@@ -102,6 +138,14 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises the bare class.
         raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
+
+
+def _read_bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise InputError(f"--logit-bias is {text!r}; write ID=VALUE, such as 50256=-100") from None
 
 
 def _read_prompt(prompt: str) -> str:

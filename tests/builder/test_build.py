@@ -38,7 +38,7 @@ def test_the_bundle_has_what_the_format_asks_for(bundle: Bundle) -> None:
     manifest = bundle.manifest
     assert manifest.name == "tiny" and manifest.model.n_positions == 48 and manifest.model.vocab_size == 300
     texts, slots = ("generate_text", "tokenize", "detokenize"), ("prefill_slots", "decode_slots", "release_slots")
-    assert set(manifest.graphs) == {"onnx/portable", "ort/fp32", "ort/int8", "ort/int4"} | {
+    assert set(manifest.graphs) == {"onnx/portable", "ort/fp32", "ort/int8", "ort/int4", "ort/choose"} | {
         f"savedmodel/{name}" for name in ("serving_default", "prefill", "decode", "score", *texts, *slots)
     }
     for name in ("README.md", "config.json", "generation_config.json", "golden.json", "verification.json"):
@@ -73,6 +73,9 @@ def test_the_certificate_says_what_was_compared(bundle: Bundle) -> None:
         }  # fmt: skip
         assert table["perplexity"] == pytest.approx(certificate["perplexity"]["reference"], rel=1e-4)
     assert len(certificate["greedy"]) == 5
+    for record in certificate["choices"].values():
+        assert record["draws"] == 24 and 12 <= record["exact"] == record["equal"]
+    assert len(certificate["choices"]) == 4
     assert any("tensorflow_model_server" in sentence for sentence in certificate["not_run"])
 
 

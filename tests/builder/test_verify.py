@@ -299,3 +299,18 @@ def test_the_summary_is_the_worst_of_the_certificate(built: TinyBuild) -> None:
     ours = summary(certificate)
     assert (ours["greedy_equal"], ours["greedy_tokens"], ours["perplexity_relative"]) == (21, 24, 0.5)
     assert dataclasses.asdict(open_bundle(built.bundle).manifest)["parity"]["certificate"] == "verification.json"
+
+
+def test_a_graph_that_chooses_another_token_is_found(bundle: Path) -> None:
+    import onnx
+
+    path = bundle / "ort" / "choose" / "model.onnx"
+    model = onnx.load(str(path))
+    last = next(node for node in model.graph.node if "token" in node.output)
+    zero = next(each.name for each in model.graph.initializer if each.name == "int64_0_2")
+    last.op_type = "Mul"
+    last.input.append(zero)
+    onnx.save(model, str(path))
+    sign(bundle)
+    message = failure(bundle)
+    assert "parity failed in ort/choose: only " in message and "(greedy)" in message

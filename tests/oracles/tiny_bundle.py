@@ -30,6 +30,7 @@ def trace_optimised(model: Any) -> Any:
 
 def write_real_bundle(folder: Path) -> Manifest:
     """Export the fixture "bytes" to every graph of a bundle in `folder`."""
+    from builder.choose_graph import write_choose
     from builder.export import servable
     from builder.progress import Reporter
     from builder.recipe import ExportRecipe
@@ -41,6 +42,7 @@ def write_real_bundle(folder: Path) -> Manifest:
     write_safetensors(model, folder / "model.safetensors")
     write_graph(trace_portable(model), folder / "model.safetensors", folder / "onnx/model.onnx")
     write_graph(trace_optimised(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
+    write_choose(model.geometry.vocab_size, folder / "ort/choose/model.onnx")
     servable(model, folder, ExportRecipe(), Reporter()).save(folder / "savedmodel/1")
     return write_manifest(
         folder,
@@ -80,6 +82,15 @@ def graphs(geometry: Geometry) -> dict[str, Graph]:
     return {
         "onnx/portable": onnx("onnx/model.onnx", "any", "concatenated", "past", "total"),
         "ort/fp32": onnx("ort/fp32/model.onnx", "right", "shared-buffer", "buffer", "buffer"),
+        "ort/choose": Graph(
+            "onnx",
+            "ort/choose/model.onnx",
+            "fp32",
+            "any",
+            "none",
+            {"logits": TensorSpec("float32", ("batch_size", 1, geometry.vocab_size))},
+            {"token": TensorSpec("int64", ("batch_size", 1))},
+        ),
         "savedmodel/serving_default": tensorflow("serving_default"),
         "savedmodel/prefill": tensorflow("prefill"),
         "savedmodel/decode": tensorflow("decode"),

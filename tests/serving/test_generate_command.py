@@ -25,7 +25,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """Replace the loader; the list fills with what was asked for."""
     calls: list[tuple[str, str | None]] = []
 
-    def load(bundle: Bundle, runtime: str, graph: str | None = None) -> ClosedFormBackend:
+    def load(bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu") -> ClosedFormBackend:
         calls.append((runtime, graph))
         return ClosedFormBackend()
 
@@ -93,6 +93,12 @@ def test_prompts_from_standard_input_and_empty_ones(
         (["--seed", "-1"], 2, "seed is -1"),
         (["--max-new-tokens", "0"], 2, "max_new_tokens is 0"),
         (["--stop", ""], 2, "stop has ''"),
+        (["--min-p", "1.5"], 2, "min_p is 1.5"),
+        (["--repetition-penalty", "0"], 2, "repetition_penalty is 0"),
+        (["--presence-penalty", "3"], 2, "presence_penalty is 3"),
+        (["--frequency-penalty", "nan"], 2, "frequency_penalty is nan"),
+        (["--logit-bias", "7"], 2, "--logit-bias is '7'; write ID=VALUE"),
+        (["--logit-bias", "7=101"], 2, "logit_bias is ((7, 101.0),)"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -106,6 +112,22 @@ def test_mistakes_are_one_line(
     assert run(["generate", str(bundle_folder), "hi", *arguments]) == code
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == "" and asked == []
+
+
+def test_bias_and_penalties_reach_the_choice(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ids(*options: str) -> list[int]:
+        arguments = ["generate", str(bundle_folder), "hi", "--max-new-tokens", "2", "--ignore-eos", "--json"]
+        assert run([*arguments, *options]) == 0
+        return list(json.loads(capsys.readouterr().out)["token_ids"])
+
+    first = greedy(TOKENIZER.encode("hi").ids, 1, 257)[0]
+    assert ids()[0] == first
+    assert ids("--logit-bias", f"{first}=-100")[0] == (first + 1) % 257
+    assert ids("--logit-bias", "5=100", "--logit-bias", "6=99", "--presence-penalty", "1.5") == [5, 6]
+    assert run(["generate", str(bundle_folder), "hi", "--logit-bias", "257=1"]) == 2
+    assert "the logit_bias of prompt 0 has the token id 257, outside" in capsys.readouterr().err
 
 
 def test_long_prompts_and_broken_tokenizers(
@@ -155,6 +177,11 @@ def test_loader_asks_for_what_the_graph_needs(bundle_folder: Path, monkeypatch: 
     ]:
         with pytest.raises(InputError, match=message):
             loader.load_backend(bundle, runtime, graph)
+    options = loader.load_backend(bundle, "onnx", None, "cuda")
+    assert options.options == {"device": "cuda"}
+    for runtime, device, message in [("onnx", "cud", "did you mean 'cuda'"), ("tensorflow", "cuda", "--runtime onnx")]:
+        with pytest.raises(InputError, match=message):
+            loader.load_backend(bundle, runtime, None, device)
 
 
 @pytest.mark.parametrize(
