@@ -96,10 +96,13 @@ test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and ru
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
 	$(BIN)/python -m pytest -m oracle
 
-test-ecosystem: $(INSTALLED) ## Install ONNX Runtime GenAI in an environment of its own, and run it on a bundle.
+test-ecosystem: $(INSTALLED) ## Install ONNX Runtime GenAI and Optimum in environments of their own, and run them on a bundle.
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
-	GENAI_PYTHON=.venv-genai/bin/python $(BIN)/python -m pytest -m ecosystem
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
+		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
+	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python $(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
@@ -107,4 +110,4 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai .venv-optimum .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
