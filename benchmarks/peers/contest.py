@@ -101,15 +101,15 @@ class Contest:
                         runs[name].append(run)
                         others = busy_seconds() - child.cpu_seconds() - before
                         child.disturbance.append(others / (time.perf_counter() - began) / usable_cores())
-        ceiling = Ceiling(max(bandwidth.samples), max(compute.samples))
-        rows = [row(children[name], geometry, setting, runs[name], ceiling) for name in children if runs[name]]
+        fastest = max(bandwidth.samples)
+        rows = [row(children[name], geometry, setting, runs[name], fastest) for name in children if runs[name]]
         return {
             **asdict(setting),
             "environment": environment(),
-            "read_bandwidth_bytes_per_second": ceiling.bandwidth,
+            "read_bandwidth_bytes_per_second": fastest,
             "read_bandwidth_samples": bandwidth.samples,
-            "fp32_flop_per_second": ceiling.flops,
-            "fp32_flop_samples": compute.samples,
+            "numpy_fp32_flop_per_second": max(compute.samples),
+            "numpy_fp32_flop_samples": compute.samples,
             "rows": rows,
             "failed": self.failed,
         }
@@ -152,27 +152,18 @@ class Contest:
         self.failed[name] = str(error)
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """What the machine can do: bytes/s read from memory, and float32 operations/s in a large product."""
+def row(child: Child, geometry: Geometry, setting: Setting, runs: Sequence[Run], bandwidth: float) -> dict[str, Any]:
+    """One contestant's figures in milliseconds; `floor_ms` is what a step reads, at `bandwidth` bytes/s.
 
-    bandwidth: float
-    flops: float
-
-
-def row(child: Child, geometry: Geometry, setting: Setting, runs: Sequence[Run], ceiling: Ceiling) -> dict[str, Any]:
-    """One contestant's figures in milliseconds, beside what bounds them.
-
-    `floor_ms` is a step's reading at the bandwidth. `prefill_ceiling_ms` is the prefill's arithmetic at the rate of a
-    float32 product, which is no bound for fewer bits, where processors have faster instructions: null there.
+    `prefill_operations_per_second` may pass numpy's float32 product, a yardstick and not the processor's limit.
     `disturbance` is the largest share of the cores that others took in any of its turns.
     """
     prefill = summarise([run.prefill * 1e3 for run in runs])
     decode = summarise([seconds * 1e3 for run in runs for seconds in run.steps])
     assert prefill is not None and decode is not None
     cached = setting.prompt_tokens + setting.new_tokens / 2
-    floor = step_bytes(geometry, setting.precision, setting.batch_size, cached) / ceiling.bandwidth * 1e3
-    arithmetic = prefill_flops(geometry, setting.batch_size, setting.prompt_tokens) / ceiling.flops * 1e3
+    floor = step_bytes(geometry, setting.precision, setting.batch_size, cached) / bandwidth * 1e3
+    operations = prefill_flops(geometry, setting.batch_size, setting.prompt_tokens)
     return {
         "contestant": child.name,
         "versions": child.versions,
@@ -182,7 +173,7 @@ def row(child: Child, geometry: Geometry, setting: Setting, runs: Sequence[Run],
         "decode_tokens_per_second": setting.batch_size / decode.median * 1e3,
         "floor_ms": floor,
         "floor_over_decode": floor / decode.median,
-        "prefill_ceiling_ms": arithmetic if setting.precision == "fp32" else None,
+        "prefill_operations_per_second": operations / prefill.median * 1e3,
         "disturbance": max(child.disturbance),
         "tokens": runs[0].tokens,
         "tokens_sha256": sorted({_digest(run.tokens) for run in runs}),

@@ -13,9 +13,9 @@ _TOLERATED = 0.05
 def table(record: dict[str, Any]) -> str:
     """A line for each contestant of each contest; the fastest prefill and step are bold."""
     lines = [
-        "| precision | batch | contestant | prefill, ms | decode step, ms (95 %) | tokens/s | floor / step "
-        "| the step over ours | tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| precision | batch | contestant | prefill, ms | prefill, GOP/s | decode step, ms (95 %) | tokens/s "
+        "| floor / step | the step over ours | tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for contest in record["contests"]:
         rows = contest["rows"]
@@ -25,6 +25,7 @@ def table(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {contest['precision']} | {contest['batch_size']} | {row['contestant']} "
                 f"| {_bold(prefill['median'], rows, 'prefill_ms', 1)} "
+                f"| {row['prefill_operations_per_second'] / 1e9:,.0f} "
                 f"| {_bold(decode['median'], rows, 'decode_ms', 2)} ({decode['low']:.2f} to {decode['high']:.2f}) "
                 f"| {row['decode_tokens_per_second']:,.0f} | {row['floor_over_decode']:.2f} "
                 f"| {decode['median'] / own['decode_ms']['median']:.2f} | {agreement(row, own)} |"
@@ -44,7 +45,7 @@ def conditions(record: dict[str, Any]) -> str:
         line = (
             f"{contest['precision']}, batch {contest['batch_size']}: {', '.join(ahead)}; "
             f"{contest['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"{contest['fp32_flop_per_second'] / 1e9:.0f} GFLOP/s fp32"
+            f"{contest['numpy_fp32_flop_per_second'] / 1e9:.0f} GFLOP/s by numpy"
         )
         disturbed = max(row["disturbance"] for row in rows)
         if disturbed > _TOLERATED:
