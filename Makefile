@@ -15,7 +15,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training bench-peers test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,24 @@ bench-training: $(INSTALLED) ## Measure training beside torch and KerasHub, whic
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
 	$(BIN)/python -m benchmarks.training --peers .venv-peers/bin/python --output runs/bench-training/record.json
 
+# One environment a peer, as their requirements clash; one that does not install here is left out. llama-cpp-python is
+# compiled, some ten minutes on two cores. torchvision comes with optimum-intel, GPT-2 does not need it, and where it was
+# built for another torch transformers does not import.
+PEERS := torch openvino ctranslate2 genai llama
+
+.venv-peer-%/installed: benchmarks/peers/requirements/%.txt
+	rm -rf .venv-peer-$*
+	$(PYTHON) -m venv .venv-peer-$*
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+		.venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@test $* != openvino || .venv-peer-$*/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+bench-peers: $(INSTALLED) ## Measure decode and prefill at 124M beside other runtimes, which are installed for it.
+	for peer in $(PEERS); do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
+	test -f "$(OUTPUT)/gpt2-geometry/ort/int4/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --output runs/bench-peers/record.json
+
 test: $(INSTALLED) ## Run the fast tests.
 	$(BIN)/python -m pytest
 
@@ -78,10 +96,13 @@ test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and ru
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
 	$(BIN)/python -m pytest -m oracle
 
-test-ecosystem: $(INSTALLED) ## Install ONNX Runtime GenAI in an environment of its own, and run it on a bundle.
+test-ecosystem: $(INSTALLED) ## Install ONNX Runtime GenAI and Optimum in environments of their own, and run them on a bundle.
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
-	GENAI_PYTHON=.venv-genai/bin/python $(BIN)/python -m pytest -m ecosystem
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
+		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
+	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python $(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
@@ -89,4 +110,4 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-peers runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai .venv-optimum .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

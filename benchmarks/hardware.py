@@ -16,6 +16,8 @@ import numpy as np
 _PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy", "tokenizers", "rensa")
 # Far larger than any cache, so that every pass comes from memory.
 _BYTES = 512 << 20
+# Large enough that a product is arithmetic and not reading.
+_SIDE = 2048
 
 
 class BandwidthProbe:
@@ -47,9 +49,43 @@ class BandwidthProbe:
         return best
 
 
+class ComputeProbe:
+    """Measures float32 arithmetic by numpy's product of two square matrices, on as many cores as its library takes."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self._matrices = random.standard_normal((2, _SIDE, _SIDE), np.float32)
+        self.samples: list[float] = []
+
+    def sample(self, passes: int = 5) -> float:
+        """Return the multiplications and additions a second of the best of a few passes, and keep it in `samples`."""
+        time.sleep(0.1)
+        left, right = self._matrices
+        best = 0.0
+        for _ in range(passes):
+            began = time.perf_counter()
+            np.dot(left, right)
+            best = max(best, 2 * _SIDE**3 / (time.perf_counter() - began))
+        self.samples.append(best)
+        return best
+
+
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes, and whoever else the host runs, have taken from this machine since it started.
+
+    Zero where the system does not say (/proc/stat).
+    """
+    try:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _waiting, *others = (int(field) for field in fields[:8])
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
 
 
 def last_level_cache_bytes() -> int | None:

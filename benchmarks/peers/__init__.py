@@ -1,0 +1,1 @@
+"""Decode and prefill beside other runtimes, each in an environment and a process of its own."""

@@ -1,0 +1,83 @@
+"""A contestant's process, as its parent sees it: it computes when it is asked, and waits otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.peers.protocol import Job, Run
+from serving.errors import GPT2BundleError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Child:
+    """Starts `command`, which speaks `benchmarks.peers.protocol`, and stops it at the end of a `with` block.
+
+    What it prints beside its answers goes into the file `log`. Raises GPT2BundleError for an error that it answers, or
+    if it ends.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, threads: int) -> None:
+        self.name, self.log = name, log
+        self.versions: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.disturbance: list[float] = []
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "-1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+        }
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                list(command), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def load(self, job: Job) -> None:
+        """Load what the job says; `versions` and `notes` are known afterwards."""
+        answer = self._ask({"do": "load", **vars(job)})
+        self.versions, self.notes = answer["versions"], answer["notes"]
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        """See `benchmarks.peers.protocol.Contestant.run`."""
+        return Run(**self._ask({"do": "run", "prompts": prompts, "new_tokens": new_tokens}))
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of the process so far; zero where the system does not say."""
+        try:
+            text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
+        except OSError:
+            return 0.0
+        user, system = text.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # Its last words are in the log.
+        line = self._process.stdout.readline()
+        if not line:
+            raise GPT2BundleError(f"{self.name} ended with {self._process.wait()}; its last words are in {self.log}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise GPT2BundleError(f"{self.name}: {answer['error']}")
+        return answer
