@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from builder.checkpoint import Progress, load_best, load_checkpoint
 from builder.frameworks import keras, tf
 from builder.gpt2 import GPT2
+from builder.heap import kept_heap
 from builder.loop import run_epochs
 from builder.masked_tokens import Shard
 from builder.metrics_log import MetricsLog
@@ -133,7 +134,8 @@ def fit(
     watch = Watch(recipe, folder, run_id, steps, start, notify, log, sample)
     if sampler and start.step < steps and not watch.is_stale:
         watch.rows_of = sampler.starts
-        _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)
+        with kept_heap():
+            _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)
     optimizer.finalize_variable_values(model.trainable_variables)
     if best and not load_best(folder, model, run_id, exported_row(watch.history, recipe)["step"]):
         raise TrainingError(f"{folder}: the best weights are gone; run the same command again")
