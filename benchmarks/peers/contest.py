@@ -95,6 +95,7 @@ class Contest:
                 turn = repeat % len(names)
                 for name in names[turn:] + names[:turn]:
                     child = children[name]
+                    time.sleep(_PAUSE)
                     before, began = busy_seconds() - child.cpu_seconds(), time.perf_counter()
                     run = self._turn(child, setting, prompts, setting.new_tokens)
                     if run is not None:
@@ -134,11 +135,11 @@ class Contest:
         except GPT2BundleError as error:
             self._fail(child.name, error)
         else:
+            time.sleep(_PAUSE)
             self._turn(child, setting, prompts, min(2, setting.new_tokens))
 
     def _turn(self, child: Child, setting: Setting, prompts: list[list[int]], new_tokens: int) -> Run | None:
         self.say(f"{setting.precision}, batch {setting.batch_size}: {child.name} runs {new_tokens} steps")
-        time.sleep(_PAUSE)
         try:
             return child.run(prompts, new_tokens)
         except GPT2BundleError as error:

@@ -47,7 +47,7 @@ def conditions(record: dict[str, Any]) -> str:
             f"{contest['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, "
             f"{contest['numpy_fp32_flop_per_second'] / 1e9:.0f} GFLOP/s by numpy"
         )
-        disturbed = max(row["disturbance"] for row in rows)
+        disturbed = max((row["disturbance"] or 0.0) for row in rows)
         if disturbed > _TOLERATED:
             line += f"; DISTURBED: other processes took up to {disturbed:.0%} of the cores, repeat it"
         failed = [f"{name} failed ({error})" for name, error in contest["failed"].items()]
