@@ -7,6 +7,7 @@ a whole continuation at a time, and must give the same tokens; "default" is what
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from serving.backends.base import ChoosingBackend
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.choice import Chooser, DeviceSteps, HostSteps, chooses, open_steps
-from serving.errors import InputError, ParityError
+from serving.errors import GPT2BundleError, InputError, ParityError
 from serving.sampling import SamplingParams
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -129,4 +130,8 @@ def _certain(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GPT2BundleError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

@@ -73,9 +73,11 @@ def test_the_certificate_says_what_was_compared(bundle: Bundle) -> None:
         }  # fmt: skip
         assert table["perplexity"] == pytest.approx(certificate["perplexity"]["reference"], rel=1e-4)
     assert len(certificate["greedy"]) == 5
-    for record in certificate["choices"].values():
-        assert record["draws"] == 24 and 12 <= record["exact"] == record["equal"]
+    # A model of few steps is nearly flat, so that without top-k few choices are certain.
     assert len(certificate["choices"]) == 4
+    for name, record in certificate["choices"].items():
+        assert record["draws"] == 24 and 1 <= record["exact"] == record["equal"]
+        assert record["exact"] >= 23 or name in ("all tokens", "min-p and penalties")
     assert any("tensorflow_model_server" in sentence for sentence in certificate["not_run"])
 
 
