@@ -72,7 +72,7 @@ def test_the_certificate_says_what_was_compared(bundle: Bundle) -> None:
             "every_step": 24, "prefill": 4, "first_decode": 4, "last_position": 4,
         }  # fmt: skip
         assert table["perplexity"] == pytest.approx(certificate["perplexity"]["reference"], rel=1e-4)
-    assert len(certificate["greedy"]) == 5
+    assert len(certificate["greedy"]) == 6
     # A model of few steps is nearly flat, so that without top-k few choices are certain.
     assert len(certificate["choices"]) == 4
     for name, record in certificate["choices"].items():
