@@ -38,7 +38,7 @@ class RestTransport:
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise InputError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8501")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect = lambda timeout: kind(parts.hostname or "", port, timeout=timeout)
+        self._kind, self._host, self._port = kind, parts.hostname, port
         self._url, self._layout = url, layout
         self._path = f"{parts.path.rstrip('/')}/v1/models/{quote(model, safe='')}"
 
@@ -82,7 +82,7 @@ class RestTransport:
 
     def _ask(self, method: str, suffix: str, body: Any, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
-        connection = self._connect(timeout)
+        connection = self._kind(self._host, self._port, timeout=timeout)
         try:
             data = None if body is None else json.dumps(body).encode("utf-8")
             connection.request(method, self._path + suffix, data, {"Content-Type": "application/json"})
