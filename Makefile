@@ -34,16 +34,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 bundle: $(INSTALLED) ## Text to verified bundle in dist/ (RECIPE=, BASE=, CORPUS=, OUTPUT=).
 	$(BUILD)
 
-# TensorFlow Serving itself, as a binary or as its official container.
+# TensorFlow Serving itself, as a binary or as its official container, from the folder that deploy writes.
 serve: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Serving, if it is on this machine (BUNDLE=).
-	@$(BIN)/gpt2-bundle inspect "$(BUNDLE)" --json >/dev/null
-	@name=$$(basename "$(BUNDLE)"); folder=$$(cd "$(BUNDLE)/savedmodel" && pwd); \
+	@folder=runs/serve/$$(basename "$(BUNDLE)"); \
+	$(BIN)/gpt2-bundle deploy "$(BUNDLE)" --target tfserving --output "$$folder" || exit; \
 	if command -v "$${TENSORFLOW_MODEL_SERVER:-tensorflow_model_server}" >/dev/null; then \
-		exec "$${TENSORFLOW_MODEL_SERVER:-tensorflow_model_server}" --rest_api_port=8501 --port=8500 \
-			--model_name=$$name --model_base_path=$$folder; \
+		exec "$$folder/run.sh"; \
 	elif docker info >/dev/null 2>&1; then \
-		exec docker run --rm -p 127.0.0.1:8501:8501 -p 127.0.0.1:8500:8500 -v $$folder:/models/$$name:ro \
-			-e MODEL_NAME=$$name tensorflow/serving; \
+		cd "$$folder" && exec docker compose up; \
 	else \
 		echo "error: neither tensorflow_model_server (or TENSORFLOW_MODEL_SERVER) nor a running Docker engine is here;" \
 			"install one to serve $$folder" >&2; exit 1; \

@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure a bundle's perplexity on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
+    "deploy": ("serving.commands.deploy:deploy", "Write a folder that TensorFlow Serving serves a bundle from."),
+    "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving, by REST or gRPC."),
     "bench": ("benchmarks.command:bench", "Measure decode and prefill latency against the hardware's floor."),
 }
 

@@ -33,3 +33,11 @@ class TrainingError(GPT2BundleError):
 
 class RuntimeMissingError(GPT2BundleError):
     """A runtime that was asked for by name is not installed here."""
+
+
+class ServerError(GPT2BundleError):
+    """A server refused a request, or did not answer; `code` is the status by gRPC's name, such as NOT_FOUND."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -19,22 +19,25 @@ from serving.strict_json import MAX_BYTES
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+# What a folder is, by the file that says so.
+_KINDS = {MANIFEST_NAME: "a bundle", "deployment.json": "a deployment"}
 
 
-def publish(staged: Path, destination: Path) -> Path:
+def publish(staged: Path, destination: Path, marker: str = MANIFEST_NAME) -> Path:
     """Move the bundle in `staged` to `destination`, replacing the bundle that is there, and return the final folder.
 
     The step is one rename, or one exchange where a bundle exists already (renameat2, Linux); from another file system
     the files are copied to a hidden folder beside `destination` first. `staged` and the old bundle are gone afterwards.
     A symbolic link at `destination` keeps pointing at the folder that is replaced. Raises BundleError if `staged` has
     no manifest, and InputError if `destination` holds something that is not a bundle or overlaps with `staged`.
+    Other kinds of folders are known by a file of their own instead of the manifest, `marker`.
     """
     staged, final = Path(os.path.realpath(staged)), Path(os.path.realpath(destination))
-    if not _is_bundle(staged):
-        raise BundleError(f"{staged}: no {MANIFEST_NAME} of a bundle, so there is nothing to publish; write it first")
+    if not _is_ours(staged, marker):
+        raise BundleError(f"{staged}: no {marker} of {_KINDS[marker]}, so there is nothing to publish; write it first")
     if staged == final or staged in final.parents or final in staged.parents:
         raise InputError(f"{destination}: overlaps with the folder being published, {staged}; choose another folder")
-    _refuse_to_destroy(final)
+    _refuse_to_destroy(final, marker)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         _put(staged, final)
@@ -48,10 +51,10 @@ def publish(staged: Path, destination: Path) -> Path:
     return final
 
 
-def check_destination(destination: Path) -> None:
+def check_destination(destination: Path, marker: str = MANIFEST_NAME) -> None:
     """Raise now for what `publish` to `destination` would raise in the end: InputError, or OSError for its folder."""
     final = Path(os.path.realpath(destination))
-    _refuse_to_destroy(final)
+    _refuse_to_destroy(final, marker)
     final.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(final.parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final.parent))
@@ -66,20 +69,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _is_bundle(folder: Path) -> bool:
-    """Whether `folder` has our manifest, whole or damaged: other programs call a file manifest.json too."""
-    path = folder / MANIFEST_NAME
+def _is_ours(folder: Path, marker: str) -> bool:
+    """Whether `folder` has our marker, whole or damaged: other programs call a file manifest.json too."""
+    path = folder / marker
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return b'"schema_version"' in file.read(MAX_BYTES)
 
 
-def _refuse_to_destroy(final: Path) -> None:
+def _refuse_to_destroy(final: Path, marker: str) -> None:
     if final.is_dir():
-        if any(final.iterdir()) and not _is_bundle(final):
+        if any(final.iterdir()) and not _is_ours(final, marker):
             raise InputError(
-                f"{final}: the folder holds files that are not a bundle; empty it or choose another folder"
+                f"{final}: the folder holds files that are not {_KINDS[marker]}; empty it or choose another folder"
             )
     elif final.exists():
         raise InputError(f"{final}: there is a file of that name; choose another folder")

@@ -1,0 +1,138 @@
+"""TensorFlow Serving's gRPC services, with the official messages of tensorflow-serving-api."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from serving.errors import RuntimeMissingError, ServerError
+
+# tensorflow/core/framework/types.proto
+_DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_}
+_NUMBERS = {np.dtype(kind): number for number, kind in _DTYPES.items()}
+_FIELDS = {1: "float_val", 2: "double_val", 3: "int_val", 4: "int_val", 6: "int_val", 9: "int64_val", 10: "bool_val"}
+_STRING = 7
+
+
+class GrpcTransport:
+    """One model at `address`, such as 127.0.0.1:8500. Raises RuntimeMissingError without the extra `client`."""
+
+    def __init__(self, address: str, model: str) -> None:
+        try:
+            import grpc
+            from tensorflow_serving.apis import (
+                get_model_metadata_pb2,
+                get_model_status_pb2,
+                model_service_pb2_grpc,
+                predict_pb2,
+                prediction_service_pb2_grpc,
+            )
+        except ImportError as error:
+            raise RuntimeMissingError(
+                f"gRPC needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]', or use --url"
+            ) from None
+        self._grpc, self._address, self._model = grpc, address, model
+        self._predict, self._metadata = predict_pb2, get_model_metadata_pb2
+        self._status = get_model_status_pb2
+        # A long answer may pass gRPC's default of 4 MiB.
+        channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
+        self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        self._models = model_service_pb2_grpc.ModelServiceStub(channel)
+        self._known: dict[str, Any] | None = None
+
+    def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        request = self._predict.PredictRequest()
+        request.model_spec.name, request.model_spec.signature_name = self._model, signature
+        for name, value in inputs.items():
+            _fill(request.inputs[name], value if isinstance(value, np.ndarray) else self._typed(signature, name, value))
+        response = self._ask(self._prediction.Predict, request, timeout)
+        return {name: _array(tensor) for name, tensor in response.outputs.items()}
+
+    def metadata(self, timeout: float) -> dict[str, Any]:
+        from tensorflow_serving.apis.get_model_metadata_pb2 import SignatureDefMap
+
+        request = self._metadata.GetModelMetadataRequest(metadata_field=["signature_def"])
+        request.model_spec.name = self._model
+        response = self._ask(self._prediction.GetModelMetadata, request, timeout)
+        signatures = SignatureDefMap()
+        response.metadata["signature_def"].Unpack(signatures)
+        return {
+            name: {
+                side: {key: _spec(info) for key, info in sorted(getattr(definition, side).items())}
+                for side in ("inputs", "outputs")
+            }
+            for name, definition in sorted(signatures.signature_def.items())
+            if not name.startswith("__")
+        }
+
+    def status(self, timeout: float) -> list[dict[str, Any]]:
+        request = self._status.GetModelStatusRequest()
+        request.model_spec.name = self._model
+        response = self._ask(self._models.GetModelStatus, request, timeout)
+        state = self._status.ModelVersionStatus.State
+        return [
+            {
+                "version": each.version,
+                "state": state.Name(each.state),
+                "error_code": str(each.status.error_code) if each.status.error_code else "OK",
+                "error_message": each.status.error_message,
+            }
+            for each in response.model_version_status
+        ]
+
+    def _typed(self, signature: str, name: str, value: Any) -> Any:
+        """Lists as an array of the type that the signature says; unknown names are left for the server to refuse."""
+        if self._known is None:
+            self._known = self.metadata(10.0)
+        spec = self._known.get(signature, {}).get("inputs", {}).get(name)
+        numbers = {f"DT_{np.dtype(kind).name.upper()}": kind for kind in _DTYPES.values()}
+        names = numbers | {"DT_FLOAT": np.float32, "DT_DOUBLE": np.float64}
+        return np.array(value, names.get(spec["dtype"], np.object_)) if spec else np.array(value)
+
+    def _ask(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
+        try:
+            return method(request, timeout=timeout)
+        except self._grpc.RpcError as error:
+            code = error.code().name
+            raise ServerError(f"{self._address}: {code}: {error.details()}", code) from None
+
+
+def _spec(info: Any) -> dict[str, Any]:
+    from tensorflow_serving.apis.predict_pb2 import PredictRequest
+
+    kinds = PredictRequest().inputs[""].DESCRIPTOR.fields_by_name["dtype"].enum_type.values_by_number
+    shape = info.tensor_shape
+    return {
+        "dtype": kinds[info.dtype].name,
+        "shape": None if shape.unknown_rank else [dim.size for dim in shape.dim],
+    }
+
+
+def _fill(tensor: Any, value: Any) -> None:
+    """Write a numpy array into a TensorProto."""
+    for size in value.shape:
+        tensor.tensor_shape.dim.add(size=size)
+    if value.dtype.kind in "OSU":
+        tensor.dtype = _STRING
+        flat = value.ravel().tolist()
+        tensor.string_val.extend(each if isinstance(each, bytes) else str(each).encode("utf-8") for each in flat)
+    else:
+        tensor.dtype = _NUMBERS[value.dtype]
+        tensor.tensor_content = np.ascontiguousarray(value).tobytes()
+
+
+def _array(tensor: Any) -> Any:
+    """A TensorProto as an array; values left out at its end repeat the last one."""
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.dtype == _STRING:
+        flat: Any = np.array([*tensor.string_val], np.object_)
+    elif tensor.tensor_content:
+        return np.frombuffer(tensor.tensor_content, _DTYPES[tensor.dtype]).reshape(shape)
+    else:
+        flat = np.array(getattr(tensor, _FIELDS[tensor.dtype]), _DTYPES[tensor.dtype])
+    count = int(np.prod(shape))
+    if 0 < len(flat) < count:
+        flat = np.concatenate([flat, np.repeat(flat[-1:], count - len(flat))])
+    return flat.reshape(shape)

@@ -1,0 +1,141 @@
+"""TensorFlow Serving's REST API (tensorflow/serving, docs/api_rest.md), by the standard library."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+
+import numpy as np
+
+from serving.errors import InputError, ServerError
+
+_CODES = {
+    400: "INVALID_ARGUMENT",
+    404: "NOT_FOUND",
+    408: "DEADLINE_EXCEEDED",
+    412: "FAILED_PRECONDITION",
+    429: "RESOURCE_EXHAUSTED",
+    501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+class RestTransport:
+    """One model below `url`, such as http://127.0.0.1:8501; `layout` "row" sends instances, "column" inputs."""
+
+    def __init__(self, url: str, model: str, layout: Literal["row", "column"] = "column") -> None:
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+            raise InputError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8501")
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._kind, self._host, self._port = kind, parts.hostname, port
+        self._url, self._layout = url, layout
+        self._path = f"{parts.path.rstrip('/')}/v1/models/{quote(model, safe='')}"
+
+    def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        columns = {name: _plain(value) for name, value in inputs.items()}
+        if self._layout == "column":
+            body: dict[str, Any] = {"inputs": columns}
+        else:
+            rows = zip(*columns.values(), strict=True)
+            body = {"instances": [dict(zip(columns, row, strict=True)) for row in rows]}
+        deadline = time.monotonic() + timeout
+        answer = self._ask("POST", ":predict", {"signature_name": signature, **body}, timeout)
+        outputs = answer.get("outputs", answer.get("predictions"))
+        if isinstance(outputs, dict):
+            return {name: _array(value) for name, value in outputs.items()}
+        if isinstance(outputs, list) and outputs and isinstance(outputs[0], dict) and set(outputs[0]) != {"b64"}:
+            return {name: _array([row[name] for row in outputs]) for name in outputs[0]}
+        # A single output comes without its name.
+        names = list(self.metadata(max(1e-3, deadline - time.monotonic()))[signature]["outputs"])
+        return {names[0]: _array(outputs)}
+
+    def metadata(self, timeout: float) -> dict[str, Any]:
+        answer = self._ask("GET", "/metadata", None, timeout)
+        signatures = answer["metadata"]["signature_def"]["signature_def"]
+        return {
+            name: {side: {key: _spec(info) for key, info in definition.get(side, {}).items()} for side in _SIDES}
+            for name, definition in sorted(signatures.items())
+            if not name.startswith("__")
+        }
+
+    def status(self, timeout: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "version": int(each["version"]),
+                "state": each["state"],
+                "error_code": each.get("status", {}).get("error_code", "OK"),
+                "error_message": each.get("status", {}).get("error_message", ""),
+            }
+            for each in self._ask("GET", "", None, timeout)["model_version_status"]
+        ]
+
+    def _ask(self, method: str, suffix: str, body: Any, timeout: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
+        connection = self._kind(self._host, self._port, timeout=timeout)
+        try:
+            data = None if body is None else json.dumps(body).encode("utf-8")
+            connection.request(method, self._path + suffix, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            parts = []
+            while part := response.read1(1 << 16):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                parts.append(part)
+        except TimeoutError:
+            raise ServerError(f"{self._url}: no answer within the deadline", "DEADLINE_EXCEEDED") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{self._url}: {error or type(error).__name__}; is it running?", "UNAVAILABLE") from None
+        finally:
+            connection.close()
+        try:
+            answer = json.loads(b"".join(parts))
+        except ValueError:
+            answer = None
+        if response.status != 200:
+            code = _CODES.get(response.status, "INTERNAL")
+            said = answer.get("error") if isinstance(answer, dict) else None
+            raise ServerError(f"{self._url}: {code}: {said or f'HTTP status {response.status}'}", code)
+        if not isinstance(answer, dict):
+            raise ServerError(f"{self._url}: the answer is not JSON; is this TensorFlow Serving?", "INTERNAL")
+        return answer
+
+
+_SIDES = ("inputs", "outputs")
+
+
+def _spec(info: dict[str, Any]) -> dict[str, Any]:
+    shape = info["tensor_shape"]
+    sizes = None if shape.get("unknown_rank") else [int(dim["size"]) for dim in shape.get("dim", [])]
+    return {"dtype": info["dtype"], "shape": sizes}
+
+
+def _plain(value: Any) -> Any:
+    """Lists and numbers; bytes as {"b64": ...}, so that any bytes arrive as they are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return {"b64": base64.b64encode(value).decode("ascii")} if isinstance(value, bytes) else value
+
+
+def _array(value: Any) -> Any:
+    """An array; of objects, str or bytes, where the server sent text."""
+
+    def bare(each: Any) -> Any:
+        if isinstance(each, list):
+            return [bare(one) for one in each]
+        return base64.b64decode(each["b64"]) if isinstance(each, dict) else each
+
+    plain = np.array(bare(value))
+    return plain if plain.dtype.kind in "biuf" else np.array(bare(value), np.object_)

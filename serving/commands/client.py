@@ -1,0 +1,145 @@
+"""`gpt2-bundle client`: talk to a running TensorFlow Serving."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from serving.errors import InputError
+from serving.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from serving.clients.tf_serving import TFServingClient
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+
+
+@click.group()
+def client() -> None:
+    """Talk to a TensorFlow Serving that serves a bundle: by REST (--url) or by gRPC (--grpc).
+
+    A call is tried again while the server is busy or away, within --timeout.
+    """
+
+
+def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--url", metavar="URL", help="REST, such as http://127.0.0.1:8501."),
+        click.option("--grpc", "grpc_address", metavar="HOST:PORT", help="gRPC, such as 127.0.0.1:8500."),
+        click.option("--model", required=True, metavar="NAME", help="The model's name on the server."),
+        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+                     metavar="SECONDS", help="For a call with all its tries."),
+        click.option("--retries", type=click.IntRange(0, 100), default=4, show_default=True,
+                     help="Tries after the first."),
+        click.option("--json", "as_json", is_flag=True, help="Print one line of JSON."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _open(url: str | None, grpc_address: str | None, model: str, timeout: float, retries: int) -> TFServingClient:
+    from serving.clients.tf_serving import TFServingClient, Transport
+
+    if (url is None) == (grpc_address is None):
+        raise InputError("name one server: --url http://127.0.0.1:8501 or --grpc 127.0.0.1:8500")
+    transport: Transport
+    if url is not None:
+        from serving.clients.tf_serving_rest import RestTransport
+
+        transport = RestTransport(url, model)
+    else:
+        from serving.clients.tf_serving_grpc import GrpcTransport
+
+        transport = GrpcTransport(grpc_address or "", model)
+    return TFServingClient(transport, timeout=timeout, retries=retries)
+
+
+@client.command()
+@_server_options
+def status(as_json: bool, **server: Any) -> None:
+    """Print the state of the model's versions."""
+    versions = _open(**server).status()
+    if as_json:
+        click.echo(json.dumps({"versions": versions}))
+        return
+    for each in versions:
+        said = f" {each['error_code']}: {each['error_message']}" if each["error_message"] else ""
+        click.echo(f"version {each['version']}: {each['state']}{said}")
+
+
+@client.command()
+@_server_options
+def metadata(as_json: bool, **server: Any) -> None:
+    """Print the model's signatures."""
+    signatures = _open(**server).metadata()
+    if as_json:
+        click.echo(json.dumps({"signatures": signatures}))
+        return
+    for name, sides in signatures.items():
+        click.echo(name)
+        for side, tensors in sides.items():
+            for key, spec in tensors.items():
+                click.echo(f"  {side[:-1]:<6} {key}: {spec['dtype']} {spec['shape']}")
+
+
+@client.command()
+@click.argument("inputs")
+@click.option("--signature", default="serving_default", show_default=True, metavar="NAME")
+@click.option("--once", is_flag=True, help="Do not try again: for a signature that changes the server's state.")
+@_server_options
+def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: Any) -> None:
+    """Run a signature on INPUTS, a JSON object of lists by name, or @FILE with one; prints the outputs as JSON."""
+    try:
+        columns = json.loads(Path(inputs[1:]).read_text("utf-8") if inputs.startswith("@") else inputs)
+    except ValueError as error:
+        raise InputError(f"the inputs are not JSON ({error})") from None
+    if not isinstance(columns, dict):
+        raise InputError('the inputs must be an object of lists by name, such as {"text": ["Return the"]}')
+    outputs = _open(**server).predict(columns, signature, idempotent=not once)
+    plain = {name: _plain(value.tolist()) for name, value in outputs.items()}
+    click.echo(json.dumps({"outputs": plain} if as_json else plain))
+
+
+@client.command()
+@click.argument("prompt")
+@click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
+@click.option("--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
+@click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
+@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="BUNDLE",
+              help="A bundle whose tokenizer is used here if the model has no generate_text.")  # fmt: skip
+@_server_options
+def generate(
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    tokenizer: Path | None,
+    as_json: bool,
+    **server: Any,
+) -> None:
+    """Continue PROMPT and print the continuation."""
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    loaded = None
+    if tokenizer is not None:
+        from serving.bundle import open_bundle
+        from serving.commands.generate import load_tokenizer
+
+        loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
+    (made,) = _open(**server).generate([prompt], params, loaded)
+    click.echo(json.dumps(dataclasses.asdict(made)) if as_json else made.text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
