@@ -84,8 +84,9 @@ bench-peers: $(INSTALLED) ## Measure decode and prefill at 124M beside other run
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int4/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --output runs/bench-peers/record.json
 
+# More processes than four need more memory than they save time.
 test: $(INSTALLED) ## Run the fast tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 test-slow: $(INSTALLED) ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow

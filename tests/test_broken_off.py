@@ -77,7 +77,9 @@ def test_without_a_checkpoint_none_is_said_to_be_kept(fails: Fails, fresh: TinyB
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "serving.cli", *arguments], cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell's background process ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
     )  # fmt: skip
 
 
