@@ -1,4 +1,4 @@
-"""GPT-2's target-dependent operations in the SavedModel: plain TensorFlow ops and caches of fixed shape.
+"""GPT-2's target-dependent operations in the SavedModel: plain TensorFlow ops on caches that a step writes in.
 
 Hidden states are kept as [rows, n_embd], so that a dense layer is one MatMul with its bias, which TensorFlow's graph
 optimiser fuses. No op here needs XLA or anything that stock TensorFlow Serving does not link.
