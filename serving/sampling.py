@@ -51,6 +51,10 @@ class SamplingParams:
     """From 0 to 2^63 - 1; equal seeds give equal tokens."""
     stop: tuple[str, ...] = ()
     """Text that ends the generation and is not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the generation; unlike a stop text, the token itself counts and is given out."""
+    min_tokens: int = 0
+    """No token that ends the generation, the end-of-text token or one of `stop_token_ids`, is chosen before so many."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
 
@@ -58,6 +62,7 @@ class SamplingParams:
         _set_integer(self, "max_new_tokens", 1, 2**31 - 1)
         _set_integer(self, "top_k", 0, 2**31 - 1)
         _set_integer(self, "seed", 0, MAX_SEED)
+        _set_integer(self, "min_tokens", 0, 2**31 - 1)
         _set_number(self, "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"from 0 to {MAX_TEMPERATURE:g}")
         _set_number(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _set_number(self, "min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
@@ -73,6 +78,7 @@ class SamplingParams:
             if not text or not _encodes(text):
                 raise InputError(f"stop has {text!r}; each stop string must be non-empty, valid Unicode text")
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
 
 
 def _encodes(text: str) -> bool:
@@ -99,6 +105,16 @@ def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
     except (TypeError, ValueError, OverflowError):
         raise InputError(problem) from None
     return tuple(sorted(checked.items()))
+
+
+def _checked_ids(ids: Any) -> tuple[int, ...]:
+    """`ids` as a tuple of token ids."""
+    numeric = isinstance(ids, (tuple, list)) and all(
+        isinstance(token, numbers.Integral) and not isinstance(token, bool) and 0 <= int(token) < 2**31 for token in ids
+    )
+    if not numeric:
+        raise InputError(f"stop_token_ids is {ids!r}; it must be a list of token ids")
+    return tuple(int(token) for token in ids)
 
 
 def _set_integer(params: SamplingParams, name: str, low: int, high: int) -> None:

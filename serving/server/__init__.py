@@ -1,0 +1,1 @@
+"""The server around the engine: models and their versions, operations, safety."""
