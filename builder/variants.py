@@ -25,6 +25,8 @@ from builder.weights import EXTERNAL_DATA, WeightFile
 
 TOKEN_TABLE = "transformer.wte.weight"
 _ALIGNMENT = 64
+GELU_DEPTH = np.float32(0.1701)
+"""GELU's least value in its tanh form is -0.17004, at -0.7525."""
 
 
 def write_variant(traced: TracedGraph, weights: Path, precision: str, path: Path) -> onnx.ModelProto:
@@ -48,6 +50,8 @@ class _Rewriter:
         self.graph, self.weight_names, self.tensors, self.data = graph, set(weight_names), tensors, data
         self.nodes: list[Any] = []
         self.dims: dict[str, tuple[int, ...]] = {}
+        self.gelus: set[str] = set()
+        self.zeros: set[str] = set()
 
     def rewrite(self) -> None:
         """Replace nodes and weights."""
@@ -110,6 +114,8 @@ class _Int8(_Rewriter):
         elif node.op_type == "Gather" and node.input[0] == TOKEN_TABLE:
             self.embedding(node.input[1], node.output[0])
         else:
+            if node.op_type == "FastGelu":
+                self.gelus.add(node.output[0])
             self.nodes.append(node)
 
     def matrix(self, name: str, axis: int) -> tuple[str, str]:
@@ -136,9 +142,9 @@ class _Int8(_Rewriter):
         QGemm knows one scale of its left side, not one a row: it is given 1, and the rows are scaled afterwards.
         """
         (output,) = node.output
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        transposed: bool = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         matrix, scales = self.matrix(node.input[1], axis=int(transposed))
-        values, row_scales = self.by_row(node.input[0])
+        values, row_scales = self.by_row(node.input[0], transposed)
         left = [values, self.constant("one", np.float32(1)), self.constant("zero_point", np.uint8(128))]
         zeros = f"{matrix}_zero"
         if zeros not in self.dims:
@@ -151,19 +157,31 @@ class _Int8(_Rewriter):
         if has_bias:
             self.node("Add", [product, node.input[2]], output)
 
-    def by_row(self, name: str) -> tuple[str, str]:
+    def by_row(self, name: str, head: bool) -> tuple[str, str]:
         """Quantise [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
-        A row of zeros gets a scale of 0, and whatever its values become, times 0 they are zeros again.
+        Behind GELU the largest value stands for the absmax. A row of zeros gets a scale of 0, and whatever its values become, times 0 they are zeros again.
         """
         last = self.constant("last_axis", [-1])
-        largest = self.node("ReduceMax", [self.node("Abs", [name], f"{name}_abs"), last], f"{name}_max", keepdims=0)
+        if name in self.gelus:
+            # GELU falls no lower than -0.17, so where a row's largest value is less than that, this is a bound of its
+            # absmax; everywhere else it is the absmax, without a pass over the widest of all tensors for Abs.
+            largest = self.node("ReduceMax", [name, last], f"{name}_top", keepdims=0)
+            largest = self.node("Max", [largest, self.constant("gelu_depth", GELU_DEPTH)], f"{name}_max")
+        else:
+            largest = self.node("ReduceMax", [self.node("Abs", [name], f"{name}_abs"), last], f"{name}_max", keepdims=0)
         scale = self.node("Mul", [largest, self.constant("one_over_127", np.float32(1 / 127))], f"{name}_scale")
-        rows = self.node("Shape", [scale], f"{name}_rows")
-        around = numpy_helper.from_array(np.array([128], np.uint8))
-        zero_points = self.node("ConstantOfShape", [rows], f"{name}_zero", value=around)
-        values = self.node("QuantizeLinear", [name, scale, zero_points], f"{name}_uint8", axis=0)
+        values = self.node("QuantizeLinear", [name, scale, self.zero_points(scale, head)], f"{name}_uint8", axis=0)
         return values, self.node("Unsqueeze", [scale, last], f"{name}_column")
+
+    def zero_points(self, scale: str, head: bool) -> str:
+        """128 for each row. All blocks' products have the same rows and so share one tensor; the head's has fewer."""
+        name = "head_zero_points" if head else "zero_points"
+        if name not in self.zeros:
+            self.zeros.add(name)
+            around = numpy_helper.from_array(np.array([128], np.uint8))
+            self.node("ConstantOfShape", [self.node("Shape", [scale], f"{name}_rows")], name, value=around)
+        return name
 
 
 class _Int4(_Int8):

@@ -30,6 +30,9 @@ DEFAULT_GRAPH = "ort/fp32"
 
 CHOOSE_GRAPH = "ort/choose"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PREFILL_TOKENS = 1024
+"""Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each other
+a row of floats for each, and those of many more tokens do not lie in its caches."""
 
 
 @dataclass
@@ -104,6 +107,9 @@ class OnnxBackend:
         for name in self._past:
             state.cache.append(self._zeros((rows, heads, length, head_dim), self._cache_dtype))
             state.binding.bind_ortvalue_input(name, state.cache[-1])
+        if self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS:
+            self._open_in_parts(state, token_ids)
+            return state
         positions = np.broadcast_to(np.arange(width), token_ids.shape)
         state.binding.bind_cpu_input("input_ids", token_ids)
         self._run(state, positions, width)
@@ -172,11 +178,36 @@ class OnnxBackend:
             self._run_concatenated(state)
             return
         if "logits" not in state.values:
-            state.values["logits"] = self._zeros((len(state.lengths), 1, self.vocab_size), np.dtype(np.float32))
-            binding.bind_ortvalue_output("logits", state.values["logits"])
-            for name, value in zip(self._present, state.cache, strict=True):
-                binding.bind_ortvalue_output(name, value)
+            self._bind_outputs(state)
         self._session.run_with_iobinding(binding)
+
+    def _open_in_parts(self, state: State, token_ids: IntArray) -> None:
+        """Prefill a few rows at a time, each part on its own stretch of the shared buffers."""
+        self._bind_outputs(state)
+        step = max(1, PREFILL_TOKENS // token_ids.shape[1])
+        for first in range(0, len(token_ids), step):
+            part = slice(first, first + step)
+            width = int(state.lengths[part].max())
+            tokens = np.ascontiguousarray(token_ids[part, :width])
+            positions = np.ascontiguousarray(np.broadcast_to(np.arange(width), tokens.shape), np.int64)
+            binding = self._session.io_binding()
+            binding.bind_cpu_input("input_ids", tokens)
+            binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[part, :width]))
+            binding.bind_cpu_input("position_ids", positions)
+            for name, value in zip(self._past, state.cache, strict=True):
+                binding.bind_input(name, "cpu", 0, self._cache_dtype, *_stretch(value, first, len(tokens)))
+            for name, value in zip(self._present, state.cache, strict=True):
+                binding.bind_output(name, "cpu", 0, self._cache_dtype, *_stretch(value, first, len(tokens)))
+            logits = _stretch(state.values["logits"], first, len(tokens))
+            binding.bind_output("logits", "cpu", 0, np.float32, *logits)
+            self._session.run_with_iobinding(binding)
+
+    def _bind_outputs(self, state: State) -> None:
+        """Make room for the logits, and bind it and the caches as outputs."""
+        state.values["logits"] = self._zeros((len(state.lengths), 1, self.vocab_size), np.dtype(np.float32))
+        state.binding.bind_ortvalue_output("logits", state.values["logits"])
+        for name, value in zip(self._present, state.cache, strict=True):
+            state.binding.bind_ortvalue_output(name, value)
 
     def _run_concatenated(self, state: State) -> None:
         for name in ("logits", *self._present):
@@ -189,6 +220,12 @@ class OnnxBackend:
     def _zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Zeros on the device, so that no slot that was never written can hold not-a-number."""
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self.device, 0)
+
+
+def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
+    """Shape and address of `rows` rows of a tensor from row `first` on."""
+    whole, *rest = value.shape()
+    return (rows, *rest), value.data_ptr() + value.tensor_size_in_bytes() // whole * first
 
 
 def _open_session(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:

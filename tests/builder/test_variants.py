@@ -27,15 +27,18 @@ from tests.unpack import unpack_int4
 INPUTS, OUTPUTS = 96, 80
 
 
-def product_graph(folder: Path, precision: str, weight: np.ndarray, name: str) -> ort.InferenceSession:
+def product_graph(
+    folder: Path, precision: str, weight: np.ndarray, name: str, gelu: bool = False
+) -> ort.InferenceSession:
     """One Gemm with a bias, or without and transposed if it is the head's, in another precision."""
     head = name == TOKEN_TABLE
     bias = np.linspace(-1, 1, OUTPUTS, dtype=np.float32)
-    inputs = ["x", name] if head else ["x", name, "bias"]
+    inputs = ["x", name] if head else ["activated" if gelu else "x", name, "bias"]
+    nodes = [helper.make_node("FastGelu", ["x"], ["activated"], name="gelu", domain="com.microsoft")] if gelu else []
     node = helper.make_node("Gemm", inputs, ["y"], name="gemm", **({"transB": 1} if head else {}))
     values = [("x", ["rows", INPUTS]), (name, weight.shape), ("bias", [OUTPUTS])]
     graph = helper.make_graph(
-        [node], "one", [helper.make_tensor_value_info(key, TensorProto.FLOAT, shape) for key, shape in values],
+        [*nodes, node], "one", [helper.make_tensor_value_info(key, TensorProto.FLOAT, shape) for key, shape in values],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", OUTPUTS])],
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
@@ -70,6 +73,23 @@ def test_int8_products_are_those_of_numpy(tmp_path: Path, name: str) -> None:
     step = by_row * np.abs(weight).max() * 1.01
     assert (np.abs(got - wanted) <= 1e-5 * np.abs(wanted) + step * 1e-5).mean() > 0.99
     assert (np.abs(got - wanted) <= 1e-5 * np.abs(wanted) + step).all()
+
+
+def test_int8_products_behind_gelu_are_those_of_floats(tmp_path: Path) -> None:
+    """Also where all of a row is negative, and the row's scale is GELU's depth and not its absmax."""
+    weight = np.random.default_rng(6).standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
+    session = product_graph(tmp_path, "int8", weight, "some.weight", gelu=True)
+    assert {node.op_type for node in onnx.load(tmp_path / "int8" / "model.onnx").graph.node}.isdisjoint({"Abs"})
+    x = rows()
+    x[6], x[7] = -np.abs(x[6]), -0.7525
+    (got,) = session.run(None, {"x": x})
+    activated = x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+    quantised, by_column = int8_by_axis(weight, 0)
+    by_row = np.maximum(activated.max(1, keepdims=True), 0.1701) / 127
+    wanted = activated @ (quantised * by_column) + np.linspace(-1, 1, OUTPUTS)
+    # Each input is off by half a step at most.
+    assert (np.abs(got - wanted) <= 0.51 * by_row * np.abs(quantised * by_column).sum(0) + 1e-4).all()
+    assert np.abs(got - wanted)[6:8].max() < 0.05
 
 
 def test_int4_products_are_those_of_numpy(tmp_path: Path) -> None:

@@ -80,6 +80,22 @@ def test_a_row_is_the_same_alone(backend: Backend) -> None:
                 logits = backend.decode(alone, text[[row], start + step])
 
 
+@pytest.mark.parametrize("tokens", [1, 18, 27])
+def test_prompts_in_parts_are_prompts_at_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    backend = load_backend(bundle, "onnx", "ort/fp32")
+    starts = [5, 2, 9, 3, 1]
+    state, text, (logits, _) = ragged(backend, starts, 20)
+    wanted = [logits.copy(), *[backend.decode(state, text[range(5), step]).copy() for step in (10, 11)]]
+    passes = []
+    run = backend._session.run_with_iobinding
+    monkeypatch.setattr(backend._session, "run_with_iobinding", lambda binding: (passes.append(binding), run(binding)))
+    monkeypatch.setattr("serving.backends.onnx.PREFILL_TOKENS", tokens)
+    state, _, (logits, _) = ragged(backend, starts, 20)
+    assert len(passes) == {1: 5, 18: 3, 27: 2}[tokens]
+    got = [logits.copy(), *[backend.decode(state, text[range(5), step]).copy() for step in (10, 11)]]
+    assert max(max_difference(*pair) for pair in zip(got, wanted, strict=True)) < 2e-5
+
+
 def test_states_do_not_disturb_each_other(backend: Backend) -> None:
     """Two open batches, stepped in turn; the one's logits are read after the other's step."""
     case = read_cases("bytes")["full"]
