@@ -160,7 +160,8 @@ class _Int8(_Rewriter):
     def by_row(self, name: str, head: bool) -> tuple[str, str]:
         """Quantise [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
-        Behind GELU the largest value stands for the absmax. A row of zeros gets a scale of 0, and whatever its values become, times 0 they are zeros again.
+        Behind GELU the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
+        its values become, times 0 they are zeros again.
         """
         last = self.constant("last_axis", [-1])
         if name in self.gelus:

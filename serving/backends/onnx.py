@@ -31,8 +31,8 @@ DEFAULT_GRAPH = "ort/fp32"
 CHOOSE_GRAPH = "ort/choose"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PREFILL_TOKENS = 1024
-"""Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each other
-a row of floats for each, and those of many more tokens do not lie in its caches."""
+"""Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each
+other a row of floats for each, and those of many more tokens do not lie in its caches."""
 
 
 @dataclass
