@@ -79,7 +79,7 @@ def main(
                         if number:
                             times["gpt2-bundle"][count].append(ours)
                             times[kind][count].append(theirs)
-                cases.append({"batch": size, "beside": kind} | _summary(times, tokens))
+                cases.append({"batch": size, "beside": kind} | summary(times, tokens))
                 probe.sample()
                 click.echo(json.dumps(cases[-1]))
     record: dict[str, Any] = {"environment": environment(), "peer_versions": versions, "prompt": prompt}
@@ -99,7 +99,7 @@ def _ours(call: Callable[..., dict[str, Any]], inputs: dict[str, Any], tokens: i
     return seconds
 
 
-def _summary(times: dict[str, dict[int, list[float]]], tokens: int) -> dict[str, Any]:
+def summary(times: dict[str, dict[int, list[float]]], tokens: int) -> dict[str, Any]:
     """Milliseconds of whole calls and of a token, by medians, and how many times as long the other takes."""
     calls = {name: 1e3 * median(some[1 + tokens]) for name, some in times.items()}
     steps = {name: 1e3 * (median(some[1 + tokens]) - median(some[1])) / tokens for name, some in times.items()}
