@@ -44,7 +44,8 @@ class SplitWeights(tf.Module):  # type: ignore[misc]
         first, found = 0, None
         for part in self.table:
             size = part.shape[0]
-            rows = tf.gather(part, tf.clip_by_value(ids - first, 0, size - 1))
+            # Read first: a ResourceGather would make every later read of the variable a copy.
+            rows = tf.gather(tf.convert_to_tensor(part), tf.clip_by_value(ids - first, 0, size - 1))
             found = rows if found is None else tf.where((ids >= first)[..., None], rows, found)
             first += size
         return found
