@@ -54,11 +54,16 @@ def main(folder: Path, active: str, prompt: int, rounds: int, output: Path | Non
         output.write_text(text + "\n", encoding="utf-8")
 
 
-def load(folder: Path) -> Callable[..., dict[str, Any]]:
-    """A function from a signature and its inputs to its outputs, through the Session API."""
+def load(folder: Path, intra: int = 0, inter: int = 0) -> Callable[..., dict[str, Any]]:
+    """A function from a signature and its inputs to its outputs, through the Session API.
+
+    `intra` is how many threads an op has and `inter` how many ops run at once; 0 leaves it to TensorFlow. The first
+    session of a process decides.
+    """
     import tensorflow as tf
 
-    session = tf.compat.v1.Session(graph=tf.Graph())
+    config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=intra, inter_op_parallelism_threads=inter)
+    session = tf.compat.v1.Session(graph=tf.Graph(), config=config)
     with session.graph.as_default():
         definitions = tf.compat.v1.saved_model.load(session, ["serve"], str(folder)).signature_def
 

@@ -33,6 +33,8 @@ KINDS = {"KerasHub, XLA": True, "KerasHub, tf.function": False}
 @click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens made after the first.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds behind the one that compiles.")
+@click.option("--threads", default="0,0", show_default=True, metavar="INTRA,INTER",
+              help="Ours: threads of an op, ops at once; 1,2 for a SavedModel with export.matmul_parts=2.")  # fmt: skip
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="KerasHub how; default both.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Add to a record of JSON.")
 def main(
@@ -42,11 +44,13 @@ def main(
     prompt: int,
     tokens: int,
     rounds: int,
+    threads: str,
     kinds: tuple[str, ...],
     output: Path | None,
 ) -> None:
     """Time whole generations beside KerasHub's."""
-    call = load(folder)
+    intra, inter = (int(number) for number in threads.split(","))
+    call = load(folder, intra, inter)
     probe = BandwidthProbe()
     environ = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [str(peers.absolute()), "-m", "benchmarks.generation.keras_hub_peer"]
@@ -79,7 +83,7 @@ def main(
                         if number:
                             times["gpt2-bundle"][count].append(ours)
                             times[kind][count].append(theirs)
-                cases.append({"batch": size, "beside": kind} | summary(times, tokens))
+                cases.append({"batch": size, "beside": kind, "threads": threads} | summary(times, tokens))
                 probe.sample()
                 click.echo(json.dumps(cases[-1]))
     record: dict[str, Any] = {"environment": environment(), "peer_versions": versions, "prompt": prompt}
