@@ -15,7 +15,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training bench-peers test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -59,11 +59,20 @@ bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokeniz
 	$(BIN)/python -m benchmarks.prepare --work runs/bench-prepare --memory 100 --memory 500
 
 # Peers have an environment of their own. KerasHub asks for tensorflow-text, which GPT-2 does not need.
-bench-training: $(INSTALLED) ## Measure training beside torch and KerasHub, which are installed for it (20 minutes).
+.venv-peers/installed:
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		torch transformers tensorflow keras safetensors rich regex
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
+	@touch $@
+
+bench-tf-generate: $(INSTALLED) .venv-peers/installed ## Measure the SavedModel's generation beside KerasHub's compiled one at 124M.
+	test -f "$(OUTPUT)/gpt2-geometry/manifest.json" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	mkdir -p runs/bench-tf-generate && rm -f runs/bench-tf-generate/record.json
+	$(BIN)/python -m benchmarks.generation "$(OUTPUT)/gpt2-geometry/savedmodel/1" --peers .venv-peers/bin/python \
+		--output runs/bench-tf-generate/record.json
+
+bench-training: $(INSTALLED) .venv-peers/installed ## Measure training beside torch and KerasHub, which are installed for it (20 minutes).
 	$(BIN)/python -m benchmarks.training --peers .venv-peers/bin/python --output runs/bench-training/record.json
 
 # One environment a peer, as their requirements clash; one that does not install here is left out. llama-cpp-python is

@@ -32,7 +32,7 @@ TOKENS = 32
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 def main(folder: Path, active: str, prompt: int, rounds: int, output: Path | None) -> None:
     """Time slots beside the generation loop."""
-    call = _load(folder)
+    call = load(folder)
     record: dict[str, Any] = {"environment": environment(), "prompt": prompt, "rounds": rounds, "milliseconds": {}}
     for count in [int(number) for number in active.split(",")]:
         targets: dict[str, Callable[[], list[float]]] = {
@@ -54,10 +54,16 @@ def main(folder: Path, active: str, prompt: int, rounds: int, output: Path | Non
         output.write_text(text + "\n", encoding="utf-8")
 
 
-def _load(folder: Path) -> Callable[..., dict[str, Any]]:
+def load(folder: Path, intra: int = 0, inter: int = 0) -> Callable[..., dict[str, Any]]:
+    """A function from a signature and its inputs to its outputs, through the Session API.
+
+    `intra` is how many threads an op has and `inter` how many ops run at once; 0 leaves it to TensorFlow. The first
+    session of a process decides.
+    """
     import tensorflow as tf
 
-    session = tf.compat.v1.Session(graph=tf.Graph())
+    config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=intra, inter_op_parallelism_threads=inter)
+    session = tf.compat.v1.Session(graph=tf.Graph(), config=config)
     with session.graph.as_default():
         definitions = tf.compat.v1.saved_model.load(session, ["serve"], str(folder)).signature_def
 
@@ -70,7 +76,8 @@ def _load(folder: Path) -> Callable[..., dict[str, Any]]:
     return call
 
 
-def _inputs(rows: int, prompt: int, tokens: int) -> dict[str, Any]:
+def prompts(rows: int, prompt: int, tokens: int) -> dict[str, Any]:
+    """Inputs of `serving_default`: random prompts of one length, continued greedily."""
     random = np.random.default_rng(0)
     return {
         "token_ids": random.integers(0, 250, (rows, prompt)).astype(np.int32),
@@ -88,7 +95,7 @@ def _loop(call: Callable[..., dict[str, Any]], rows: int, prompt: int) -> list[f
     seconds = []
     for tokens in (1, TOKENS + 1):
         began = time.perf_counter()
-        call("serving_default", **_inputs(rows, prompt, tokens))
+        call("serving_default", **prompts(rows, prompt, tokens))
         seconds.append(time.perf_counter() - began)
     return [(seconds[1] - seconds[0]) / TOKENS]
 
@@ -98,7 +105,7 @@ def _slots(
 ) -> list[float]:
     """Seconds a token of each call of `decode_slots`."""
     names = np.arange(1, rows + 1, dtype=np.int64)
-    given = call("prefill_slots", request_id=names, **_inputs(rows, prompt, TOKENS + 1))
+    given = call("prefill_slots", request_id=names, **prompts(rows, prompt, TOKENS + 1))
     if (given["status"] < 0).any():
         raise click.ClickException("the SavedModel has fewer slots than --active asks for; export it with more")
     held = {name: given[name] for name in ("slot", "generation")}

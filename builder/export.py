@@ -117,12 +117,15 @@ def export(
 def servable(model: GPT2, folder: Path, recipe: ExportRecipe, reporter: Reporter) -> Servable:
     """The model with the tokenizer in `folder`; without signatures for text if the graph cannot do its work."""
     tokenizer = load_tokenizer(folder)
+    options: dict[str, Any] = {
+        "slots": recipe.slots, "slot_lease": recipe.slot_lease, "matmul_parts": recipe.matmul_parts
+    }  # fmt: skip
     reason = problem(tokenizer)
     if reason is not None:
         reporter.line(f"left generate_text out of the SavedModel: no graph code for its tokenizer ({reason})")
-        return Servable(model, slots=recipe.slots, slot_lease=recipe.slot_lease)
+        return Servable(model, **options)
     graph_tokenizer = GraphTokenizer(tokenizer, model.geometry.vocab_size)
-    return Servable(model, graph_tokenizer, slots=recipe.slots, slot_lease=recipe.slot_lease)
+    return Servable(model, graph_tokenizer, **options)
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.frameworks import tf
-from builder.lint_costs import check_memory, check_time, measure, memory
+from builder.lint_costs import check_memory, check_time, largest_batch, measure, memory
 from builder.lint_graph import Finding, check_ops, check_signatures
 from serving.bundle import MANIFEST_NAME, Geometry, open_bundle
 from serving.errors import BundleError, InputError
@@ -47,11 +47,13 @@ def lint(
     context: int | None = None,
     timeout: float = 30.0,
     budget: int | None = None,
+    batch: int | None = None,
 ) -> list[Finding]:
     """All findings on one SavedModel, errors first.
 
     The time of a token is `ms_per_token`, or measured here with `run`; the longest generation has `context` tokens, by
-    default the model's. `timeout` is the server's for REST in seconds, `budget` a GPU's memory in bytes. Raises
+    default the model's. `timeout` is the server's for REST in seconds, `budget` a GPU's memory in bytes, `batch` the
+    rows of the largest batch, by default those that the batching parameters beside the SavedModel allow. Raises
     BundleError for a file that is no SavedModel for serving.
     """
     meta_graph = read_meta_graph(target.version)
@@ -65,7 +67,8 @@ def lint(
     else:
         why = "--ms-per-token and --context, or a bundle without errors, are needed"
         findings.append(Finding("note", "timeout", "model", f"not compared with the REST timeout: {why}"))
-    findings += check_memory(memory(target.version, target.geometry), budget)
+    rows = batch or largest_batch(target.version)
+    findings += check_memory(memory(target.version, target.geometry, rows), rows, budget)
     return sorted(findings, key=lambda finding: _ORDER.index(finding.level))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from builder.lint_graph import Finding
 from serving.bundle import Geometry
-from serving.tf_serving_config import BATCH_SIZES
+from serving.tf_serving_config import BATCH_SIZES, BATCHING
 
 _PARAMETERS = {"token_ids", "lengths", "max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 _STEPS = 16
@@ -19,15 +20,22 @@ _FLOAT = 4
 
 
 def check_time(ms_per_token: float, context: int, timeout: float) -> Finding:
-    """The longest generation, `context` tokens in one row, beside the server's REST timeout in seconds."""
+    """The longest generation, `context` tokens in one row, beside the server's REST timeout in seconds.
+
+    An error where one token alone takes longer, so that no request can be answered; a warning where the longest does,
+    since callers may ask for fewer tokens, or stream, and the timeout is a flag of the server.
+    """
     seconds = ms_per_token * context / 1000
+    if ms_per_token > 1000 * timeout:
+        text = f"one token takes {ms_per_token / 1000:.1f} s, over the REST timeout of {timeout:g} s"
+        return Finding("error", "timeout", "serving_default", f"{text}, so that no request is answered")
     text = f"{context} tokens at {ms_per_token:.3g} ms take {seconds:.1f} s"
     if seconds <= timeout:
         return Finding("note", "timeout", "serving_default", f"{text}, within the REST timeout of {timeout:g} s")
+    most = int(timeout * 1000 / ms_per_token)
     flag = f"--rest_api_timeout_in_ms={int(seconds * 1500)}"
-    return Finding(
-        "warning", "timeout", "serving_default", f"{text}, over the REST timeout of {timeout:g} s; set {flag}"
-    )
+    text += f", over the REST timeout of {timeout:g} s; set {flag}, ask for at most {most} tokens, or stream by slots"
+    return Finding("warning", "timeout", "serving_default", text)
 
 
 def measure(version: Path) -> float | None:
@@ -72,8 +80,23 @@ def stored_bytes(version: Path) -> int:
     return sum(path.stat().st_size for path in [version / "saved_model.pb", *(version / "variables").glob("*")])
 
 
-def memory(version: Path, geometry: Geometry | None) -> dict[str, int]:
-    """Estimated bytes on a device at the largest batch and the full context, by purpose.
+def largest_batch(version: Path) -> int:
+    """The largest batch that the server will run: of the batching parameters that stand beside the SavedModel in a
+    bundle (`deploy/tf_serving`) or a deployment (`config`), or else of those that this project writes.
+    """
+    for above in (version.parent.parent, version.parent.parent.parent):
+        for path in (above / "deploy" / "tf_serving" / BATCHING, above / "config" / BATCHING):
+            if path.is_file():
+                text = path.read_text(encoding="utf-8", errors="replace")
+                sizes = re.findall(r"^\s*allowed_batch_sizes\s*:\s*(\d+)", text, re.MULTILINE)
+                sizes = sizes or re.findall(r"^\s*max_batch_size\s*\{\s*value\s*:\s*(\d+)", text, re.MULTILINE)
+                if sizes:
+                    return max(int(size) for size in sizes)
+    return BATCH_SIZES[-1]
+
+
+def memory(version: Path, geometry: Geometry | None, rows: int) -> dict[str, int]:
+    """Estimated bytes on a device at batches of `rows` and the full context, by purpose.
 
     The cache counts twice, since it is copied when it grows. Activations are the larger of a prefill's (one block's
     attention scores before and after the softmax, the MLP's hidden rows before and after GELU) and of `score`'s
@@ -82,18 +105,18 @@ def memory(version: Path, geometry: Geometry | None) -> dict[str, int]:
     parts = {"weights": stored_bytes(version)}
     if geometry is None:
         return parts
-    rows, width = BATCH_SIZES[-1], geometry.n_positions
+    width = geometry.n_positions
     parts["cache"] = 2 * 2 * geometry.n_layer * rows * width * geometry.n_embd * _FLOAT
     block = rows * width * (geometry.n_head * width + geometry.n_inner) * _FLOAT
     parts["activations"] = 2 * max(block, rows * width * geometry.vocab_size * _FLOAT)
     return parts
 
 
-def check_memory(parts: dict[str, int], budget: int | None) -> Iterator[Finding]:
+def check_memory(parts: dict[str, int], rows: int, budget: int | None) -> Iterator[Finding]:
     """The estimate, as an error if it passes `budget` bytes."""
     total = sum(parts.values())
     each = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    text = f"about {gib(total)} at batch {BATCH_SIZES[-1]} and full context ({each})"
+    text = f"about {gib(total)} at batch {rows} and full context ({each})"
     if "cache" not in parts:
         text = f"weights of {gib(total)}; cache and activations unknown, since this is not a bundle's model"
     if budget is not None and total > budget:

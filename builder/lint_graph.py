@@ -12,17 +12,25 @@ from builder.frameworks import tf
 _PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 # Signatures that a SavedModel keeps for its loader.
 _INTERNAL = ("__saved_model_init_op", "__saved_model_train_op")
-# Ops of tensorflow-text (its REGISTER_OP calls, beside those whose names begin with "TFText>"), which the server links
-# (tensorflow_serving/model_servers/BUILD, SUPPORTED_TENSORFLOW_OPS).
+# What the server links beside core TensorFlow (tensorflow/serving, tensorflow_serving/model_servers/BUILD,
+# SUPPORTED_TENSORFLOW_OPS): tensorflow-text's ops_lib, by its REGISTER_OP calls and the kOpName of its shims (beside
+# names that begin with "TFText>"), and the inference ops of TensorFlow Decision Forests. Read in July 2026.
 # fmt: off
-_TEXT_OPS = frozenset((
-    "CaseFoldUTF8", "ConstrainedSequence", "FindSourceOffsets", "MaxSpanningTree", "NormalizeUTF8",
-    "NormalizeUTF8WithOffsetsMap", "RegexSplitWithOffsets", "RougeL", "SentenceFragments",
-    "SentencepieceDetokenizeOp", "SentencepieceIdToStringOp", "SentencepieceOp", "SentencepieceStringToIdOp",
-    "SentencepieceTokenizeOp", "SentencepieceTokenizeWithOffsetsOp", "SentencepieceVocabSizeOp",
-    "SplitMergeTokenizeWithOffsets", "TokenizerFromLogits", "UnicodeScriptTokenizeWithOffsets",
-    "WhitespaceTokenizeWithOffsets", "WordpieceTokenizeWithOffsets",
-))
+_LINKED = {
+    "tensorflow-text": frozenset((
+        "CaseFoldUTF8", "ConstrainedSequence", "FastBertNormalize", "FastWordpieceTokenizeWithOffsets",
+        "FindSourceOffsets", "MaxSpanningTree", "NormalizeUTF8", "NormalizeUTF8WithOffsetsMap", "PhraseTokenize",
+        "RegexSplitWithOffsets", "RougeL", "SentenceFragments", "SentenceFragmentsV2", "SentencepieceDetokenizeOp",
+        "SentencepieceIdToStringOp", "SentencepieceOp", "SentencepieceStringToIdOp", "SentencepieceTokenizeOp",
+        "SentencepieceTokenizeWithOffsetsOp", "SentencepieceVocabSizeOp", "SplitMergeTokenizeWithOffsets",
+        "TokenizerFromLogits", "UnicodeScriptTokenizeWithOffsets", "WhitespaceTokenizeWithOffsets",
+        "WordpieceTokenizeWithOffsets",
+    )),
+    "TensorFlow Decision Forests": frozenset((
+        "SimpleMLCreateModelResource", "SimpleMLInferenceLeafIndexOpWithHandle", "SimpleMLInferenceOp",
+        "SimpleMLInferenceOpWithHandle", "SimpleMLLoadModelFromPath", "SimpleMLLoadModelFromPathWithHandle",
+    )),
+}
 # fmt: on
 # What Keras and tf.function call a tensor that nobody named.
 _MADE_UP = re.compile(r"(args?|inputs?|outputs?|keras_tensor)_\d+")
@@ -57,8 +65,8 @@ def check_ops(meta_graph: Any) -> Iterator[Finding]:
             yield _xla(where, "jit_compile=True")
         elif node.op.startswith("Xla"):
             yield _xla(where, node.op)
-        elif node.op.startswith("TFText>") or node.op in _TEXT_OPS:
-            yield Finding("note", "ops", where, f"{node.op} is tensorflow-text's, which stock TensorFlow Serving links")
+        elif library := _linked(node.op):
+            yield Finding("note", "ops", where, f"{node.op} is of {library}, which stock TensorFlow Serving links")
         elif op_def_registry.get(node.op) is None:
             yield Finding("error", "ops", where, f"{node.op} is no op of core TensorFlow; the stock server lacks it")
         device = node.device.lower()
@@ -68,6 +76,13 @@ def check_ops(meta_graph: Any) -> Iterator[Finding]:
     for name in {name for name, _ in _reachable(meta_graph.graph_def, functions)} & functions.keys():
         if functions[name].attr["_XlaMustCompile"].b and (name, "_XlaMustCompile") not in seen:
             yield _xla(name, "jit_compile=True")
+
+
+def _linked(op: str) -> str | None:
+    """The library beside core TensorFlow from which the server has `op`."""
+    if op.startswith("TFText>"):
+        return "tensorflow-text"
+    return next((library for library, ops in _LINKED.items() if op in ops), None)
 
 
 def _xla(where: str, what: str) -> Finding:

@@ -217,6 +217,12 @@ class ExportRecipe:
     )
     slots: int = _key(8, "Generations the SavedModel keeps at once for decode_slots; 0 leaves it out.", low=0, high=256)
     slot_lease: int = _key(60, "Seconds without a call after which another may take a slot.", low=1, high=86_400)
+    matmul_parts: int = _key(
+        1,
+        "Parts that the SavedModel stores its matrices in: the server's cores, or 1 for whole ones.",
+        low=1,
+        high=64,
+    )
 
 
 @dataclass(frozen=True)

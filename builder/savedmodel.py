@@ -22,6 +22,7 @@ from builder.tf_checks import after, check_ids, check_parameters, check_prompt, 
 from builder.tf_kernels import Cache, LoopKernels, PromptKernels, StepKernels
 from builder.tf_sampling import choose
 from builder.tf_slots import Slots
+from builder.tf_split import SplitWeights
 from builder.tf_text import TextSignatures
 from builder.tf_tokenizer import GraphTokenizer
 
@@ -52,14 +53,25 @@ class Servable(tf.Module):  # type: ignore[misc]
     """The signatures of one model; `save` writes them."""
 
     def __init__(
-        self, model: GPT2, tokenizer: GraphTokenizer | None = None, *, slots: int = 0, slot_lease: float = 60.0
+        self,
+        model: GPT2,
+        tokenizer: GraphTokenizer | None = None,
+        *,
+        slots: int = 0,
+        slot_lease: float = 60.0,
+        matmul_parts: int = 1,
     ) -> None:
-        """Without a tokenizer there are no signatures for text, and without slots none for them."""
+        """Without a tokenizer there are no signatures for text, and without slots none for them.
+
+        With `matmul_parts` above 1 weight matrices are stored and multiplied in so many parts.
+        """
         super().__init__(name="gpt2")
         # The method and not the model, which would be tracked and its weights stored a second time.
         self._forward = model.__call__
         # TensorFlow's own variables: it restores Keras's wrappers of them only in Python, not through a Session.
-        self.weights = [variable.value for variable in model.trainable_variables]
+        self.split = SplitWeights(model, matmul_parts) if matmul_parts > 1 else None
+        replaced = self.split.replaced if self.split is not None else set()
+        self.weights = [variable.value for variable in model.trainable_variables if id(variable) not in replaced]
         self.geometry = model.geometry
         self.slots = Slots(self.geometry, self._run, slots, slot_lease) if slots else None
         self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self.generate)
@@ -232,6 +244,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         return {"log_probs": log_probs, "total": tf.reduce_sum(log_probs, axis=-1)}
 
     def _run(self, token_ids: Any, position_ids: Any, kernels: Any) -> Any:
+        kernels.split = self.split
         if position_ids is None:
             position_ids = tf.broadcast_to(tf.range(tf.shape(token_ids)[1])[None, :], tf.shape(token_ids))
         return self._forward(token_ids, position_ids=position_ids, kernels=kernels)

@@ -10,6 +10,7 @@ from typing import Any
 
 from builder.frameworks import tf
 from builder.kernels import MASKED, Kernels
+from builder.tf_split import SplitWeights
 from serving.bundle import Geometry
 
 Cache = list[tuple[Any, Any]]
@@ -25,12 +26,19 @@ class ServableKernels(Kernels):
         super().__init__(geometry.n_head)
         self.geometry = geometry
         self.present: Cache = []
+        self.split: SplitWeights | None = None
 
     def embed(self, layer: Any, ids: Any) -> Any:
         self.batch, self.sequence = tf.shape(ids)[0], tf.shape(ids)[1]
-        return tf.reshape(tf.gather(tf.convert_to_tensor(layer.embeddings), ids), [-1, self.geometry.n_embd])
+        if self.split is not None and self.split.holds(layer):
+            rows = self.split.embed(ids)
+        else:
+            rows = tf.gather(tf.convert_to_tensor(layer.embeddings), ids)
+        return tf.reshape(rows, [-1, self.geometry.n_embd])
 
     def dense(self, layer: Any, hidden: Any) -> Any:
+        if self.split is not None:
+            return self.split.dense(layer, hidden)
         return tf.nn.bias_add(tf.matmul(hidden, tf.convert_to_tensor(layer.kernel)), tf.convert_to_tensor(layer.bias))
 
     def gelu(self, inner: Any) -> Any:
@@ -56,6 +64,8 @@ class ServableKernels(Kernels):
 
     def project(self, hidden: Any, wte: Any) -> Any:
         """[rows, n_embd] to logits [rows, vocab_size] against the tied embedding."""
+        if self.split is not None:
+            return self.split.project(hidden)
         return tf.matmul(hidden, tf.convert_to_tensor(wte), transpose_b=True)
 
 

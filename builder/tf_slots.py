@@ -20,9 +20,7 @@ from builder.tf_kernels import PromptKernels, SlotKernels
 from builder.tf_sampling import choose
 from builder.tf_slot_cache import SlotCache
 from serving.bundle import Geometry
-
-# A row's answer. What every correct client may meet is a status and no error, which would fail the rows of others too.
-RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD = 0, 1, -1, -2, -3
+from serving.slots import AHEAD, FINISHED, NO_FREE_SLOT, RUNNING, STALE
 
 _STATE = {
     "occupied": "bool",

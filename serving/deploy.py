@@ -52,11 +52,11 @@ def write_tf_serving(bundle: Bundle, destination: Path, *, version: str, rest_ti
         (staged / "config").mkdir()
         for file, text in config_files(name).items():
             (staged / "config" / file).write_text(text, encoding="utf-8")
-        timeout = int(rest_timeout * 1000)
-        (staged / "compose.yaml").write_text(_compose(name, model, version, timeout), encoding="utf-8")
+        flags = [f"--rest_api_timeout_in_ms={int(rest_timeout * 1000)}", *_threads(bundle)]
+        (staged / "compose.yaml").write_text(_compose(name, model, version, flags), encoding="utf-8")
         (staged / "compose.gpu.yaml").write_text(_gpu(version), encoding="utf-8")
         script = staged / "run.sh"
-        script.write_text(_script(name, model, timeout), encoding="utf-8")
+        script.write_text(_script(name, model, flags), encoding="utf-8")
         script.chmod(0o755)
         (staged / "README.md").write_text(_readme(name), encoding="utf-8")
         record = {"schema_version": _SCHEMA_VERSION, "target": "tfserving", "name": name, "image_version": version}
@@ -66,23 +66,32 @@ def write_tf_serving(bundle: Bundle, destination: Path, *, version: str, rest_ti
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _flags(config: str, timeout: int) -> list[str]:
-    """What container and binary have in common. Thread pools are left as the server chooses them."""
+def _threads(bundle: Bundle) -> list[str]:
+    """Thread pools for a model whose matrices are in parts, an op a thread; else they are left to the server."""
+    exported = bundle.manifest.provenance.recipe.get("export")
+    parts = exported.get("matmul_parts", 1) if isinstance(exported, dict) else 1
+    if not isinstance(parts, int) or parts < 2:
+        return []
+    return ["--tensorflow_intra_op_parallelism=1", f"--tensorflow_inter_op_parallelism={parts}"]
+
+
+def _flags(config: str, more: list[str]) -> list[str]:
+    """What container and binary have in common, and `more`."""
     return [
         "--enable_batching=true",
         f"--batching_parameters_file={config}/{BATCHING}",
         f"--monitoring_config_file={config}/{MONITORING}",
-        f"--rest_api_timeout_in_ms={timeout}",
+        *more,
     ]
 
 
-def _compose(name: str, model: str, version: str, timeout: int) -> str:
+def _compose(name: str, model: str, version: str, more: list[str]) -> str:
     flags = [
         "--port=8500",
         "--rest_api_port=8501",
         f"--model_config_file=/config/{MODELS}",
         "--file_system_poll_wait_seconds=60",
-        *_flags("/config", timeout),
+        *_flags("/config", more),
     ]
     listed = "\n".join(f'      - "{flag}"' for flag in flags)
     return f"""services:
@@ -121,8 +130,8 @@ def _gpu(version: str) -> str:
 """
 
 
-def _script(name: str, model: str, timeout: int) -> str:
-    listed = " \\\n  ".join(f'"{flag}"' for flag in _flags("$here/config", timeout))
+def _script(name: str, model: str, more: list[str]) -> str:
+    listed = " \\\n  ".join(f'"{flag}"' for flag in _flags("$here/config", more))
     return f"""#!/bin/sh
 # Serve {name} by the tensorflow_model_server on PATH or in TENSORFLOW_MODEL_SERVER; further flags are passed on.
 set -eu

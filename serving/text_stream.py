@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
@@ -103,29 +104,56 @@ class StopMatcher:
         return self._depth[self._state]
 
 
+class Pieces(Protocol):
+    """Token ids to text in pieces, never half a character."""
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is whole by now."""
+
+    def finish(self) -> str:
+        """Return the rest; bytes of an unfinished character become U+FFFD."""
+
+
+class _BytePieces:
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._bytes[token_id])
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
 class TextStream:
     """Turns token ids into text as they come, up to the first stop string.
 
     All pieces of `push` and the one of `finish` joined are `tokenizer.decode(ids)`, special tokens skipped, cut before
     the first stop string (the one that is complete first; the longest of those complete at once). Time and space are
-    amortised O(1) a byte.
+    amortised O(1) a byte. `stopped_by` is the stop string that was found.
     """
 
-    def __init__(self, tokenizer: Tokenizer | TokenBytes, stop: Sequence[str] = ()) -> None:
-        """Open a stream over `tokenizer`, or over a TokenBytes made once for many streams; `stop` are non-empty."""
-        self._bytes = tokenizer if isinstance(tokenizer, TokenBytes) else TokenBytes(tokenizer)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer: Tokenizer | TokenBytes | Pieces, stop: Sequence[str] = ()) -> None:
+        """Open a stream over `tokenizer`, a TokenBytes made once for many streams, or pieces from elsewhere.
+
+        `stop` are non-empty.
+        """
+        if isinstance(tokenizer, Tokenizer):
+            tokenizer = TokenBytes(tokenizer)
+        self._pieces: Pieces = _BytePieces(tokenizer) if isinstance(tokenizer, TokenBytes) else tokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._held: deque[str] = deque()
         self.stopped = False
+        self.stopped_by: str | None = None
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is certain by now; "" once a stop string was found."""
-        return self._take(self._decoder.decode(self._bytes[token_id]))
+        return self._take(self._pieces.push(token_id))
 
     def finish(self) -> str:
         """Return the rest when no more tokens come; bytes of an unfinished character become U+FFFD."""
-        return self._take(self._decoder.decode(b"", True)) + self._release(0)
+        return self._take(self._pieces.finish()) + self._release(0)
 
     def _take(self, text: str) -> str:
         if self.stopped:
@@ -138,7 +166,7 @@ class TextStream:
             if length:
                 self.stopped = True
                 piece = self._release(length)
-                self._held.clear()
+                self.stopped_by = self._release(0)
                 return piece
         return self._release(self._matcher.held)
 

@@ -29,6 +29,8 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--rest-timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
               metavar="SECONDS", help="The server's --rest_api_timeout_in_ms, in seconds.")  # fmt: skip
 @click.option("--gpu-memory", callback=_size, metavar="SIZE", help="Refuse what needs more, such as 16GiB.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N",
+              help="Rows of the largest batch; by default what the batching parameters beside it allow.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def lint(
     folder: Path,
@@ -37,13 +39,15 @@ def lint(
     context: int | None,
     rest_timeout: float,
     gpu_memory: int | None,
+    batch: int | None,
     as_json: bool,
 ) -> None:
     """Check whether stock TensorFlow Serving can serve a SavedModel, a bundle's or anyone's.
 
     Looks for ops that the server does not link, tensors without names or ranks, requests that cannot be merged, padding
     that changes answers, generations longer than the REST timeout, and too much memory. Exit code 1 on errors;
-    warnings and notes do not fail.
+    warnings and notes do not fail. A longest generation over the REST timeout is a warning, a single token over it an
+    error.
     """
     from builder.lint import find_target, refuse_errors
     from builder.lint import lint as find
@@ -56,6 +60,7 @@ def lint(
         context=context,
         timeout=rest_timeout,
         budget=gpu_memory,
+        batch=batch,
     )
     counts = Counter(finding.level for finding in findings)
     if as_json:

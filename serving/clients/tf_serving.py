@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -15,12 +15,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from serving.backends.base import pad_right
+from serving.clients.tf_serving_slots import END, Piece, SlotTexts, as_text
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
+from serving.slots import SIGNATURES, check_graph_params
 
 # The server had no room or was not there: the same request may be sent again.
 _PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED"})
+# Or its answer was lost, where the request changes nothing or says by itself what it wants.
+_LOST = _PASSING | {"DEADLINE_EXCEEDED"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+# Tokens a call where nobody watches them come.
+_STEPS = 8
 _T = TypeVar("_T")
 
 
@@ -54,8 +60,8 @@ class TFServingClient:
     """
 
     def __init__(self, transport: Transport, *, timeout: float = 60.0, retries: int = 4) -> None:
-        self._transport, self._timeout, self._retries = transport, timeout, retries
-        self._sleep, self._random = time.sleep, random.Random()
+        self._transport, self.timeout, self._retries = transport, timeout, retries
+        self.sleep, self._random = time.sleep, random.Random()
 
     def predict(
         self, inputs: Mapping[str, Any], signature: str = "serving_default", *, idempotent: bool = True
@@ -65,7 +71,20 @@ class TFServingClient:
         Pass `idempotent` False for a signature that changes the server's state: it is then sent once. Raises
         ServerError with the server's own sentence.
         """
-        return self._call(lambda left: self._transport.predict(signature, inputs, left), idempotent)
+        codes = _PASSING if idempotent else frozenset()
+        return self._call(lambda left: self._transport.predict(signature, inputs, left), codes)
+
+    def repeat(self, signature: str, inputs: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
+        """Run a signature that may be run again with the same inputs, as those of slots may.
+
+        It is sent again after an answer was lost too: each try but the last has half of the time that is left.
+        `timeout` replaces the client's.
+        """
+        return self._call(lambda left: self._transport.predict(signature, inputs, left), _LOST, timeout)
+
+    def jitter(self, pause: float) -> float:
+        """`pause` shortened by a random part of at most a half."""
+        return pause * (0.5 + self._random.random() / 2)
 
     def metadata(self) -> dict[str, Any]:
         """The signatures, as `Transport.metadata` gives them."""
@@ -75,16 +94,52 @@ class TFServingClient:
         """The model's versions, as `Transport.status` gives them."""
         return self._call(self._transport.status)
 
-    def generate(
-        self, texts: Sequence[str], params: SamplingParams, tokenizer: Tokenizer | None = None
-    ) -> list[Continuation]:
-        """Continue each text in one request: by `generate_text`, or with `tokenizer` here if the model lacks it.
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]] | str,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None = None,
+        *,
+        steps: int = 1,
+    ) -> Iterator[Piece]:
+        """Continue texts or token ids over the server's slots and give each piece as it comes, `steps` tokens a call.
 
-        Raises InputError for stop texts and ignored end tokens, which the graph does not know, and where neither the
-        model nor the caller has a tokenizer.
+        Any number of prompts advance together, as many at once as there are slots. With `tokenizer` text is made here,
+        else by the server's `tokenize` and `detokenize`, one more call a token. Stop texts and stop token ids end a
+        text here; `ignore_eos` works at temperature 0. Closing the iterator gives the slots back. Raises InputError
+        at once for what slots cannot do; ServerError as `SlotTexts.run` says.
         """
-        if params.stop or params.ignore_eos:
-            raise InputError("stop texts and ignore_eos are not done in the server's graph; leave them out")
+        return SlotTexts(self, tokenizer).run([prompts] if isinstance(prompts, str) else prompts, params, steps=steps)
+
+    def has_slots(self) -> bool:
+        """Whether the model has the signatures of slots."""
+        return set(self.metadata()) >= SIGNATURES
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: bool | None = None,
+    ) -> list[Continuation]:
+        """Continue each text: in one request by `generate_text` (or with `tokenizer` here if the model lacks it), or,
+        with `slots`, over slots.
+
+        By default slots are used for what the one request cannot do: stop texts and token ids, `ignore_eos`. Raises
+        InputError for what the graph does not know, and where neither the model nor the caller has a tokenizer.
+        """
+        special = bool(params.stop or params.stop_token_ids or params.ignore_eos)
+        if slots or (slots is None and special):
+            pieces = SlotTexts(self, tokenizer).run(texts, params, steps=_STEPS, whole=True)
+            by_index = {piece.index: piece for piece in pieces}
+            ordered = [by_index[index] for index in range(len(texts))]
+            return [Continuation(each.text, len(each.token_ids), each.finish_reason or "") for each in ordered]
+        check_graph_params(params)
+        if special:
+            raise InputError(
+                "stop texts, stop_token_ids and ignore_eos need slots; the graph's loop does not know them"
+            )
         rows = len(texts)
         parameters = {
             "max_new_tokens": np.full(rows, params.max_new_tokens, np.int32),
@@ -97,14 +152,14 @@ class TFServingClient:
             given = np.array([text.encode("utf-8") for text in texts], np.object_)
             outputs = self.predict({"text": given, **parameters}, "generate_text")
             columns = zip(outputs["text"], outputs["lengths"], outputs["finish_reason"], strict=True)
-            return [Continuation(_text(text), int(count), _text(reason)) for text, count, reason in columns]
+            return [Continuation(as_text(text), int(count), as_text(reason)) for text, count, reason in columns]
         prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         if not all(prompts):
-            raise InputError("a text may not be empty; <|endoftext|> alone starts a new text")
+            raise InputError(f"a text may not be empty; {END} alone starts a new text")
         token_ids, lengths = pad_right(prompts)
         padded = {"token_ids": token_ids.astype(np.int32), "lengths": lengths.astype(np.int32)}
         outputs = self.predict(padded | parameters)
-        end = tokenizer.token_to_id("<|endoftext|>")
+        end = tokenizer.token_to_id(END)
         made = []
         for row, count in zip(outputs["token_ids"], outputs["lengths"], strict=True):
             ids = [int(token) for token in row[: int(count)]]
@@ -112,20 +167,17 @@ class TFServingClient:
             made.append(Continuation(tokenizer.decode(ids, skip_special_tokens=True), len(ids), reason))
         return made
 
-    def _call(self, send: Callable[[float], _T], idempotent: bool = True) -> _T:
-        deadline = time.monotonic() + self._timeout
+    def _call(self, send: Callable[[float], _T], codes: frozenset[str] = _PASSING, timeout: float | None = None) -> _T:
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         pause = _FIRST_PAUSE
         for again in range(self._retries, -1, -1):
+            left = max(1e-3, deadline - time.monotonic())
             try:
-                return send(max(1e-3, deadline - time.monotonic()))
+                return send(left / 2 if again and codes is _LOST else left)
             except ServerError as error:
-                wait = pause * (0.5 + self._random.random() / 2)
-                if not (again and idempotent and error.code in _PASSING and time.monotonic() + wait < deadline):
+                wait = self.jitter(pause)
+                if not (again and error.code in codes and time.monotonic() + wait < deadline):
                     raise
-                self._sleep(wait)
+                self.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("the last try returns or raises")
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

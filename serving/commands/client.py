@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from serving.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from serving.clients.tf_serving import TFServingClient
+    from serving.clients.tf_serving_slots import Piece
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -107,36 +109,82 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 
 
 @client.command()
-@click.argument("prompt")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
 @click.option("--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
 @click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
 @click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option("--stop", multiple=True, metavar="TEXT",
+              help="End before this text, over slots; may be given several times.")  # fmt: skip
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token, over slots, at temperature 0.")
+@click.option("--stream/--no-stream", "streamed", default=None,
+              help="Print as it comes, over slots; by default on a terminal, if the model has slots.")  # fmt: skip
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="BUNDLE",
-              help="A bundle whose tokenizer is used here if the model has no generate_text.")  # fmt: skip
+              help="A bundle whose tokenizer is used here instead of the server's.")  # fmt: skip
 @_server_options
 def generate(
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
+    prompts: tuple[str, ...],
+    streamed: bool | None,
     tokenizer: Path | None,
     as_json: bool,
-    **server: Any,
+    url: str | None,
+    grpc_address: str | None,
+    model: str,
+    timeout: float,
+    retries: int,
+    **sampling: Any,
 ) -> None:
-    """Continue PROMPT and print the continuation."""
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    """Continue each PROMPT and print the continuations, in order, each ending in a new line.
+
+    A PROMPT '-' stands for the lines of standard input, a prompt each. With --json each continuation is a line of its
+    own.
+    """
+    params = SamplingParams(**sampling)
+    texts = [text for prompt in prompts for text in (_lines() if prompt == "-" else [prompt])]
+    if not texts:
+        raise InputError("standard input has no line; give at least one prompt")
     loaded = None
     if tokenizer is not None:
         from serving.bundle import open_bundle
         from serving.commands.generate import load_tokenizer
 
         loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
-    (made,) = _open(**server).generate([prompt], params, loaded)
-    click.echo(json.dumps(dataclasses.asdict(made)) if as_json else made.text)
+    server = _open(url, grpc_address, model, timeout, retries)
+    if streamed is None:
+        streamed = not as_json and sys.stdout.isatty() and server.has_slots()
+    if streamed and not as_json:
+        from serving.commands.generate import write
+
+        for text in _in_order(server.stream(texts, params, loaded), len(texts)):
+            write(text)
+        return
+    for made in server.generate(texts, params, loaded, slots=streamed or None):
+        click.echo(json.dumps(dataclasses.asdict(made)) if as_json else made.text)
+
+
+def _lines() -> list[str]:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").splitlines()
+    except UnicodeError:
+        raise InputError("standard input is not valid UTF-8 text; convert it to UTF-8 first") from None
+
+
+def _in_order(pieces: Iterator[Piece], count: int) -> Iterator[str]:
+    """The text of `count` prompts, one behind the other: the first that is not finished as it comes."""
+    held: list[list[str]] = [[] for _ in range(count)]
+    finished = [False] * count
+    shown = 0
+    for piece in pieces:
+        held[piece.index].append(piece.text)
+        finished[piece.index] = piece.finish_reason is not None
+        while shown < count:
+            yield "".join(held[shown])
+            held[shown].clear()
+            if not finished[shown]:
+                break
+            yield "\n"
+            shown += 1
 
 
 def _plain(value: Any) -> Any:

@@ -104,7 +104,7 @@ def generate(
     def put(piece: str) -> None:
         parts.append(piece)
         if piece and not as_json:
-            _write(piece)
+            write(piece)
 
     for token in stream(backend, prompt_ids, params, eos_token_id):
         token_ids.append(token)
@@ -114,7 +114,7 @@ def generate(
     put(pieces.finish())
     seconds = time.perf_counter() - began
     if not as_json:
-        _write("\n")
+        write("\n")
         return
     ended = pieces.stopped or (token_ids[-1] == eos_token_id and not params.ignore_eos)
     report = {
@@ -158,7 +158,7 @@ def _read_prompt(prompt: str) -> str:
     return prompt
 
 
-def _write(text: str) -> None:
+def write(text: str) -> None:
     """Print `text` now, with '?' for what the terminal's encoding has no form for."""
     encoding = sys.stdout.encoding or "utf-8"
     click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)

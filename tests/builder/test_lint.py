@@ -12,7 +12,7 @@ import pytest
 
 from builder.frameworks import tf
 from builder.lint import Target, find_target, lint, read_meta_graph
-from builder.lint_costs import check_time, memory, parse_size, stored_bytes
+from builder.lint_costs import check_time, largest_batch, memory, parse_size, stored_bytes
 from builder.lint_graph import Finding, check_ops
 from serving.bundle import Geometry
 from serving.cli import run
@@ -31,6 +31,7 @@ def said(findings: list[Finding], level: str) -> dict[tuple[str, str], str]:
     return {(finding.check, finding.where): finding.message for finding in findings if finding.level == level}
 
 
+GPT2 = Geometry(50257, 1024, 768, 12, 12, 3072, 1e-5, "gelu_new", 50256, 50256)
 ROWS = tf.TensorSpec([None], tf.float32, name="value")
 TOKENS = tf.TensorSpec([None, None], tf.int32, name="token_ids")
 
@@ -69,15 +70,17 @@ def test_functions_that_no_session_reaches_are_not_judged(tmp_path: Path) -> Non
     assert not said(lint(Target(tmp_path / "model")), "error")
 
 
-def test_ops_outside_of_core_are_refused_but_for_those_of_tensorflow_text(tmp_path: Path) -> None:
+def test_ops_outside_of_core_are_refused_but_for_those_of_libraries_that_the_server_links(tmp_path: Path) -> None:
     meta_graph = read_meta_graph(save(tmp_path / "model", lambda value: {"same": value}, ROWS))
     meta_graph.graph_def.node.add(name="a", op="SentencepieceOp")
     meta_graph.graph_def.node.add(name="b", op="TFText>FastSentencepieceTokenize")
+    meta_graph.graph_def.node.add(name="e", op="FastBertNormalize")
+    meta_graph.graph_def.node.add(name="f", op="SimpleMLInferenceOp")
     meta_graph.graph_def.node.add(name="c", op="OwnKernel")
     meta_graph.graph_def.node.add(name="d", op="Identity", device="/job:x/device:GPU:3")
     findings = list(check_ops(meta_graph))
-    assert [finding.level for finding in findings] == ["note", "note", "error", "warning"]
-    assert "OwnKernel is no op of core TensorFlow" in findings[2].message
+    assert [finding.level for finding in findings] == ["note"] * 4 + ["error", "warning"]
+    assert "OwnKernel is no op of core TensorFlow" in findings[4].message
 
 
 @pytest.mark.parametrize(
@@ -131,12 +134,45 @@ def test_the_worst_case_against_the_rest_timeout(real_bundle: Path) -> None:
     assert check_time(26.0, 1024, 30.0).level == "note"
     late = check_time(57.0, 1024, 30.0)
     assert late.level == "warning" and "58.4 s" in late.message and "--rest_api_timeout_in_ms=87552" in late.message
+    assert "at most 526 tokens" in late.message
+    assert check_time(57.0, 1024, 60.0).level == "note"
+    hopeless = check_time(1001.0, 8, 1.0)
+    assert hopeless.level == "error" and "no request is answered" in hopeless.message
+
+
+def test_the_timeout_is_an_option(real_bundle: Path, fails: Fails) -> None:
+    command = ["lint", str(real_bundle), "--ms-per-token", "100"]
+    assert run([*command, "--rest-timeout", "1"]) == 0, "a warning fails nothing"
+    fails([*command, "--rest-timeout", "0.05"], 1, "one token takes 0.1 s, over the REST timeout of 0.05 s")
+
+
+def test_the_largest_batch_is_the_served_one(tmp_path: Path, real_bundle: Path) -> None:
+    version = tmp_path / "bundle/savedmodel/1"
+    shutil.copytree(real_bundle / "savedmodel/1", version)
+    assert largest_batch(version) == 16
+    for place, text, rows in (
+        (
+            "bundle/deploy/tf_serving",
+            "max_batch_size { value: 64 }\nallowed_batch_sizes: 4\nallowed_batch_sizes: 32\n",
+            32,
+        ),
+        ("bundle/deploy/tf_serving", "max_batch_size { value: 64 }\n", 64),
+    ):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "batching_parameters.txt").write_text(text)
+        assert largest_batch(version) == rows
+        (note,) = [each for each in lint(Target(version, GPT2)) if each.check == "memory"]
+        assert f"at batch {rows} and" in note.message
+    deployed = tmp_path / "deployed/models/bytes/1"
+    shutil.copytree(version, deployed)
+    (tmp_path / "deployed/config").mkdir()
+    (tmp_path / "deployed/config/batching_parameters.txt").write_text("allowed_batch_sizes: 2\n")
+    assert largest_batch(deployed) == 2
 
 
 def test_memory_against_a_budget(real_bundle: Path, fails: Fails) -> None:
     # GPT-2's geometry, counted by hand: 16 rows of 1024 with 12 layers of 768.
-    geometry = Geometry(50257, 1024, 768, 12, 12, 3072, 1e-5, "gelu_new", 50256, 50256)
-    parts = memory(real_bundle / "savedmodel/1", geometry)
+    parts = memory(real_bundle / "savedmodel/1", GPT2, 16)
     assert parts["cache"] == 2 * (2 * 12 * 16 * 1024 * 768 * 4)
     assert parts["activations"] == 2 * (16 * 1024 * 50257 * 4)
     weights = sum(weight.numpy().nbytes for weight in keras_model("bytes").trainable_variables)

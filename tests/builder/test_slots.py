@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,14 @@ import numpy as np
 import pytest
 
 from builder.frameworks import tf
-from builder.tf_slots import AHEAD, FINISHED, NO_FREE_SLOT, RUNNING, STALE
+from serving.slots import AHEAD, FINISHED, NO_FREE_SLOT, RUNNING, STALE
 from tests.builder.savedmodel_calls import Call, assert_refused, columns, padded, session_call
 from tests.builder.test_savedmodel import END, LIMIT, expected, random_rows
 from tests.oracles.fixtures import keras_model
 
 SLOTS = 5
+# Seconds for 40 texts of 8 clients, which take 2.
+PATIENCE = 60.0
 REQUESTS = itertools.count(1)
 
 
@@ -69,10 +75,13 @@ def tokens(outputs: dict[str, Any]) -> list[list[int]]:
 def stream(call: Call, prompt: list[int], row: dict[str, Any], random: np.random.Generator) -> list[int]:
     """One client's whole text, with calls repeated as a network would and steps of any size."""
     request = next(REQUESTS)
+    deadline = time.monotonic() + PATIENCE
     while (first := prefill(call, [prompt], [row], [request]))["status"][0] == NO_FREE_SLOT:
+        assert time.monotonic() < deadline, "no slot came free"
         assert first["slot"].tolist() == [-1] and first["generation"].tolist() == [0] and tokens(first) == [[]]
     text, status = tokens(first)[0], int(first["status"][0])
     while status == RUNNING:
+        assert len(text) <= LIMIT and time.monotonic() < deadline
         if random.random() < 0.2:
             again = prefill(call, [prompt], [row], [request])
             assert all(again[name].tolist() == first[name].tolist() for name in ("slot", "generation"))
@@ -89,16 +98,40 @@ def stream(call: Call, prompt: list[int], row: dict[str, Any], random: np.random
     return text
 
 
+def at_once(clients: list[Callable[[], list[int]]]) -> list[list[int]]:
+    """What clients in eight threads give. Fails if one has not ended in time: without the lock they wait for ever."""
+    texts: dict[int, list[int]] = {}
+    wanted: queue.SimpleQueue[tuple[int, Callable[[], list[int]]]] = queue.SimpleQueue()
+    for task in enumerate(clients):
+        wanted.put(task)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                number, client = wanted.get_nowait()
+                texts[number] = client()
+
+    # Daemons, which do not keep the tests from ending where they hang.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + PATIENCE
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    assert len(texts) == len(clients), f"{len(clients) - len(texts)} clients failed or hung"
+    return [texts[number] for number in range(len(clients))]
+
+
 def test_clients_at_once_get_the_tokens_of_each_alone(slots: Call) -> None:
     random = np.random.default_rng(5)
     prompts, rows = random_rows(random, 40)
     prompts[0], rows[1] = list(range(LIMIT)), {"max_new_tokens": 10**6}
-    with ThreadPoolExecutor(8) as pool:
-        streams = [
-            pool.submit(stream, slots, prompt, row, np.random.default_rng(number))
+    texts = at_once(
+        [
+            partial(stream, slots, prompt, row, np.random.default_rng(number))
             for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         ]
-        texts = [future.result() for future in streams]
+    )
     assert texts == expected(prompts, rows)
     assert texts[0] == [] and sum(text[-1:] == [END] for text in texts) >= 3
 

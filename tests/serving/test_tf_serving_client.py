@@ -20,7 +20,7 @@ from serving.cli import run
 from serving.clients.tf_serving import TFServingClient
 from serving.clients.tf_serving_grpc import GrpcTransport
 from serving.clients.tf_serving_rest import RestTransport
-from serving.errors import InputError, ServerError
+from serving.errors import ServerError
 from serving.sampling import SamplingParams
 from tests.serving.tf_serving_stand_in import StandIn, serving
 from tests.tiny_build import Fails
@@ -171,11 +171,6 @@ def test_the_command(server: StandIn, kind: str, capsys: pytest.CaptureFixture[s
     assert [made["text"]] == wanted
     outputs = json.loads(ask("predict", json.dumps({"text": ["ab"]}), "--signature", "tokenize", "--json"))["outputs"]
     assert outputs["lengths"] == [2]
-
-
-def test_what_the_graph_cannot_do_is_refused(server: StandIn) -> None:
-    with pytest.raises(InputError, match="stop texts"):
-        connect(server, "row").generate(["a"], SamplingParams(stop=("b",)))
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 It is not tensorflow_model_server: it loads as that does and answers in its messages, statuses and error format, but
 merges no requests. `failures` holds statuses that the next calls get instead of an answer; `delay` is seconds.
+`lost` holds what becomes of the next answers once they are computed: a status instead, or seconds that they come late.
+`pad` is how often the first row of each call is repeated behind the others, as the server's batching does.
 """
 
 from __future__ import annotations
@@ -31,7 +33,13 @@ from tensorflow_serving.apis import (
 from builder.frameworks import tf
 from builder.session import SessionServable
 
-HTTP = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "RESOURCE_EXHAUSTED": 429, "UNAVAILABLE": 503}
+HTTP = {
+    "INVALID_ARGUMENT": 400,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
 
 
 class Refused(Exception):
@@ -46,7 +54,9 @@ class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
         # A dictionary, unlike protobuf's map, can lose a signature and get it back.
         self.servable.signatures = dict(self.servable.signatures)
         self.failures: list[str] = []
-        self.calls, self.delay = 0, 0.0
+        self.lost: list[str | float] = []
+        self.run_calls: list[str] = []
+        self.calls, self.delay, self.pad = 0, 0.0, 0
         self.url = self.address = ""
 
     def admit(self, name: str) -> None:
@@ -66,8 +76,17 @@ class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
         typed = {
             name: np.array(value, tf.as_dtype(wanted[name].dtype).as_numpy_dtype) for name, value in inputs.items()
         }
+        rows = len(next(iter(typed.values())))
+        if self.pad:
+            typed = {name: np.concatenate([value, *[value[:1]] * self.pad]) for name, value in typed.items()}
+        self.run_calls.append(signature)
         try:
-            return self.servable.run(signature, **typed)
+            outputs = {name: value[:rows] for name, value in self.servable.run(signature, **typed).items()}
+            loss = self.lost.pop(0) if self.lost else 0.0
+            if isinstance(loss, str):
+                raise Refused(loss, "the answer was lost")
+            time.sleep(loss)
+            return outputs
         except tf.errors.InvalidArgumentError as error:
             raise Refused("INVALID_ARGUMENT", error.message) from None
 
