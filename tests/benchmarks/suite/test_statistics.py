@@ -1,0 +1,70 @@
+"""What is called equal, what is called slower, and where the warm-up ends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.suite.statistics import median_interval, noise, paired, unpaired, warm_from
+
+
+def draws(count, factor=1.0, spread=0.02, seed=0):
+    return (factor * np.exp(np.random.default_rng(seed).normal(0, spread, count))).tolist()
+
+
+@pytest.mark.parametrize("compare", [paired, unpaired])
+def test_the_same_is_equal_and_a_tenth_more_is_not(compare):
+    trials = 200
+    equal = [compare(draws(7, seed=seed), draws(7, seed=seed + 1000)).call for seed in range(trials)]
+    slower = [compare(draws(7, 1.1, seed=seed), draws(7, seed=seed + 1000)).call for seed in range(trials)]
+    assert equal.count("equal") >= 0.97 * trials
+    assert slower.count("higher") >= 0.97 * trials and "lower" not in slower
+
+
+def test_drift_that_hits_both_of_a_pair_hides_nothing():
+    drift = np.linspace(1, 3, 7)
+    ours, theirs = np.array(draws(7, 1.1, 0.01)) * drift, np.array(draws(7, 1.0, 0.01, 1)) * drift
+    assert paired(ours.tolist(), theirs.tolist()).call == "higher"
+    assert unpaired(ours.tolist(), theirs.tolist()).call == "equal"
+
+
+def test_inside_the_noise_no_winner_is_named():
+    assert paired(draws(7, 1.1, 0.3), draws(7, 1.0, 0.3, 1)).call == "equal"
+    assert paired([1.005] * 7, [1.0] * 7).call == "equal"
+    assert paired([1.02] * 7, [1.0] * 7).call == "higher"
+
+
+def test_too_few_repeats_say_nothing():
+    verdict = paired([2.0] * 4, [1.0] * 4)
+    assert (verdict.call, verdict.ratio, verdict.pairs) == ("unknown", 2.0, 4)
+    assert paired([], []).ratio is None
+    assert unpaired([], [1.0]).call == "unknown"
+
+
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
+    assert median_interval([3, 1, 2, 5, 4]) == (1, 5)
+    assert median_interval(range(10)) == (1, 8)  # 1 - 2 * 11 / 1024 = 97.9 %; (2, 7) would hold it in 89.1 %
+    random = np.random.default_rng(0)
+    held = [low <= 0 <= high for low, high in (median_interval(random.normal(size=9)) for _ in range(2000))]
+    assert np.mean(held) == pytest.approx(1 - 2 * (1 + 9) / 512, abs=0.015)
+
+
+def test_noise_is_the_spread_between_two_medians():
+    spread = 0.03
+    found = np.median([noise([draws(9, spread=spread, seed=seed)]) for seed in range(200)])
+    assert found == pytest.approx(math.expm1(1.96 * math.sqrt(2) * 1.2533 * spread / 3), rel=0.25)
+    assert noise([[1.0]]) is None and noise([]) is None
+    assert noise([[1.0, 1.0, 1.0]]) == 0
+
+
+def test_warm_up_is_cut_where_it_ends():
+    random = np.random.default_rng(0)
+    steady = 1 + 0.01 * random.normal(size=60)
+    assert warm_from(steady[:15]) is None
+    assert warm_from(steady) is not None
+    slow = np.concatenate([np.linspace(5, 1.5, 12), steady])
+    # It may cut more than the slow start, never less.
+    assert warm_from(slow) >= 10 and np.mean(slow[warm_from(slow) :]) == pytest.approx(1, abs=0.01)
+    assert warm_from(np.linspace(5, 1, 40)) is None
