@@ -12,7 +12,7 @@ class Settings:
     """Limits and safety of one server; times are in seconds."""
 
     request_timeout: float | None = 600.0
-    """From a request's arrival to its last token, the queue included; None is without end. Requests may ask for less."""
+    """From arrival to the last token, the queue included; None is without end. Requests may ask for less."""
     body_timeout: float = 30.0
     """For a request's body to come in."""
     drain_timeout: float = 30.0
