@@ -144,16 +144,17 @@ def openai_shaped(path: str) -> bool:
     return not (path.startswith("/v2") or ":" in path or "/versions/" in path or path.endswith("/metadata"))
 
 
+def openai_error(failure: Failure) -> dict[str, Any]:
+    """`failure` as the value of "error" in OpenAI's form."""
+    kind = failure.kind
+    return {"message": failure.message, "type": kind.openai_type, "param": failure.param, "code": kind.openai_code}
+
+
 def error_response(failure: Failure, path: str) -> Response:
     """`failure` as JSON, in the form of the protocol that `path` belongs to."""
     body: dict[str, Any] = {"error": failure.message}
     if openai_shaped(path):
-        body["error"] = {
-            "message": failure.message,
-            "type": failure.kind.openai_type,
-            "param": failure.param,
-            "code": failure.kind.openai_code,
-        }
+        body["error"] = openai_error(failure)
     headers: dict[str, str] = {}
     if failure.retry_after is not None:
         headers["Retry-After"] = str(failure.retry_after)
