@@ -1,0 +1,378 @@
+"""OpenAI's completions protocol, with the extras that vLLM's users know, and vLLM's /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from tokenizers import Tokenizer
+
+from serving.engine.api import Event, GenerationRequest, PromptEvent, TokenEvent
+from serving.errors import InputError
+from serving.protocols.openai_choices import ChoiceState, LogprobsWriter, Prompt, token_names
+from serving.protocols.openai_schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serving.sampling import MAX_SEED, SamplingParams
+from serving.server.bodies import read_body
+from serving.server.errors import FieldError, error_of, failure_of
+from serving.server.gate import log, openai_error
+from serving.server.generation import Generation, submit, time_limit
+from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
+from serving.server.state import Server
+from serving.server.tracing import Span, start_span
+
+DEFAULT_MAX_TOKENS = 16
+LONG_TEXT = 2048
+"""Characters from which on a text is encoded in another thread, so that streams under way do not wait."""
+_DONE = b"data: [DONE]\n\n"
+_Result = TypeVar("_Result")
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions."""
+    server: Server = request.app.state.server
+    body = await read_body(request, CompletionRequest)
+    _check(body, server)
+    limit = time_limit(request, server.settings.request_timeout)
+    request_id: str = request.state.request_id
+    prompts: list[Prompt] = []
+
+    async def make(model: ServedModel) -> list[GenerationRequest]:
+        prompts[:] = await _prompts(body, model, server.settings.max_prompt_tokens)
+        if body.logprobs is not None:
+            await asyncio.to_thread(token_names, model.engine)
+        return _requests(body, prompts, model, limit, request_id)
+
+    model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
+    try:
+        generation.watch(request)
+        span = start_span("text_completion", request.headers, model.name)
+        run = _Run(body, model, prompts, generation, request_id, span, request.state)
+        first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
+    except BaseException:
+        generation.close()
+        raise
+    if body.stream:
+        return _EventStream(_stream(run, first))
+    try:
+        while first:
+            first = run.take(await generation.next())
+        return JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
+    finally:
+        run.close()
+
+
+def model_name(registry: ModelRegistry, name: str | None) -> str:
+    """`name`, or the first model's."""
+    if name:
+        return name
+    names = registry.names()
+    if not names:
+        raise ModelNotReadyError("no model is loaded yet; try again when /health/ready says so")
+    return names[0]
+
+
+def _check(body: CompletionRequest, server: Server) -> None:
+    """Refuse what is understood and not done here."""
+    n = body.n or 1
+    if body.suffix:
+        raise FieldError("suffix is not supported: GPT-2 continues text only at its end; leave it out", "suffix")
+    if body.best_of is not None and body.best_of != n:
+        raise FieldError(f"best_of is {body.best_of}; only what n is, {n}, is supported", "best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise FieldError("max_tokens is 0; that takes 'echo': true, or ask for at least 1", "max_tokens")
+    if body.stream_options is not None and not body.stream:
+        raise FieldError("stream_options takes 'stream': true", "stream_options")
+    if len(body.prompt) > server.settings.max_prompts:
+        raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
+
+
+async def _prompts(body: CompletionRequest, model: ServedModel, most: int | None) -> list[Prompt]:
+    """The prompts as token ids, each with room for `max_tokens` behind it."""
+    tokenizer, engine = model.engine.tokenizer, model.engine
+    prompts = []
+    for given in body.prompt:
+        ids = tuple(await encode(tokenizer, given) if isinstance(given, str) else given)
+        echo = None
+        if body.echo:
+            echo = given if isinstance(given, str) else tokenizer.decode(list(ids), skip_special_tokens=False)
+        prompts.append(Prompt(ids or (engine.eos_token_id,), implied=not ids, echo=echo))
+    tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+    for prompt in prompts:
+        length = len(prompt.ids)
+        if most is not None and length > most:
+            raise FieldError(f"a prompt has {length} tokens; this server takes at most {most}", "prompt")
+        if length + max(tokens, 1) > engine.n_positions:
+            raise FieldError(
+                f"the model's context has {engine.n_positions} tokens; a prompt of {length} and max_tokens {tokens} "
+                "do not fit; shorten one of them",
+                "prompt" if length >= engine.n_positions else "max_tokens",
+            )
+    return prompts
+
+
+async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of `text`."""
+
+    def run() -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return await _elsewhere_if(len(text) > LONG_TEXT, run)
+
+
+async def _elsewhere_if(long: bool, function: Callable[[], _Result]) -> _Result:
+    return await asyncio.to_thread(function) if long else function()
+
+
+def _requests(
+    body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
+) -> list[GenerationRequest]:
+    values: dict[str, Any] = {
+        "max_new_tokens": max(1, body.max_tokens) if body.max_tokens is not None else DEFAULT_MAX_TOKENS,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_k": None if body.top_k is None else max(0, body.top_k),
+        "seed": secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % (MAX_SEED + 1),
+        "stop": tuple(body.stop),
+        "logit_bias": tuple(body.logit_bias.items()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+    }
+    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
+        values[name] = getattr(body, name)
+    values["ignore_eos"] = body.ignore_eos
+    try:
+        params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    except InputError as error:
+        name = str(error).split(" ", 1)[0]
+        raise FieldError(str(error), name if name in CompletionRequest.model_fields else None) from None
+    return [
+        GenerationRequest(
+            prompt=prompt.ids,
+            params=params,
+            n=body.n or 1,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            timeout=limit,
+            request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+@dataclass
+class _Run:
+    """One call under way: its choices, and the frame that each answer and chunk has."""
+
+    body: CompletionRequest
+    model: ServedModel
+    prompts: list[Prompt]
+    generation: Generation
+    request_id: str
+    span: Span
+    state: Any
+
+    def __post_init__(self) -> None:
+        engine, body = self.model.engine, self.body
+        self.n = body.n or 1
+        self.choices = [
+            ChoiceState(
+                index=index * self.n + continuation,
+                prompt=prompt,
+                writer=None if body.logprobs is None else LogprobsWriter(token_names(engine), body.logprobs),
+                keep_generated=body.max_tokens != 0,
+            )
+            for index, prompt in enumerate(self.prompts)
+            for continuation in range(self.n)
+        ]
+        self.cached = 0
+        self.eos_token_id = engine.eos_token_id
+        identity = self.model.bundle.manifest.tokenizer.id.removeprefix("sha256:")[:8]
+        self.frame: dict[str, Any] = {
+            "id": f"cmpl-{self.request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.model.name,
+            "system_fingerprint": f"v{self.model.version}-{identity}",
+        }
+
+    def take(self, batch: list[tuple[int, Event]]) -> list[ChoiceState]:
+        """Give `batch` to the choices and return those that have changed, each once, in the order of their events.
+
+        Raises the error that an ending stands for.
+        """
+        changed: dict[int, ChoiceState] = {}
+        for request, event in batch:
+            if isinstance(event, PromptEvent):
+                self.cached += event.cached_tokens
+                self.span.event("prompt_read")
+                for choice in self.choices[request * self.n : (request + 1) * self.n]:
+                    choice.on_prompt(event)
+                    changed[choice.index] = choice
+                continue
+            choice = self.choices[request * self.n + event.index]
+            changed[choice.index] = choice
+            if isinstance(event, TokenEvent):
+                choice.on_token(event)
+                continue
+            error = error_of(event)
+            if error is not None:
+                raise error
+            choice.on_finish(event, self.eos_token_id)
+        return list(changed.values())
+
+    def answer(self, choices: list[dict[str, Any]], usage: bool) -> dict[str, Any]:
+        """A whole answer or a chunk."""
+        answer = {**self.frame, "choices": choices}
+        if usage:
+            answer["usage"] = self.usage()
+        return answer
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(prompt.ids) for prompt in self.prompts)
+        generated = sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+    def close(self) -> None:
+        """Free what is still held and leave a note for the log and the trace."""
+        self.generation.close()
+        usage = self.usage()
+        reasons = sorted({choice.finish_reason or "unfinished" for choice in self.choices})
+        self.state.log = {
+            "model": self.model.name,
+            "version": self.model.version,
+            "prompt_tokens": usage["prompt_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+            "finish_reasons": reasons,
+        }
+        self.span.end(usage["prompt_tokens"], usage["completion_tokens"], reasons)
+
+
+async def _stream(run: _Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, None]:
+    """The chunks of a stream as server-sent events, the first for what has `changed` already.
+
+    What came since the last chunk goes out as one chunk for each choice. The frame is written once: building each
+    chunk's JSON from scratch takes several times as long as the rest of a token's way.
+    """
+    head = b"data: " + json.dumps(run.frame)[:-1].encode() + b', "choices": ['
+    with_usage = run.body.stream_options is not None and bool(run.body.stream_options.include_usage)
+    tail = b'], "usage": null}\n\n' if with_usage else b"]}\n\n"
+    try:
+        while changed:
+            pieces = [_chunk(choice) for choice in changed if choice.text or choice.writer or choice.finish_reason]
+            if pieces:
+                yield b"".join(part for piece in pieces for part in (head, piece, tail))
+            changed = run.take(await run.generation.next())
+        if with_usage:
+            yield b"data: " + json.dumps(run.answer([], usage=True)).encode() + b"\n\n"
+        yield _DONE
+    except Exception as error:
+        failure = failure_of(error)
+        if failure.internal:
+            log.error("a stream failed", exc_info=error, extra={"request_id": run.request_id})
+        yield b"data: " + json.dumps({"error": openai_error(failure)}).encode() + b"\n\n" + _DONE
+    finally:
+        run.close()
+
+
+def _chunk(choice: ChoiceState) -> bytes:
+    """What came for `choice`, as JSON; the common case, text alone, by hand."""
+    if choice.writer is not None or choice.finish_reason is not None:
+        return json.dumps(choice.take()).encode()
+    text, choice.text = choice.text, ""
+    return (
+        f'{{"index": {choice.index}, "text": {json.dumps(text)}, "logprobs": null, "finish_reason": null, '
+        '"stop_reason": null}'
+    ).encode()
+
+
+class _EventStream(StreamingResponse):
+    """Sends what its iterator gives. Who watches the client is `Generation`, so nothing else is done for a chunk."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._chunks):
+            await self.stream_response(send)
+
+
+def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
+    versions = registry.versions(name)
+    newest = next((model for model in versions if model.state == State.AVAILABLE), versions[0])
+    return {
+        "id": name,
+        "object": "model",
+        "created": newest.created,
+        "owned_by": "gpt2-bundle",
+        "max_model_len": newest.bundle.manifest.model.n_positions,
+        "model_version_status": [
+            {
+                "version": str(model.version),
+                "state": model.state.name,
+                "status": {"error_code": "OK", "error_message": model.message},
+            }
+            for model in versions
+        ],
+    }
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models."""
+    registry: ModelRegistry = request.app.state.server.registry
+    return JSONResponse({"object": "list", "data": [_card(registry, name) for name in registry.names()]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/{model}: OpenAI's card and TensorFlow Serving's status at once, as both ask at this path."""
+    return JSONResponse(_card(request.app.state.server.registry, request.path_params["model"]))
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize."""
+    body = await read_body(request, TokenizeRequest)
+    registry: ModelRegistry = request.app.state.server.registry
+    engine = registry.get(model_name(registry, body.model)).engine
+    ids = await encode(engine.tokenizer, body.prompt)
+    strings = [engine.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
+    return JSONResponse({"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings})
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize."""
+    body = await read_body(request, DetokenizeRequest)
+    registry: ModelRegistry = request.app.state.server.registry
+    engine = registry.get(model_name(registry, body.model)).engine
+    wrong = next((token for token in body.tokens if token >= engine.vocab_size), None)
+    if wrong is not None:
+        raise FieldError(f"tokens has {wrong}, but the vocabulary has {engine.vocab_size} tokens", "tokens")
+    text = await _elsewhere_if(
+        len(body.tokens) > LONG_TEXT, lambda: engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    )
+    return JSONResponse({"prompt": text})
+
+
+def routes() -> list[Route]:
+    """The routes of this module."""
+    return [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{model}", model),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+    ]

@@ -1,0 +1,129 @@
+"""The one table from errors to answers: every protocol says the same thing about the same failure.
+
+Only messages of errors that a caller can mend are sent out. Everything else is logged with the request's id, and the
+answer is one fixed sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.engine.api import DrainingError, FinishEvent, QueueFullError
+from serving.errors import GPT2BundleError, InputError
+from serving.server.registry import ModelNotFoundError, ModelNotReadyError
+
+INTERNAL_SENTENCE = "internal error; the server's log has it under this request's id"
+
+
+class UnauthenticatedError(GPT2BundleError):
+    """No API key, or one that is not known here."""
+
+
+class RateLimitError(GPT2BundleError):
+    """A caller asks more often than it may; `retry_after` is in how many seconds to try again, at least 1."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class BodyTooLargeError(GPT2BundleError):
+    """A request's body is over the limit."""
+
+
+class BodyTimeoutError(GPT2BundleError):
+    """A request's body did not come in time."""
+
+
+class DeadlineExceededError(GPT2BundleError):
+    """A request was not done within its time."""
+
+
+class GenerationEndedError(GPT2BundleError):
+    """The engine ended a request that nobody cancelled: the server is closing."""
+
+
+class GenerationFailedError(GPT2BundleError):
+    """The engine could not go on with a request. The message is for the log."""
+
+
+class ClientGoneError(GPT2BundleError):
+    """The client closed its connection; nobody reads the answer."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a type of error is in each protocol. `openai_type` and `openai_code` are OpenAI's error fields."""
+
+    status: int
+    grpc_code: str
+    openai_type: str
+    openai_code: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure as it goes out: `retry_after` in seconds, for the Retry-After header, where there is one."""
+
+    kind: Kind
+    message: str
+    param: str | None = None
+    retry_after: int | None = None
+
+    @property
+    def internal(self) -> bool:
+        """Whether the error itself belongs into the log and not into the answer."""
+        return self.kind.status == 500
+
+
+class FieldError(InputError):
+    """A field of a request is wrong; `param` names it."""
+
+    def __init__(self, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+RETRY_SECONDS = 1
+"""When to try again what is unavailable now and says no time of its own."""
+
+INVALID = Kind(400, "INVALID_ARGUMENT", "invalid_request_error")
+INTERNAL = Kind(500, "INTERNAL", "server_error")
+
+TABLE: dict[type[BaseException], Kind] = {
+    InputError: INVALID,
+    UnauthenticatedError: Kind(401, "UNAUTHENTICATED", "authentication_error", "invalid_api_key"),
+    ModelNotFoundError: Kind(404, "NOT_FOUND", "invalid_request_error", "model_not_found"),
+    BodyTimeoutError: Kind(408, "DEADLINE_EXCEEDED", "invalid_request_error"),
+    BodyTooLargeError: Kind(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
+    QueueFullError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "queue_full"),
+    RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
+    ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),
+    DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
+    ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),
+    GenerationEndedError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
+    DeadlineExceededError: Kind(504, "DEADLINE_EXCEEDED", "server_error", "timeout"),
+}
+"""By the most derived type; whatever has no line is INTERNAL. 499 is nginx's status for a client that went away."""
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to answer to `error`. The message of an error that is not in the table is not sent out."""
+    kind = next((TABLE[base] for base in type(error).__mro__ if base in TABLE), INTERNAL)
+    if kind is INTERNAL:
+        return Failure(INTERNAL, INTERNAL_SENTENCE)
+    retry_after = getattr(error, "retry_after", RETRY_SECONDS if kind.status == 503 else None)
+    return Failure(kind, " ".join(str(error).split()), getattr(error, "param", None), retry_after)
+
+
+def error_of(event: FinishEvent) -> GPT2BundleError | None:
+    """The error that an ending stands for; None for one that is a result ("stop", "length")."""
+    match event.reason:
+        case "timeout":
+            return DeadlineExceededError(event.message or "the request was not done within its time")
+        case "cancelled":
+            return GenerationEndedError("the server is closing and ended this request; try again")
+        case "error":
+            return GenerationFailedError(event.message)
+        case _:
+            return None

@@ -1,0 +1,134 @@
+"""From the event loop to the engine and back: submit, take events as they come, cancel when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.requests import Request
+
+from serving.engine.api import DrainingError, Engine, Event, FinishEvent, GenerationRequest, Handle, Listener
+from serving.server.errors import ClientGoneError, FieldError
+from serving.server.registry import ModelRegistry, ServedModel
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+_SWAPS = 3
+
+
+class Generation:
+    """Requests of one call under way, from `loop`'s thread; their events come in batches, in order.
+
+    An event is (which request, event). The engine's thread wakes the loop once for all that has come since it last
+    looked, so a loop that is behind does less work for each token and not more.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
+        """Submit all of `requests` or, if one is refused, none: raises what `Engine.submit` raises."""
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._notified = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._handles: list[Handle] = []
+        self._open = sum(request.n for request in requests)
+        self.client_gone = False
+        try:
+            for index, request in enumerate(requests):
+                self._handles.append(engine.submit(request, self._listener(index)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _listener(self, index: int) -> Listener:
+        def listen(event: Event) -> None:  # In the engine's thread.
+            self._events.append((index, event))
+            if not self._notified:
+                self._notified = True
+                with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
+                    self._loop.call_soon_threadsafe(self._wake)
+
+        return listen
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next(self) -> list[tuple[int, Event]]:
+        """What has come since the last call, at least one event; empty once every continuation has ended.
+
+        Raises ClientGoneError when the client has gone away.
+        """
+        while self._open:
+            # Cleared before the queue is emptied: what comes in between is taken now or wakes the loop again.
+            self._notified = False
+            batch: list[tuple[int, Event]] = []
+            while self._events:
+                batch.append(self._events.popleft())
+            if self.client_gone:
+                raise ClientGoneError("the client went away")
+            if batch:
+                self._open -= sum(type(event) is FinishEvent for _, event in batch)
+                return batch
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return []
+
+    def watch(self, request: Request) -> None:
+        """Cancel as soon as the client of `request`, whose body has been read, goes away."""
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            if self._open:
+                self.client_gone = True
+                self.cancel()
+                self._wake()
+
+        self._watch = asyncio.create_task(watch())
+
+    def cancel(self) -> None:
+        """Free every slot within one step."""
+        for handle in self._handles:
+            handle.cancel()
+
+    def close(self) -> None:
+        """End what is still open and stop watching the client. May be called more than once."""
+        if self._open:
+            self.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+
+async def submit(
+    registry: ModelRegistry, name: str, make: Callable[[ServedModel], Awaitable[Sequence[GenerationRequest]]]
+) -> tuple[ServedModel, Generation]:
+    """Submit what `make` makes for the version of `name` that answers now, or for its successor if it is swapped."""
+    for _ in range(_SWAPS):
+        model = registry.get(name)
+        try:
+            return model, Generation(model.engine, await make(model))
+        except DrainingError:
+            if registry.get(name) is model:
+                raise
+    raise DrainingError(f"the model {name!r} is changing versions; try again")
+
+
+def time_limit(request: Request, default: float | None) -> float | None:
+    """Seconds that a request may take: what its header X-Request-Timeout asks for, at most `default`.
+
+    Raises FieldError if the header is no number above 0.
+    """
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise FieldError(f"the header {TIMEOUT_HEADER} is {text[:80]!r}; write seconds above 0, such as 2.5", None)
+    return seconds if default is None else min(seconds, default)

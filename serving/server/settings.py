@@ -1,0 +1,30 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and safety of one server; times are in seconds."""
+
+    request_timeout: float | None = 600.0
+    """From arrival to the last token, the queue included; None is without end. Requests may ask for less."""
+    body_timeout: float = 30.0
+    """For a request's body to come in."""
+    drain_timeout: float = 30.0
+    """For accepted requests to end once the server is told to."""
+    max_body_bytes: int = 4 * MEBIBYTE
+    max_prompts: int = 128
+    """Prompts in one request."""
+    max_prompt_tokens: int | None = None
+    """Tokens in one prompt; None leaves it at what the model's context has room for."""
+    api_keys: tuple[str, ...] = ()
+    """Without any, everyone may ask."""
+    rate_limit: float | None = None
+    """Requests a minute for each key, or for each client address where there are no keys."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call this server; "*" is all."""

@@ -1,0 +1,36 @@
+"""What all handlers of one server share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serving.server.metrics import Metrics
+from serving.server.registry import ModelRegistry, State
+from serving.server.security import Keys, RateLimiter
+from serving.server.settings import Settings
+
+
+@dataclass
+class Server:
+    """The models, the settings, who may ask, and what is counted. Handlers find it as `request.app.state.server`."""
+
+    registry: ModelRegistry
+    settings: Settings = field(default_factory=Settings)
+    metrics: Metrics = field(default_factory=Metrics)
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.keys = Keys(self.settings.api_keys)
+        self.limiter = RateLimiter(self.settings.rate_limit)
+
+    def unready(self) -> str | None:
+        """Why requests should go elsewhere, as a sentence; None when every model has a version that can answer."""
+        if self.draining:
+            return "the server is draining"
+        names = self.registry.names()
+        if not names:
+            return "no model is loaded yet"
+        for name in names:
+            if not any(model.state == State.AVAILABLE for model in self.registry.versions(name)):
+                return f"the model {name!r} is not ready yet"
+        return None

@@ -1,0 +1,33 @@
+"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN_SECONDS."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from serving.bundle import Bundle
+from serving.engine.api import Engine, Observer
+from serving.server import logs
+from serving.server.app import build_app
+from serving.server.registry import ModelRegistry
+from serving.server.runner import Address, Runner
+from serving.server.settings import Settings
+from serving.server.versions import Versions
+from tests.serving.double_engine import DoubleEngine
+
+
+class Loader:
+    """Opens doubles."""
+
+    def estimate(self, bundle: Bundle) -> int:
+        return 0
+
+    def open(self, bundle: Bundle, observer: Observer) -> Engine:
+        return DoubleEngine(slots=4, queue=64, pace=float(sys.argv[2]), observer=observer)
+
+
+if __name__ == "__main__":
+    logs.configure("json", access=False)
+    app = build_app(ModelRegistry(), Settings(drain_timeout=float(sys.argv[3])))
+    versions = Versions(Path(sys.argv[1]), app.state.server, Loader(), None, None)
+    Runner(app, versions, Address(port=0), 0.05).run(lambda url, model: print(url, flush=True))
