@@ -11,7 +11,17 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders
 
+from serving.bundle import Bundle
 from serving.errors import BundleError
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
+    path = bundle.path("tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises the bare class.
+        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -112,12 +122,16 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer | TokenBytes, stop: Sequence[str] = ()) -> None:
-        """Open a stream over `tokenizer`, or over a TokenBytes made once for many streams; `stop` are non-empty."""
+        """Open a stream over `tokenizer`, or over a TokenBytes made once for many streams; `stop` are non-empty.
+
+        `stopped` and `stopped_by` say whether, and by which of `stop`, the text was ended.
+        """
         self._bytes = tokenizer if isinstance(tokenizer, TokenBytes) else TokenBytes(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matcher = StopMatcher(stop) if stop else None
         self._held: deque[str] = deque()
         self.stopped = False
+        self.stopped_by: str | None = None
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is certain by now; "" once a stop string was found."""
@@ -137,6 +151,7 @@ class TextStream:
             length = self._matcher.push(character)
             if length:
                 self.stopped = True
+                self.stopped_by = "".join(self._held)[-length:]
                 piece = self._release(length)
                 self._held.clear()
                 return piece
