@@ -34,10 +34,14 @@ class Steps(Protocol):
 
 
 def open_steps(
-    backend: Backend, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], capacity: int
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    capacity: int,
+    eos_token_id: int | None = None,
 ) -> Steps:
     """Run `prompts`, each with its own `params`, in the way that is the faster one for them."""
-    chooser = Chooser(prompts, params)
+    chooser = Chooser(prompts, params, eos_token_id)
     # On the processor the host reads the logits where they are, and only a sort of all of them is more work than the
     # graph's (docs/decisions.md).
     if chooses(backend) and (backend.device != "cpu" or chooser.sorts):
@@ -53,13 +57,15 @@ def chooses(backend: Backend) -> TypeGuard[ChoosingBackend]:
 class Chooser:
     """What a batch's rows ask for, as arrays, and what they have said so far."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_token_id: int | None = None
+    ) -> None:
         self._temperature = np.array([each.temperature for each in params], np.float32)
         self._top_k = np.array([each.top_k for each in params], np.int64)
         self._top_p = np.array([each.top_p for each in params], np.float32)
         self._min_p = np.array([each.min_p for each in params], np.float32)
         self._seed = np.array([each.seed for each in params], np.int64)
-        self._history = History(prompts, params)
+        self._history = History(prompts, params, eos_token_id)
         sampled = (self._temperature > 0) & (self._top_k != 1)
         self.sorts = bool((sampled & (self._top_k == 0)).any())
         """Whether the host would have to sort the whole vocabulary for some row."""

@@ -19,8 +19,8 @@ from serving.sampling import SamplingParams
 class Generation:
     """What one prompt was continued by.
 
-    `token_ids` ends with the end-of-text token if that ended it. `finish_reason` is "stop" for the end-of-text token
-    or a caller that said so, "length" for `max_new_tokens` or the end of the context.
+    `token_ids` ends with the token that ended it, if one did. `finish_reason` is "stop" for the end-of-text token, one
+    of `stop_token_ids`, or a caller that said so, "length" for `max_new_tokens` or the end of the context.
     """
 
     token_ids: tuple[int, ...]
@@ -45,56 +45,69 @@ def generate(
     every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(every) != len(prompts):
         raise InputError(f"{len(prompts)} prompts but {len(every)} sets of sampling parameters; give one for each")
-    budgets = [_budget(backend, index, prompt, every[index]) for index, prompt in enumerate(prompts)]
+    budgets = [
+        token_budget(f"prompt {index}", prompt, every[index], backend.vocab_size, backend.n_positions)
+        for index, prompt in enumerate(prompts)
+    ]
+    ends = [each.end_ids(eos_token_id) for each in every]
     tokens: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     for rows in _batches(backend, prompts, budgets):
         live = [True] * len(rows)
         batch = [prompts[row] for row in rows]
         limits = [budgets[row] for row in rows]
-        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, live):
+        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, live, eos_token_id):
             row = rows[place]
             tokens[row].append(token)
             said_so = on_token is not None and on_token(row, token) is True
-            if said_so or (token == eos_token_id and not every[row].ignore_eos):
+            if said_so or token in ends[row]:
                 stopped[row] = True
                 live[place] = False
     return [Generation(tuple(ids), "stop" if ended else "length") for ids, ended in zip(tokens, stopped, strict=True)]
 
 
 def stream(backend: Backend, prompt: Sequence[int], params: SamplingParams, eos_token_id: int) -> Iterator[int]:
-    """Continue one prompt and give each token id as soon as it is chosen, the end-of-text token included.
+    """Continue one prompt and give each token id as soon as it is chosen, the one that ends it included.
 
     The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token.
     """
-    budget = _budget(backend, 0, prompt, params)
+    budget = token_budget("prompt 0", prompt, params, backend.vocab_size, backend.n_positions)
+    ends = params.end_ids(eos_token_id)
 
     def tokens() -> Iterator[int]:
-        for _, token in _steps(backend, [prompt], [params], [budget], [True]):
+        for _, token in _steps(backend, [prompt], [params], [budget], [True], eos_token_id):
             yield token
-            if token == eos_token_id and not params.ignore_eos:
+            if token in ends:
                 return
 
     return tokens()
 
 
-def _budget(backend: Backend, index: int, prompt: Sequence[int], params: SamplingParams) -> int:
-    """Tokens that `prompt` may be continued by."""
+def token_budget(name: str, prompt: Sequence[int], params: SamplingParams, vocab_size: int, length: int) -> int:
+    """Tokens that `prompt` may be continued by in a context of `length`; errors call it by `name`.
+
+    Raises InputError for an empty prompt, one that leaves no room, and a token id outside the vocabulary.
+    """
     if not prompt:
-        raise InputError(f"prompt {index} is empty; start it with the end-of-text token")
-    room = backend.n_positions - len(prompt)
+        raise InputError(f"{name} is empty; start it with the end-of-text token")
+    room = length - len(prompt)
     if room < 1:
         raise InputError(
-            f"prompt {index} has {len(prompt)} tokens, which leaves no room in a context of {backend.n_positions}; "
-            f"shorten it to {backend.n_positions - 1}"
+            f"{name} has {len(prompt)} tokens, which leaves no room in a context of {length}; "
+            f"shorten it to {length - 1}"
         )
-    for what, ids in (("prompt", prompt), ("the logit_bias of prompt", [token for token, _ in params.logit_bias])):
-        outside = next((token for token in ids if not 0 <= token < backend.vocab_size), None)
-        if outside is not None:
-            raise InputError(
-                f"{what} {index} has the token id {outside}, outside the vocabulary of {backend.vocab_size}; "
-                "use the bundle's own tokenizer"
-            )
+    for what, ids in (
+        ("", prompt),
+        ("the logit_bias of ", [token for token, _ in params.logit_bias]),
+        ("the stop_token_ids of ", params.stop_token_ids),
+    ):
+        if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+            continue
+        outside = next(token for token in ids if not 0 <= token < vocab_size)
+        raise InputError(
+            f"{what}{name} has the token id {outside}, outside the vocabulary of {vocab_size}; "
+            "use the bundle's own tokenizer"
+        )
     return min(params.max_new_tokens, room)
 
 
@@ -117,10 +130,11 @@ def _steps(
     params: Sequence[SamplingParams],
     budgets: Sequence[int],
     live: list[bool],
+    eos_token_id: int,
 ) -> Iterator[tuple[int, int]]:
     """Give (row, token) for each new token; the caller ends a row by setting its `live` to False."""
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
-    steps = open_steps(backend, prompts, params, capacity)
+    steps = open_steps(backend, prompts, params, capacity, eos_token_id)
     for step in itertools.count():
         rows = np.flatnonzero(live)
         tokens = steps.choose(rows, step)

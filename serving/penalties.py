@@ -2,7 +2,7 @@
 
 In this order, each as OpenAI, vLLM and Hugging Face define it: bias is added; the repetition penalty (Keskar et al.,
 "CTRL", 2019, in Hugging Face's form) divides a positive logit and multiplies any other; frequency and presence
-penalties are subtracted.
+penalties are subtracted. Before `min_tokens`, tokens that would end the generation have a bias of minus infinity.
 """
 
 from __future__ import annotations
@@ -31,21 +31,29 @@ class Edits:
 
     def apply(self, logits: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """`logits` [len(rows), vocab], which belong to `rows` of the edits, edited; a copy."""
-        ids = self.ids[rows]
-        some = np.take_along_axis(logits, ids, axis=1) + self.bias[rows]
-        repetition = self.repetition[rows]
-        some = np.where(some > 0, some / repetition, some * repetition) - self.penalty[rows]
         result = logits.copy()
-        np.put_along_axis(result, ids, some, axis=1)
+        for line, row in zip(result, rows.tolist(), strict=True):
+            self.apply_to(line, row)
         return result
+
+    def apply_to(self, line: NDArray[np.float32], row: int) -> None:
+        """Edit `line` [vocab], the logits of `row`, where they are."""
+        ids, repetition = self.ids[row], self.repetition[row]
+        some = line[ids] + self.bias[row]
+        line[ids] = np.where(some > 0, some / repetition, some * repetition) - self.penalty[row]
 
 
 class History:
     """What a batch's rows have said so far, as edits that are brought up to date token by token."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_token_id: int | None = None
+    ) -> None:
+        """Without `eos_token_id`, only `stop_token_ids` are held back by `min_tokens`."""
         rows = len(prompts)
         self._params = list(params)
+        self._ends = [each.end_ids(eos_token_id) if each.min_tokens else frozenset() for each in params]
+        self._made = [0] * rows
         self._places: list[dict[int, int]] = [{} for _ in prompts]
         self._counts: list[dict[int, int]] = [{} for _ in prompts]
         self.edits = Edits(
@@ -63,16 +71,22 @@ class History:
                 for token in prompt:
                     place = self._place(row, token)
                     self.edits.repetition[row, place] = each.repetition_penalty
+            for token in sorted(self._ends[row]):
+                place = self._place(row, token)
+                self.edits.bias[row, place] = -np.inf
             self._pad(row)
 
     @property
     def empty(self) -> bool:
         """Whether no edit changes anything now or later."""
-        return not any(map(_edits, self._params))
+        return not any(map(_edits, self._params)) and not any(self._ends)
 
     def add(self, row: int, token: int) -> None:
         """Take in a token that `row` was continued by."""
         params = self._params[row]
+        self._made[row] += 1
+        if self._made[row] == params.min_tokens:
+            self._let_end(row)
         count = self._counts[row][token] = self._counts[row].get(token, 0) + 1
         if not (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty):
             return
@@ -81,6 +95,12 @@ class History:
         self.edits.penalty[row, place] = params.frequency_penalty * count + params.presence_penalty
         if place == 0:
             self._pad(row)
+
+    def _let_end(self, row: int) -> None:
+        biases = dict(self._params[row].logit_bias)
+        for token in self._ends[row]:
+            self.edits.bias[row, self._places[row][token]] = biases.get(token, 0)
+        self._pad(row)
 
     def _place(self, row: int, token: int) -> int:
         """The column of `token` in `row`, a new one with an edit that changes nothing if it had none."""

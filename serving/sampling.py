@@ -80,6 +80,13 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
 
+    def end_ids(self, eos_token_id: int | None) -> frozenset[int]:
+        """The tokens that end the generation, where `eos_token_id` is the end-of-text token."""
+        ends = set(self.stop_token_ids)
+        if eos_token_id is not None and not self.ignore_eos:
+            ends.add(eos_token_id)
+        return frozenset(ends)
+
 
 def _encodes(text: str) -> bool:
     try:

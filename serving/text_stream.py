@@ -12,7 +12,17 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
+from serving.bundle import Bundle
 from serving.errors import BundleError
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
+    path = bundle.path("tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises the bare class.
+        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
 
 
 def _byte_alphabet() -> dict[str, int]:

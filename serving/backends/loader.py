@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 from serving.backends.base import Backend
@@ -27,7 +29,7 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
     """
     if runtime not in RUNTIMES:
         raise InputError(f"no runtime {runtime!r}{did_you_mean(runtime, RUNTIMES)}")
-    module_name, class_name, extra = RUNTIMES[runtime]
+    module_name, class_name, _ = RUNTIMES[runtime]
     arguments: dict[str, Any] = {}
     if device not in DEVICES:
         raise InputError(f"no device {device!r}{did_you_mean(device, DEVICES)}")
@@ -41,8 +43,17 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
             raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
         if runtime == "onnx":
             arguments["graph_name"] = graph
-    try:
+    with runtime_errors(runtime):
         backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
+    return backend
+
+
+@contextlib.contextmanager
+def runtime_errors(runtime: str) -> Iterator[None]:
+    """Turn what importing `runtime` raises into a RuntimeMissingError with the command that installs it."""
+    extra = RUNTIMES[runtime][2]
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
             f"the runtime {runtime!r} needs the package {error.name!r}, which is not installed here; "
@@ -53,4 +64,3 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
             f"the runtime {runtime!r} is installed but does not load ({error}); "
             f"run: pip install --force-reinstall 'gpt2-bundle[{extra}]'"
         ) from error
-    return backend

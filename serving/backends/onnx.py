@@ -80,9 +80,9 @@ class OnnxBackend:
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
-        self._session = _open_session(bundle, graph_name, device, threads)
+        self._session = open_session(bundle, graph_name, device, threads)
         # Two thread pools that wait by spinning would take the processor from each other at every step.
-        self._choose_session = _open_session(bundle, CHOOSE_GRAPH, device, 1) if self.chooses else None
+        self._choose_session = open_session(bundle, CHOOSE_GRAPH, device, 1) if self.chooses else None
 
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
         """See `Backend.prefill`."""
@@ -219,7 +219,7 @@ class OnnxBackend:
 
     def _zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Zeros on the device, so that no slot that was never written can hold not-a-number."""
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self.device, 0)
+        return device_zeros(shape, dtype, self.device)
 
 
 def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
@@ -228,7 +228,16 @@ def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
     return (rows, *rest), value.data_ptr() + value.tensor_size_in_bytes() // whole * first
 
 
-def _open_session(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
+def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
+    """An OrtValue of zeros on `device`."""
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+
+
+def open_session(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
+    """Open a graph of `bundle` on `device`, "cpu" or "cuda".
+
+    Raises RuntimeMissingError if ONNX Runtime does not run there, BundleError if it cannot load the graph.
+    """
     provider = PROVIDERS[device]
     if provider not in ort.get_available_providers():
         raise RuntimeMissingError(

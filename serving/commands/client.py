@@ -147,7 +147,7 @@ def generate(
     loaded = None
     if tokenizer is not None:
         from serving.bundle import open_bundle
-        from serving.commands.generate import load_tokenizer
+        from serving.text_stream import load_tokenizer
 
         loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
     server = _open(url, grpc_address, model, timeout, retries)

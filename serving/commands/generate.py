@@ -7,17 +7,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from serving.errors import BundleError, InputError
+from serving.errors import InputError
 from serving.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from serving.bundle import Bundle
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -88,7 +83,7 @@ def generate(
     from serving.backends.loader import load_backend
     from serving.bundle import open_bundle
     from serving.generation import stream
-    from serving.text_stream import TextStream
+    from serving.text_stream import TextStream, load_tokenizer
 
     opened = open_bundle(bundle, check="sizes")
     tokenizer = load_tokenizer(opened)
@@ -127,17 +122,6 @@ def generate(
         "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json.dumps(report))
-
-
-def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
-    from tokenizers import Tokenizer
-
-    path = bundle.path("tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises the bare class.
-        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
 
 
 def _read_bias(text: str) -> tuple[int, float]:

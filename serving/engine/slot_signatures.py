@@ -33,7 +33,7 @@ from serving.engine.api import (
 )
 from serving.errors import InputError, ServerError
 from serving.slots import STALE, UNSUPPORTED, SlotPool, SlotStream, check_slot_params
-from serving.text_stream import TextStream, TokenBytes
+from serving.text_stream import TextStream, TokenBytes, load_tokenizer
 
 DEFAULT_SLOTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -51,14 +51,12 @@ def open_slot_engine(
     timeout: float = 60.0,
     retries: int = 4,
     observer: Observer | None = None,
-) -> SlotEngine:
+) -> SignatureEngine:
     """Serve `bundle`'s model by the server behind `transport`, which must hold the same model.
 
     `slots` is how many streams run at once at most, by default what the bundle's recipe exported; `timeout` (seconds)
     and `retries` are a call's, as of `TFServingClient`. Raises InputError if the served model has no slots.
     """
-    from serving.commands.generate import load_tokenizer
-
     client = TFServingClient(transport, timeout=timeout, retries=retries)
     if not client.has_slots():
         raise InputError(f"the served model of {bundle.folder} has no slots; export it with export.slots above 0")
@@ -67,7 +65,7 @@ def open_slot_engine(
         found = exported.get("slots") if isinstance(exported, dict) else None
         slots = found if isinstance(found, int) and found > 0 else DEFAULT_SLOTS
     tokenizer = load_tokenizer(bundle)
-    return SlotEngine(
+    return SignatureEngine(
         client, tokenizer, bundle.manifest.model, slots, steps=steps, max_waiting=max_waiting, observer=observer
     )
 
@@ -76,7 +74,7 @@ def open_slot_engine(
 class _Job:
     """A request under way, and its handle."""
 
-    engine: SlotEngine
+    engine: SignatureEngine
     request: GenerationRequest
     listener: Listener
     streams: list[SlotStream]
@@ -96,7 +94,7 @@ class _Job:
         return math.inf if self.request.timeout is None else self.arrived + self.request.timeout
 
 
-class SlotEngine:
+class SignatureEngine:
     """Requests over slots; see `serving.engine.api.Engine`.
 
     A request's end by its timeout or `cancel` takes effect between two calls, so a call that hangs delays it by the

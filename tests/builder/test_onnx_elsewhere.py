@@ -12,9 +12,9 @@ import pytest
 
 from serving.backends.onnx import OnnxBackend
 from serving.bundle import open_bundle
-from serving.commands.generate import load_tokenizer
 from serving.generation import generate
 from serving.sampling import SamplingParams
+from serving.text_stream import load_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "onnx.md"
 GRAPHS = ("onnx/portable", "ort/fp32", "ort/int8", "ort/int4")

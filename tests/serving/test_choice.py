@@ -51,8 +51,8 @@ def both_ways(
         with monkeypatch.context() as patch:
             patch.setattr(
                 "serving.generation.open_steps",
-                lambda backend, prompts, params, capacity, steps=steps: steps(
-                    backend, choice.Chooser(prompts, params), prompts, capacity
+                lambda backend, prompts, params, capacity, end, steps=steps: steps(
+                    backend, choice.Chooser(prompts, params, end), prompts, capacity
                 ),
             )
             backend.fetches = 0

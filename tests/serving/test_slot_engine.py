@@ -26,7 +26,7 @@ from serving.engine.api import (
     StepRecord,
     TokenEvent,
 )
-from serving.engine.slot_signatures import SlotEngine, open_slot_engine
+from serving.engine.slot_signatures import SignatureEngine, open_slot_engine
 from serving.errors import InputError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
@@ -108,7 +108,7 @@ def transport(in_process: SessionTransport) -> Blocking:
 
 
 @pytest.fixture
-def engine(real_bundle: Path, transport: Blocking) -> Iterator[SlotEngine]:
+def engine(real_bundle: Path, transport: Blocking) -> Iterator[SignatureEngine]:
     made = open_slot_engine(open_bundle(real_bundle), transport, max_waiting=3, retries=1, observer=Watch())
     yield made
     transport.open.set()
@@ -139,7 +139,7 @@ def reference(bundle: Path, requests: list[GenerationRequest]) -> list[list[int]
     return [list(generate(backend, [each.prompt], each.params, end)[0].token_ids) for each in requests]
 
 
-def check_tokens(engine: SlotEngine, bundle: Path) -> None:
+def check_tokens(engine: SignatureEngine, bundle: Path) -> None:
     requests = mixed()
     ends = [Ends() for _ in requests]
     for request, listener in zip(requests, ends, strict=True):
@@ -183,7 +183,7 @@ def test_through_the_stand_in(real_bundle: Path, kind: str) -> None:
         engine.close()
 
 
-def test_continuations_have_seeds_of_their_own(engine: SlotEngine, real_bundle: Path) -> None:
+def test_continuations_have_seeds_of_their_own(engine: SignatureEngine, real_bundle: Path) -> None:
     params = SamplingParams(max_new_tokens=6, temperature=1.0, seed=2**63 - 1)
     listener = Ends(3)
     request = GenerationRequest((5, 6), params, n=3)
@@ -196,7 +196,7 @@ def test_continuations_have_seeds_of_their_own(engine: SlotEngine, real_bundle: 
     assert sum(isinstance(event, PromptEvent) for event in listener.events) == 1
 
 
-def test_stop_texts_and_token_ids(engine: SlotEngine, real_bundle: Path) -> None:
+def test_stop_texts_and_token_ids(engine: SignatureEngine, real_bundle: Path) -> None:
     (ids,) = reference(real_bundle, [GenerationRequest((1, 2), SamplingParams(max_new_tokens=12))])
     text = engine.tokenizer.decode(ids)
     listener = Ends()
@@ -210,7 +210,7 @@ def test_stop_texts_and_token_ids(engine: SlotEngine, real_bundle: Path) -> None
     assert listener.tokens() == ids[: ids.index(ids[5]) + 1]
 
 
-def test_cancelling_and_timeouts(engine: SlotEngine, transport: Blocking) -> None:
+def test_cancelling_and_timeouts(engine: SignatureEngine, transport: Blocking) -> None:
     transport.open.clear()
     running, late, waiting = Ends(2), Ends(), Ends()
     handle = engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=40), n=2), running)
@@ -227,7 +227,7 @@ def test_cancelling_and_timeouts(engine: SlotEngine, transport: Blocking) -> Non
     assert len(running.tokens()) < 40
 
 
-def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(engine: SlotEngine, transport: Blocking) -> None:
+def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(engine: SignatureEngine, transport: Blocking) -> None:
     first = Ends()
     transport.failures = ["UNAVAILABLE"]
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=3)), first)
@@ -242,7 +242,7 @@ def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(engine: S
     assert third.wait()[0].reason in ("length", "stop")
 
 
-def test_a_slot_that_is_lost(engine: SlotEngine, transport: Blocking, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_is_lost(engine: SignatureEngine, transport: Blocking, monkeypatch: pytest.MonkeyPatch) -> None:
     original = transport.inner.predict
 
     def forgets(signature: str, inputs: Any, timeout: float) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def test_a_slot_that_is_lost(engine: SlotEngine, transport: Blocking, monkeypatc
     assert finish.reason == "error" and "no longer has" in finish.message and len(listener.tokens()) == 1
 
 
-def test_what_is_refused(engine: SlotEngine, transport: Blocking) -> None:
+def test_what_is_refused(engine: SignatureEngine, transport: Blocking) -> None:
     def refuse(sentence: str, **request: Any) -> None:
         given = {"prompt": (1,), "params": SamplingParams()} | request
         with pytest.raises(InputError, match=sentence):
@@ -284,7 +284,7 @@ def test_what_is_refused(engine: SlotEngine, transport: Blocking) -> None:
     assert all(listener.wait() for listener in ends[:3])
 
 
-def test_draining_and_closing(engine: SlotEngine, transport: Blocking) -> None:
+def test_draining_and_closing(engine: SignatureEngine, transport: Blocking) -> None:
     first, second = Ends(), Ends()
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=5)), first)
     assert engine.drain(PATIENCE) and first.done.is_set()
@@ -292,7 +292,7 @@ def test_draining_and_closing(engine: SlotEngine, transport: Blocking) -> None:
         engine.submit(GenerationRequest((1,), SamplingParams()), second)
 
 
-def test_draining_ends_what_takes_too_long(engine: SlotEngine, transport: Blocking) -> None:
+def test_draining_ends_what_takes_too_long(engine: SignatureEngine, transport: Blocking) -> None:
     transport.open.clear()
     listener = Ends()
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=40)), listener)
@@ -301,7 +301,7 @@ def test_draining_ends_what_takes_too_long(engine: SlotEngine, transport: Blocki
     assert listener.wait()[0].reason == "timeout"
 
 
-def test_a_closed_engine_has_ended_everything(engine: SlotEngine) -> None:
+def test_a_closed_engine_has_ended_everything(engine: SignatureEngine) -> None:
     listener = Ends()
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=46, temperature=1.0)), listener)
     engine.close()

@@ -1,0 +1,83 @@
+"""The engine's settings, each with its bounds, and how much memory they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.bundle import Bundle
+from serving.engine.slots import cache_bytes
+from serving.errors import InputError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine runs. Raises InputError, naming the field, for a value out of its range."""
+
+    slots: int = 16
+    """Continuations that run at once; from 1 to 1024."""
+    max_length: int | None = None
+    """Positions of a slot, prompt and continuation together; from 2 to the model's context, which is the default."""
+    prefill_chunk: int = 32
+    """Prompt tokens read beside one decode step; from 1 to 4096. Decides the rounding of a prompt's numbers."""
+    prefill_budget: int = 512
+    """Prompt tokens read in one step while nothing decodes; from 1 to 65536, and at least one chunk is read."""
+    queue_limit: int = 256
+    """Requests that may wait for a slot; from 0 to 1000000. One more is refused."""
+    threads: int | None = None
+    """Threads of the runtime, from 1 to 1024; None leaves the choice to it."""
+    default_timeout: float | None = None
+    """Seconds that a request without a timeout of its own may take, above 0; None is without end."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("slots", 1, 1024),
+            ("max_length", 2, 2**31 - 1),
+            ("prefill_chunk", 1, 4096),
+            ("prefill_budget", 1, 65536),
+            ("queue_limit", 0, 1_000_000),
+            ("threads", 1, 1024),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("max_length", "threads"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+        timeout = self.default_timeout
+        if timeout is not None and (isinstance(timeout, bool) or not timeout > 0):
+            raise InputError(f"default_timeout is {timeout!r}; it must be a number of seconds above 0")
+
+    def length(self, n_positions: int) -> int:
+        """Positions of a slot for a model of that context. Raises InputError if it does not fit."""
+        if self.max_length is not None and self.max_length > n_positions:
+            raise InputError(f"max_length is {self.max_length}; the model's context is {n_positions}")
+        return self.max_length or n_positions
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that an engine will take at most."""
+
+    weights: int
+    cache: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.logits
+
+
+def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> MemoryEstimate:
+    """What `graph_name` of `bundle` will take in an engine of `config`, without loading it.
+
+    Weights are counted twice: as the file's bytes and as the runtime's packed copies of the matrices, which are of the
+    same size. A runtime's own code and working memory (some 100 MB) are not in it.
+    """
+    geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
+    dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]
+    length = config.length(geometry.n_positions)
+    return MemoryEstimate(
+        weights=2 * bundle.graph_size(graph_name),
+        cache=cache_bytes(geometry, config.slots, length, dtypes[0] if dtypes else "float32"),
+        logits=(config.slots + 1) * geometry.vocab_size * 4,
+    )

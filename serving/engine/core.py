@@ -1,0 +1,282 @@
+"""The engine's state and its step. All of it belongs to one thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from serving.backends.base import FloatArray
+from serving.engine.api import (
+    EngineStats,
+    Event,
+    FinishEvent,
+    FinishReason,
+    Observer,
+    PromptEvent,
+    RequestRecord,
+    StepRecord,
+    TokenEvent,
+)
+from serving.engine.sampler import Sampled, log_probabilities, sample
+from serving.engine.scheduler import Scheduler
+from serving.engine.slots import SlotBackend
+from serving.engine.tasks import Continuation, Task
+
+_log = logging.getLogger(__name__)
+_NOTHING: FloatArray = np.empty((0, 0), np.float32)
+
+
+class Core:
+    """Requests under way on one backend."""
+
+    def __init__(
+        self,
+        backend: SlotBackend,
+        scheduler: Scheduler,
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.tasks: dict[Task, None] = {}
+        self.stats = EngineStats(backend.slots, 0, 0, 0, backend.slots * backend.max_length)
+        self.tokens_per_second = 0.0
+        """Prompt and generated tokens, of late."""
+        self._backend, self._observer, self._clock = backend, observer, clock
+        self._next_deadline = float("inf")
+        self._flushes: dict[Callable[[], None], None] = {}
+        self._deaf: list[Task] = []
+        self._prompt_tokens = self._cached_tokens = self._made = self._steps = 0
+        self._inter_token: list[float] = []
+
+    def step(self, arrived: Iterable[Task] = (), cancelled: Iterable[Task] = ()) -> None:
+        """Take `arrived` in and drop `cancelled`; then one chunk of a prompt, one token for every row, or both."""
+        began = self._clock()
+        self._add(arrived, cancelled, began)
+        read, finished = self._read_prompts(began)
+        owners, logits = self._decode(may_move=not read)
+        self._score(owners, logits)
+        sampled = self._sample(owners, logits) + [each for task in finished for each in self._begin(task)]
+        self._emit(sampled)
+        self._end_step(began, read, sum(owner is not None for owner in owners))
+
+    def adopt(self, arrived: Iterable[Task]) -> None:
+        """Take `arrived` into the queue."""
+        for task in arrived:
+            self.tasks[task] = None
+            self.scheduler.add(task)
+            self._next_deadline = min(self._next_deadline, task.deadline or float("inf"))
+
+    def end(self, tasks: Iterable[Task], reason: FinishReason, message: str = "", keep: bool = True) -> None:
+        """End what is left of `tasks`; without `keep`, the contents of their slots are not to be trusted."""
+        for task in list(tasks):
+            for continuation in task.continuations:
+                if not continuation.ended:
+                    self._finish(continuation, reason, message=message, keep=keep)
+
+    def settle(self) -> None:
+        """Bring `stats` up to date and wake whoever waits for events."""
+        table = self.scheduler.table
+        used = [slot.filled for slot in table.slots if slot.owner is not None]
+        self.stats = EngineStats(
+            len(table.slots),
+            len(used),
+            len(self.scheduler.waiting),
+            sum(used),
+            self.stats.cache_capacity,
+            self._prompt_tokens,
+            self._cached_tokens,
+            self._made,
+            self._steps,
+        )
+        if not self.tasks:
+            self._flush()
+
+    def _add(self, arrived: Iterable[Task], cancelled: Iterable[Task], now: float) -> None:
+        self.adopt(arrived)
+        deaf, self._deaf = self._deaf, []
+        self.end((task for task in (*cancelled, *deaf) if task in self.tasks), "cancelled")
+        if now >= self._next_deadline:
+            late = [task for task in self.tasks if task.deadline is not None and now >= task.deadline]
+            for task in late:
+                self.end([task], "timeout", "the request took longer than its time limit")
+            rest = (task.deadline for task in self.tasks if task.deadline is not None)
+            self._next_deadline = min(rest, default=float("inf"))
+
+    def _read_prompts(self, now: float) -> tuple[int, list[Task]]:
+        """Schedule and run work on prompts: the tokens read, and whose prompt was read to its end."""
+        budget, read, finished = self.scheduler.budget(), 0, []
+        while budget > 0 and (work := self.scheduler.next(now)) is not None:
+            budget -= self.scheduler.cost(work)
+            try:
+                self._flush()
+                logits = work.run(self._backend)
+            except Exception as error:
+                self._fail([work.task], error)
+                continue
+            if logits is not None:
+                # A copy: the next chunk is written into the same memory.
+                work.task.logits = logits.copy()
+            read += len(work.tokens)
+            if self.scheduler.done(work):
+                finished.append(work.task)
+        return read, finished
+
+    def _decode(self, may_move: bool) -> tuple[list[Continuation | None], FloatArray]:
+        """Run one token of every continuation that decodes: whose row is whose, and the logits."""
+        if may_move:
+            self._narrow()
+        owners, tokens, lengths = self.scheduler.rows()
+        if not owners:
+            return [], _NOTHING
+        try:
+            self._flush()
+            logits = self._backend.decode(tokens, lengths)
+        except Exception as error:
+            self._fail([owner.task for owner in owners if owner is not None], error)
+            return [], _NOTHING
+        self.scheduler.decoded()
+        return owners, logits
+
+    def _narrow(self) -> None:
+        copies = self.scheduler.narrow()
+        if not copies:
+            return
+        try:
+            for copy in copies:
+                self._backend.copy_prefix(copy.source.index, copy.target.index, copy.length)
+        except Exception:
+            # Whose row it was goes on where it is; the hole holds nothing that anybody was told of.
+            _log.exception("cannot move a row of the cache")
+            self.scheduler.not_moved(copies)
+        else:
+            self.scheduler.moved(copies)
+
+    def _score(self, owners: list[Continuation | None], logits: FloatArray) -> None:
+        """Take the log-probabilities of prompt tokens, and those rows out of `owners`."""
+        for row, owner in enumerate(owners):
+            if owner is None or not owner.task.scoring:
+                continue
+            owners[row] = None
+            scores, prompt = owner.task.scores, owner.task.prompt
+            assert scores is not None
+            token = prompt[len(scores)]
+            scores.append(log_probabilities(logits[row], token, owner.task.request.prompt_logprobs or 0))
+            owner.last = token
+            if not owner.task.scoring:
+                self.scheduler.scored(owner.task)
+
+    def _sample(self, owners: list[Continuation | None], logits: FloatArray) -> list[Sampled]:
+        return sample(logits, owners) if any(owners) else []
+
+    def _begin(self, task: Task) -> list[Sampled]:
+        """Say that the prompt of `task` was read and choose the first tokens."""
+        assert task.logits is not None
+        logits = np.repeat(task.logits[None], len(task.continuations), axis=0)
+        task.logits = None
+        self._prompt_tokens += len(task.prompt)
+        self._cached_tokens += task.cached
+        self._tell(task, PromptEvent(task.cached, None if task.scores is None else tuple(task.scores)))
+        self.scheduler.begin(task)
+        return sample(logits, task.continuations)
+
+    def _emit(self, sampled: list[Sampled]) -> None:
+        now = self._clock()
+        for each in sampled:
+            if each.owner.ended:
+                continue
+            if each.error:
+                self._fail([each.owner.task], each.error)
+            else:
+                self._give(each.owner, each, now)
+
+    def _give(self, owner: Continuation, sampled: Sampled, now: float) -> None:
+        task, token = owner.task, sampled.token
+        owner.last, owner.made = token, owner.made + 1
+        task.made += 1
+        self._made += 1
+        if owner.history is not None:
+            owner.history.add(0, token)
+        if owner.last_time is not None:
+            self._inter_token.append(now - owner.last_time)
+        owner.last_time = now
+        if task.first_token is None:
+            task.first_token = now
+        self._tell(task, TokenEvent(owner.index, token, owner.text.push(token), sampled.logprobs))
+        if owner.text.stopped:
+            self._finish(owner, "stop", owner.text.stopped_by)
+        elif token in task.end_ids:
+            self._finish(owner, "stop", token)
+        elif owner.made == task.budget:
+            self._finish(owner, "length")
+
+    def _finish(
+        self,
+        owner: Continuation,
+        reason: FinishReason,
+        stopped_by: str | int | None = None,
+        message: str = "",
+        keep: bool = True,
+    ) -> None:
+        task = owner.task
+        owner.ended = True
+        self.scheduler.release(owner, keep)
+        self._tell(task, FinishEvent(owner.index, reason, owner.text.finish(), stopped_by, message))
+        if not all(each.ended for each in task.continuations):
+            return
+        del self.tasks[task]
+        if self._observer is not None:
+            record = RequestRecord(
+                task.request.request_id,
+                reason,
+                len(task.prompt),
+                task.cached,
+                task.made,
+                task.arrived,
+                task.scheduled,
+                task.first_token,
+                self._clock(),
+            )
+            self._observer.on_finish(record)
+
+    def _fail(self, tasks: Iterable[Task], error: Exception | str) -> None:
+        """End `tasks` after a failure of the backend."""
+        if isinstance(error, Exception):
+            _log.error("a step failed", exc_info=error)
+            error = f"the model failed: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        self.end((task for task in dict.fromkeys(tasks) if task in self.tasks), "error", error, keep=False)
+
+    def _tell(self, task: Task, event: Event) -> None:
+        if task.flush is not None:
+            self._flushes[task.flush] = None
+        try:
+            task.listener(event)
+        except Exception:
+            # It may not raise. Nobody listens any more, so its slots are freed in the next step.
+            _log.exception("a listener failed")
+            task.listener, task.flush = _ignore, None
+            self._deaf.append(task)
+
+    def _flush(self) -> None:
+        """Wake those who were told something, once each. Done as late as the next call of the backend, so that they
+        work while that call runs and not while this thread needs the interpreter."""
+        flushes, self._flushes = self._flushes, {}
+        for flush in flushes:
+            flush()
+
+    def _end_step(self, began: float, read: int, rows: int) -> None:
+        ended = self._clock()
+        inter_token, self._inter_token = self._inter_token, []
+        if read or rows:
+            self._steps += 1
+            rate = (read + rows) / max(ended - began, 1e-6)
+            self.tokens_per_second += (rate - self.tokens_per_second) * (0.1 if self._steps > 1 else 1.0)
+            if self._observer is not None:
+                self._observer.on_step(StepRecord(rows, read, ended - began, tuple(inter_token)))
+        self.settle()
+
+
+def _ignore(event: Event) -> None:
+    """The listener of those who do not listen."""

@@ -1,0 +1,232 @@
+"""Continuous batching in one thread that owns all state; whoever asks leaves notes for it and is called back."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from tokenizers import Tokenizer
+
+from serving.backends.loader import DEVICES, runtime_errors
+from serving.bundle import Bundle
+from serving.engine.api import (
+    DrainingError,
+    EngineStats,
+    GenerationRequest,
+    Listener,
+    Observer,
+    QueueFullError,
+)
+from serving.engine.config import EngineConfig
+from serving.engine.core import Core
+from serving.engine.scheduler import Scheduler
+from serving.engine.slots import SlotBackend
+from serving.engine.tasks import Task, open_task
+from serving.errors import InputError
+from serving.generation import token_budget
+from serving.suggest import did_you_mean
+from serving.text_stream import TokenBytes, load_tokenizer
+
+_LONGEST_RETRY = 60
+
+_log = logging.getLogger(__name__)
+
+
+def open_engine(
+    bundle: Bundle,
+    graph: str | None = None,
+    device: str = "cpu",
+    config: EngineConfig | None = None,
+    observer: Observer | None = None,
+) -> SlotEngine:
+    """Load `graph` ("ort/fp32" if None) of `bundle` on `device`, "cpu" or "cuda", and start its engine.
+
+    Raises InputError, BundleError and RuntimeMissingError as `load_backend` does.
+    """
+    if device not in DEVICES:
+        raise InputError(f"no device {device!r}{did_you_mean(device, DEVICES)}")
+    config = config or EngineConfig()
+    geometry = bundle.manifest.model
+    with runtime_errors("onnx"):
+        from serving.engine.onnx_slots import OnnxSlotBackend
+
+        backend = OnnxSlotBackend(
+            bundle,
+            graph or "ort/fp32",
+            slots=config.slots,
+            max_length=config.length(geometry.n_positions),
+            threads=config.threads,
+            device=device,
+        )
+    return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer)
+
+
+class SlotEngine:
+    """An `Engine` over a `SlotBackend`, which it owns from here on.
+
+    Args:
+        backend, tokenizer, eos_token_id: the model; its slots and their length are the backend's.
+        config: what is not the backend's already.
+        observer: told of each step and each end, in the engine's thread.
+        start: whether to run; without, `step` must be called, which tests do.
+    """
+
+    unsupported: frozenset[str] = frozenset()
+    flushes = True
+    """A listener's attribute `flush`, if it has one, is called once for all events of a step, equal ones once."""
+
+    def __init__(
+        self,
+        backend: SlotBackend,
+        tokenizer: Tokenizer,
+        eos_token_id: int,
+        config: EngineConfig | None = None,
+        observer: Observer | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        start: bool = True,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.vocab_size, self.n_positions = backend.vocab_size, backend.max_length
+        self.eos_token_id, self.tokenizer = eos_token_id, tokenizer
+        self._token_bytes = TokenBytes(tokenizer)
+        self._backend, self._clock = backend, clock
+        scheduler = Scheduler(backend, self.config.prefill_chunk, self.config.prefill_budget)
+        self._core = Core(backend, scheduler, observer, clock)
+        # Guards what follows; the thread waits on it for work, and drain for the end of work.
+        self._changed = threading.Condition()
+        self._inbox: deque[Task] = deque()
+        self._cancelled: deque[Task] = deque()
+        self._draining = self._expire = self._closing = self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True) if start else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> _Handle:
+        """See `Engine.submit`."""
+        self._check(request)
+        budget = token_budget("the prompt", request.prompt, request.params, self.vocab_size, self.n_positions)
+        timeout = self.config.default_timeout if request.timeout is None else request.timeout
+        task = open_task(request, listener, self._clock(), timeout, budget, self.eos_token_id, self._token_bytes)
+        with self._changed:
+            if self._draining:
+                raise DrainingError("the server is stopping and takes no new requests; ask another one")
+            stats = self._core.stats
+            waiting = len(self._inbox) + stats.waiting_requests
+            if waiting >= self.config.queue_limit + stats.slots - stats.active_slots:
+                raise QueueFullError(f"{waiting} requests are waiting already; try again later", self._retry_after())
+            self._inbox.append(task)
+            self._changed.notify_all()
+        return _Handle(self, task)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        with self._changed:
+            stats = self._core.stats
+            return replace(stats, waiting_requests=stats.waiting_requests + len(self._inbox))
+
+    def drain(self, timeout: float) -> bool:
+        """See `Engine.drain`."""
+        with self._changed:
+            self._draining = True
+            if self._changed.wait_for(lambda: self._idle, timeout):
+                return True
+            self._expire = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._idle)
+            return False
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._changed:
+            self._draining = self._closing = True
+            self._changed.notify_all()
+        if self._thread is None:
+            self._end()
+        elif threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def step(self) -> bool:
+        """One step of the engine's thread; False if there was nothing to do."""
+        with self._changed:
+            arrived, self._inbox = self._inbox, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
+            expire, self._expire = self._expire, False
+            if not (arrived or cancelled or expire or self._core.tasks):
+                return False
+            # Counted as waiting until the core counts them itself.
+            stats = self._core.stats
+            self._core.stats = replace(stats, waiting_requests=stats.waiting_requests + len(arrived))
+        try:
+            self._core.step(arrived, cancelled)
+        except Exception:
+            _log.exception("the engine failed")
+            self._core.end(self._core.tasks, "error", "the engine failed; look into its log", keep=False)
+        if expire:
+            self._core.end(self._core.tasks, "timeout", "the server was stopping and waited no longer")
+        with self._changed:
+            self._core.settle()
+            self._changed.notify_all()
+        return True
+
+    def cancel(self, task: Task) -> None:
+        """End `task` with "cancelled" in the next step."""
+        with self._changed:
+            self._cancelled.append(task)
+            self._changed.notify_all()
+
+    @property
+    def _idle(self) -> bool:
+        return self._closed or not (self._inbox or self._core.tasks)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closing or self._expire or self._inbox or self._cancelled or self._core.tasks
+                )
+                if self._closing:
+                    break
+            self.step()
+        self._end()
+
+    def _end(self) -> None:
+        """Cancel what still runs and give everything back, in the thread that owns it."""
+        with self._changed:
+            if self._closed:
+                return
+            arrived, self._inbox = self._inbox, deque()
+        self._core.adopt(arrived)
+        self._core.end(self._core.tasks, "cancelled")
+        with self._changed:
+            self._core.settle()
+            self._closed = True
+            self._changed.notify_all()
+        self._backend.close()
+
+    def _check(self, request: GenerationRequest) -> None:
+        slots = self._core.stats.slots
+        if request.n > slots:
+            raise InputError(f"n is {request.n}, but only {slots} continuations can run at once here; ask for fewer")
+
+    def _retry_after(self) -> int:
+        """Seconds in which the queue as it is will have been worked off, at the present rate."""
+        rate = self._core.tokens_per_second
+        seconds = self._core.scheduler.backlog / rate if rate > 0 else 1
+        return min(max(1, math.ceil(seconds)), _LONGEST_RETRY)
+
+
+class _Handle:
+    """See `serving.engine.api.Handle`."""
+
+    def __init__(self, engine: SlotEngine, task: Task) -> None:
+        self._engine, self._task = engine, task
+
+    def cancel(self) -> None:
+        """See `Handle.cancel`."""
+        self._engine.cancel(self._task)

@@ -1,0 +1,95 @@
+"""The next token of every row, and the log-probabilities that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.backends.base import FloatArray
+from serving.engine.api import Logprobs
+from serving.engine.tasks import Continuation
+from serving.errors import BundleError
+from serving.sampling import choose
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The next token of `owner`, or why there is none."""
+
+    owner: Continuation
+    token: int
+    logprobs: Logprobs | None = None
+    error: str = ""
+
+
+def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sampled]:
+    """Choose for every row of `logits` [rows, vocab] that has an owner, as `serving.generation.generate` does.
+
+    Bias and penalties are written into `logits`.
+    """
+    live = [row for row, owner in enumerate(owners) if owner is not None]
+    raw = {row: _raw(logits[row], owners[row]) for row in live}
+    for row in live:
+        owner = owners[row]
+        if owner is not None and owner.history is not None:
+            owner.history.edits.apply_to(logits[row], 0)
+    found = []
+    for row, (token, error) in zip(live, _choose(logits, owners, live), strict=True):
+        owner, line = owners[row], raw[row]
+        assert owner is not None
+        wanted = owner.task.request.logprobs
+        logprobs = None if line is None or wanted is None or error else log_probabilities(line, token, wanted)
+        found.append(Sampled(owner, token, logprobs, error))
+    return found
+
+
+def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
+    """The log-softmax of `line` [vocab] at `token` and at its `count` greatest, the lowest id first among equals."""
+    greatest = line.max()
+    total = np.float64(greatest) + np.log(np.exp(line - greatest).sum(dtype=np.float64))
+    count = min(count, len(line))
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        ids = np.flatnonzero(line >= np.partition(line, -count)[-count])
+        ids = ids[np.lexsort((ids, -line[ids]))][:count]
+        top = tuple(zip(ids.tolist(), (line[ids] - total).tolist(), strict=True))
+    return Logprobs(float(line[token] - total), top)
+
+
+def _raw(line: FloatArray, owner: Continuation | None) -> FloatArray | None:
+    """The model's own logits, if somebody will ask for them."""
+    if owner is None or owner.task.request.logprobs is None:
+        return None
+    return line.copy() if owner.history is not None else line
+
+
+def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[tuple[int, str]]:
+    """For each row of `live` its token, or why there is none."""
+    try:
+        return [(token, "") for token in _tokens(logits, owners, live)]
+    except BundleError:
+        # One row's logits are no numbers: find out whose, the others go on.
+        if len(live) > 1:
+            return [_choose(logits, owners, [row])[0] for row in live]
+        owner = owners[live[0]]
+        assert owner is not None
+        place = len(owner.task.prompt) + owner.made
+        return [(0, f"the model's greatest logit is not a finite number after {place} tokens; check the bundle")]
+
+
+def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[int]:
+    each = [owner for row in live if (owner := owners[row]) is not None]
+    # Without holes nothing is copied.
+    rows = logits if len(live) == len(logits) else logits[live]
+    tokens: list[int] = choose(
+        rows,
+        np.array([one.params.temperature for one in each], np.float32),
+        np.array([one.params.top_k for one in each], np.int64),
+        np.array([one.params.top_p for one in each], np.float32),
+        np.array([one.params.seed for one in each], np.int64),
+        np.array([one.made for one in each], np.int64),
+        np.array([one.params.min_p for one in each], np.float32),
+    ).tolist()
+    return tokens

@@ -1,0 +1,134 @@
+"""Which slot holds what: prefixes that may be taken over, and rows that are dense at the front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.engine.tasks import Continuation, Slot
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The first `length` positions of `source` are to become those of `target`, which then holds `tokens`."""
+
+    source: Slot
+    target: Slot
+    length: int
+    tokens: tuple[int, ...]
+
+
+class SlotTable:
+    """All slots of one backend.
+
+    A freed slot keeps what it read, whole chunks of a prompt, until somebody needs the slot. Continuations are placed
+    low, so that the leading rows that a step computes have few holes. `copies` says whether positions can be copied
+    from slot to slot; if not, a prefix is found only in a free slot, and nothing ever moves.
+    """
+
+    def __init__(self, slots: int, chunk: int, copies: bool) -> None:
+        self.slots = [Slot(index) for index in range(slots)]
+        self._chunk, self._copies = chunk, copies
+        self._clock = 0
+
+    @property
+    def free(self) -> list[Slot]:
+        """Slots without an owner, the lowest first."""
+        return [slot for slot in self.slots if slot.owner is None]
+
+    def place(self, owner: Continuation, prompt: Sequence[int], reuse: bool) -> tuple[int, list[Copy]]:
+        """Give `owner` a slot; how many tokens of `prompt` it holds once the copies that come with it are made.
+
+        There must be a free slot. The last token of a prompt is always read again, since its logits are wanted.
+        """
+        occupied = len(self.slots) - len(self.free)
+        near = [slot for slot in self.free if slot.index <= occupied]
+        length, source = self._longest(prompt) if reuse else (0, None)
+        if source is not None and source.owner is None and (source in near or not self._copies):
+            copies = self._save(source) if len(source.tokens) > length else []
+            self._occupy(source, owner, length)
+            return length, copies
+        # The oldest of those that leave no new hole; an empty one first.
+        target = min(near, key=lambda slot: (bool(slot.tokens), slot.used, slot.index))
+        copies = self._save(target, source)
+        if source is not None:
+            copies.append(Copy(source, target, length, source.tokens[:length]))
+        self._occupy(target, owner, 0)
+        return length, copies
+
+    def reserve(self, owner: Continuation) -> None:
+        """Give `owner` the lowest free slot, whose contents are lost."""
+        self._occupy(self.free[0], owner, 0)
+
+    def copied(self, copy: Copy) -> None:
+        """Take note that `copy` was made."""
+        copy.target.tokens = copy.tokens
+        copy.target.filled = copy.length
+
+    def release(self, slot: Slot, keep: bool = True) -> None:
+        """Free `slot`; without `keep`, what it holds is not to be trusted."""
+        slot.owner = None
+        if not keep:
+            slot.tokens = ()
+        slot.filled = len(slot.tokens)
+
+    def narrow(self, highest: Continuation, left: int) -> list[Copy]:
+        """Copies after which `moved` may put `highest` into a hole below it; none if it is not worth it.
+
+        `left` is how many steps it may still take.
+        """
+        top = highest.slot
+        if top is None or not self._copies:
+            return []
+        holes = [slot for slot in self.free if slot.index < top.index]
+        # A row of a step costs about as much as copying 64 positions or more (docs/decisions.md).
+        if not holes or left * 64 < top.filled:
+            return []
+        hole = min(holes, key=lambda slot: (bool(slot.tokens), slot.used, slot.index))
+        return [*self._save(hole), Copy(top, hole, top.filled, top.tokens)]
+
+    def moved(self, copy: Copy) -> None:
+        """Take note that `copy`, the last one of `narrow`, was made: its target is where its owner goes on."""
+        owner, source, target = copy.source.owner, copy.source, copy.target
+        assert owner is not None
+        self.copied(copy)
+        target.used = source.used
+        target.owner, owner.slot = owner, target
+        self.release(source)
+
+    def _occupy(self, slot: Slot, owner: Continuation, length: int) -> None:
+        self._clock += 1
+        slot.tokens, slot.filled, slot.used = slot.tokens[:length], length, self._clock
+        slot.owner, owner.slot = owner, slot
+
+    def _longest(self, prompt: Sequence[int]) -> tuple[int, Slot | None]:
+        """The longest beginning of `prompt`, in whole chunks, that a slot holds, and the slot."""
+        usable = tuple(prompt[: (len(prompt) - 1) // self._chunk * self._chunk])
+        best: tuple[int, Slot | None] = (0, None)
+        for slot in self.slots if self._copies else self.free:
+            length = 0
+            while (piece := usable[length : length + self._chunk]) and piece == slot.tokens[
+                length : length + self._chunk
+            ]:
+                length += self._chunk
+            if length > best[0]:
+                best = (length, slot)
+        return best
+
+    def _save(self, slot: Slot, source: Slot | None = None) -> list[Copy]:
+        """What keeps the tokens of `slot`, which is about to be overwritten, in the place of older ones.
+
+        `source` is a slot that is still to be copied from.
+        """
+        others = [each for each in self.free if each is not slot and each is not source]
+        if not slot.tokens or not self._copies or not others or self._elsewhere(slot):
+            return []
+        oldest = min(others, key=lambda each: (bool(each.tokens), each.used))
+        if oldest.tokens and oldest.used > slot.used:
+            return []
+        oldest.tokens, oldest.filled, oldest.used = (), 0, slot.used
+        return [Copy(slot, oldest, len(slot.tokens), slot.tokens)]
+
+    def _elsewhere(self, slot: Slot) -> bool:
+        length = len(slot.tokens)
+        return any(each is not slot and each.tokens[:length] == slot.tokens for each in self.slots)

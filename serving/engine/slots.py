@@ -1,0 +1,61 @@
+"""What the engine needs of a runtime: slots of cache that prompts are read into, piece by piece, and rows that decode.
+
+A slot is one row of a cache [slots, heads, max_length, head_dim]. The rows that decode are always the leading ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from serving.backends.base import FloatArray, IntArray
+from serving.bundle import Geometry
+
+
+class SlotBackend(Protocol):
+    """One graph of one bundle, loaded, with its cache. Used by one thread at a time.
+
+    The caller keeps count of what each slot holds: a position is overwritten by whoever writes it next, and nothing
+    behind the positions that a call is told of is ever looked at.
+    """
+
+    name: str
+    vocab_size: int
+    n_positions: int
+    slots: int
+    max_length: int
+    """Positions of a slot, at most `n_positions`."""
+    copies: bool
+    """Whether `copy_prefix` may be called."""
+    cache_bytes: int
+    """What the whole cache takes, once every position was written."""
+
+    def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        """Append `tokens` (at least one) behind the first `start` positions of `slot`; the logits after the last of
+        them, [vocab_size] float32. The next call may write into the same memory.
+
+        What is written, and the logits, depend on nothing but the tokens and on how a prompt was cut into pieces: the
+        same pieces give the same bits in any slot, beside any company.
+        """
+        ...
+
+    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
+        """Append one token to each of the leading rows; `tokens` and `lengths`, the positions that a row has by now,
+        are [rows]. The logits after it, [rows, vocab_size] float32, which the caller may change until the next call.
+        """
+        ...
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` positions of `target` those of `source`, another slot."""
+        ...
+
+    def close(self) -> None:
+        """Give the cache and the graph back. May be called more than once."""
+        ...
+
+
+def cache_bytes(geometry: Geometry, slots: int, max_length: int, dtype: str = "float32") -> int:
+    """Bytes of keys and values of all blocks: 2 * n_layer * slots * n_embd * max_length * size of `dtype`."""
+    return 2 * geometry.n_layer * slots * geometry.n_embd * max_length * np.dtype(dtype).itemsize
