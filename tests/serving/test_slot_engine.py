@@ -227,7 +227,9 @@ def test_cancelling_and_timeouts(engine: SignatureEngine, transport: Blocking) -
     assert len(running.tokens()) < 40
 
 
-def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(engine: SignatureEngine, transport: Blocking) -> None:
+def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(
+    engine: SignatureEngine, transport: Blocking
+) -> None:
     first = Ends()
     transport.failures = ["UNAVAILABLE"]
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=3)), first)
