@@ -23,7 +23,8 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
 
     `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it; TensorFlow finds devices by itself. Without
     `graph`, the runtime's own default is taken. Raises InputError for an unknown runtime, device or
-    graph and for a graph of the other runtime, RuntimeMissingError with the command that installs it if the runtime is not there.
+    graph and for a graph of the other runtime, RuntimeMissingError with the command that installs it if the runtime is
+    not there.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"no runtime {runtime!r}{did_you_mean(runtime, RUNTIMES)}")
