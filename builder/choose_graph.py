@@ -8,12 +8,15 @@ has the host's token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from builder.onnx_nodes import GraphBuilder
 
 OPSET = 18
 IR_VERSION = 10
@@ -23,30 +26,49 @@ IR_VERSION = 10
 MARGIN = 2.0**-17
 
 
-class _Builder:
-    """Collects nodes; a method call such as `b.Add(x, y)` appends one and returns the name of its output."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: dict[str, Any] = {}
-
-    def constant(self, value: Any, dtype: Any) -> str:
-        array = np.array(value, dtype)
-        name = f"{array.dtype.name}_{'_'.join(str(each) for each in array.ravel().tolist())}_{array.ndim}"
-        self.constants[name] = numpy_helper.from_array(array, name)
-        return name
-
-    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        names = [f"{kind}_{len(self.nodes)}_{index}" for index in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
-        return names[0] if outputs == 1 else names
-
-    def name(self, value: str, output: str) -> None:
-        self.nodes.append(helper.make_node("Identity", [value], [output]))
-
-
 def choose_model(vocab_size: int) -> onnx.ModelProto:
-    """The graph for logits of `vocab_size`; docs/format.md says what goes in and out.
+    """The graph for logits of `vocab_size`; docs/format.md says what goes in and out."""
+    b = GraphBuilder()
+    one = b.constant([1], np.int64)
+    # The logits, edited in the few places that have an edit.
+    flat = b.node("Squeeze", "logits", one)
+    edited = b.node("Add", b.node("GatherElements", flat, "edit_ids", axis=1), "edit_bias")
+    positive = b.node("Greater", edited, b.constant(0, np.float32))
+    shrunk, grown = b.node("Div", edited, "edit_repetition"), b.node("Mul", edited, "edit_repetition")
+    edited = b.node("Sub", b.node("Where", positive, shrunk, grown), "edit_penalty")
+    logits = b.node("ScatterElements", flat, "edit_ids", edited, axis=1)
+    places = b.node("Range", b.constant(0, np.int64), b.node("Squeeze", "candidates"), b.constant(1, np.int64))
+    draw = b.node("Unsqueeze", "draw", one)
+    chosen = add_choice(b, logits, draw, "candidates", places, vocab_size)
+    b.name(chosen.token, "token")
+    b.name(b.node("Squeeze", chosen.exact, one), "exact")
+    b.name(chosen.values, "candidate_logits")
+    b.name(chosen.ids, "candidate_ids")
+    normaliser = b.node("Log", b.node("Squeeze", chosen.everything, one))
+    b.name(b.node("Cast", normaliser, to=TensorProto.FLOAT), "normaliser")
+    graph = helper.make_graph(b.nodes, "choose", _inputs(vocab_size), _outputs(), list(b.constants.values()))
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gpt2-bundle")
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Names of what `add_choice` computes, [batch, 1] but for `values` and `ids`, [batch, candidates]."""
+
+    token: str
+    exact: str
+    values: str
+    ids: str
+    everything: str
+
+
+def add_choice(b: GraphBuilder, logits: str, draw: str, candidates: str, places: str, vocab_size: int) -> Chosen:
+    """Add the choice among the `candidates` ([1] int64) likeliest of `logits` [batch, vocab_size].
+
+    `draw` is [batch, 1], `places` the numbers from 0 to candidates - 1; temperature, top_k, top_p and min_p are the
+    graph's inputs of these names, [batch].
 
     The bounds, in units of the likeliest token's weight, C candidates, c their running sums, M the mass of all tokens
     that top-k leaves, m = MARGIN * M:
@@ -55,7 +77,6 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
       ends behind the candidates it lies between top_p * M, which it reaches, and the last candidate's weight above it;
     - the draw times either bound, less or plus m, falls on one and the same candidate, or the row is not exact.
     """
-    b = _Builder()
     one, minus_one = b.constant([1], np.int64), b.constant([-1], np.int64)
     f64 = TensorProto.DOUBLE
 
@@ -65,16 +86,8 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
     def count(flags: str) -> str:
         return str(b.node("ReduceSum", b.node("Cast", flags, to=TensorProto.INT64), minus_one, keepdims=1))
 
-    # The logits, edited in the few places that have an edit.
-    flat = b.node("Squeeze", "logits", one)
-    edited = b.node("Add", b.node("GatherElements", flat, "edit_ids", axis=1), "edit_bias")
-    positive = b.node("Greater", edited, b.constant(0, np.float32))
-    shrunk, grown = b.node("Div", edited, "edit_repetition"), b.node("Mul", edited, "edit_repetition")
-    edited = b.node("Sub", b.node("Where", positive, shrunk, grown), "edit_penalty")
-    logits = b.node("ScatterElements", flat, "edit_ids", edited, axis=1)
-
     # Candidates in descending order, and the weights of all tokens relative to the first.
-    values, ids = b.node("TopK", logits, "candidates", outputs=2, axis=1, largest=1, sorted=1)
+    values, ids = b.node("TopK", logits, candidates, outputs=2, axis=1, largest=1, sorted=1)
     first = b.node("Slice", values, b.constant([0], np.int64), one, one)
     temperature, top_k = column("temperature"), column("top_k")
     zero_temperature = b.node("Equal", temperature, b.constant(0, np.float32))
@@ -85,7 +98,6 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
         return str(b.node("Exp", b.node("Div", b.node("Sub", some, first), divisor)))
 
     everything = b.node("ReduceSum", b.node("Cast", weights(logits), to=f64), minus_one, keepdims=1)
-    places = b.node("Range", b.constant(0, np.int64), b.node("Squeeze", "candidates"), b.constant(1, np.int64))
     size = b.constant([[vocab_size]], np.int64)
     limited = b.node("And", b.node("Greater", top_k, b.constant([[0]], np.int64)), b.node("Less", top_k, size))
     kept_places = b.node("Where", limited, top_k, size)
@@ -97,7 +109,7 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
     last_weight = b.node("Slice", weight, minus_one, b.constant([2**31 - 1], np.int64), one)
 
     # Whether no kept token is behind the candidates because of top-k, and the mass that top-k leaves.
-    complete = b.node("LessOrEqual", kept_places, "candidates")
+    complete = b.node("LessOrEqual", kept_places, candidates)
     decidable = b.node("Or", complete, b.node("Not", limited))
     mass = b.node("Where", complete, last_sum, everything)
     margin = b.node("Mul", mass, b.constant(MARGIN, np.float64))
@@ -115,33 +127,24 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
     perhaps, high = kept(b.node("Add", reach, margin), 1 - MARGIN)
     no_min_p = b.node("Equal", min_p, b.constant(0, np.float64))
     open_end = b.node("Not", complete)
-    runs_on = b.node("And", b.node("And", open_end, no_min_p), b.node("Equal", surely, "candidates"))
+    runs_on = b.node("And", b.node("And", open_end, no_min_p), b.node("Equal", surely, candidates))
     low = b.node("Where", runs_on, b.node("Max", low, reach), low)
-    may_run_on = b.node("And", open_end, b.node("Equal", perhaps, "candidates"))
+    may_run_on = b.node("And", open_end, b.node("Equal", perhaps, candidates))
     behind = b.node("Max", high, b.node("Min", mass, b.node("Add", reach, last_weight)))
     high = b.node("Where", may_run_on, behind, high)
 
-    draw = b.node("Cast", column("draw"), to=f64)
+    draw = b.node("Cast", draw, to=f64)
     target_low = b.node("Sub", b.node("Mul", draw, b.node("Sub", low, margin)), margin)
     target_high = b.node("Add", b.node("Mul", draw, b.node("Add", high, margin)), margin)
     index = count(b.node("LessOrEqual", sums, target_low))
     other = count(b.node("LessOrEqual", sums, target_high))
-    found = b.node("And", b.node("Equal", index, other), b.node("Less", other, "candidates"))
+    found = b.node("And", b.node("Equal", index, other), b.node("Less", other, candidates))
     # The greatest logit's own weight is 1; less, or not-a-number, means that there is no finite greatest one.
     finite = b.node("GreaterOrEqual", everything, b.constant(1, np.float64))
     exact = b.node("And", finite, b.node("Or", greedy, b.node("And", decidable, found)))
     index = b.node("Where", b.node("And", exact, b.node("Not", greedy)), index, b.constant([[0]], np.int64))
 
-    b.name(b.node("GatherElements", ids, index, axis=1), "token")
-    b.name(b.node("Squeeze", exact, one), "exact")
-    b.name(values, "candidate_logits")
-    b.name(ids, "candidate_ids")
-    b.name(b.node("Cast", b.node("Log", b.node("Squeeze", everything, one)), to=TensorProto.FLOAT), "normaliser")
-    graph = helper.make_graph(b.nodes, "choose", _inputs(vocab_size), _outputs(), list(b.constants.values()))
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gpt2-bundle")
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    return Chosen(b.node("GatherElements", ids, index, axis=1), exact, values, ids, everything)
 
 
 def _inputs(vocab_size: int) -> list[Any]:

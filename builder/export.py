@@ -22,6 +22,7 @@ from builder.frameworks import tf
 from builder.genai import write_genai
 from builder.gpt2 import GPT2
 from builder.lint import Target, lint, refuse_errors
+from builder.loop_graph import write_loops
 from builder.onnx_kernels import OptimisedKernels, PortableKernels
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe, VerifyRecipe
@@ -74,12 +75,15 @@ def export(
     optimised = trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
     written = write_graph(optimised, weights, draft / "ort" / "fp32" / "model.onnx")
     write_genai(geometry, draft, draft / "ort" / "fp32")
+    write_loops(written, draft / "ort" / "fp32", geometry.vocab_size)
     graphs["ort/fp32"] = _onnx_graph(written, "ort/fp32/model.onnx", "right", "shared-buffer")
     reporter.line("exported ort/fp32/model.onnx (GroupQueryAttention, shared cache buffer, fp32)")
     for precision in recipe.export.variants:
         path = f"ort/{precision}/model.onnx"
         written = write_variant(optimised, weights, precision, draft / path)
         write_genai(geometry, draft, (draft / path).parent)
+        if precision == "fp16":  # The others' products have no kernels on CUDA.
+            write_loops(written, (draft / path).parent, geometry.vocab_size)
         graphs[f"ort/{precision}"] = _onnx_graph(written, path, "right", "shared-buffer", precision)
         reporter.line(f"exported {path}")
     written = write_choose(geometry.vocab_size, draft / "ort" / "choose" / "model.onnx")

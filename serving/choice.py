@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 
 from serving.backends.base import Backend, ChoosingBackend, FloatArray, IntArray, Request
+from serving.loop import LoopSteps
 from serving.penalties import History
 from serving.sampling import SamplingParams, choose, uniform
 
@@ -42,6 +43,9 @@ def open_steps(
 ) -> Steps:
     """Run `prompts`, each with its own `params`, in the way that is the faster one for them."""
     chooser = Chooser(prompts, params, eos_token_id)
+    loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
+    if loop is not None:
+        return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
     # On the processor the host reads the logits where they are, and only a sort of all of them is more work than the
     # graph's (docs/decisions.md).
     if chooses(backend) and (backend.device != "cpu" or chooser.sorts):
@@ -66,11 +70,16 @@ class Chooser:
         self._min_p = np.array([each.min_p for each in params], np.float32)
         self._seed = np.array([each.seed for each in params], np.int64)
         self._history = History(prompts, params, eos_token_id)
+        self._budgets = np.array([each.max_new_tokens for each in params], np.int64)
         sampled = (self._temperature > 0) & (self._top_k != 1)
+        self.samples = bool(sampled.any())
+        """Whether any row is not greedy."""
         self.sorts = bool((sampled & (self._top_k == 0)).any())
         """Whether the host would have to sort the whole vocabulary for some row."""
         wanted = np.where(self._top_k > 0, self._top_k, USUAL_CANDIDATES)[sampled]
         self._candidates = min(int(wanted.max(initial=1)), MAX_CANDIDATES)
+        self.loops = self._history.empty and self._candidates <= USUAL_CANDIDATES
+        """Whether the steps of a block need nothing of each other's tokens but the cache."""
 
     def choose(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray:
         """The next tokens of `rows`, here: `logits` is [len(rows), vocab_size]."""
@@ -86,6 +95,17 @@ class Chooser:
         few = min(self._candidates, vocab_size)
         edits = self._history.edits
         return Request(self._temperature, self._top_k, self._top_p, self._min_p, draw, edits, few)
+
+    def draws(self, step: int, count: int) -> FloatArray:
+        """The random numbers of `count` steps from `step` on, [rows, count]."""
+        rows = len(self._seed)
+        steps = np.arange(step, step + count)
+        numbers = uniform(np.repeat(self._seed, count), np.tile(steps, rows))
+        return np.asarray(numbers, np.float32).reshape(rows, count)
+
+    def remaining(self, rows: IntArray, step: int) -> int:
+        """The most tokens that any of `rows` may still be continued by, before `step`."""
+        return int(self._budgets[rows].max()) - step
 
     def add(self, rows: IntArray, tokens: IntArray) -> None:
         """Take in what `rows` were continued by; `tokens` is [all rows]."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from serving.backends.base import Backend
+from serving.backends.cuda import parse_device
 from serving.bundle import Bundle
 from serving.errors import InputError, RuntimeMissingError
 from serving.suggest import did_you_mean
@@ -17,23 +18,21 @@ RUNTIMES = {
     "onnx": ("serving.backends.onnx", "OnnxBackend", "onnx"),
     "tensorflow": ("serving.backends.tensorflow", "TensorFlowBackend", "tensorflow"),
 }
-DEVICES = ("cpu", "cuda")
 
 
 def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu") -> Backend:
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
-    `device`, "cpu" or "cuda", is where ONNX Runtime runs it; TensorFlow finds devices by itself. Without `graph`, the
-    runtime's own default is taken. Raises InputError for an unknown runtime, device or graph and for a graph of the
-    other runtime, RuntimeMissingError with the command that installs it if the runtime is not there.
+    `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it; TensorFlow finds devices by itself. Without
+    `graph`, the runtime's own default is taken. Raises InputError for an unknown runtime, device or
+    graph and for a graph of the other runtime, RuntimeMissingError with the command that installs it if the runtime is
+    not there.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"no runtime {runtime!r}{did_you_mean(runtime, RUNTIMES)}")
     module_name, class_name, _ = RUNTIMES[runtime]
     arguments: dict[str, Any] = {}
-    if device not in DEVICES:
-        raise InputError(f"no device {device!r}{did_you_mean(device, DEVICES)}")
-    if device != "cpu":
+    if parse_device(device)[0] != "cpu":
         if runtime != "onnx":
             raise InputError(f"{runtime} finds its devices by itself; ask for {device!r} with '--runtime onnx'")
         arguments["device"] = device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from serving.backends.base import (
     check_room,
     pad_right,
 )
+from serving.backends.cuda import cuda_options, parse_device
+from serving.backends.onnx_loop import DeviceLoop
 from serving.bundle import Bundle
 from serving.errors import BundleError, InputError, RuntimeMissingError
 
 DEFAULT_GRAPH = "ort/fp32"
-
-
 CHOOSE_GRAPH = "ort/choose"
+# Tokens of a block on CUDA: what a stream's reader gets at once, and what is made in vain at a text's end at most.
+CUDA_STEPS = 8
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PREFILL_TOKENS = 1024
 """Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each
@@ -60,29 +63,76 @@ class OnnxBackend:
         bundle: an opened bundle.
         graph_name: the graph's name in the manifest, such as "ort/fp32" or "onnx/portable".
         threads: intra-operator threads; None leaves the choice to ONNX Runtime (one a physical core).
-        device: "cpu" or "cuda". Raises RuntimeMissingError if ONNX Runtime is not built for it here.
+        device: "cpu", "cuda" or "cuda:N". Raises RuntimeMissingError if ONNX Runtime is not built for it here.
+        steps_per_fetch: steps between two fetches of tokens where the bundle has the loop's graphs and rows have no
+            penalties; None is 1 on the processor and 8 on CUDA.
+        cuda_graphs: whether those steps are captured, on CUDA; with steps_per_fetch 1 too.
     """
 
     def __init__(
-        self, bundle: Bundle, graph_name: str = DEFAULT_GRAPH, threads: int | None = None, device: str = "cpu"
+        self,
+        bundle: Bundle,
+        graph_name: str = DEFAULT_GRAPH,
+        threads: int | None = None,
+        device: str = "cpu",
+        steps_per_fetch: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         geometry = bundle.manifest.model
         graph = bundle.graph(graph_name)
         if graph.cache == "none":
             raise InputError(f"{bundle.folder}: the graph {graph_name!r} is not a language model; ask for 'ort/fp32'")
-        self.name, self.device = graph_name, device
+        self.name = graph_name
+        self._place = parse_device(device)
+        self.device, self._device_name = self._place[0], device
+        device_steps = 1 if self.device == "cpu" else CUDA_STEPS
+        self.steps_per_fetch = device_steps if steps_per_fetch is None else steps_per_fetch
+        if self.steps_per_fetch < 1:
+            raise InputError(f"steps_per_fetch is {self.steps_per_fetch}; it must be at least 1")
+        self._bundle, self._threads = bundle, threads
+        self._capture = cuda_graphs and self.device != "cpu"
+        self._loops: dict[bool, DeviceLoop | None] = {}
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
         self._cache_shape = (geometry.n_head, geometry.head_dim)
         self._shared = graph.cache == "shared-buffer"
-        if device != "cpu" and not self._shared:
+        if self.device != "cpu" and not self._shared:
             raise InputError(f"the graph {graph_name!r} runs on the processor only; ask for 'ort/fp32' on {device}")
         self.chooses = self._shared and CHOOSE_GRAPH in bundle.manifest.graphs
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
-        self._session = open_session(bundle, graph_name, device, threads)
+        if self.device == "cpu":
+            self._session  # noqa: B018 - what cannot be loaded is said now.
+        else:
+            _check_provider(self.device)
+
+    @cached_property
+    def _session(self) -> Any:
+        """The step's session; on CUDA only opened when a batch has no loop, since the weights are in that one too."""
+        return open_graph(self._bundle, self.name, self._device_name, self._threads)
+
+    @cached_property
+    def _choose_session(self) -> Any:
         # Two thread pools that wait by spinning would take the processor from each other at every step.
-        self._choose_session = open_session(bundle, CHOOSE_GRAPH, device, 1) if self.chooses else None
+        return open_graph(self._bundle, CHOOSE_GRAPH, self._device_name, 1)
+
+    def loop(self, sampled: bool) -> DeviceLoop | None:
+        """The loop on the device for greedy or for sampled batches; None if it is not asked for or not in the bundle.
+
+        A session of its own, opened at the first call.
+        """
+        if sampled not in self._loops:
+            folder = self._bundle.graph(self.name).path.rpartition("/")[0]
+            path = f"{folder}/{'sample' if sampled else 'greedy'}.onnx"
+            wanted = self._shared and (self.steps_per_fetch > 1 or self._capture)
+            if not wanted or path not in {artifact.path for artifact in self._bundle.manifest.artifacts}:
+                self._loops[sampled] = None
+            else:
+                session = open_session(self._bundle, path, self._device_name, self._threads, self._capture)
+                self._loops[sampled] = DeviceLoop(
+                    session, self._place, self.n_positions, self.steps_per_fetch, self._capture
+                )
+        return self._loops[sampled]
 
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
         """See `Backend.prefill`."""
@@ -146,7 +196,7 @@ class OnnxBackend:
 
     def choose(self, state: State, request: Request, candidates: bool = False) -> Choice:
         """See `ChoosingBackend.choose`."""
-        assert self._choose_session is not None, "asked to choose without a graph for it; look at `chooses` first"
+        assert self.chooses, "asked to choose without a graph for it; look at `chooses` first"
         if state.choice is None:
             state.choice = self._choose_session.io_binding()
             state.values["token"] = self._zeros((len(state.lengths), 1), np.dtype(np.int64))
@@ -219,7 +269,7 @@ class OnnxBackend:
 
     def _zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         """Zeros on the device, so that no slot that was never written can hold not-a-number."""
-        return device_zeros(shape, dtype, self.device)
+        return device_zeros(shape, dtype, self._device_name)
 
 
 def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
@@ -229,29 +279,31 @@ def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
 
 
 def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
-    """An OrtValue of zeros on `device`."""
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), device, 0)
+    """An OrtValue of zeros on `device`, such as "cuda:1"."""
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), *parse_device(device))
 
 
-def open_session(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
-    """Open a graph of `bundle` on `device`, "cpu" or "cuda".
+def open_graph(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
+    """A session of one of the manifest's graphs, such as "ort/int8"; see `open_session`."""
+    return open_session(bundle, bundle.graph(graph_name).path, device, threads)
 
-    Raises RuntimeMissingError if ONNX Runtime does not run there, BundleError if it cannot load the graph.
+
+def open_session(bundle: Bundle, path: str, device: str, threads: int | None, captured: bool = False) -> Any:
+    """A session of the ONNX file `path` of `bundle` on `device`, "cpu" or "cuda:N"; `captured` by CUDA graphs.
+
+    Raises RuntimeMissingError if ONNX Runtime does not run on the device, BundleError if it cannot load the file.
     """
-    provider = PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise RuntimeMissingError(
-            f"the ONNX Runtime that is installed here does not run on {device!r} (it has no {provider}); "
-            "run: pip install 'gpt2-bundle[onnx-gpu]'"
-        )
+    kind, number = parse_device(device)
+    provider = _check_provider(kind)
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    path = bundle.graph(graph_name).path
+    providers: list[Any] = [PROVIDERS["cpu"]]
+    if kind != "cpu":
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        providers = [(provider, cuda_options(number, captured)), *providers]
     try:
-        session = ort.InferenceSession(
-            str(bundle.path(path)), options, providers=list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
-        )
+        session = ort.InferenceSession(str(bundle.path(path)), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors share no narrower base.
         reason = " ".join(str(error).split())
         raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
@@ -261,3 +313,14 @@ def open_session(bundle: Bundle, graph_name: str, device: str, threads: int | No
             f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
         )
     return session
+
+
+def _check_provider(kind: str) -> str:
+    """The provider's name. Raises RuntimeMissingError if this ONNX Runtime has none for the kind of device."""
+    provider = PROVIDERS[kind]
+    if provider not in ort.get_available_providers():
+        raise RuntimeMissingError(
+            f"the ONNX Runtime that is installed here does not run on {kind!r} (it has no {provider}); "
+            "run: pip install 'gpt2-bundle[onnx-gpu]'"
+        )
+    return provider

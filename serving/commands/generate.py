@@ -22,7 +22,9 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.argument("prompt")
 @click.option("--runtime", default="onnx", show_default=True, metavar="NAME", help="onnx or tensorflow.")
 @click.option("--graph", metavar="NAME", help="A graph by its name in the manifest, such as ort/int8.")
-@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu or cuda, for ONNX Runtime.")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N, for ONNX Runtime."
+)
 @click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
 @click.option(
     "--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token each time."

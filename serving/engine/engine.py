@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from tokenizers import Tokenizer
 
-from serving.backends.loader import DEVICES, runtime_errors
+from serving.backends.cuda import parse_device
+from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
 from serving.engine.api import (
     DrainingError,
@@ -29,7 +30,6 @@ from serving.engine.slots import SlotBackend
 from serving.engine.tasks import Task, open_task
 from serving.errors import InputError
 from serving.generation import token_budget
-from serving.suggest import did_you_mean
 from serving.text_stream import TokenBytes, load_tokenizer
 
 _LONGEST_RETRY = 60
@@ -44,12 +44,11 @@ def open_engine(
     config: EngineConfig | None = None,
     observer: Observer | None = None,
 ) -> SlotEngine:
-    """Load `graph` ("ort/fp32" if None) of `bundle` on `device`, "cpu" or "cuda", and start its engine.
+    """Load `graph` ("ort/fp32" if None) of `bundle` on `device`, "cpu", "cuda" or "cuda:N", and start its engine.
 
     Raises InputError, BundleError and RuntimeMissingError as `load_backend` does.
     """
-    if device not in DEVICES:
-        raise InputError(f"no device {device!r}{did_you_mean(device, DEVICES)}")
+    parse_device(device)
     config = config or EngineConfig()
     geometry = bundle.manifest.model
     with runtime_errors("onnx"):

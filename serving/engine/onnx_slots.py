@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from serving.backends.base import FloatArray, IntArray
-from serving.backends.onnx import DEFAULT_GRAPH, device_zeros, open_session
+from serving.backends.cuda import parse_device
+from serving.backends.onnx import DEFAULT_GRAPH, device_zeros, open_graph
 from serving.bundle import Bundle
 from serving.engine.slots import cache_bytes
 from serving.errors import InputError
@@ -26,7 +27,7 @@ class OnnxSlotBackend:
         graph_name: the graph's name in the manifest, such as "ort/int8".
         slots, max_length: sizes of the cache; memory is taken as positions are first written, on the processor.
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
-        device: "cpu" or "cuda"; only the first can copy positions from slot to slot.
+        device: "cpu", "cuda" or "cuda:N"; only the first can copy positions from slot to slot.
 
     Raises InputError for a graph of another kind, RuntimeMissingError for a device that is not there.
     """
@@ -47,14 +48,15 @@ class OnnxSlotBackend:
                 f"{bundle.folder}: the graph {graph_name!r} has no shared cache buffer, which serving many at once "
                 "needs; ask for 'ort/fp32' or another 'ort/' graph"
             )
-        self.name, self.device, self.copies = graph_name, device, device == "cpu"
+        self.name, self.copies = graph_name, device == "cpu"
+        self._place = parse_device(device)
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
         self.slots, self.max_length = slots, max_length
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         dtype = graph.inputs[self._past[0]].dtype
         self._row = (geometry.n_head, max_length, geometry.head_dim)
         self.cache_bytes = cache_bytes(geometry, slots, max_length, dtype)
-        self._session: Any = open_session(bundle, graph_name, device, threads)
+        self._session: Any = open_graph(bundle, graph_name, device, threads)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
         self._logits = np.empty((slots, 1, self.vocab_size), np.float32)
@@ -104,7 +106,7 @@ class OnnxSlotBackend:
         """A binding of `rows` slots from `first` on as past and present at once."""
         binding = self._session.io_binding()
         for name, buffer in zip(self._past, self._buffers, strict=True):
-            place = (self.device, 0, buffer.dtype, (rows, *self._row), buffer.address(first))
+            place = (*self._place, buffer.dtype, (rows, *self._row), buffer.address(first))
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past_key_values", "present"), *place)
         # Always on the processor, where tokens are chosen.

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
+from builder.loop_graph import write_loops
 from builder.quantise import int4_by_block, int8_by_axis
 from builder.tracing import TracedGraph
 from builder.variants import TOKEN_TABLE, write_variant
@@ -166,6 +167,17 @@ def test_half_precision_runs_on_a_processor_too(tmp_path: Path) -> None:
     logits, *present = session.run(None, feeds | dict.fromkeys(half, cache))
     assert logits.dtype == np.float32 and {tensor.dtype for tensor in present} == {np.dtype(np.float16)}
     np.testing.assert_allclose(logits[:, 0], case.logits[:, -1], atol=0.02)
+    write_loops(written, tmp_path, geometry.vocab_size)
+    session = ort.InferenceSession(str(tmp_path / "greedy.onnx"))
+    zero, rows = np.zeros((count, 1), np.int64), np.arange(case.ids.shape[1])
+    loop = {
+        "newest": zero + len(rows) - 1,
+        "start": zero + len(rows) - 1,
+        "columns": rows,
+        "slots": np.zeros(1, np.int64),
+    }
+    (token,) = session.run(["next_tokens"], feeds | loop | {"tokens": zero} | dict.fromkeys(half, cache))
+    np.testing.assert_array_equal(token[:, 0], logits[:, 0].argmax(1))
 
 
 def test_the_certificate_says_what_a_variant_costs(built: TinyBuild) -> None:

@@ -32,6 +32,7 @@ def write_real_bundle(folder: Path) -> Manifest:
     """Export the fixture "bytes" to every graph of a bundle in `folder`."""
     from builder.choose_graph import write_choose
     from builder.export import servable
+    from builder.loop_graph import write_loops
     from builder.progress import Reporter
     from builder.recipe import ExportRecipe
     from builder.weights import write_graph, write_safetensors
@@ -41,7 +42,8 @@ def write_real_bundle(folder: Path) -> Manifest:
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")
     write_safetensors(model, folder / "model.safetensors")
     write_graph(trace_portable(model), folder / "model.safetensors", folder / "onnx/model.onnx")
-    write_graph(trace_optimised(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
+    optimised = write_graph(trace_optimised(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
+    write_loops(optimised, folder / "ort/fp32", model.geometry.vocab_size)
     write_choose(model.geometry.vocab_size, folder / "ort/choose/model.onnx")
     servable(model, folder, ExportRecipe(), Reporter()).save(folder / "savedmodel/1")
     return write_manifest(
