@@ -121,7 +121,8 @@ class SlotPool:
     """The streams that wait for a slot, in `waiting`, and those that hold one, in `running`.
 
     `predict(signature, inputs, timeout)` runs a signature and sends it again where an answer may have been lost,
-    within `timeout` seconds or, for None, as long as is usual. `steps` is how many tokens a stream gets by a call at most.
+    within `timeout` seconds or, for None, as long as is usual. `steps` is how many tokens a stream gets by a call at
+    most.
     """
 
     def __init__(self, predict: Predict, *, steps: int = 1) -> None:

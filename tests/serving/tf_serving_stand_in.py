@@ -1,9 +1,10 @@
 """A stand-in that speaks TensorFlow Serving's REST and gRPC protocols over a SavedModel in a TensorFlow session.
 
 It is not tensorflow_model_server: it loads as that does and answers in its messages, statuses and error format. It
-merges requests of a signature that come within `gather` seconds, padding ragged inputs with zeros. `failures` holds statuses that the next calls get instead of an answer; `delay` is seconds.
-`lost` holds what becomes of the next answers once they are computed: a status instead, or seconds that they come late.
-`pad` is how often the first row of each call is repeated behind the others, as the server's batching does.
+merges requests of a signature that come within `gather` seconds, padding ragged inputs with zeros. `failures` holds
+statuses that the next calls get instead of an answer; `delay` is seconds. `lost` holds what becomes of the next answers
+once they are computed: a status instead, or seconds that they come late. `pad` is how often the first row of each call
+is repeated behind the others, as the server's batching does.
 """
 
 from __future__ import annotations
