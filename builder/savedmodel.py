@@ -22,9 +22,9 @@ from builder.tf_checks import after, check_ids, check_parameters, check_prompt, 
 from builder.tf_kernels import Cache, LoopKernels, PromptKernels, StepKernels
 from builder.tf_sampling import choose
 from builder.tf_slots import Slots
-from builder.tf_split import SplitWeights
 from builder.tf_text import TextSignatures
 from builder.tf_tokenizer import GraphTokenizer
+from builder.tf_weights import ServedWeights
 
 
 def _function(method: Any) -> Any:
@@ -69,8 +69,8 @@ class Servable(tf.Module):  # type: ignore[misc]
         # The method and not the model, which would be tracked and its weights stored a second time.
         self._forward = model.__call__
         # TensorFlow's own variables: it restores Keras's wrappers of them only in Python, not through a Session.
-        self.split = SplitWeights(model, matmul_parts) if matmul_parts > 1 else None
-        replaced = self.split.replaced if self.split is not None else set()
+        self.served = ServedWeights(model, matmul_parts)
+        replaced = self.served.replaced
         self.weights = [variable.value for variable in model.trainable_variables if id(variable) not in replaced]
         self.geometry = model.geometry
         self.slots = Slots(self.geometry, self._run, slots, slot_lease) if slots else None
@@ -244,7 +244,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         return {"log_probs": log_probs, "total": tf.reduce_sum(log_probs, axis=-1)}
 
     def _run(self, token_ids: Any, position_ids: Any, kernels: Any) -> Any:
-        kernels.split = self.split
+        kernels.weights = self.served
         if position_ids is None:
             position_ids = tf.broadcast_to(tf.range(tf.shape(token_ids)[1])[None, :], tf.shape(token_ids))
         return self._forward(token_ids, position_ids=position_ids, kernels=kernels)

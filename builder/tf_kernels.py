@@ -10,7 +10,7 @@ from typing import Any
 
 from builder.frameworks import tf
 from builder.kernels import MASKED, Kernels
-from builder.tf_split import SplitWeights
+from builder.tf_weights import ServedWeights
 from serving.bundle import Geometry
 
 Cache = list[tuple[Any, Any]]
@@ -26,20 +26,15 @@ class ServableKernels(Kernels):
         super().__init__(geometry.n_head)
         self.geometry = geometry
         self.present: Cache = []
-        self.split: SplitWeights | None = None
+        # Set before the call, by whoever has them.
+        self.weights: ServedWeights
 
     def embed(self, layer: Any, ids: Any) -> Any:
         self.batch, self.sequence = tf.shape(ids)[0], tf.shape(ids)[1]
-        if self.split is not None and self.split.holds(layer):
-            rows = self.split.embed(ids)
-        else:
-            rows = tf.gather(tf.convert_to_tensor(layer.embeddings), ids)
-        return tf.reshape(rows, [-1, self.geometry.n_embd])
+        return self.weights.embed(layer, ids)
 
     def dense(self, layer: Any, hidden: Any) -> Any:
-        if self.split is not None:
-            return self.split.dense(layer, hidden)
-        return tf.nn.bias_add(tf.matmul(hidden, tf.convert_to_tensor(layer.kernel)), tf.convert_to_tensor(layer.bias))
+        return self.weights.dense(layer, hidden)
 
     def gelu(self, inner: Any) -> Any:
         return tf.nn.gelu(inner, approximate=True)
@@ -61,12 +56,6 @@ class ServableKernels(Kernels):
     def attend_cached(self, layer: int, query: Any, key: Any, value: Any) -> Any:
         """Attend and record the cache; `query` is scaled already, all are [batch, n_head, sequence, head_dim]."""
         raise AssertionError("a subclass says what attention sees")
-
-    def project(self, hidden: Any, wte: Any) -> Any:
-        """[rows, n_embd] to logits [rows, vocab_size] against the tied embedding."""
-        if self.split is not None:
-            return self.split.project(hidden)
-        return tf.matmul(hidden, tf.convert_to_tensor(wte), transpose_b=True)
 
 
 class PromptKernels(ServableKernels):
@@ -91,9 +80,9 @@ class PromptKernels(ServableKernels):
     def lm_head(self, hidden: Any, wte: Any) -> Any:
         if not self.last:
             shape = [self.batch, self.sequence, self.geometry.vocab_size]
-            return tf.reshape(self.project(hidden, wte), shape)
+            return tf.reshape(self.weights.project(hidden), shape)
         hidden = tf.reshape(hidden, [self.batch, self.sequence, self.geometry.n_embd])
-        return self.project(tf.gather(hidden, self.lengths - 1, batch_dims=1), wte)
+        return self.weights.project(tf.gather(hidden, self.lengths - 1, batch_dims=1))
 
 
 class StepKernels(ServableKernels):
@@ -119,7 +108,7 @@ class StepKernels(ServableKernels):
         return tf.matmul(tf.nn.softmax(tf.matmul(query, key, transpose_b=True) + self.bias), value)
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:
-        return self.project(hidden, wte)
+        return self.weights.project(hidden)
 
 
 class LoopKernels(ServableKernels):
@@ -152,7 +141,7 @@ class LoopKernels(ServableKernels):
         return tf.reshape(tf.matmul(tf.nn.softmax(scores), value), [-1, self.geometry.n_embd])
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:
-        return self.project(hidden, wte)
+        return self.weights.project(hidden)
 
     def attended(self, cache: Any) -> Any:
         """The part of a cache tensor that belongs to the rows of this step."""

@@ -36,7 +36,10 @@ ROWS = BATCH_SIZES[-1]
 # Padded prompt tokens of one call at most, unless one prompt has more: running streams wait while prompts run.
 PROMPT_TOKENS = 2048
 
-Predict = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+# Seconds that giving slots back may take; a slot's lease ends by itself.
+_FAREWELL = 5.0
+
+Predict = Callable[[str, Mapping[str, Any], float | None], dict[str, Any]]
 
 
 def check_graph_params(params: SamplingParams) -> None:
@@ -117,8 +120,9 @@ class SlotStream:
 class SlotPool:
     """The streams that wait for a slot, in `waiting`, and those that hold one, in `running`.
 
-    `predict` runs a signature, and sends it again where an answer may have been lost. `steps` is how many tokens a
-    stream gets by a call at most.
+    `predict(signature, inputs, timeout)` runs a signature and sends it again where an answer may have been lost,
+    within `timeout` seconds or, for None, as long as is usual. `steps` is how many tokens a stream gets by a call at
+    most.
     """
 
     def __init__(self, predict: Predict, *, steps: int = 1) -> None:
@@ -155,6 +159,7 @@ class SlotPool:
                 "top_p": np.array([params.top_p for params in every], np.float32),
                 "seed": np.array([params.seed for params in every], np.int64),
             },
+            None,
         )
         placed = []
         for row, stream in enumerate(streams):
@@ -175,7 +180,7 @@ class SlotPool:
             streams = self.running[start : start + ROWS]
             received = np.array([stream.received for stream in streams], np.int32)
             steps = np.full(len(streams), self._steps, np.int32)
-            answer = self._predict("decode_slots", {**_places(streams), "received": received, "steps": steps})
+            answer = self._predict("decode_slots", {**_places(streams), "received": received, "steps": steps}, None)
             for row, stream in enumerate(streams):
                 stream.status = int(answer["status"][row])
                 if stream.status == AHEAD:
@@ -183,17 +188,14 @@ class SlotPool:
                 made.append((stream, _tokens(answer, row)))
         return made
 
-    def leave(self, streams: Collection[SlotStream], predict: Predict | None = None) -> None:
-        """Take streams out, wherever they are, and give their slots back, by `predict` if it is given.
-
-        A server that does not answer is not waited for longer than the call takes: the slot's lease ends by itself.
-        """
+    def leave(self, streams: Collection[SlotStream]) -> None:
+        """Take streams out, wherever they are, and give their slots back, if the server answers in a few seconds."""
         held = [stream for stream in self.running if stream in streams]
         self.running = [stream for stream in self.running if stream not in streams]
         self.waiting = deque(stream for stream in self.waiting if stream not in streams)
         for start in range(0, len(held), ROWS):
             with contextlib.suppress(ServerError):
-                (predict or self._predict)("release_slots", _places(held[start : start + ROWS]))
+                self._predict("release_slots", _places(held[start : start + ROWS]), _FAREWELL)
 
     def go_on(self, stream: SlotStream) -> None:
         """Give the slot of a stream that `goes_on` back, and let it wait for another, before all others."""

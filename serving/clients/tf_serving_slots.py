@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 # How often a text is begun again whose slot was lost before anything of it was given out.
 _RESTARTS = 3
-# Seconds that giving slots back may take; the slot's lease ends by itself.
-_FAREWELL = 5.0
 END = "<|endoftext|>"
 
 
@@ -125,7 +123,7 @@ class SlotTexts:
                 if stream.reason is not None:
                     yield Piece(index[stream], "".join(given[stream]), tuple(stream.tokens), stream.reason)
         finally:
-            pool.leave(streams, lambda name, inputs: self._client.repeat(name, inputs, _FAREWELL))
+            pool.leave(streams)
 
     def _advance(self, pool: SlotPool) -> Iterator[tuple[SlotStream, list[int]]]:
         """Give streams with what came of each, until none is left; wait while no slot is free."""

@@ -37,8 +37,6 @@ from serving.text_stream import TextStream, TokenBytes, load_tokenizer
 
 DEFAULT_SLOTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
-# Seconds that giving slots back may take; a slot's lease ends by itself.
-_FAREWELL = 5.0
 
 
 def open_slot_engine(
@@ -226,10 +224,14 @@ class SignatureEngine:
                 self._arrived.clear()
                 closing = self._closing
                 end_all = self._end_all
-            self._end_late(("cancelled", "") if closing else end_all)
+            try:
+                self._end_late(("cancelled", "") if closing else end_all)
+                if not closing:
+                    self._round()
+            except Exception as error:  # A bug, or a server of another kind: nobody may wait for ever.
+                self._give_up(f"internal error: {type(error).__name__}: {error}")
             if closing:
                 return
-            self._round()
 
     def _has_work(self) -> bool:
         due = self._pool.waiting and time.monotonic() >= self._ask_at
@@ -340,7 +342,7 @@ class SignatureEngine:
         """Give the slots of `streams` back and say why each ended: its own reason, or the one given."""
         if not streams:
             return
-        self._pool.leave(streams, lambda name, inputs: self._client.repeat(name, inputs, _FAREWELL))
+        self._pool.leave(streams)
         self._pause, self._ask_at = _FIRST_PAUSE, 0.0
         for stream in streams:
             job = self._job_of.pop(stream)
@@ -350,6 +352,12 @@ class SignatureEngine:
             job.listener(FinishEvent(index, why, stream.text.finish(), stream.stopped_by, message))
             if len(job.ended) == len(job.streams):
                 self._close_job(job, why)
+
+    def _give_up(self, message: str) -> None:
+        """End all requests without another call; their slots' leases end by themselves."""
+        self._pool.waiting.clear()
+        self._pool.running.clear()
+        self._end(list(self._job_of), "error", message)
 
     def _close_job(self, job: _Job, reason: FinishReason) -> None:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from builder.frameworks import keras, tf
 from builder.kernels import Kernels
 from builder.tf_kernels import LoopKernels, PromptKernels, StepKernels
+from builder.tf_weights import ServedWeights
 from tests.oracles.fixtures import NAMES, keras_model, max_difference, read_cases
 
 TOLERANCE = 1e-4
@@ -131,7 +133,13 @@ def test_every_position_of_a_prompt_when_asked() -> None:
     assert max_difference(run(model, case.ids.astype(np.int32), None, kernels), case.logits) < TOLERANCE
 
 
+@functools.cache
+def served(model: Any) -> ServedWeights:
+    return ServedWeights(model, 1)
+
+
 def run(model: Any, ids: Any, positions: Any, kernels: Any) -> Any:
+    kernels.weights = served(model)
     if positions is None:
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     return model(tf.constant(ids), position_ids=tf.constant(positions, tf.int32), kernels=kernels)

@@ -42,6 +42,7 @@ class Blocking:
     def __init__(self, inner: Any) -> None:
         self.inner, self.open, self.failures = inner, threading.Event(), list[str]()
         self.open.set()
+        self.nonsense: list[dict[str, Any]] = []
         self.calls: list[tuple[str, int]] = []
 
     def predict(self, signature: str, inputs: Any, timeout: float) -> dict[str, Any]:
@@ -49,6 +50,8 @@ class Blocking:
         self.calls.append((signature, len(next(iter(inputs.values())))))
         if self.failures and signature != "release_slots":
             raise ServerError("the server went away", self.failures.pop(0))
+        if self.nonsense and signature == "prefill_slots":
+            return self.nonsense.pop(0)
         outputs: dict[str, Any] = self.inner.predict(signature, inputs, timeout)
         return outputs
 
@@ -171,16 +174,15 @@ def test_in_process(real_bundle: Path, transport: Blocking) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["rest", "grpc"])
-def test_through_the_stand_in(real_bundle: Path, kind: str) -> None:
+def test_through_the_stand_in(real_bundle: Path) -> None:
     with serving(real_bundle / "savedmodel/1", "bytes") as server:
         server.pad = 1
-        far: Any = RestTransport(server.url, "bytes") if kind == "rest" else GrpcTransport(server.address, "bytes")
-        engine = open_slot_engine(open_bundle(real_bundle), far, steps=3)
-        server.lost = ["UNAVAILABLE", 0.0, "UNAVAILABLE"]
-        check_tokens(engine, real_bundle)
-        assert not server.lost
-        engine.close()
+        for far in (RestTransport(server.url, "bytes"), GrpcTransport(server.address, "bytes")):
+            engine = open_slot_engine(open_bundle(real_bundle), far, steps=3)
+            server.lost = ["UNAVAILABLE", 0.0, "UNAVAILABLE"]
+            check_tokens(engine, real_bundle)
+            assert not server.lost
+            engine.close()
 
 
 def test_continuations_have_seeds_of_their_own(engine: SignatureEngine, real_bundle: Path) -> None:
@@ -239,6 +241,11 @@ def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=3)), second)
     (finish,) = second.wait()
     assert finish.reason == "error" and "the server went away" in finish.message
+    nonsense = Ends(2)
+    transport.nonsense = [{"logits": 1}]
+    engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=3), n=2), nonsense)
+    assert [finish.reason for finish in nonsense.wait()] == ["error"] * 2
+    assert "internal error: KeyError" in nonsense.wait()[0].message
     third = Ends()
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=3)), third)
     assert third.wait()[0].reason in ("length", "stop")

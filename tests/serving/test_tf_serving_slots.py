@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def server(real_bundle: Path) -> Iterator[StandIn]:
 @pytest.fixture(autouse=True)
 def every_slot_is_given_back(server: StandIn) -> Iterator[None]:
     server.failures, server.lost, server.run_calls, server.delay, server.pad = [], [], [], 0.0, 0
+    server.gather, server.merged = 0.0, 0
     yield
-    server.failures, server.lost = [], []
+    server.failures, server.lost, server.gather = [], [], 0.0
     release(server, fill(server, SLOTS))
 
 
@@ -111,6 +113,23 @@ def test_lost_answers_lose_and_repeat_no_token(server: StandIn, real_bundle: Pat
     pieces = list(client.stream(PROMPTS[:3], params, tokenizer(real_bundle), steps=3))
     assert joined(pieces, 3) == wanted
     assert not server.lost
+
+
+def test_clients_whose_calls_are_merged(server: StandIn, real_bundle: Path) -> None:
+    wanted = alone(server, PROMPTS[:6], SAMPLED)
+    server.gather, server.pad = 0.01, 1
+    server.lost = [0.0] * 9 + ["UNAVAILABLE"] * 2
+    tokens = tokenizer(real_bundle)
+
+    def client(first: int) -> list[tuple[str, int, str | None]]:
+        stream = connect(server, ["grpc", "column", "row"][first // 2]).stream(
+            PROMPTS[first : first + 2], SAMPLED, tokens
+        )
+        return joined(list(stream), 2)
+
+    with ThreadPoolExecutor(3) as pool:
+        made = [row for rows in pool.map(client, (0, 2, 4)) for row in rows]
+    assert made == wanted and server.merged > 3 and not server.lost
 
 
 def test_a_lost_farewell_is_said_again(server: StandIn, real_bundle: Path) -> None:
@@ -219,6 +238,11 @@ def test_the_command(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["text"], line["tokens"], line["finish_reason"]) for line in lines] == wanted
     assert server.run_calls == ["generate_text"]
+    # On a terminal it streams by itself.
+    server.run_calls.clear()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run(["client", "generate", "one", *options]) == 0
+    assert capsys.readouterr().out == f"{wanted[0][0]}\n" and "decode_slots" in server.run_calls
     text = wanted[0][0]
     assert run(["client", "generate", "one", "--stop", text[2:4], *options]) == 0
     assert capsys.readouterr().out == text[: text.index(text[2:4])] + "\n"

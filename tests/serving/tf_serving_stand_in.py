@@ -1,9 +1,10 @@
 """A stand-in that speaks TensorFlow Serving's REST and gRPC protocols over a SavedModel in a TensorFlow session.
 
-It is not tensorflow_model_server: it loads as that does and answers in its messages, statuses and error format, but
-merges no requests. `failures` holds statuses that the next calls get instead of an answer; `delay` is seconds.
-`lost` holds what becomes of the next answers once they are computed: a status instead, or seconds that they come late.
-`pad` is how often the first row of each call is repeated behind the others, as the server's batching does.
+It is not tensorflow_model_server: it loads as that does and answers in its messages, statuses and error format. It
+merges requests of a signature that come within `gather` seconds, padding ragged inputs with zeros. `failures` holds
+statuses that the next calls get instead of an answer; `delay` is seconds. `lost` holds what becomes of the next answers
+once they are computed: a status instead, or seconds that they come late. `pad` is how often the first row of each call
+is repeated behind the others, as the server's batching does.
 """
 
 from __future__ import annotations
@@ -48,12 +49,33 @@ class Refused(Exception):
         self.code = code
 
 
+class Merged:
+    """Calls that wait to be run as one."""
+
+    def __init__(self) -> None:
+        self.parts: list[dict[str, Any]] = []
+        self.outputs: dict[str, Any] = {}
+        self.error: BaseException | None = None
+        self.done = threading.Event()
+
+
+def stack(parts: list[dict[str, Any]], name: str) -> Any:
+    """The rows of all parts, filled up to the widest."""
+    width = max(value.shape[-1] for value in (part[name] for part in parts))
+    return np.concatenate(
+        [np.pad(part[name], [(0, 0), (0, width - part[name].shape[1])]) if part[name].ndim == 2 else part[name]
+         for part in parts]
+    )  # fmt: skip
+
+
 class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
     def __init__(self, version: Path, name: str) -> None:
         self.servable, self.name = SessionServable(version), name
         # A dictionary, unlike protobuf's map, can lose a signature and get it back.
         self.servable.signatures = dict(self.servable.signatures)
         self.failures: list[str] = []
+        self.gather, self.merged = 0.0, 0
+        self._lock, self._waiting = threading.Lock(), dict[str, Merged]()
         self.lost: list[str | float] = []
         self.run_calls: list[str] = []
         self.calls, self.delay, self.pad = 0, 0.0, 0
@@ -76,12 +98,8 @@ class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
         typed = {
             name: np.array(value, tf.as_dtype(wanted[name].dtype).as_numpy_dtype) for name, value in inputs.items()
         }
-        rows = len(next(iter(typed.values())))
-        if self.pad:
-            typed = {name: np.concatenate([value, *[value[:1]] * self.pad]) for name, value in typed.items()}
-        self.run_calls.append(signature)
         try:
-            outputs = {name: value[:rows] for name, value in self.servable.run(signature, **typed).items()}
+            outputs = self.merge(signature, typed) if self.gather else self.execute(signature, typed)
             loss = self.lost.pop(0) if self.lost else 0.0
             if isinstance(loss, str):
                 raise Refused(loss, "the answer was lost")
@@ -89,6 +107,37 @@ class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
             return outputs
         except tf.errors.InvalidArgumentError as error:
             raise Refused("INVALID_ARGUMENT", error.message) from None
+
+    def execute(self, signature: str, typed: dict[str, Any]) -> dict[str, Any]:
+        rows = len(next(iter(typed.values())))
+        if self.pad:
+            typed = {name: np.concatenate([value, *[value[:1]] * self.pad]) for name, value in typed.items()}
+        self.run_calls.append(signature)
+        return {name: value[:rows] for name, value in self.servable.run(signature, **typed).items()}
+
+    def merge(self, signature: str, typed: dict[str, Any]) -> dict[str, Any]:
+        """Run a call together with those that come while it waits; the first of them runs all."""
+        with self._lock:
+            first = signature not in self._waiting
+            batch = self._waiting.setdefault(signature, Merged())
+            place = len(batch.parts)
+            batch.parts.append(typed)
+        if first:
+            time.sleep(self.gather)
+            with self._lock:
+                del self._waiting[signature]
+            self.merged += len(batch.parts) > 1
+            try:
+                batch.outputs = self.execute(signature, {name: stack(batch.parts, name) for name in typed})
+            except BaseException as error:
+                batch.error = error
+            batch.done.set()
+        batch.done.wait()
+        if batch.error is not None:
+            raise batch.error
+        rows = [len(next(iter(part.values()))) for part in batch.parts]
+        start = sum(rows[:place])
+        return {name: value[start : start + rows[place]] for name, value in batch.outputs.items()}
 
     def definitions(self) -> Any:
         message = get_model_metadata_pb2.SignatureDefMap()
