@@ -156,3 +156,60 @@ def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
         parity={"max_abs": 1.5e-06, "greedy": {"equal": 64, "of": 64}},
         created="2025-01-31T12:00:00Z",
     )
+
+
+class ClosedFormSlotBackend:
+    """A `SlotBackend` over `logits_after` that holds the engine to the protocol.
+
+    Every position remembers the piece that it was read in, so that a prompt on top of positions that a cut at other
+    places, or a decode step, has made is found out; and so is whatever looks at a position that was never written.
+    """
+
+    name = "closed-form"
+    cache_bytes = 0
+
+    def __init__(
+        self, slots: int = 4, max_length: int = 64, chunk: int = 8, copies: bool = True, vocab_size: int = 257
+    ) -> None:
+        self.slots, self.max_length, self.n_positions = slots, max_length, max_length
+        self.copies, self.vocab_size, self._chunk = copies, vocab_size, chunk
+        self._tokens = np.full((slots, max_length), -1)
+        self._read = np.zeros((slots, max_length), bool)
+        self.calls: list[tuple[str, int]] = []  # ("prefill", tokens), ("decode", rows) or ("copy", positions)
+        self.fails: list[str] = []
+        self.closed = False
+
+    def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        self._call("prefill", len(tokens))
+        assert 1 <= len(tokens) <= self._chunk and start % self._chunk == 0
+        assert self._read[slot, :start].all(), "positions that no whole chunk of a prompt has made"
+        place = slice(start, start + len(tokens))
+        self._tokens[slot, place], self._read[slot, place] = tokens, len(tokens) == self._chunk
+        return self._logits(slot, start + len(tokens))
+
+    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
+        self._call("decode", len(tokens))
+        assert tokens.shape == lengths.shape and tokens.dtype == lengths.dtype == np.int64
+        rows = np.arange(len(tokens))
+        self._tokens[rows, lengths], self._read[rows, lengths] = tokens, False
+        return np.stack([self._logits(row, length + 1) for row, length in enumerate(lengths.tolist())])
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        self._call("copy", length)
+        assert self.copies and source != target and length > 0
+        for array in (self._tokens, self._read):
+            array[target, :length] = array[source, :length]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _call(self, name: str, size: int) -> None:
+        self.calls.append((name, size))
+        if name in self.fails:
+            self.fails.remove(name)
+            raise RuntimeError(f"{name} broke\nhere")
+
+    def _logits(self, slot: int, length: int) -> FloatArray:
+        tokens = self._tokens[slot, :length]
+        assert (tokens >= 0).all(), "a position that was never written"
+        return logits_after(tokens.tolist(), self.vocab_size)

@@ -49,7 +49,7 @@ class SlotTable:
             self._occupy(source, owner, length)
             return length, copies
         # The oldest of those that leave no new hole; an empty one first.
-        target = min(near, key=lambda slot: (bool(slot.tokens), slot.used, slot.index))
+        target = min(near, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
         copies = self._save(target, source)
         if source is not None:
             copies.append(Copy(source, target, length, source.tokens[:length]))
@@ -84,7 +84,7 @@ class SlotTable:
         # A row of a step costs about as much as copying 64 positions or more (docs/decisions.md).
         if not holes or left * 64 < top.filled:
             return []
-        hole = min(holes, key=lambda slot: (bool(slot.tokens), slot.used, slot.index))
+        hole = min(holes, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
         return [*self._save(hole), Copy(top, hole, top.filled, top.tokens)]
 
     def moved(self, copy: Copy) -> None:
@@ -121,14 +121,15 @@ class SlotTable:
         `source` is a slot that is still to be copied from.
         """
         others = [each for each in self.free if each is not slot and each is not source]
-        if not slot.tokens or not self._copies or not others or self._elsewhere(slot):
+        if not self._copies or not others or not self._wanted(slot):
             return []
-        oldest = min(others, key=lambda each: (bool(each.tokens), each.used))
-        if oldest.tokens and oldest.used > slot.used:
+        oldest = min(others, key=lambda each: (self._wanted(each), each.used))
+        if self._wanted(oldest) and oldest.used > slot.used:
             return []
         oldest.tokens, oldest.filled, oldest.used = (), 0, slot.used
         return [Copy(slot, oldest, len(slot.tokens), slot.tokens)]
 
-    def _elsewhere(self, slot: Slot) -> bool:
+    def _wanted(self, slot: Slot) -> bool:
+        """Whether `slot` holds tokens that no other slot begins with."""
         length = len(slot.tokens)
-        return any(each is not slot and each.tokens[:length] == slot.tokens for each in self.slots)
+        return length > 0 and not any(each is not slot and each.tokens[:length] == slot.tokens for each in self.slots)

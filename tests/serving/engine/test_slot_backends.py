@@ -1,0 +1,201 @@
+"""Every slot backend: the same cases, against the closed form or PyTorch's logits of a small real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.backends.base import FloatArray
+from serving.backends.loader import load_backend
+from serving.bundle import Bundle, open_bundle
+from serving.engine.api import GenerationRequest
+from serving.engine.config import EngineConfig, estimate_memory
+from serving.engine.engine import SlotEngine, open_engine
+from serving.engine.slots import SlotBackend, cache_bytes
+from serving.errors import InputError
+from serving.generation import generate
+from serving.sampling import SamplingParams
+from tests.closed_form import ClosedFormSlotBackend, logits_after
+from tests.oracles.fixtures import max_difference, read_cases
+from tests.serving.engine.harness import EOS, Heard
+
+LIMIT, CHUNK, SLOTS = 48, 8, 4
+
+
+@dataclass
+class Case:
+    """A backend, two texts of 48 tokens, and what the logits after a beginning of one must be."""
+
+    backend: SlotBackend
+    texts: list[list[int]]
+    logits: Callable[[int, int], FloatArray]
+    tolerance: float
+
+
+@pytest.fixture(scope="module")
+def bundle(real_bundle: Path) -> Bundle:
+    return open_bundle(real_bundle)
+
+
+@pytest.fixture(scope="module", params=["closed-form", "ort/fp32"])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    fixture = read_cases("bytes")["full"]
+    texts = [fixture.ids[row].tolist() for row in range(2)]
+    if request.param == "closed-form":
+        closed = ClosedFormSlotBackend(SLOTS, LIMIT, CHUNK)
+        yield Case(closed, texts, lambda row, length: logits_after(texts[row][:length], 257), 0)
+        return
+    from serving.engine.onnx_slots import OnnxSlotBackend
+
+    bundle = request.getfixturevalue("bundle")
+    backend = OnnxSlotBackend(bundle, request.param, slots=SLOTS, max_length=LIMIT)
+    yield Case(backend, texts, lambda row, length: fixture.logits[row, length - 1], 1e-4)
+    backend.close()
+    backend.close()
+
+
+def read(backend: SlotBackend, slot: int, tokens: Sequence[int]) -> FloatArray:
+    for start in range(0, len(tokens), CHUNK):
+        logits = backend.prefill_chunk(slot, tokens[start : start + CHUNK], start)
+    return logits.copy()
+
+
+def test_a_prompt_in_pieces_in_any_slot(case: Case) -> None:
+    for slot, row, length in ((0, 0, 1), (3, 1, 8), (1, 0, 21), (2, 1, 47), (3, 0, 16)):
+        logits = read(case.backend, slot, case.texts[row][:length])
+        assert logits.shape == (257,) and logits.dtype == np.float32
+        assert max_difference(logits, case.logits(row, length)) <= case.tolerance
+
+
+def test_leading_rows_decode_together_wherever_they_are(case: Case) -> None:
+    lengths = np.array([5, 17, 40])
+    rows = [0, 1, 0]
+    for slot, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+        read(case.backend, slot, case.texts[row][:length])
+    for step in range(7):
+        # The last slots drop out one by one; the first ones go on in the same memory.
+        count = 3 if step < 4 else 2
+        tokens = np.array([case.texts[row][length] for row, length in zip(rows, lengths.tolist(), strict=True)])
+        logits = case.backend.decode(tokens[:count], lengths[:count])
+        assert logits.shape == (count, 257)
+        lengths[:count] += 1
+        for slot in range(count):
+            wanted = case.logits(rows[slot], int(lengths[slot]))
+            assert max_difference(logits[slot], wanted) <= case.tolerance
+
+
+def test_a_row_beside_a_prompt_that_is_being_read(case: Case) -> None:
+    read(case.backend, 1, case.texts[1][:9])
+    lengths = np.array([0, 9])
+    for start in range(0, 40, CHUNK):
+        case.backend.prefill_chunk(0, case.texts[0][start : start + CHUNK], start)
+        # The row of slot 0 is nobody's: it writes behind what was read, where the next piece goes.
+        lengths[0] = start + CHUNK
+        logits = case.backend.decode(np.array([0, case.texts[1][lengths[1]]]), lengths)
+        lengths[1] += 1
+        assert max_difference(logits[1], case.logits(1, int(lengths[1]))) <= case.tolerance
+    logits = case.backend.prefill_chunk(0, case.texts[0][40:47], 40)
+    assert max_difference(logits, case.logits(0, 47)) <= case.tolerance
+
+
+def test_a_copied_prefix_is_the_same_bit_for_bit(case: Case) -> None:
+    text = case.texts[0][:30]
+    alone = read(case.backend, 2, text)
+    for target in (0, 3):
+        read(case.backend, target, case.texts[1][:40])
+        case.backend.copy_prefix(2, target, 24)
+        np.testing.assert_array_equal(case.backend.prefill_chunk(target, text[24:], 24), alone)
+    read(case.backend, 1, case.texts[1][:11])
+    case.backend.decode(np.zeros(4, np.int64), np.array([30, 11, 30, 30]))
+    np.testing.assert_array_equal(read(case.backend, 1, text), alone)
+
+
+def test_the_engine_says_what_generation_says(bundle: Bundle) -> None:
+    random = np.random.default_rng(5)
+    engine = open_engine(bundle, "ort/fp32", config=EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
+    backend = load_backend(bundle, "onnx", "ort/fp32")
+    start = random.integers(0, 256, 17).tolist()
+    requests = [
+        GenerationRequest(
+            (*start[: random.integers(0, 18)], *random.integers(0, 256, random.integers(1, 25)).tolist()),
+            SamplingParams(
+                max_new_tokens=int(random.integers(1, 30)),
+                temperature=float(random.choice([0.0, 0.8, 1.5])),
+                top_k=int(random.choice([0, 20])),
+                top_p=float(random.choice([0.8, 1.0])),
+                repetition_penalty=float(random.choice([1.0, 1.3])),
+                min_tokens=int(random.choice([0, 5])),
+                stop_token_ids=(3, 4) if number % 3 else (),
+                seed=number,
+            ),
+            n=int(random.choice([1, 1, 2, 4])),
+            prompt_logprobs=1 if number % 7 == 0 else None,
+        )
+        for number in range(40)
+    ]
+    heard = [Heard(request) for request in requests]
+    for each in heard:
+        engine.submit(each.request, each)
+    assert engine.drain(60)
+    engine.close()
+    for each in heard:
+        for index in range(each.request.n):
+            params = replace(each.request.params, seed=each.request.seed(index))
+            (wanted,) = generate(backend, [each.request.prompt], params, EOS)
+            assert (tuple(each.ids(index)), each.ends[index].reason) == (wanted.token_ids, wanted.finish_reason)
+    assert any(each.prompt and each.prompt.cached_tokens for each in heard)
+
+
+def test_alone_is_beside_others(bundle: Bundle) -> None:
+    """Though its prompt is read, and its tokens are made, in a company that comes and goes."""
+    prompt = tuple(read_cases("bytes")["full"].ids[0, :29].tolist())
+    params = SamplingParams(max_new_tokens=19, temperature=1.2, seed=11, ignore_eos=True)
+    request = GenerationRequest(prompt, params, logprobs=5)
+    runs = []
+    for company in (0, 9):
+        engine: SlotEngine = open_engine(bundle, config=EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
+        others = [
+            GenerationRequest((*prompt[: 8 * (number % 4)], number), SamplingParams(max_new_tokens=1 + 2 * number))
+            for number in range(company)
+        ]
+        heard = Heard(request)
+        for other in others[:5]:
+            engine.submit(other, Heard(other))
+        engine.submit(request, heard)
+        for other in others[5:]:
+            engine.submit(other, Heard(other))
+        assert engine.drain(60)
+        engine.close()
+        runs.append(heard)
+    assert runs[0].ids() == runs[1].ids()
+    for one, two in zip(runs[0].tokens[0], runs[1].tokens[0], strict=True):
+        assert one.logprobs is not None and two.logprobs is not None
+        assert abs(one.logprobs.own - two.logprobs.own) < 1e-5
+
+
+def test_graphs_without_a_shared_buffer_are_refused(bundle: Bundle) -> None:
+    for graph in ("onnx/portable", "savedmodel/decode"):
+        with pytest.raises(InputError, match="has no shared cache buffer"):
+            open_engine(bundle, graph)
+    with pytest.raises(InputError, match="no device 'gpu'"):
+        open_engine(bundle, device="gpu")
+    with pytest.raises(InputError, match="max_length is 99"):
+        open_engine(bundle, config=EngineConfig(max_length=99))
+
+
+def test_the_memory_estimate_counts_the_arrays(bundle: Bundle) -> None:
+    from serving.engine.onnx_slots import OnnxSlotBackend
+
+    backend: Any = OnnxSlotBackend(bundle, slots=3, max_length=20)
+    arrays = sum(buffer.array.nbytes for buffer in backend._buffers)
+    estimate = estimate_memory(bundle, "ort/fp32", EngineConfig(slots=3, max_length=20))
+    assert backend.cache_bytes == arrays == estimate.cache
+    assert cache_bytes(bundle.manifest.model, 3, 20, "float16") == arrays / 2
+    assert estimate.total == estimate.weights + arrays + 4 * 257 * 4
+    assert estimate.weights >= 2 * bundle.path("ort/fp32/model.onnx_data").stat().st_size
+    backend.close()
