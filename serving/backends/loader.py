@@ -7,6 +7,7 @@ from typing import Any
 
 from serving.backends.base import Backend
 from serving.bundle import Bundle
+from serving.clients.tf_serving import Transport
 from serving.errors import InputError, RuntimeMissingError
 from serving.suggest import did_you_mean
 
@@ -41,8 +42,26 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
             raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
         if runtime == "onnx":
             arguments["graph_name"] = graph
+    backend: Backend = _construct(runtime, module_name, class_name, extra, bundle, arguments)
+    return backend
+
+
+def load_slot_transport(bundle: Bundle) -> Transport:
+    """The SavedModel of `bundle` in TensorFlow in this process, as a server for `open_slot_engine`.
+
+    Raises RuntimeMissingError as `load_backend` does.
+    """
+    transport: Transport = _construct(
+        "tensorflow", "serving.backends.tensorflow_session", "SessionTransport", "tensorflow", bundle, {}
+    )
+    return transport
+
+
+def _construct(
+    runtime: str, module_name: str, class_name: str, extra: str, bundle: Bundle, arguments: dict[str, Any]
+) -> Any:
     try:
-        backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
+        return getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
             f"the runtime {runtime!r} needs the package {error.name!r}, which is not installed here; "
@@ -53,4 +72,3 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
             f"the runtime {runtime!r} is installed but does not load ({error}); "
             f"run: pip install --force-reinstall 'gpt2-bundle[{extra}]'"
         ) from error
-    return backend
