@@ -299,7 +299,7 @@ def test_a_process_without_tensorflow(real_bundle: Path, monkeypatch: pytest.Mon
 
 
 def test_the_transport_in_process_speaks_as_a_server(in_process: Transport, real_bundle: Path) -> None:
-    with pytest.raises(ServerError, match="INVALID_ARGUMENT: .*slot must be from 0 to 7") as caught:
+    with pytest.raises(ServerError, match=r"INVALID_ARGUMENT: .*slot must be from 0 to 7") as caught:
         in_process.predict("release_slots", {"slot": [9], "generation": [1]}, 10.0)
     assert caught.value.code == "INVALID_ARGUMENT"
     with pytest.raises(ServerError) as caught:
