@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from serving.backends.loader import load_backend
-from serving.backends.tensorflow_session import SessionTransport
+from serving.backends.loader import load_backend, load_slot_transport
 from serving.bundle import open_bundle
+from serving.clients.tf_serving import Transport
 from serving.clients.tf_serving_grpc import GrpcTransport
 from serving.clients.tf_serving_rest import RestTransport
 from serving.engine.api import (
@@ -27,7 +28,7 @@ from serving.engine.api import (
     TokenEvent,
 )
 from serving.engine.slot_signatures import SignatureEngine, open_slot_engine
-from serving.errors import InputError, ServerError
+from serving.errors import InputError, RuntimeMissingError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.serving.tf_serving_stand_in import serving
@@ -101,12 +102,12 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def in_process(real_bundle: Path) -> SessionTransport:
-    return SessionTransport(open_bundle(real_bundle))
+def in_process(real_bundle: Path) -> Transport:
+    return load_slot_transport(open_bundle(real_bundle))
 
 
 @pytest.fixture
-def transport(in_process: SessionTransport) -> Blocking:
+def transport(in_process: Transport) -> Blocking:
     return Blocking(in_process)
 
 
@@ -291,6 +292,28 @@ def test_what_is_refused(engine: SignatureEngine, transport: Blocking) -> None:
     assert caught.value.retry_after >= 1 and engine.stats().waiting_requests == 3
     transport.open.set()
     assert all(listener.wait() for listener in ends[:3])
+
+
+def test_a_process_without_tensorflow(real_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "serving.backends.tensorflow_session", None)
+    with pytest.raises(RuntimeMissingError, match=r"gpt2-bundle\[tensorflow\]"):
+        load_slot_transport(open_bundle(real_bundle))
+
+
+def test_the_transport_in_process_speaks_as_a_server(in_process: Transport, real_bundle: Path) -> None:
+    with pytest.raises(ServerError, match=r"INVALID_ARGUMENT: .*slot must be from 0 to 7") as caught:
+        in_process.predict("release_slots", {"slot": [9], "generation": [1]}, 10.0)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    with pytest.raises(ServerError) as caught:
+        long = {"token_ids": [[7] * 40] * 500, "lengths": [40] * 500}
+        in_process.predict("score", long, 0.001)
+    assert caught.value.code == "DEADLINE_EXCEEDED"
+    with pytest.raises(InputError, match="has no signature 'scores'"):
+        in_process.predict("scores", {}, 10.0)
+    with pytest.raises(InputError, match="score takes lengths, token_ids"):
+        in_process.predict("score", {"text": ["a"]}, 10.0)
+    assert in_process.metadata(1.0)["release_slots"]["inputs"]["generation"] == {"dtype": "DT_INT64", "shape": [-1]}
+    assert in_process.status(1.0)[0]["state"] == "AVAILABLE"
 
 
 def test_draining_and_closing(engine: SignatureEngine, transport: Blocking) -> None:
