@@ -25,6 +25,24 @@ class GrpcServer:
         await self._server.stop(grace)
 
 
+class GrpcCompanion:
+    """The gRPC port as a `serving.server.runner.Companion`; the arguments are those of `start_grpc`."""
+
+    def __init__(self, server: Server, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> None:
+        self._server, self._host, self._port, self._tls = server, host, port, tls
+        self._running: GrpcServer | None = None
+
+    async def start(self) -> None:
+        """See `Companion.start`."""
+        self._running = await start_grpc(self._server, self._host, self._port, self._tls)
+        log.info("gRPC at %s port %d", self._host, self._running.port)
+
+    async def stop(self, grace: float) -> None:
+        """See `Companion.stop`."""
+        if self._running is not None:
+            await self._running.stop(grace)
+
+
 async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> GrpcServer:
     """Listen on `host`:`port` (0 takes a free one) until `GrpcServer.stop`; `tls` is a private key and a chain in PEM.
 
