@@ -25,7 +25,7 @@ from serving.server.errors import (
 )
 from serving.server.state import Server
 
-OPEN_PATHS = ("/health/live", "/health/ready", "/metrics")
+OPEN_PATHS = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics")
 """What needs no key, so that probes and scrapers need none; they tell no prompt and no text."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _STATUSES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
