@@ -1,6 +1,6 @@
 """A client of TensorFlow Serving, by REST or gRPC, for a bundle's SavedModel or anyone's.
 
-REST needs the standard library and numpy alone; gRPC needs the extra `client`, which brings TensorFlow.
+REST needs the standard library and numpy alone; gRPC needs the extra `client`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's gRPC services, with the official messages of tensorflow-serving-api."""
+"""TensorFlow Serving's gRPC services. Needs grpcio and protobuf, not TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,51 +16,57 @@ _FIELDS = {1: "float_val", 2: "double_val", 3: "int_val", 4: "int_val", 6: "int_
 _STRING = 7
 
 
+# tensorflow_serving/apis/get_model_status.proto
+_STATES = {0: "UNKNOWN", 10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOADING", 50: "END"}
+
+
 class GrpcTransport:
     """One model at `address`, such as 127.0.0.1:8500. Raises RuntimeMissingError without the extra `client`."""
 
     def __init__(self, address: str, model: str) -> None:
         try:
             import grpc
-            from tensorflow_serving.apis import (
-                get_model_metadata_pb2,
-                get_model_status_pb2,
-                model_service_pb2_grpc,
-                predict_pb2,
-                prediction_service_pb2_grpc,
-            )
+
+            from serving.protocols import tf_messages
         except ImportError as error:
             raise RuntimeMissingError(
                 f"gRPC needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]', or use --url"
             ) from None
         self._grpc, self._address, self._model = grpc, address, model
-        self._predict, self._metadata = predict_pb2, get_model_metadata_pb2
-        self._status = get_model_status_pb2
+        self._messages = tf_messages.MESSAGES
+        self._dtypes = {number: f"DT_{name}" for number, name in tf_messages.DTYPES.items()}
         # A long answer may pass gRPC's default of 4 MiB.
         channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
-        self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        self._models = model_service_pb2_grpc.ModelServiceStub(channel)
+
+        def method(service: str, name: str, messages: str) -> Callable[..., Any]:
+            stub: Callable[..., Any] = channel.unary_unary(
+                f"/{service}/{name}",
+                request_serializer=self._messages[f"{messages}Request"].SerializeToString,
+                response_deserializer=self._messages[f"{messages}Response"].FromString,
+            )
+            return stub
+
+        self._predict = method(tf_messages.PREDICTION_SERVICE, "Predict", "Predict")
+        self._metadata = method(tf_messages.PREDICTION_SERVICE, "GetModelMetadata", "GetModelMetadata")
+        self._status = method(tf_messages.MODEL_SERVICE, "GetModelStatus", "GetModelStatus")
         self._known: dict[str, Any] | None = None
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        request = self._predict.PredictRequest()
+        request = self._messages["PredictRequest"]()
         request.model_spec.name, request.model_spec.signature_name = self._model, signature
         for name, value in inputs.items():
             _fill(request.inputs[name], value if isinstance(value, np.ndarray) else self._typed(signature, name, value))
-        response = self._ask(self._prediction.Predict, request, timeout)
+        response = self._ask(self._predict, request, timeout)
         return {name: _array(tensor) for name, tensor in response.outputs.items()}
 
     def metadata(self, timeout: float) -> dict[str, Any]:
-        from tensorflow_serving.apis.get_model_metadata_pb2 import SignatureDefMap
-
-        request = self._metadata.GetModelMetadataRequest(metadata_field=["signature_def"])
+        request = self._messages["GetModelMetadataRequest"](metadata_field=["signature_def"])
         request.model_spec.name = self._model
-        response = self._ask(self._prediction.GetModelMetadata, request, timeout)
-        signatures = SignatureDefMap()
-        response.metadata["signature_def"].Unpack(signatures)
+        response = self._ask(self._metadata, request, timeout)
+        signatures = self._messages["SignatureDefMap"].FromString(response.metadata["signature_def"].value)
         return {
             name: {
-                side: {key: _spec(info) for key, info in sorted(getattr(definition, side).items())}
+                side: {key: self._spec(info) for key, info in sorted(getattr(definition, side).items())}
                 for side in ("inputs", "outputs")
             }
             for name, definition in sorted(signatures.signature_def.items())
@@ -68,14 +74,13 @@ class GrpcTransport:
         }
 
     def status(self, timeout: float) -> list[dict[str, Any]]:
-        request = self._status.GetModelStatusRequest()
+        request = self._messages["GetModelStatusRequest"]()
         request.model_spec.name = self._model
-        response = self._ask(self._models.GetModelStatus, request, timeout)
-        state = self._status.ModelVersionStatus.State
+        response = self._ask(self._status, request, timeout)
         return [
             {
                 "version": each.version,
-                "state": state.Name(each.state),
+                "state": _STATES.get(each.state, str(each.state)),
                 "error_code": str(each.status.error_code) if each.status.error_code else "OK",
                 "error_message": each.status.error_message,
             }
@@ -91,23 +96,19 @@ class GrpcTransport:
         names = numbers | {"DT_FLOAT": np.float32, "DT_DOUBLE": np.float64}
         return np.array(value, names.get(spec["dtype"], np.object_)) if spec else np.array(value)
 
+    def _spec(self, info: Any) -> dict[str, Any]:
+        shape = info.tensor_shape
+        return {
+            "dtype": self._dtypes.get(info.dtype, str(info.dtype)),
+            "shape": None if shape.unknown_rank else [dim.size for dim in shape.dim],
+        }
+
     def _ask(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
         try:
             return method(request, timeout=timeout)
         except self._grpc.RpcError as error:
             code = error.code().name
             raise ServerError(f"{self._address}: {code}: {error.details()}", code) from None
-
-
-def _spec(info: Any) -> dict[str, Any]:
-    from tensorflow_serving.apis.predict_pb2 import PredictRequest
-
-    kinds = PredictRequest().inputs[""].DESCRIPTOR.fields_by_name["dtype"].enum_type.values_by_number
-    shape = info.tensor_shape
-    return {
-        "dtype": kinds[info.dtype].name,
-        "shape": None if shape.unknown_rank else [dim.size for dim in shape.dim],
-    }
 
 
 def _fill(tensor: Any, value: Any) -> None:

@@ -13,6 +13,38 @@ PREDICTION_SERVICE = "tensorflow.serving.PredictionService"
 MODEL_SERVICE = "tensorflow.serving.ModelService"
 SIGNATURE_MAP_URL = "type.googleapis.com/tensorflow.serving.SignatureDefMap"
 
+DTYPES = dict(
+    enumerate(
+        [
+            "INVALID",
+            "FLOAT",
+            "DOUBLE",
+            "INT32",
+            "UINT8",
+            "INT16",
+            "INT8",
+            "STRING",
+            "COMPLEX64",
+            "INT64",
+            "BOOL",
+            "QINT8",
+            "QUINT8",
+            "QINT32",
+            "BFLOAT16",
+            "QINT16",
+            "QUINT16",
+            "UINT16",
+            "COMPLEX128",
+            "HALF",
+            "RESOURCE",
+            "VARIANT",
+            "UINT32",
+            "UINT64",
+        ]
+    )
+)
+"""Names of tensorflow/core/framework/types.proto by number, without their "DT_"."""
+
 TABLE = {
     "Empty": "",
     "ModelSpec": "name:string=1 version:Int64Value=2| version_label:string=4| signature_name:string=3",

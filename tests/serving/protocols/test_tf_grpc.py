@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
@@ -25,6 +26,7 @@ from serving.clients.tf_serving import TFServingClient
 from serving.clients.tf_serving_grpc import GrpcTransport
 from serving.errors import ServerError
 from serving.generation import generate
+from serving.protocols import tf_messages
 from serving.protocols.tf_messages import MESSAGES
 from serving.protocols.tf_signatures import SIGNATURES
 from serving.server.grpc_server import start_grpc
@@ -134,6 +136,21 @@ def test_keys(addresses: tuple[str, str]) -> None:
     request.model_spec.name = "tiny"
     answer = stub.GetModelMetadata(request, metadata=[("authorization", f"Bearer {KEY}")])
     assert answer.model_spec.name == "tiny"
+
+
+def test_the_client_needs_no_tensorflow() -> None:
+    code = (
+        "import sys; from serving.clients.tf_serving_grpc import GrpcTransport; GrpcTransport('127.0.0.1:1', 'm');"
+        "assert not {'tensorflow', 'tensorflow_serving'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_types_have_the_official_numbers() -> None:
+    names = types_pb2.DataType.DESCRIPTOR.values_by_number
+    assert {f"DT_{name}": number for number, name in tf_messages.DTYPES.items()} == {
+        names[number].name: number for number in tf_messages.DTYPES
+    }
 
 
 def test_messages_have_the_official_names_and_numbers() -> None:
