@@ -7,6 +7,8 @@ prompt arrives while the streams run, and the time between tokens is measured un
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import threading
 import time
@@ -40,29 +42,53 @@ from serving.sampling import SamplingParams
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--new-tokens", default=48, show_default=True)
 @click.option("--long-prompt", default=900, show_default=True, help="Tokens of the prompt that arrives; 0 is none.")
+@click.option("--max-length", type=int, help="Positions of a slot; the model's context by default.")
 @click.option("--chunks", default=str(EngineConfig().prefill_chunk), show_default=True, help="Chunks to compare.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
-def main(bundle: Path, graph: str, device: str, streams: str, chunks: str, output: Path | None, **sizes: int) -> None:
+def main(
+    bundle: Path,
+    graph: str,
+    device: str,
+    streams: str,
+    chunks: str,
+    max_length: int | None,
+    output: Path | None,
+    **sizes: int,
+) -> None:
     """Measure on the folder BUNDLE."""
     opened = open_bundle(bundle, check="sizes")
     text = read_text(opened)
     loop = load_backend(opened, "onnx", graph, device)
-    record: dict[str, Any] = {"environment": environment(), "graph": graph, "device": device, **sizes, "rows": []}
+    record: dict[str, Any] = {"environment": environment(), "graph": graph, "device": device, "max_length": max_length}
+    record |= sizes
+    record |= {"decode": [], "arrival": []}
     long_prompt = sizes.pop("long_prompt")
-    for chunk in map(int, chunks.split(",")):
+    counts = [int(count) for count in streams.split(",")]
+    for number, chunk in enumerate(map(int, chunks.split(","))):
         observer = Observer()
-        engine = open_engine(opened, graph, device, EngineConfig(prefill_chunk=chunk), observer)
-        for count in map(int, streams.split(",")):
-            row = {"streams": count, "prefill_chunk": chunk}
-            row |= _decode(loop, engine, observer, cut_prompts(text, count, sizes["prompt_tokens"]), sizes)
+        fresh = itertools.count()
+        config = EngineConfig(prefill_chunk=chunk, max_length=max_length)
+        engine = open_engine(opened, graph, device, config, observer)
+        for count in counts:
+            # A chunk makes no difference to a step that reads no prompt.
+            if not number:
+                prompt = cut_prompts(text, 1, sizes["prompt_tokens"])[0]
+                record["decode"].append({"streams": count, **_decode(loop, engine, observer, prompt, count, sizes)})
+                click.echo(json.dumps(record["decode"][-1]), err=True)
             if long_prompt:
                 # All slots but the one that the long prompt needs.
-                fewer = min(count, engine.stats().slots - 1)
-                prompts = cut_prompts(text, fewer, sizes["prompt_tokens"])
-                row["long_prompt"] = _arrival(engine, observer, prompts, cut_prompts(text, 1, long_prompt)[0])
-            record["rows"].append(row)
-            click.echo(json.dumps(row), err=True)
+                prompts = cut_prompts(text, min(count, engine.stats().slots - 1), sizes["prompt_tokens"])
+                late = cut_prompts(text, 1, long_prompt)[0]
+                runs = []
+                for repeat in range(sizes["repeats"]):
+                    # Another first token each time, so that nothing of it is in the cache.
+                    late[0] = next(fresh)
+                    runs.append(_arrival(engine, observer, prompts, late))
+                ratio = float(np.median([run["p99_over_quiet_median"] for run in runs]))
+                row = {"prefill_chunk": chunk, "streams": len(prompts), "p99_over_quiet_median": ratio, "runs": runs}
+                record["arrival"].append(row)
+                click.echo(json.dumps(row), err=True)
         engine.close()
     text_record = json.dumps(record, indent=2)
     click.echo(text_record)
@@ -87,18 +113,19 @@ class Observer:
 class Batch:
     """Requests that run at once; `tokens` of each as they come."""
 
-    def __init__(self, engine: SlotEngine, prompts: list[list[int]], count: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in prompts]
+    def __init__(self, engine: SlotEngine, prompts: list[list[int]], count: int, n: int = 1) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(len(prompts) * n)]
         self.begun = threading.Semaphore(0)
         self._ended = threading.Semaphore(0)
         params = SamplingParams(max_new_tokens=count, ignore_eos=True)
         self.handles = [
-            engine.submit(GenerationRequest(tuple(prompt), params), lambda event, row=row: self._hear(row, event))
+            engine.submit(GenerationRequest(tuple(prompt), params, n), functools.partial(self._hear, row * n))
             for row, prompt in enumerate(prompts)
         ]
 
     def _hear(self, row: int, event: Event) -> None:
         if isinstance(event, TokenEvent):
+            row += event.index
             self.tokens[row].append(event.token_id)
             if len(self.tokens[row]) == 1:
                 self.begun.release()
@@ -112,24 +139,22 @@ class Batch:
 
 
 def _decode(
-    loop: Backend, engine: SlotEngine, observer: Observer, prompts: list[list[int]], sizes: dict[str, int]
+    loop: Backend, engine: SlotEngine, observer: Observer, prompt: list[int], streams: int, sizes: dict[str, int]
 ) -> dict[str, Any]:
-    """Milliseconds between tokens, all rows decoding, in the loop and in the engine, in turns."""
+    """Milliseconds between tokens in the loop and in the engine, in turns; all rows begin and end at once."""
+    prompts = [prompt] * streams
     loop_ms: list[float] = []
     engine_ms: list[float] = []
     for repeat in range(sizes["repeats"] + 1):
         steps, wanted = _loop(loop, prompts, sizes["new_tokens"])
         observer.steps.clear()
-        # Longer by the steps in which the others' prompts are still being read.
-        batch = Batch(engine, prompts, sizes["new_tokens"] + len(prompts) * (1 + len(prompts[0]) // 32))
+        batch = Batch(engine, [prompt], sizes["new_tokens"], n=streams)
         batch.wait()
-        if any(made[: len(own)] != own for made, own in zip(batch.tokens, wanted, strict=True)):
+        if batch.tokens != wanted:
             raise ParityError("the engine's tokens are not the loop's")
         if repeat:  # The first round warms up.
             loop_ms += steps
-            full = [one for one in observer.steps if one.decoded_rows == len(prompts) and not one.prompt_tokens]
-            # The first of them comes after a step that read a prompt.
-            engine_ms += [one.inter_token[0] * 1e3 for one in full[1 : sizes["new_tokens"]]]
+            engine_ms += [one.inter_token[0] * 1e3 for one in observer.steps if one.inter_token]
     own, bare = summarise(engine_ms), summarise(loop_ms)
     assert own is not None and bare is not None
     return {
@@ -137,8 +162,8 @@ def _decode(
         "engine_ms": asdict(own),
         "overhead_ms": own.median - bare.median,
         "engine_over_loop": own.median / bare.median,
-        "loop_tokens_per_second": len(prompts) / bare.median * 1e3,
-        "engine_tokens_per_second": len(prompts) / own.median * 1e3,
+        "loop_tokens_per_second": streams / bare.median * 1e3,
+        "engine_tokens_per_second": streams / own.median * 1e3,
     }
 
 
@@ -168,9 +193,7 @@ def _arrival(
         time.sleep(0.01)
     steps_before = len(observer.steps)
     began = time.perf_counter()
-    # Another first token each time, so that nothing of it is in the cache.
-    first = (long_prompt[0] + len(prompts)) % engine.vocab_size
-    late = Batch(engine, [[first, *long_prompt[1:]]], 1)
+    late = Batch(engine, [long_prompt], 1)
     late.wait(late.begun)
     seconds = time.perf_counter() - began
     steps = list(observer.steps)
@@ -179,15 +202,11 @@ def _arrival(
     streams.wait()
     quiet = [gap * 1e3 for one in steps[1:steps_before] for gap in one.inter_token]
     busy = [gap * 1e3 for one in steps[steps_before:] if one.prompt_tokens for gap in one.inter_token]
-    every = quiet + busy
     return {
-        "streams": len(prompts),
-        "tokens": len(long_prompt),
         "first_token_ms": seconds * 1e3,
         "quiet_ms": _percentiles(quiet),
         "while_read_ms": _percentiles(busy),
         "p99_over_quiet_median": float(np.percentile(busy, 99) / np.median(quiet)),
-        "p99_over_median": float(np.percentile(every, 99) / np.median(every)),
     }
 
 

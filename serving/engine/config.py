@@ -17,7 +17,7 @@ class EngineConfig:
     """Continuations that run at once; from 1 to 1024."""
     max_length: int | None = None
     """Positions of a slot, prompt and continuation together; from 2 to the model's context, which is the default."""
-    prefill_chunk: int = 32
+    prefill_chunk: int = 16
     """Prompt tokens read beside one decode step; from 1 to 4096. Decides the rounding of a prompt's numbers."""
     prefill_budget: int = 512
     """Prompt tokens read in one step while nothing decodes; from 1 to 65536, and at least one chunk is read."""
