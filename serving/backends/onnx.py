@@ -24,6 +24,7 @@ from serving.backends.base import (
     pad_right,
 )
 from serving.backends.cuda import cuda_options, parse_device
+from serving.backends.memory import SpareMemory
 from serving.backends.onnx_loop import DeviceLoop
 from serving.bundle import Bundle
 from serving.errors import BundleError, InputError, RuntimeMissingError
@@ -36,6 +37,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PREFILL_TOKENS = 1024
 """Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each
 other a row of floats for each, and those of many more tokens do not lie in its caches."""
+_CACHE_ROOM = 64
+"""Memory for key-value caches is asked for in multiples of so many tokens; pages that nothing touches cost nothing."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class State:
     """A batch of rows being decoded: their lengths so far, [rows], and the binding that holds their cache.
 
     `values` are the tensors that stay on the device between steps: "logits", and "token", [rows, 1], the last choice,
-    which is `chosen`, [rows], here.
+    which is `chosen`, [rows], here. `logits` is the former's memory where that is an array of ours.
     """
 
     lengths: IntArray
@@ -52,6 +55,7 @@ class State:
     binding: Any
     cache: list[Any]
     values: dict[str, Any] = field(default_factory=dict)
+    logits: FloatArray | None = None
     choice: Any = None
     chosen: IntArray | None = None
 
@@ -101,6 +105,7 @@ class OnnxBackend:
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
+        self._cache_memory, self._logits_memory = SpareMemory(), SpareMemory()
         if self.device == "cpu":
             self._session  # noqa: B018 - what cannot be loaded is said now.
         else:
@@ -152,11 +157,9 @@ class OnnxBackend:
         mask = np.zeros((rows, capacity), np.int64)
         mask[:, :width] = np.arange(width) < lengths[:, None]
         state = State(lengths, capacity, mask, self._session.io_binding(), [])
-        heads, head_dim = self._cache_shape
-        length = capacity if self._shared else 0
-        for name in self._past:
-            state.cache.append(self._zeros((rows, heads, length, head_dim), self._cache_dtype))
-            state.binding.bind_ortvalue_input(name, state.cache[-1])
+        state.cache = self._caches(rows, capacity if self._shared else 0)
+        for name, value in zip(self._past, state.cache, strict=True):
+            state.binding.bind_ortvalue_input(name, value)
         if self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS:
             self._open_in_parts(state, token_ids)
             return state
@@ -166,7 +169,7 @@ class OnnxBackend:
         if state.values["logits"].shape()[1] != 1:
             # The portable graph gives every position's; a row's own last one is what counts.
             logits = np.take_along_axis(state.values["logits"].numpy(), (lengths - 1)[:, None, None], axis=1)
-            state.values["logits"] = ort.OrtValue.ortvalue_from_numpy(logits)
+            state.logits, state.values["logits"] = logits, ort.OrtValue.ortvalue_from_numpy(logits)
         return state
 
     def advance(self, state: State, tokens: IntArray) -> None:
@@ -191,7 +194,8 @@ class OnnxBackend:
 
     def logits(self, state: State) -> FloatArray:
         """See `ChoosingBackend.logits`."""
-        logits: FloatArray = state.values["logits"].numpy()
+        # An OrtValue on an array's memory does not keep that array, and neither does what its `numpy` gives.
+        logits: FloatArray = state.values["logits"].numpy() if state.logits is None else state.logits
         return logits[:, 0]
 
     def choose(self, state: State, request: Request, candidates: bool = False) -> Choice:
@@ -199,7 +203,7 @@ class OnnxBackend:
         assert self.chooses, "asked to choose without a graph for it; look at `chooses` first"
         if state.choice is None:
             state.choice = self._choose_session.io_binding()
-            state.values["token"] = self._zeros((len(state.lengths), 1), np.dtype(np.int64))
+            state.values["token"] = device_zeros((len(state.lengths), 1), np.dtype(np.int64), self._device_name)
             state.choice.bind_ortvalue_input("logits", state.values["logits"])
         edits = request.edits
         for name, value in (
@@ -254,7 +258,12 @@ class OnnxBackend:
 
     def _bind_outputs(self, state: State) -> None:
         """Make room for the logits, and bind it and the caches as outputs."""
-        state.values["logits"] = self._zeros((len(state.lengths), 1, self.vocab_size), np.dtype(np.float32))
+        shape = (len(state.lengths), 1, self.vocab_size)
+        if self.device == "cpu":
+            state.logits = self._logits_memory.take(shape, np.dtype(np.float32))
+            state.values["logits"] = ort.OrtValue.ortvalue_from_numpy(state.logits)
+        else:
+            state.values["logits"] = device_zeros(shape, np.dtype(np.float32), self.device)
         state.binding.bind_ortvalue_output("logits", state.values["logits"])
         for name, value in zip(self._present, state.cache, strict=True):
             state.binding.bind_ortvalue_output(name, value)
@@ -263,13 +272,25 @@ class OnnxBackend:
         for name in ("logits", *self._present):
             state.binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(state.binding)
+        state.logits = None
         state.values["logits"], *state.cache = state.binding.get_outputs()
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
 
-    def _zeros(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Zeros on the device, so that no slot that was never written can hold not-a-number."""
-        return device_zeros(shape, dtype, self._device_name)
+    def _caches(self, rows: int, length: int) -> list[Any]:
+        """Keys and values of every block, [rows, heads, length, head_dim], with room for `length` tokens.
+
+        On the processor what no token was written to may hold anything: attention reads a row to its length only.
+        """
+        heads, head_dim = self._cache_shape
+        shape = (rows, heads, length, head_dim)
+        if self.device != "cpu" or not self._shared:
+            return [device_zeros(shape, self._cache_dtype, self._device_name) for _ in self._past]
+        # The room is for a few tokens more, so that the next batch, if it is a little longer, fits too.
+        room = rows * heads * -(-length // _CACHE_ROOM) * _CACHE_ROOM * head_dim
+        memory = self._cache_memory.take((len(self._past), room), self._cache_dtype)
+        size = rows * heads * length * head_dim
+        return [ort.OrtValue.ortvalue_from_numpy(one[:size].reshape(shape)) for one in memory]
 
 
 def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
