@@ -9,16 +9,18 @@ CORPUS ?=
 OUTPUT ?= dist
 # The bundle that serve and bench use.
 BUNDLE ?= $(OUTPUT)/gpt2-docs
+# For serve, such as --graph ort/int8 --port 8080.
+SERVE_OPTIONS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
-	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Make .venv with everything pinned in constraints.txt.
 
@@ -34,8 +36,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 bundle: $(INSTALLED) ## Text to verified bundle in dist/ (RECIPE=, BASE=, CORPUS=, OUTPUT=).
 	$(BUILD)
 
+serve: $(INSTALLED) ## Serve the bundle by HTTP at port 8000 (BUNDLE=, SERVE_OPTIONS=).
+	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
+	$(BIN)/gpt2-bundle serve "$(BUNDLE)" $(SERVE_OPTIONS)
+
 # TensorFlow Serving itself, as a binary or as its official container, from the folder that deploy writes.
-serve: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Serving, if it is on this machine (BUNDLE=).
+serve-tfserving: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Serving, if it is on this machine (BUNDLE=).
 	@folder=runs/serve/$$(basename "$(BUNDLE)"); \
 	$(BIN)/gpt2-bundle deploy "$(BUNDLE)" --target tfserving --output "$$folder" || exit; \
 	if command -v "$${TENSORFLOW_MODEL_SERVER:-tensorflow_model_server}" >/dev/null; then \

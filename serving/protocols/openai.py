@@ -21,6 +21,7 @@ from serving.engine.api import Event, GenerationRequest, PromptEvent, TokenEvent
 from serving.errors import InputError
 from serving.protocols.openai_choices import ChoiceState, LogprobsWriter, Prompt, token_names
 from serving.protocols.openai_schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serving.protocols.tf_rest import model_status
 from serving.sampling import MAX_SEED, SamplingParams
 from serving.server.bodies import read_body
 from serving.server.errors import FieldError, error_of, failure_of
@@ -321,14 +322,7 @@ def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
         "created": newest.created,
         "owned_by": "gpt2-bundle",
         "max_model_len": newest.bundle.manifest.model.n_positions,
-        "model_version_status": [
-            {
-                "version": str(model.version),
-                "state": model.state.name,
-                "status": {"error_code": "OK", "error_message": model.message},
-            }
-            for model in versions
-        ],
+        **model_status(registry, name),
     }
 
 

@@ -51,7 +51,7 @@ def configure(form: Format, access: bool = True) -> None:
     """Send the server's logs to standard error; without `access`, not a line for each request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    for name, level in (("gpt2_bundle", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("gpt2_bundle", logging.INFO), ("serving", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level)

@@ -8,6 +8,7 @@ import errno
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,11 @@ log = logging.getLogger("gpt2_bundle.server")
 class Companion(Protocol):
     """Another protocol's server beside, such as gRPC; it refuses by itself while `Server.draining`."""
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin to answer. Raises GPT2BundleError."""
 
-    def stop(self, grace: float) -> None:
-        """Take nothing new, and end after `grace` seconds at most."""
+    async def stop(self, grace: float) -> None:
+        """Take nothing new, and end after `grace` seconds at most; may be called twice, and before `start`."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,11 @@ class Runner:
 
     async def _serve(self, listener: socket.socket, announce: Callable[[str, ServedModel], None]) -> None:
         self._spawn(self._load(self._address.url(listener), announce))
-        await self._uvicorn.serve(sockets=[listener])
+        try:
+            await self._uvicorn.serve(sockets=[listener])
+        finally:
+            for companion in self._companions:
+                await companion.stop(0)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)
@@ -147,7 +152,7 @@ class Runner:
         try:
             model = await asyncio.to_thread(self._versions.start)
             for companion in self._companions:
-                companion.start()
+                await companion.start()
         except BaseException as error:
             self._error = error
             self._uvicorn.should_exit = True
@@ -160,6 +165,8 @@ class Runner:
     def _on_signal(self) -> None:
         if self._server.draining:
             self._uvicorn.force_exit = self._uvicorn.should_exit = True
+            # The drain, which waits in a thread, ends at once when there is nothing left to wait for.
+            threading.Thread(target=self._versions.close, daemon=True).start()
             return
         self._server.draining = True
         self._spawn(self._drain())
@@ -167,7 +174,7 @@ class Runner:
     async def _drain(self) -> None:
         timeout = self._server.settings.drain_timeout
         log.info("draining: nothing new is taken, and what was accepted has %g s to end", timeout)
-        stops = [asyncio.to_thread(companion.stop, timeout) for companion in self._companions]
+        stops = [companion.stop(timeout) for companion in self._companions]
         done, *_ = await asyncio.gather(asyncio.to_thread(self._versions.drain, timeout), *stops)
         log.info("every accepted request has ended" if done else "the time is over; what was left got an error")
         self._uvicorn.should_exit = True

@@ -228,7 +228,7 @@ def warm(engine: Engine) -> None:
     """Have `engine`, and each of its replicas, generate two tokens. Raises GPT2BundleError if one does not."""
     for each in engine.engines if isinstance(engine, Replicas) else (engine,):
         events: Queue[Event] = Queue()
-        params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
         each.submit(
             GenerationRequest((each.eos_token_id,), params, timeout=WARM_SECONDS, request_id="warm-up"), events.put
         )

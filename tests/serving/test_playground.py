@@ -110,7 +110,7 @@ def test_nothing_is_wider_than_the_screen(url: str, tmp_path: Path, width: int, 
         )
         assert page.run("document.documentElement.scrollWidth") <= width
         box = page.run("JSON.stringify(document.getElementById('card').getBoundingClientRect())")
-        assert 0 <= json.loads(box)["left"] and json.loads(box)["right"] <= width
+        assert json.loads(box)["left"] >= 0 and json.loads(box)["right"] <= width
         if PICTURES:
             page.picture(Path(PICTURES) / f"playground-{width}{'-dark' if dark else ''}.png")
 

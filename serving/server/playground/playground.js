@@ -12,7 +12,7 @@ const FIELDS = [
   { name: "max_tokens", label: "Max tokens", min: 1, max: 512, step: 1, value: 128 },
 ];
 let running = null; // The AbortController of the request under way.
-let decoder = new TextDecoder(); // Characters that are split over tokens come together in the last of these.
+let decoder; // Characters that are split over tokens come together in the last of these.
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -94,8 +94,8 @@ async function* events(stream) {
 // The text that a token adds; one that is part of a character has the form bytes:\xNN.
 function textOf(token) {
   const pieces = token.startsWith("bytes:\\x") ? token.slice(6).match(/\\x[0-9a-f]{2}/g) : null;
-  if (!pieces) return token;
-  return decoder.decode(Uint8Array.from(pieces, (piece) => parseInt(piece.slice(2), 16)), { stream: true });
+  const bytes = pieces ? Uint8Array.from(pieces, (piece) => parseInt(piece.slice(2), 16)) : new TextEncoder().encode(token);
+  return decoder.decode(bytes, { stream: true });
 }
 
 function addTokens(logprobs) {
@@ -117,7 +117,7 @@ async function generate() {
   $("stop").disabled = false;
   say("");
   hideCard();
-  decoder = new TextDecoder();
+  decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   const began = performance.now();
   let first = 0;
   let tokens = 0;
@@ -147,6 +147,7 @@ async function generate() {
       }
       show(reason);
     }
+    $("output").lastElementChild?.append(decoder.decode());
   } catch (error) {
     const stopped = error.name === "AbortError";
     $("ended").textContent = stopped ? "you" : "error";

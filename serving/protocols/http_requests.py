@@ -1,0 +1,51 @@
+"""What the handlers of several HTTP protocols do with a request: read its JSON, and stop when its client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from serving.errors import InputError
+from serving.server.errors import ClientGoneError
+
+_T = TypeVar("_T")
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """`data` as a JSON object. NaN and Infinity are read, as TensorFlow Serving reads them. Raises InputError."""
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise InputError("the body is nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError("the body must be a JSON object")
+    return value
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the client of `request`, whose body was read, goes away.
+
+    Raises ClientGoneError then.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError("the client went away before its answer was complete")
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

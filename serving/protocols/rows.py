@@ -1,0 +1,94 @@
+"""Whole answers for the rows of one request: all of them, or the first one's error and nothing left running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, Handle, PromptEvent, TokenEvent
+from serving.server.errors import error_of
+
+# Above so many characters the tokenizer works beside the event loop and not in it.
+_LONG_TEXT = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One continued prompt: its tokens (the end-of-text token included), its text and how it ended."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish: FinishEvent
+    prompt: PromptEvent | None
+
+
+async def complete(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Row]:
+    """Run `requests`, each with n = 1, side by side; their rows in order.
+
+    Raises what `Engine.submit` raises, or the error of the first row that did not end by itself; the other rows are
+    then cancelled, as they are when the caller is.
+    """
+    loop = asyncio.get_running_loop()
+    ended: list[asyncio.Future[list[Event]]] = [loop.create_future() for _ in requests]
+    handles: list[Handle] = []
+    try:
+        for request, future in zip(requests, ended, strict=True):
+            handles.append(_submit(engine, request, loop, future))
+        return [_row(events) for events in await asyncio.gather(*ended)]
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        for future in ended:
+            future.cancel()
+        raise
+
+
+def _submit(
+    engine: Engine, request: GenerationRequest, loop: asyncio.AbstractEventLoop, ended: asyncio.Future[list[Event]]
+) -> Handle:
+    """Submit; `ended` gets all events at once, so that the event loop wakes once a row and not once a token."""
+    events: list[Event] = []
+
+    def finish() -> None:
+        if not ended.done():
+            error = error_of(events[-1]) if isinstance(events[-1], FinishEvent) else None
+            if error is None:
+                ended.set_result(events)
+            else:
+                ended.set_exception(error)
+
+    def listener(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, FinishEvent):
+            # The loop may be gone while the engine still ends its rows.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(finish)
+
+    return engine.submit(request, listener)
+
+
+def _row(events: Sequence[Event]) -> Row:
+    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    finish = events[-1]
+    assert isinstance(finish, FinishEvent)
+    return Row(
+        tuple(event.token_id for event in tokens),
+        "".join(event.text for event in tokens) + finish.text,
+        finish,
+        next((event for event in events if isinstance(event, PromptEvent)), None),
+    )
+
+
+async def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text; long ones are encoded in another thread."""
+    if sum(map(len, texts)) <= _LONG_TEXT:
+        return _encode(tokenizer, texts)
+    return await asyncio.to_thread(_encode, tokenizer, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [item.ids for item in tokenizer.encode_batch(list(texts), add_special_tokens=False)]

@@ -1,0 +1,118 @@
+"""The gRPC port: services over the engine in the server's own event loop, behind the keys and limits of HTTP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from serving.engine.api import DrainingError
+from serving.errors import InputError, RuntimeMissingError
+from serving.server.errors import failure_of
+from serving.server.state import Server
+
+log = logging.getLogger("gpt2_bundle.server")
+
+
+class GrpcServer:
+    """A started server; `port` is the one it listens on."""
+
+    def __init__(self, server: Any, port: int) -> None:
+        self._server, self.port = server, port
+
+    async def stop(self, grace: float) -> None:
+        """Take no new calls, let the running ones end within `grace` seconds, then cancel them."""
+        await self._server.stop(grace)
+
+
+class GrpcCompanion:
+    """The gRPC port as a `serving.server.runner.Companion`; the arguments are those of `start_grpc`."""
+
+    def __init__(self, server: Server, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> None:
+        self._server, self._host, self._port, self._tls = server, host, port, tls
+        self._running: GrpcServer | None = None
+
+    async def start(self) -> None:
+        """See `Companion.start`."""
+        self._running = await start_grpc(self._server, self._host, self._port, self._tls)
+        log.info("gRPC at %s port %d", self._host, self._running.port)
+
+    async def stop(self, grace: float) -> None:
+        """See `Companion.stop`."""
+        if self._running is not None:
+            await self._running.stop(grace)
+
+
+async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> GrpcServer:
+    """Listen on `host`:`port` (0 takes a free one) until `GrpcServer.stop`; `tls` is a private key and a chain in PEM.
+
+    Raises RuntimeMissingError without grpcio and protobuf, and InputError if the address cannot be had.
+    """
+    try:
+        import grpc
+
+        from serving.protocols.tf_grpc import TensorFlowServing
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"gRPC needs {error.name}, which is not installed; pip install 'gpt2-bundle[serve]', or leave out the port"
+        ) from None
+    limit = server.settings.max_body_bytes
+    listening = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    for service, methods in TensorFlowServing(server, lambda context: _timeout(server, context)).methods().items():
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(_guarded(server, handler), asked.FromString, _serialize)
+            for name, (handler, asked, _) in methods.items()
+        }
+        listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if tls is None:
+            bound = listening.add_insecure_port(address)
+        else:
+            bound = listening.add_secure_port(address, grpc.ssl_server_credentials([tls]))
+    except RuntimeError:
+        raise InputError(f"the gRPC address {address} cannot be listened on; is it taken?") from None
+    await listening.start()
+    return GrpcServer(listening, bound)
+
+
+def _serialize(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _timeout(server: Server, context: Any) -> float | None:
+    """Seconds that a call may take: the client's deadline, at most the server's own limit."""
+    limits = [seconds for seconds in (context.time_remaining(), server.settings.request_timeout) if seconds is not None]
+    return max(1e-3, min(limits)) if limits else None
+
+
+def _guarded(server: Server, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """`handler` behind key, rate limit and drain, its errors as gRPC statuses by the one table."""
+    import grpc
+
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            metadata = dict(context.invocation_metadata() or ())
+            caller = server.keys.check(metadata.get("authorization"))
+            server.limiter.take(caller or context.peer().rpartition(":")[0])
+            if server.draining:
+                raise DrainingError("the server is shutting down; ask another one or try again")
+            return await handler(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            failure = failure_of(error)
+            if failure.internal:
+                log.error("a call failed", exc_info=error)
+            if failure.retry_after is not None:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(1000 * failure.retry_after)),))
+            await context.abort(grpc.StatusCode[failure.kind.grpc_code], failure.message)
+
+    return guarded
