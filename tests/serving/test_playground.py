@@ -52,7 +52,6 @@ def test_the_files_are_served_without_a_key_and_allow_nothing_from_elsewhere(tmp
     engine.close()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")
 def test_a_browser_generates_stops_and_shows_probabilities(url: str, tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as page:
@@ -88,7 +87,7 @@ def test_a_browser_generates_stops_and_shows_probabilities(url: str, tmp_path: P
         assert page.run("document.getElementById('error').hidden")
 
         assert page.complaints() == []
-        generate(page, "A" * 900, temperature=0, max_tokens=1000)
+        generate(page, "A" * 1000, temperature=0, max_tokens=1000)
         page.wait("!document.getElementById('error').hidden")
         assert "context" in page.run("document.getElementById('error').textContent")
         assert all(address.startswith((url, "data:")) for address in page.requested())
