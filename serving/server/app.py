@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute
 from serving.protocols import openai
 from serving.server.gate import Gate, on_http_exception
 from serving.server.operations import operations_routes
+from serving.server.playground import playground_routes
 from serving.server.registry import ModelRegistry
 from serving.server.settings import Settings
 from serving.server.state import Server
@@ -38,7 +39,7 @@ def build_app(
         )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=[*operations_routes(), *openai.routes(), *extra_routes],
+        routes=[*playground_routes(), *operations_routes(), *openai.routes(), *extra_routes],
         middleware=middleware,
         exception_handlers={HTTPException: on_http_exception},
     )
