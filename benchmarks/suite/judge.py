@@ -77,7 +77,8 @@ def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
 
     A budget is `FIGURE<=NUMBER` or `FIGURE>=NUMBER`. A row without the figure does not keep it.
     """
-    kept, broken = [], []
+    kept: list[str] = []
+    broken: list[str] = []
     for text in budgets:
         figure, sign, limit = _parse(text, record)
         for point, row in rows(record):

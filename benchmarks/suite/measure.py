@@ -159,7 +159,7 @@ def _point(
             "peak_rss_bytes": peak_rss(target.pid()),
             "floor_inter_token_ms": None,
         })  # fmt: skip
-    clean = {row["target"]: row["figures"] for row in rows if not row["errors"]}
+    clean: dict[str, Any] = {str(row["target"]): row["figures"] for row in rows if not row["errors"]}
     return {
         "scenario": schedule.scenario,
         "point": schedule.point,

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from benchmarks.suite.measure import JUDGED
-from benchmarks.suite.tables import median_of, name_of, notes
+from benchmarks.suite.tables import agreement, median_of, name_of, notes
 
 _HEADS = ("first token p50", "inter-token p50", "inter-token p99", "end to end p50", "tokens/s")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 280, 58, 12, 12, 40
@@ -40,7 +40,8 @@ def to_page(record: Mapping[str, Any]) -> bytes:
     body = [
         f"<p>{escape(machine['cpu'])}, {machine['cores']} cores, {machine['date'][:10]}; "
         f"{record['settings']['repeats']} repeats, targets taking turns. Latencies are in ms and begin at the "
-        "scheduled moment. A shaded figure is better than every other beyond the noise; where none is shaded, nothing is.</p>",
+        "scheduled moment. A shaded figure is better than every other beyond the noise; where none is "
+        "shaded, nothing is.</p>",
         _legend(names),
         _curves_section(record, names),
     ]
@@ -60,7 +61,7 @@ def to_page(record: Mapping[str, Any]) -> bytes:
 
 
 def _legend(names: Sequence[str]) -> str:
-    marks = "".join(f'<b style="color: {_colour(place)}">{escape(name)}</b>' for place, name in enumerate(names))
+    marks = " ".join(f'<b style="color: {_colour(place)}">{escape(name)}</b>' for place, name in enumerate(names))
     return f'<p class="legend">{marks}</p>'
 
 
@@ -72,7 +73,7 @@ def _table(point: Mapping[str, Any]) -> str:
     lines = [
         "<tr><th>target</th>" + "".join(f"<th>{head}</th>" for head in _HEADS) + "<th>floor</th><th>/ floor</th></tr>"
     ]
-    remarks = []
+    remarks = [f'<p class="note">{escape(agreement(point))}</p>']
     for row in point["rows"]:
         cells = []
         for figure in JUDGED:

@@ -32,12 +32,24 @@ def notes(row: Mapping[str, Any]) -> list[str]:
         found.append(f"{row['summary']['failed']} of {row['summary']['requests']} requests failed: {row['errors'][0]}")
     if row["repeats_differ"]:
         found.append("its own repeats gave other tokens")
-    others = [name for name, indexes in row["differing_requests"].items() if indexes]
-    if others:
-        found.append(f"other tokens than {', '.join(others)}")
     if not row["all_counted"]:
         found.append("tokens were not counted one by one")
     return found
+
+
+def agreement(point: Mapping[str, Any]) -> str:
+    """A sentence on whether all targets of a point answered alike, and if not, which did."""
+    groups: list[list[Mapping[str, Any]]] = []
+    for row in point["rows"]:
+        alike = (group for group in groups if not any(row["differing_requests"][each["target"]] for each in group))
+        group = next(alike, None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    if len(groups) < 2:
+        return ""
+    return "OUTPUTS DIFFER; alike are: " + "; ".join(", ".join(map(name_of, group)) for group in groups)
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
@@ -56,6 +68,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
             cells.append("none" if floor is None else f"{floor:.3f}")
             lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
         lines.append("")
+        lines += [f"- {agreement(point)}"] if agreement(point) else []
         lines += [f"- {name_of(row)}: {note}" for row in point["rows"] for note in notes(row)]
         lines.append("")
     return "\n".join(lines)

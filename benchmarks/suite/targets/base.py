@@ -32,10 +32,12 @@ class Target(Protocol):
     """As the person named it."""
     label: str
     """What it is, for tables: "ONNX Runtime in this process, static batches"."""
-    precision: str | None
-    """Of its weights, None where that is not known."""
     stand_in: bool
     """Whether it only stands for what it is named after."""
+
+    @property
+    def precision(self) -> str | None:
+        """Of its weights, None where that is not known."""
 
     async def start(self) -> None:
         """Load or reach it. Raises GPT2BundleError where that cannot be."""

@@ -165,8 +165,11 @@ async def _ask(submit: Callable[[Callable[[Answer | str], None]], None]) -> Answ
         if not future.done():
             future.set_result(answer)
 
+    def done(answer: Answer | str) -> None:
+        loop.call_soon_threadsafe(settle, answer)
+
     try:
-        submit(lambda answer: loop.call_soon_threadsafe(settle, answer))
+        submit(done)
     except GPT2BundleError as error:
         raise TargetError(str(error)) from None
     answer = await future
