@@ -53,9 +53,11 @@ serve-tfserving: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Ser
 			"install one to serve $$folder" >&2; exit 1; \
 	fi
 
-bench: $(INSTALLED) ## Measure the bundle's latency beside this machine's floor (BUNDLE=).
+bench: $(INSTALLED) ## Measure the bundle: steps beside this machine's floor, then requests as clients see them (BUNDLE=).
 	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
 	$(BIN)/gpt2-bundle bench "$(BUNDLE)"
+	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario single --scenario offline --scenario server --rate 16 \
+		--scenario concurrency --output runs/bench/$$(basename "$(BUNDLE)").json
 
 bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
 	$(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)

@@ -8,47 +8,98 @@ from typing import Any
 
 import click
 
+from benchmarks.suite_command import compare_records, gate, run_scenarios
 
-@click.command()
+_SCENARIOS = ("single", "offline", "server", "concurrency", "grid")
+_ARRIVALS = ("poisson", "gamma", "constant", "trace")
+
+
+class _BundleFirst(click.Group):
+    """A group whose command is `run` where the first argument is no command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_BundleFirst)
+def bench() -> None:
+    """Measure a bundle: `gpt2-bundle bench BUNDLE` is short for `bench run BUNDLE`."""
+
+
+@bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="A graph of the bundle (ort/fp32, "
-              "onnx/portable) or savedmodel; repeatable. All of them by default.")  # fmt: skip
+              "onnx/portable) or savedmodel; with a scenario also slots, openai=URL or tfserving=HOST:PORT; "
+              "repeatable. All of the bundle's by default.")  # fmt: skip
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16),
               show_default=True, help="Rows at once; repeatable.")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of each prompt; 128 by default, or what fits.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Decode steps a repeat.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds over the targets.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@click.option("--scenario", "scenarios", multiple=True, type=click.Choice(_SCENARIOS),
+              help="Play requests instead of measuring prefill and decode; repeatable.")  # fmt: skip
+@click.option("--schedule", type=click.Path(path_type=Path), metavar="FILE", help="Play schedules that were saved.")
+@click.option("--save-schedule", type=click.Path(path_type=Path), metavar="FILE", help="Save the schedules.")
+@click.option("--requests", type=click.IntRange(1), default=16, show_default=True, help="Requests of each schedule.")
+@click.option("--prompt-lengths", metavar="LENGTH", help="64, 16-128 (uniform) or log:16-128 tokens.")
+@click.option("--output-lengths", metavar="LENGTH", help="The same for outputs.")
+@click.option("--rate", "rates", multiple=True, type=float, default=(4.0,), show_default=True,
+              help="Requests a second, for server; repeatable.")  # fmt: skip
+@click.option("--arrivals", type=click.Choice(_ARRIVALS), default="poisson", show_default=True, help="For server.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Moments in seconds, one a line.")
+@click.option("--clients", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16), show_default=True,
+              help="For concurrency; repeatable.")  # fmt: skip
+@click.option("--max-batch", type=click.IntRange(1, 4096), default=16, show_default=True,
+              help="Rows of a static batch, with a scenario.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the schedules.")
+@click.option("--slo-ttft", type=float, metavar="MS", help="Goodput counts requests within this time to first token.")
+@click.option("--slo-tpot", type=float, metavar="MS", help="And within this time per further token.")
+@click.option("--slo-e2e", type=float, metavar="MS", help="And within this time in all.")
+@click.option("--stand-in", "stand_ins", multiple=True, metavar="NAME", help="Mark a target as a stand-in.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON; with a "
+              "scenario also .md, .csv and .html beside it.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one line of JSON at the end.")
-def bench(
+def run(
     bundle: Path,
     targets: tuple[str, ...],
     output: Path | None,
     as_json: bool,
+    scenarios: tuple[str, ...],
+    schedule: Path | None,
+    repeats: int,
+    batch_sizes: tuple[int, ...],
     prompt_tokens: int | None,
     new_tokens: int,
-    **settings: Any,
+    **asked: Any,
 ) -> None:
     """Measure prefill and decode latency of BUNDLE, runtime beside runtime, with the floor of this machine.
 
-    Runs in this process. TensorFlow Serving and GPUs are not measured by this command yet.
+    With --scenario or --schedule: play requests against targets, and measure what a client sees.
     """
-    from benchmarks.decode import measure
-    from benchmarks.report import print_report
-    from benchmarks.targets import load_targets, read_text
     from serving.bundle import open_bundle
 
     opened = open_bundle(bundle, check="sizes")
+    if scenarios or schedule is not None:
+        asked |= {"scenarios": scenarios, "schedule": schedule, "repeats": repeats}
+        run_scenarios(opened, targets, output, as_json, **asked)
+        return
+    from benchmarks.decode import measure
+    from benchmarks.report import print_report
+    from benchmarks.targets import load_targets, read_text
+
     if prompt_tokens is None:
         prompt_tokens = max(1, min(128, opened.manifest.model.n_positions - new_tokens))
     record = measure(
         load_targets(opened, targets),
         opened.manifest.model,
         read_text(opened),
+        batch_sizes=batch_sizes,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        repeats=repeats,
         say=lambda line: click.echo(line, err=True),
-        **settings,
     )
     record["bundle"] = opened.manifest.name
     print_report(record)
@@ -57,3 +108,7 @@ def bench(
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(record))
+
+
+bench.add_command(compare_records)
+bench.add_command(gate)

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "deploy": ("serving.commands.deploy:deploy", "Write a folder that TensorFlow Serving serves a bundle from."),
     "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving, by REST or gRPC."),
-    "bench": ("benchmarks.command:bench", "Measure decode and prefill latency against the hardware's floor."),
+    "bench": ("benchmarks.command:bench", "Measure latency: steps against the floor, requests as clients see them."),
 }
 
 

@@ -1,0 +1,73 @@
+"""Plays a schedule against a target and writes down what a client saw."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.suite.clock import Clock
+from benchmarks.suite.events import Response
+from benchmarks.suite.schedule import Planned, Schedule
+from benchmarks.suite.targets.base import Target, TargetError
+
+# Time to set up the first request before its moment comes.
+_LEAD = 0.01
+
+
+async def play(schedule: Schedule, target: Target, clock: Clock, timeout: float = 300.0) -> list[Response]:
+    """Send every request of `schedule` and return the responses in its order.
+
+    In an open loop each request goes out at its moment, whatever came of those before, and its latency begins at that
+    moment even if the client was late. In a closed loop each of the schedule's clients sends the next request that
+    nobody has sent yet as soon as its last has ended, which is then the scheduled moment. A request that has not ended
+    after `timeout` seconds is given up and counts as failed.
+    """
+    if schedule.concurrency is None:
+        start = clock.now() + _LEAD
+        sent = [_at(start + (request.at or 0.0), request, target, clock, timeout) for request in schedule.requests]
+        return list(await asyncio.gather(*sent))
+    left = iter(schedule.requests)
+    clients = [_client(left, target, clock, timeout) for _ in range(schedule.concurrency)]
+    found = [response for responses in await asyncio.gather(*clients) for response in responses]
+    return sorted(found, key=lambda response: response.index)
+
+
+async def _at(moment: float, request: Planned, target: Target, clock: Clock, timeout: float) -> Response:
+    await clock.until(moment)
+    return await _send(moment, request, target, clock, timeout)
+
+
+async def _client(left: Iterator[Planned], target: Target, clock: Clock, timeout: float) -> list[Response]:
+    return [await _send(clock.now(), request, target, clock, timeout) for request in left]
+
+
+async def _send(scheduled: float, request: Planned, target: Target, clock: Clock, timeout: float) -> Response:
+    sent = clock.now()
+    fixed: dict[str, Any] = {
+        "index": request.index,
+        "scheduled": scheduled,
+        "sent": sent,
+        "prompt_tokens": len(request.prompt),
+    }
+    try:
+        async with asyncio.timeout(timeout):
+            answer = await target.send(request)
+    except (TargetError, TimeoutError) as error:
+        message = str(error) if isinstance(error, TargetError) else f"no end after {timeout:g} seconds"
+        return Response(finished=clock.now(), token_times=(), error=message, **fixed)
+    return Response(
+        finished=answer.finished,
+        token_times=answer.token_times,
+        started=answer.started,
+        streamed=answer.streamed,
+        counted=answer.counted,
+        tokens=answer.tokens,
+        text=answer.text,
+        error=None if len(answer.token_times) == request.new_tokens else _short(answer.token_times, request),
+        **fixed,
+    )
+
+
+def _short(times: tuple[float, ...], request: Planned) -> str:
+    return f"{len(times)} tokens instead of {request.new_tokens}, so its figures are not those of the schedule"

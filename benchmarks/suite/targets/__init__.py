@@ -1,0 +1,1 @@
+"""Targets of the suite, imported when they are asked for."""

@@ -1,0 +1,178 @@
+"""Runtimes in this process: a backend that runs static batches, and an engine that batches continuously."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from benchmarks.suite.schedule import Planned
+from benchmarks.suite.targets.base import Answer, TargetError
+from serving.backends.base import Backend
+from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
+from serving.errors import GPT2BundleError
+from serving.generation import generate
+from serving.sampling import SamplingParams
+
+
+@dataclass(eq=False)
+class _Job:
+    request: Planned
+    done: Callable[[Answer | str], None]
+    times: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class BatchTarget:
+    """A backend under the plainest of schedulers: whatever waits runs as one batch, to its end, `most` rows at most.
+
+    Args:
+        open_backend: loads the backend, in `start`.
+    """
+
+    stand_in = False
+
+    def __init__(self, name: str, label: str, precision: str, open_backend: Callable[[], Backend], most: int) -> None:
+        self.name, self.precision, self._open, self._most = name, precision, open_backend, most
+        self.label = f"{label}, static batches of at most {most}"
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> None:
+        backend = await asyncio.to_thread(self._open)
+        self._thread = threading.Thread(target=self._work, args=(backend,), name=self.name, daemon=True)
+        self._thread.start()
+
+    async def send(self, request: Planned) -> Answer:
+        return await _ask(lambda done: self._jobs.put(_Job(request, done)))
+
+    async def stop(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    def pid(self) -> int | None:
+        return None
+
+    def _work(self, backend: Backend) -> None:
+        while (first := self._jobs.get()) is not None:
+            batch: list[_Job] = [first]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < self._most:
+                    job = self._jobs.get_nowait()
+                    if job is None:
+                        self._jobs.put(None)
+                        break
+                    batch.append(job)
+            _run_batch(backend, batch)
+
+
+def _run_batch(backend: Backend, batch: list[_Job]) -> None:
+    started = time.monotonic()
+
+    def note(row: int, token: int) -> None:
+        job = batch[row]
+        job.times.append(time.monotonic())
+        job.tokens.append(token)
+        if len(job.times) == job.request.new_tokens:
+            job.done(Answer(tuple(job.times), job.times[-1], started=started, tokens=tuple(job.tokens)))
+
+    params = [SamplingParams(max_new_tokens=job.request.new_tokens, ignore_eos=True) for job in batch]
+    try:
+        # The end token has no meaning where it is ignored.
+        generate(backend, [job.request.prompt for job in batch], params, eos_token_id=-1, on_token=note)
+    except Exception as error:  # Whatever a runtime raises is these requests' failure, not the suite's.
+        for job in batch:
+            job.done(f"{type(error).__name__}: {error}")
+
+
+class EngineTarget:
+    """An engine of `serving.engine.api`, in this process or over a server's slots.
+
+    Args:
+        open_engine: opens it, in `start`.
+    """
+
+    def __init__(
+        self, name: str, label: str, precision: str | None, open_engine: Callable[[], Engine], stand_in: bool = False
+    ) -> None:
+        self.name, self.label, self.precision, self.stand_in = name, label, precision, stand_in
+        self._open = open_engine
+        self._engine: Engine | None = None
+
+    async def start(self) -> None:
+        self._engine = await asyncio.to_thread(self._open)
+
+    async def send(self, request: Planned) -> Answer:
+        engine = self._engine
+        if engine is None:
+            raise TargetError(f"{self.name} is not started")
+        params = SamplingParams(max_new_tokens=request.new_tokens, ignore_eos=True)
+        asked = GenerationRequest(request.prompt, params)
+
+        def submit(done: Callable[[Answer | str], None]) -> None:
+            engine.submit(asked, _Listener(done))
+
+        return await _ask(submit)
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.close)
+            self._engine = None
+
+    def pid(self) -> int | None:
+        return None
+
+
+class _Listener:
+    """Notes the moments of one request's events; called in the engine's thread.
+
+    The prompt has been read at its first event, so the start of that work is not known.
+    """
+
+    def __init__(self, done: Callable[[Answer | str], None]) -> None:
+        self._done = done
+        self._times: list[float] = []
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, PromptEvent):
+            return
+        self._text.append(event.text)
+        if isinstance(event, TokenEvent):
+            self._times.append(now)
+            self._tokens.append(event.token_id)
+        elif isinstance(event, FinishEvent) and event.reason in ("stop", "length"):
+            text = "".join(self._text)
+            self._done(Answer(tuple(self._times), now, tokens=tuple(self._tokens), text=text))
+        else:
+            self._done(event.message or f"ended by {event.reason}")
+
+
+async def _ask(submit: Callable[[Callable[[Answer | str], None]], None]) -> Answer:
+    """Hand in a request and wait for what another thread says of it. Raises TargetError."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Answer | str] = loop.create_future()
+
+    def settle(answer: Answer | str) -> None:
+        if not future.done():
+            future.set_result(answer)
+
+    def done(answer: Answer | str) -> None:
+        loop.call_soon_threadsafe(settle, answer)
+
+    try:
+        submit(done)
+    except GPT2BundleError as error:
+        raise TargetError(str(error)) from None
+    answer = await future
+    if isinstance(answer, str):
+        raise TargetError(answer)
+    return answer

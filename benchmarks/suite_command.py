@@ -1,0 +1,135 @@
+"""`gpt2-bundle bench` with a scenario, and what is done with its records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from serving.errors import InputError
+from serving.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from benchmarks.suite.schedule import Schedule
+    from serving.bundle import Bundle
+
+
+def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, as_json: bool, **asked: Any) -> None:
+    """Draw or read schedules, play them against the targets, print the tables and write the record."""
+    from benchmarks.hardware import BandwidthProbe
+    from benchmarks.suite.calibrate import client_overhead
+    from benchmarks.suite.clock import WallClock
+    from benchmarks.suite.measure import measure
+    from benchmarks.suite.metrics import Objectives
+    from benchmarks.suite.page import to_page
+    from benchmarks.suite.schedule import save_schedules
+    from benchmarks.suite.tables import to_csv, to_markdown
+    from benchmarks.suite.targets.open import default_targets, open_target
+
+    schedules = _schedules(bundle, asked)
+    if asked["save_schedule"] is not None:
+        save_schedules(asked["save_schedule"], schedules)
+    names = list(dict.fromkeys(targets or default_targets(bundle)))
+    strange = set(asked["stand_ins"]) - set(names)
+    if strange:
+        raise InputError(f"--stand-in {min(strange)!r} is none of the targets{did_you_mean(min(strange), names)}")
+    opened = [
+        open_target(bundle, name, batch=asked["max_batch"], stand_in=name in asked["stand_ins"]) for name in names
+    ]
+    limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
+    objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
+
+    async def work() -> dict[str, Any]:
+        clock = WallClock()
+        overhead = await client_overhead(clock) if any("=" in name for name in names) else None
+        record = await measure(
+            opened,
+            schedules,
+            clock,
+            repeats=asked["repeats"],
+            objectives=objectives,
+            geometry=bundle.manifest.model,
+            bandwidth=BandwidthProbe(),
+            say=lambda line: click.echo(line, err=True),
+        )
+        return record | {"client_overhead_ms": overhead}
+
+    record = {"bundle": bundle.manifest.name} | asyncio.run(work())
+    click.echo(to_markdown(record))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
+        output.with_suffix(".csv").write_text(to_csv(record), encoding="utf-8")
+        output.with_suffix(".html").write_bytes(to_page(record))
+    if as_json:
+        click.echo(json.dumps(record))
+
+
+def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
+    from benchmarks.suite.schedule import Lengths, Planner, read_schedules
+    from benchmarks.targets import read_text
+
+    model = bundle.manifest.model
+    if asked["schedule"] is not None:
+        return read_schedules(asked["schedule"], model.n_positions, model.vocab_size)
+    planner = Planner(read_text(bundle), model.n_positions, asked["seed"])
+    # Half the context for the prompt and a quarter for the output, or what is usual if that is less.
+    prompt = Lengths.parse(asked["prompt_lengths"] or str(min(128, model.n_positions // 2)))
+    made = Lengths.parse(asked["output_lengths"] or str(min(32, model.n_positions // 4)))
+    count, found = asked["requests"], []
+    for scenario in asked["scenarios"]:
+        if scenario == "single":
+            found.append(planner.single(count, prompt, made))
+        elif scenario == "offline":
+            found.append(planner.offline(count, prompt, made))
+        elif scenario == "server":
+            trace = _trace(asked["trace"])
+            for rate in asked["rates"]:
+                how = {"rate": rate, "arrivals": asked["arrivals"], "trace": trace}
+                found.append(planner.server(count, prompt, made, **how))
+        elif scenario == "concurrency":
+            found += [planner.concurrency(clients, count, prompt, made) for clients in asked["clients"]]
+        else:
+            sizes = [
+                (size, length) for size in (prompt.high // 4, prompt.high) for length in (made.high // 4, made.high)
+            ]
+            found += [planner.grid(count, max(1, size), max(1, length)) for size, length in sizes]
+    return found
+
+
+def _trace(path: Path | None) -> list[float]:
+    """Moments in seconds, one a line."""
+    if path is None:
+        return []
+    try:
+        return [float(line) for line in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a list of moments in seconds ({error})") from None
+
+
+@click.command("compare")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+def compare_records(before: Path, after: Path) -> None:
+    """Say what changed from the record BEFORE to the record AFTER, with 95 % intervals."""
+    from benchmarks.suite.judge import compare, read_record
+
+    for line in compare(read_record(before), read_record(after)):
+        click.echo(line)
+
+
+@click.command("gate")
+@click.argument("record", type=click.Path(path_type=Path))
+@click.option("--budget", "budgets", multiple=True, required=True, metavar="TEXT",
+              help="Such as 'p99_inter_token_ms<=30'; repeatable.")  # fmt: skip
+def gate(record: Path, budgets: tuple[str, ...]) -> None:
+    """End with code 1 if any target in RECORD does not keep a budget."""
+    from benchmarks.suite.judge import check_budgets, read_record
+
+    for line in check_budgets(read_record(record), list(budgets)):
+        click.echo(line)

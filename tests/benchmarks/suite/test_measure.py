@@ -1,0 +1,112 @@
+"""A whole run in virtual time: figures to the percent, equal runs called equal, a slower one called out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+
+from benchmarks.suite.clock import LoopClock, run_virtual
+from benchmarks.suite.judge import BudgetError, check_budgets, compare, read_record
+from benchmarks.suite.measure import measure
+from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.tables import to_csv, to_markdown
+from benchmarks.suite.targets.base import Answer
+from serving.errors import InputError
+
+CLOCK = LoopClock()
+
+
+class Known:
+    """First token after 100 ms and a further one each 20 ms, each times `slower` and up to 1 % of noise."""
+
+    label, precision, stand_in = "known", None, True
+
+    def __init__(self, name, slower=1.0, seed=0, token=7):
+        self.name, self.slower, self.random, self.token = name, slower, random.Random(seed), token
+
+    async def start(self):
+        pass
+
+    async def stop(self):
+        pass
+
+    def pid(self):
+        return None
+
+    async def send(self, request):
+        times, started = [], CLOCK.now()
+        for index in range(request.new_tokens):
+            noise = 1 + self.random.uniform(-0.01, 0.01)
+            await asyncio.sleep((0.02 if index else 0.1) * self.slower * noise)
+            times.append(CLOCK.now())
+        return Answer(tuple(times), times[-1], started=started, tokens=(self.token,) * request.new_tokens)
+
+
+def record(*targets, repeats=7):
+    planner = Planner(range(50), 48)
+    lengths = Lengths(4, 4), Lengths(11, 11)
+    schedules = [planner.single(10, *lengths), planner.server(20, *lengths, rate=10, arrivals="constant")]
+    objectives = Objectives(ttft=0.11, e2e=1.0)
+    return run_virtual(measure(targets, schedules, CLOCK, repeats=repeats, objectives=objectives))
+
+
+def test_every_figure_is_right_within_one_percent():
+    made = record(Known("a"))
+    single, server = (point["rows"][0]["figures"] for point in made["points"])
+    for figures in (single, server):
+        for figure, expected in (("ttft", 100), ("inter_token", 20), ("tpot", 20), ("e2e", 300)):
+            assert figures[f"p50_{figure}_ms"] == pytest.approx([expected] * 7, rel=0.01)
+            assert figures[f"mean_{figure}_ms"] == pytest.approx([expected] * 7, rel=0.01)
+        assert figures["p99_queue_ms"] == pytest.approx([0] * 7, abs=1e-6)
+    assert single["requests_per_second"] == pytest.approx([1 / 0.3] * 7, rel=0.01)
+    assert single["output_tokens_per_second"] == pytest.approx([11 / 0.3] * 7, rel=0.01)
+    assert single["goodput"] == single["requests_per_second"]
+    # 20 requests, 0.1 s apart, the last of which takes 0.3 s.
+    assert server["requests_per_second"] == pytest.approx([20 / 2.2] * 7, rel=0.01)
+    assert server["input_tokens_per_second"] == pytest.approx([80 / 2.2] * 7, rel=0.01)
+    json.dumps(made, allow_nan=False)
+
+
+def test_two_alike_have_no_winner_and_ten_percent_have_one():
+    alike = record(Known("a", seed=1), Known("b", seed=2))
+    assert {name for point in alike["points"] for name in point["winners"].values()} == {None}
+    slower = record(Known("a", slower=1.1, seed=1), Known("b", seed=2))
+    assert set(slower["points"][0]["winners"].values()) == {"b"}
+
+
+def test_two_runs_of_the_same_are_equal_and_a_slow_down_is_worse():
+    before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
+    assert {line.split()[0] for line in compare(before, again)} == {"equal"}
+    worse = [line for line in compare(before, slow) if "one at a time" in line]
+    assert len(worse) == 5 and all(line.strip().startswith("WORSE") for line in worse)
+    assert "+10." in worse[0] or "+9." in worse[0]
+    assert any(line.strip().startswith("better") for line in compare(slow, before))
+
+
+def test_budgets():
+    made = record(Known("a"), repeats=1)
+    assert len(check_budgets(made, ["p99_inter_token_ms<=21", "requests_per_second >= 3"])) == 4
+    with pytest.raises(BudgetError, match=r"p99_inter_token_ms is 20\.\d+, the budget <=15"):
+        check_budgets(made, ["p99_inter_token_ms<=15"])
+    for wrong in ("p99_inter_token_ms<15", "p98_inter_token_ms<=15", "p99_inter_token_ms<=e"):
+        with pytest.raises(InputError):
+            check_budgets(made, [wrong])
+
+
+def test_other_tokens_and_stand_ins_are_said_in_the_tables():
+    made = record(Known("a"), Known("b", token=8), repeats=1)
+    text = to_markdown(made)
+    assert "a (stand-in)" in text and "OUTPUTS DIFFER; alike are: a (stand-in); b (stand-in)" in text
+    assert len(to_csv(made).splitlines()) == 1 + 2 * 2 * len(made["points"][0]["rows"][0]["figures"])
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    path = tmp_path / "r.json"
+    for text in ("{", "[]", '{"schema": "other"}', '{"schema": "gpt2-bundle-bench/1", "points": [1]}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="not a record"):
+            read_record(path)

@@ -1,0 +1,167 @@
+"""Targets: the same tokens however they run, and what is said where a server misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+import pytest
+
+from benchmarks.suite.clock import WallClock
+from benchmarks.suite.driver import play
+from benchmarks.suite.events import differing, outputs_hash
+from benchmarks.suite.fake_server import serve_in_thread
+from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.targets.base import TargetError
+from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
+from benchmarks.suite.targets.openai import OpenAITarget, share
+from serving.backends.loader import load_backend
+from serving.backends.tensorflow_session import SessionTransport
+from serving.bundle import open_bundle
+from serving.engine.slot_signatures import open_slot_engine
+from serving.errors import InputError, ServerError
+from serving.generation import generate
+from serving.sampling import SamplingParams
+from tests.closed_form import ClosedFormBackend
+
+
+async def _play(schedule, target):
+    await target.start()
+    try:
+        return await play(schedule, target, WallClock(), 60)
+    finally:
+        await target.stop()
+
+
+def drive(schedule, target):
+    return asyncio.run(_play(schedule, target))
+
+
+def batch_target(backend, most=4):
+    return BatchTarget("b", "closed form", "fp32", lambda: backend, most)
+
+
+def test_a_batch_gives_the_tokens_of_generate_and_the_moment_of_each():
+    backend = ClosedFormBackend()
+    schedule = Planner(range(1, 10), backend.n_positions).offline(6, Lengths(2, 3, "uniform"), Lengths(2, 4, "uniform"))
+    for response in drive(schedule, batch_target(backend)):
+        request = schedule.requests[response.index]
+        expected = generate(
+            backend, [request.prompt], SamplingParams(max_new_tokens=request.new_tokens, ignore_eos=True), -1
+        )
+        assert response.tokens == expected[0].token_ids and response.error is None
+        assert list(response.token_times) == sorted(response.token_times)
+        assert response.sent <= response.started <= response.token_times[0]
+        assert response.finished == response.token_times[-1]
+
+
+def test_a_batch_is_no_larger_than_it_may_be():
+    sizes = []
+
+    class Counting(ClosedFormBackend):
+        def prefill(self, prompts, capacity):
+            sizes.append(len(prompts))
+            return super().prefill(prompts, capacity)
+
+    schedule = Planner(range(1, 10), Counting().n_positions).offline(9, Lengths(2, 2), Lengths(2, 2))
+    drive(schedule, batch_target(Counting(), most=4))
+    assert sum(sizes) == 9 and max(sizes) <= 4
+
+
+def test_a_failure_of_the_runtime_is_the_requests_own():
+    class Broken(ClosedFormBackend):
+        def prefill(self, prompts, capacity):
+            raise MemoryError("no room")
+
+    schedule = Planner(range(1, 10), Broken().n_positions).single(2, Lengths(2, 2), Lengths(2, 2))
+    assert [each.error for each in drive(schedule, batch_target(Broken()))] == ["MemoryError: no room"] * 2
+
+
+def test_every_way_to_run_a_bundle_gives_the_same_tokens(real_bundle):
+    bundle = open_bundle(real_bundle, check="sizes")
+    schedule = Planner(range(1, 90), bundle.manifest.model.n_positions).concurrency(
+        2, 4, Lengths(3, 5, "uniform"), Lengths(4, 4)
+    )
+    onnx = BatchTarget("ort/fp32", "ONNX Runtime", "fp32", lambda: load_backend(bundle, "onnx"), 4)
+    slots = EngineTarget("slots", "slots", "fp32", lambda: open_slot_engine(bundle, SessionTransport(bundle)))
+    left, right = drive(schedule, onnx), drive(schedule, slots)
+    assert [each.error for each in [*left, *right]] == [None] * 8
+    assert differing(left, right) == [] and outputs_hash(left) == outputs_hash(right)
+
+
+@contextlib.contextmanager
+def fake(first=0.0, step=0.0):
+    server = serve_in_thread(first, step)
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_stream_is_read_token_by_token():
+    schedule = Planner(range(1, 10), 48).concurrency(2, 4, Lengths(3, 3), Lengths(5, 5))
+    with fake(step=0.003) as url:
+        found = drive(schedule, OpenAITarget("fake", url))
+    for response in found:
+        assert response.error is None and response.counted and len(set(response.token_times)) == 5
+        prompt = schedule.requests[response.index].prompt
+        assert response.text == "".join(f" {prompt[index % 3]}" for index in range(5))
+
+
+def test_tokens_that_came_together_share_moments():
+    assert share([1.0, 2.0], 5, 9.0) == [1.0, 1.0, 1.0, 2.0, 2.0]
+    assert share([1.0, 2.0, 3.0], 2, 9.0) == [1.0, 2.0]
+    assert share([], 2, 9.0) == [9.0, 9.0]
+
+
+@contextlib.contextmanager
+def answering(data):
+    """A server that reads some bytes, sends `data` and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    with listener.accept()[0] as connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(data)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nfull", "HTTP 503: full"),
+        (b"gibberish\r\n\r\n", "not HTTP"),
+        (CHUNKED + b"5\r\ndata:\r\n", "not HTTP"),
+        (CHUNKED + b"9\r\ndata: x\n\n\r\n0\r\n\r\n", "not JSON"),
+        (CHUNKED + b'16\r\ndata: {"error":"no"}\n\n\r\n', '"no"'),
+    ],
+)
+def test_a_server_that_misbehaves_fails_the_request_in_one_line(data, words):
+    request = Planner(range(1, 10), 48).single(1, Lengths(3, 3), Lengths(5, 5)).requests[0]
+
+    async def work(url):
+        with pytest.raises(TargetError, match=words) as caught:
+            await OpenAITarget("t", url, model="m").send(request)
+        assert "\n" not in str(caught.value)
+
+    with answering(data) as url:
+        asyncio.run(work(url))
+
+
+def test_a_server_that_is_not_there_is_said_at_the_start():
+    with pytest.raises(ServerError, match="no connection"):
+        asyncio.run(OpenAITarget("t", "http://127.0.0.1:1").start())
+    with pytest.raises(InputError, match="http://HOST:PORT"):
+        OpenAITarget("t", "ftp://a")
