@@ -8,7 +8,6 @@ import errno
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +164,6 @@ class Runner:
     def _on_signal(self) -> None:
         if self._server.draining:
             self._uvicorn.force_exit = self._uvicorn.should_exit = True
-            # The drain, which waits in a thread, ends at once when there is nothing left to wait for.
-            threading.Thread(target=self._versions.close, daemon=True).start()
             return
         self._server.draining = True
         self._spawn(self._drain())

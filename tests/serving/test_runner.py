@@ -101,6 +101,20 @@ def test_what_does_not_end_in_time_is_told_so(tmp_path: Path) -> None:
     assert all('"timeout"' in text for _, text in answers)
 
 
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "1", "tiny")
+    with process(tmp_path, 0.05, 100) as (server, url):
+        client = threading.Thread(target=post, args=(url,), kwargs={"max_tokens": 1000})
+        client.start()
+        time.sleep(0.3)
+        server.terminate()
+        time.sleep(0.2)
+        assert server.poll() is None
+        server.terminate()
+        assert server.wait(10) == 0
+        client.join(10)
+
+
 def test_a_new_version_is_found_by_itself(tmp_path: Path) -> None:
     write_bundle(tmp_path / "1", "tiny")
     with process(tmp_path, 0, 5) as (server, url):
