@@ -263,7 +263,7 @@ class OnnxBackend:
             state.logits = self._logits_memory.take(shape, np.dtype(np.float32))
             state.values["logits"] = ort.OrtValue.ortvalue_from_numpy(state.logits)
         else:
-            state.values["logits"] = device_zeros(shape, np.dtype(np.float32), self.device)
+            state.values["logits"] = device_zeros(shape, np.dtype(np.float32), self._device_name)
         state.binding.bind_ortvalue_output("logits", state.values["logits"])
         for name, value in zip(self._present, state.cache, strict=True):
             state.binding.bind_ortvalue_output(name, value)
