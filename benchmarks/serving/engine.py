@@ -81,7 +81,7 @@ def main(
                 prompts = cut_prompts(text, min(count, engine.stats().slots - 1), sizes["prompt_tokens"])
                 late = cut_prompts(text, 1, long_prompt)[0]
                 runs = []
-                for repeat in range(sizes["repeats"]):
+                for _ in range(sizes["repeats"]):
                     # Another first token each time, so that nothing of it is in the cache.
                     late[0] = next(fresh)
                     runs.append(_arrival(engine, observer, prompts, late))
