@@ -16,6 +16,7 @@ from benchmarks.suite.fake_server import serve_in_thread
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.targets.base import TargetError
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
+from benchmarks.suite.targets.open import open_target
 from benchmarks.suite.targets.openai import OpenAITarget, share
 from serving.backends.loader import load_backend
 from serving.backends.tensorflow_session import SessionTransport
@@ -25,6 +26,7 @@ from serving.errors import InputError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.closed_form import ClosedFormBackend
+from tests.serving.tf_serving_stand_in import serving
 
 
 async def _play(schedule, target):
@@ -165,3 +167,13 @@ def test_a_server_that_is_not_there_is_said_at_the_start():
         asyncio.run(OpenAITarget("t", "http://127.0.0.1:1").start())
     with pytest.raises(InputError, match="http://HOST:PORT"):
         OpenAITarget("t", "ftp://a")
+
+
+def test_tensorflow_servings_slots_are_a_target_and_a_stand_in_is_called_one(real_bundle):
+    bundle = open_bundle(real_bundle, check="sizes")
+    schedule = Planner(range(1, 90), bundle.manifest.model.n_positions).single(2, Lengths(3, 3), Lengths(4, 4))
+    with serving(real_bundle / "savedmodel/1", bundle.manifest.name) as stand_in:
+        served = open_target(bundle, f"tfserving={stand_in.address}", batch=1, stand_in=True)
+        found = drive(schedule, served)
+    assert served.stand_in and [each.error for each in found] == [None] * 2
+    assert differing(found, drive(schedule, open_target(bundle, "ort/fp32", batch=4))) == []
