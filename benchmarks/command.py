@@ -31,7 +31,8 @@ def bench() -> None:
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="A graph of the bundle (ort/fp32, "
-              "onnx/portable) or savedmodel; with a scenario also slots, openai=URL or tfserving=HOST:PORT; "
+              "onnx/portable) or savedmodel; with a scenario also slots, engine=GRAPH, "
+              "server=GRAPH (our server, started for it), openai=URL or tfserving=HOST:PORT; "
               "repeatable. All of the bundle's by default.")  # fmt: skip
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16),
               show_default=True, help="Rows at once; repeatable.")  # fmt: skip

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 
 from benchmarks.suite.targets.base import Target
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
 from benchmarks.suite.targets.openai import OpenAITarget
+from benchmarks.suite.targets.own_server import OwnServerTarget
 from serving.backends.loader import load_backend
 from serving.bundle import Bundle
 from serving.engine.api import Engine
 from serving.errors import InputError, RuntimeMissingError
 from serving.suggest import did_you_mean
 
-KINDS = ("openai=URL", "tfserving=HOST:PORT")
+KINDS = ("openai=URL", "tfserving=HOST:PORT", "engine=GRAPH", "server=GRAPH")
 SLOTS = "slots"
 SAVEDMODEL = "savedmodel"
 
@@ -23,6 +25,7 @@ def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False
     """Make the target that `text` names; nothing is loaded yet.
 
     A graph of the bundle ("ort/fp32") or "savedmodel" runs in this process in static batches of at most `batch`,
+    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same behind our own server, started for it;
     "slots" is the SavedModel's continuous batching in this process, "openai=URL" any server of that API,
     "tfserving=HOST:PORT" a TensorFlow Serving (gRPC) that holds this bundle's SavedModel with slots.
     Raises InputError for any other name.
@@ -39,6 +42,12 @@ def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False
     graphs = bundle.manifest.graphs
     graph_names = [name for name, graph in graphs.items() if graph.runtime == "onnx" and graph.cache != "none"]
     has_slots = {"savedmodel/prefill_slots", "savedmodel/decode_slots"} <= set(graphs)
+    if is_address and kind in ("engine", "server"):
+        precision = bundle.graph(address).precision
+        if kind == "server":
+            return OwnServerTarget(text, bundle.folder, address, precision, batch)
+        label = "ONNX Runtime in this process, continuous batching"
+        return EngineTarget(text, label, precision, lambda: _engine(bundle, address, batch))
     if text == SLOTS and has_slots:
         return EngineTarget(text, "TensorFlow in this process, the SavedModel's slots", "fp32", lambda: _slots(bundle))
     if text == SAVEDMODEL and "savedmodel/prefill" in graphs:
@@ -52,13 +61,22 @@ def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False
 
 
 def default_targets(bundle: Bundle) -> list[str]:
-    """The names of everything in the bundle that runs in this process."""
+    """The names of everything in the bundle that runs in this process, and our own server where it is installed."""
     names = [
         name for name, graph in bundle.manifest.graphs.items() if graph.runtime == "onnx" and graph.cache != "none"
     ]
     for name, graph in ((SAVEDMODEL, "savedmodel/prefill"), (SLOTS, "savedmodel/prefill_slots")):
         names += [name] if graph in bundle.manifest.graphs else []
+    if "ort/fp32" in names and importlib.util.find_spec("uvicorn") is not None:
+        names.append("server=ort/fp32")
     return names
+
+
+def _engine(bundle: Bundle, graph: str, slots: int) -> Engine:
+    from serving.engine.config import EngineConfig
+    from serving.engine.engine import open_engine
+
+    return open_engine(bundle, graph, config=EngineConfig(slots=slots))
 
 
 def _slots(bundle: Bundle) -> Engine:
@@ -82,4 +100,4 @@ def _no_endpoint() -> RuntimeMissingError:
             "tensorflow_model_server is not on this machine (PATH, or TENSORFLOW_MODEL_SERVER); "
             "name one that runs elsewhere, as tfserving=HOST:PORT"
         )
-    return RuntimeMissingError(f"start {binary} with 'make serve' and name it, as tfserving=127.0.0.1:8500")
+    return RuntimeMissingError(f"start {binary} with 'make serve-tfserving' and name it, as tfserving=127.0.0.1:8500")

@@ -18,6 +18,7 @@ from benchmarks.suite.targets.base import TargetError
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
 from benchmarks.suite.targets.open import open_target
 from benchmarks.suite.targets.openai import OpenAITarget, share
+from benchmarks.suite.targets.own_server import OwnServerTarget
 from serving.backends.loader import load_backend
 from serving.backends.tensorflow_session import SessionTransport
 from serving.bundle import open_bundle
@@ -91,6 +92,23 @@ def test_every_way_to_run_a_bundle_gives_the_same_tokens(real_bundle):
     left, right = drive(schedule, onnx), drive(schedule, slots)
     assert [each.error for each in [*left, *right]] == [None] * 8
     assert differing(left, right) == [] and outputs_hash(left) == outputs_hash(right)
+
+
+def test_the_engine_and_our_own_server_give_the_same_text(real_bundle):
+    bundle = open_bundle(real_bundle, check="sizes")
+    schedule = Planner(range(1, 90), bundle.manifest.model.n_positions).concurrency(2, 4, Lengths(3, 5), Lengths(4, 4))
+    plain, engine, server = (
+        drive(schedule, open_target(bundle, name, batch=4))
+        for name in ("ort/fp32", "engine=ort/fp32", "server=ort/fp32")
+    )
+    assert [each.error for each in [*engine, *server]] == [None] * 8
+    assert differing(plain, engine) == [] and [each.text for each in server] == [each.text for each in engine]
+
+
+def test_a_server_that_does_not_start_says_why(real_bundle):
+    target = OwnServerTarget("server=ort/none", real_bundle, "ort/none", "fp32", 4)
+    with pytest.raises(ServerError, match=r"ended before it was ready: error: .*no graph 'ort/none'"):
+        drive(None, target)
 
 
 @contextlib.contextmanager
