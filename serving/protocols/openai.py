@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import secrets
-import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -17,24 +14,23 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 from tokenizers import Tokenizer
 
-from serving.engine.api import Event, GenerationRequest, PromptEvent, TokenEvent
+from serving.engine.api import GenerationRequest
 from serving.errors import InputError
-from serving.protocols.openai_choices import ChoiceState, LogprobsWriter, Prompt, token_names
+from serving.protocols.openai_choices import Prompt, token_names
+from serving.protocols.openai_run import Run, stream
 from serving.protocols.openai_schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.protocols.tf_rest import model_status
 from serving.sampling import MAX_SEED, SamplingParams
 from serving.server.bodies import read_body
-from serving.server.errors import FieldError, error_of, failure_of
-from serving.server.gate import log, openai_error
-from serving.server.generation import Generation, submit, time_limit
+from serving.server.errors import FieldError
+from serving.server.generation import submit, time_limit
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.state import Server
-from serving.server.tracing import Span, start_span
+from serving.server.tracing import start_span
 
 DEFAULT_MAX_TOKENS = 16
 LONG_TEXT = 2048
 """Characters from which on a text is encoded in another thread, so that streams under way do not wait."""
-_DONE = b"data: [DONE]\n\n"
 _Result = TypeVar("_Result")
 
 
@@ -57,13 +53,13 @@ async def completions(request: Request) -> Response:
     try:
         generation.watch(request)
         span = start_span("text_completion", request.headers, model.name)
-        run = _Run(body, model, prompts, generation, request_id, span, request.state)
+        run = Run(body, model, prompts, generation, request_id, span, request.state)
         first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
     except BaseException:
         generation.close()
         raise
     if body.stream:
-        return _EventStream(_stream(run, first))
+        return _EventStream(stream(run, first))
     try:
         while first:
             first = run.take(await generation.next())
@@ -167,137 +163,6 @@ def _requests(
         )
         for index, prompt in enumerate(prompts)
     ]
-
-
-@dataclass
-class _Run:
-    """One call under way: its choices, and the frame that each answer and chunk has."""
-
-    body: CompletionRequest
-    model: ServedModel
-    prompts: list[Prompt]
-    generation: Generation
-    request_id: str
-    span: Span
-    state: Any
-
-    def __post_init__(self) -> None:
-        engine, body = self.model.engine, self.body
-        self.n = body.n or 1
-        self.choices = [
-            ChoiceState(
-                index=index * self.n + continuation,
-                prompt=prompt,
-                writer=None if body.logprobs is None else LogprobsWriter(token_names(engine), body.logprobs),
-                keep_generated=body.max_tokens != 0,
-            )
-            for index, prompt in enumerate(self.prompts)
-            for continuation in range(self.n)
-        ]
-        self.cached = 0
-        self.eos_token_id = engine.eos_token_id
-        identity = self.model.bundle.manifest.tokenizer.id.removeprefix("sha256:")[:8]
-        self.frame: dict[str, Any] = {
-            "id": f"cmpl-{self.request_id}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.model.name,
-            "system_fingerprint": f"v{self.model.version}-{identity}",
-        }
-
-    def take(self, batch: list[tuple[int, Event]]) -> list[ChoiceState]:
-        """Give `batch` to the choices and return those that have changed, each once, in the order of their events.
-
-        Raises the error that an ending stands for.
-        """
-        changed: dict[int, ChoiceState] = {}
-        for request, event in batch:
-            if isinstance(event, PromptEvent):
-                self.cached += event.cached_tokens
-                self.span.event("prompt_read")
-                for choice in self.choices[request * self.n : (request + 1) * self.n]:
-                    choice.on_prompt(event)
-                    changed[choice.index] = choice
-                continue
-            choice = self.choices[request * self.n + event.index]
-            changed[choice.index] = choice
-            if isinstance(event, TokenEvent):
-                choice.on_token(event)
-                continue
-            error = error_of(event)
-            if error is not None:
-                raise error
-            choice.on_finish(event, self.eos_token_id)
-        return list(changed.values())
-
-    def answer(self, choices: list[dict[str, Any]], usage: bool) -> dict[str, Any]:
-        """A whole answer or a chunk."""
-        answer = {**self.frame, "choices": choices}
-        if usage:
-            answer["usage"] = self.usage()
-        return answer
-
-    def usage(self) -> dict[str, Any]:
-        prompt = sum(len(prompt.ids) for prompt in self.prompts)
-        generated = sum(choice.tokens for choice in self.choices)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-
-    def close(self) -> None:
-        """Free what is still held and leave a note for the log and the trace."""
-        self.generation.close()
-        usage = self.usage()
-        reasons = sorted({choice.finish_reason or "unfinished" for choice in self.choices})
-        self.state.log = {
-            "model": self.model.name,
-            "version": self.model.version,
-            "prompt_tokens": usage["prompt_tokens"],
-            "completion_tokens": usage["completion_tokens"],
-            "finish_reasons": reasons,
-        }
-        self.span.end(usage["prompt_tokens"], usage["completion_tokens"], reasons)
-
-
-async def _stream(run: _Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, None]:
-    """The chunks of a stream as server-sent events, the first for what has `changed` already.
-
-    What came since the last chunk goes out as one chunk for each choice. The frame is written once: building each
-    chunk's JSON from scratch takes several times as long as the rest of a token's way.
-    """
-    head = b"data: " + json.dumps(run.frame)[:-1].encode() + b', "choices": ['
-    with_usage = run.body.stream_options is not None and bool(run.body.stream_options.include_usage)
-    tail = b'], "usage": null}\n\n' if with_usage else b"]}\n\n"
-    try:
-        while changed:
-            pieces = [_chunk(choice) for choice in changed if choice.text or choice.writer or choice.finish_reason]
-            if pieces:
-                yield b"".join(part for piece in pieces for part in (head, piece, tail))
-            changed = run.take(await run.generation.next())
-        if with_usage:
-            yield b"data: " + json.dumps(run.answer([], usage=True)).encode() + b"\n\n"
-        yield _DONE
-    except Exception as error:
-        failure = failure_of(error)
-        if failure.internal:
-            log.error("a stream failed", exc_info=error, extra={"request_id": run.request_id})
-        yield b"data: " + json.dumps({"error": openai_error(failure)}).encode() + b"\n\n" + _DONE
-    finally:
-        run.close()
-
-
-def _chunk(choice: ChoiceState) -> bytes:
-    """What came for `choice`, as JSON; the common case, text alone, by hand."""
-    if choice.writer is not None or choice.finish_reason is not None:
-        return json.dumps(choice.take()).encode()
-    text, choice.text = choice.text, ""
-    return (
-        f'{{"index": {choice.index}, "text": {json.dumps(text)}, "logprobs": null, "finish_reason": null, '
-        '"stop_reason": null}'
-    ).encode()
 
 
 class _EventStream(StreamingResponse):

@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from serving.protocols import openai
+from serving.protocols.openapi import openapi_routes
 from serving.server.gate import Gate, on_http_exception
 from serving.server.operations import operations_routes
 from serving.server.playground import playground_routes
@@ -39,7 +40,13 @@ def build_app(
         )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=[*playground_routes(), *operations_routes(), *openai.routes(), *extra_routes],
+        routes=[
+            *playground_routes(),
+            *operations_routes(),
+            *openai.routes(),
+            *openapi_routes(),
+            *extra_routes,
+        ],
         middleware=middleware,
         exception_handlers={HTTPException: on_http_exception},
     )

@@ -1,0 +1,125 @@
+"""/openapi.json: every route of the server, described by OpenAPI 3.1 from the models that check its bodies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from serving import __version__
+from serving.protocols import openai_schema as schema
+from serving.server.gate import OPEN_PATHS, openai_shaped
+
+_REF = "#/components/schemas/{model}"
+_PARAMETER = re.compile(r"\{([a-z_]+)\}")
+# By method and path: the body, the answer, and the statuses beside 200, 401, 429 and 500.
+_BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel], tuple[int, ...]]] = {
+    "POST /v1/completions": (schema.CompletionRequest, schema.Completion, (400, 404, 408, 413, 503, 504)),
+    "GET /v1/models": (None, schema.ModelList, ()),
+    "GET /v1/models/{model}": (None, schema.ModelCard, (404,)),
+    "POST /tokenize": (schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 503)),
+    "POST /detokenize": (schema.DetokenizeRequest, schema.Text, (400, 404, 408, 413, 503)),
+}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "POST /v1/completions": {"prompt": "Return the", "max_tokens": 16, "temperature": 0.8, "seed": 7},
+    "POST /tokenize": {"prompt": "Return the"},
+    "POST /detokenize": {"tokens": [40, 41]},
+}
+_SENTENCES = {
+    400: "The request is wrong; the sentence names the field.",
+    401: "No API key, or an unknown one.",
+    404: "No such model or version.",
+    408: "The body did not come in time.",
+    413: "The body is over the limit.",
+    429: "The queue is full, or the caller asks too often; Retry-After is in seconds.",
+    500: "A failure of the server's own; its log has it under the request's id.",
+    503: "Draining, or not ready yet; Retry-After is in seconds.",
+    504: "Not done within the request's time.",
+}
+_PLAIN_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+
+
+def description(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """The OpenAPI document of `routes`. A route without models of its own takes and gives any JSON."""
+    models = {model for body, answer, _ in _BODIES.values() for model in (body, answer) if model} | {schema.Error}
+    ordered = sorted(models, key=lambda model: model.__name__)
+    _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
+    paths: dict[str, Any] = {}
+    for route in routes:
+        if isinstance(route, Route):
+            for method in sorted((route.methods or set()) - {"HEAD"}):
+                paths.setdefault(route.path, {})[method.lower()] = _operation(route, method)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "gpt2-bundle", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "paths": paths,
+        "components": {
+            "schemas": {**definitions["$defs"], "PlainError": _PLAIN_ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(route: Route, method: str) -> dict[str, Any]:
+    key = f"{method} {route.path}"
+    body, answer, statuses = _BODIES.get(key, (None, None, _usual(route.path, method)))
+    summary = (route.endpoint.__doc__ or route.name).strip().splitlines()[0]
+    operation: dict[str, Any] = {
+        "operationId": re.sub(r"[^a-z0-9]+", "_", key.lower()).strip("_"),
+        "summary": summary,
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in _PARAMETER.findall(route.path)
+        ],
+        "responses": {"200": _ok(route.path, answer)},
+    }
+    if method == "POST":
+        taken = {"$ref": _REF.format(model=body.__name__)} if body else {"type": "object"}
+        content: dict[str, Any] = {"schema": taken}
+        if key in EXAMPLES:
+            content["example"] = EXAMPLES[key]
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if route.path not in OPEN_PATHS:
+        operation["security"] = [{}, {"key": []}]
+        statuses = (401, 429, 500, *statuses)
+    error = "Error" if openai_shaped(route.path) else "PlainError"
+    content = {"application/json": {"schema": {"$ref": _REF.format(model=error)}}}
+    for status in sorted(statuses):
+        operation["responses"][str(status)] = {"description": _SENTENCES[status], "content": content}
+    if route.path.startswith("/health/ready"):
+        operation["responses"]["503"] = {"description": "Not ready; the reason is in the answer."}
+    return operation
+
+
+def _usual(path: str, method: str) -> tuple[int, ...]:
+    """Statuses of a route that has no models of its own."""
+    if method == "POST":
+        return (400, 404, 408, 413, 503, 504)
+    return (400, 404) if "{" in path else ()
+
+
+def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
+    if path == "/metrics":
+        return {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    content: dict[str, Any] = {"application/json": {"schema": {}}}
+    if answer is not None:
+        content = {"application/json": {"schema": {"$ref": _REF.format(model=answer.__name__)}}}
+    if answer is schema.Completion:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    return {"description": "Done.", "content": content}
+
+
+async def openapi(request: Request) -> Response:
+    """This description."""
+    return JSONResponse(description(request.app.routes))
+
+
+def openapi_routes() -> list[Route]:
+    """The routes of this module."""
+    return [Route("/openapi.json", openapi)]

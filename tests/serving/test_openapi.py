@@ -1,0 +1,92 @@
+"""The description of the server says what the server does; bodies that fit nothing end in 4xx and never in 500."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from serving.protocols import openai_schema as schema
+from serving.protocols import tf_rest
+from serving.protocols.openapi import EXAMPLES
+from serving.server.app import build_app
+from serving.server.settings import Settings
+from tests.serving.double_engine import DoubleEngine, registry_of
+
+SEEDS = 400
+VALUES: list[Any] = [None, True, 0, -1, 1, 2**63, 1e308, "", "a", "\ud800", "é\0", [], [1], ["a"], [[1], [257]], {}]
+VALUES += [{"a": 1}, {"5": 1e9}, {"b64": "!"}, [[[]]], [None], float("nan"), "x" * 3000]
+FIELDS = [*schema.CompletionRequest.model_fields, "instances", "inputs", "signature_name", "tokens"]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    engine = DoubleEngine()
+    registry = registry_of(engine, tmp_path_factory.mktemp("openapi") / "tiny")
+    settings = Settings()
+    app = build_app(registry, settings, tf_rest.routes(registry, settings))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+    engine.close()
+
+
+def test_every_route_is_described_and_every_reference_resolves(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    described = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+    routes = [route for route in client.app.routes if isinstance(route, Route)]  # type: ignore[attr-defined]
+    assert described == {(method, route.path) for route in routes for method in (route.methods or set()) - {"HEAD"}}
+    names = [each["operationId"] for item in document["paths"].values() for each in item.values()]
+    assert len(set(names)) == len(names)
+
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            if isinstance(value.get("$ref"), str):
+                yield value["$ref"]
+            for each in value.values():
+                yield from references(each)
+        elif isinstance(value, list):
+            for each in value:
+                yield from references(each)
+
+    found = set(references(document))
+    assert found and all(name.rpartition("/")[2] in document["components"]["schemas"] for name in found)
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_examples_and_their_answers_fit_the_schemas(client: TestClient, key: str) -> None:
+    answers = {"/v1/completions": schema.Completion, "/tokenize": schema.Tokens, "/detokenize": schema.Text}
+    path = key.split()[1]
+    answer = client.post(path, json=EXAMPLES[key])
+    assert answer.status_code == 200
+    answers[path].model_validate_json(answer.content, strict=True, extra="forbid")
+
+
+def mutant(source: random.Random) -> bytes:
+    """A body with some fields of some kind, sometimes cut, sometimes with a byte changed."""
+    body: Any = {name: source.choice(VALUES) for name in source.sample(FIELDS, source.randrange(6))}
+    if source.random() < 0.1:
+        body = source.choice(VALUES)
+    data = bytearray(json.dumps(body).encode())
+    if source.random() < 0.2:
+        del data[source.randrange(len(data) + 1) :]
+    elif data and source.random() < 0.2:
+        data[source.randrange(len(data))] = source.randrange(256)
+    return bytes(data)
+
+
+def test_no_body_ends_in_an_internal_error(client: TestClient) -> None:
+    source = random.Random(17)
+    paths = ["/v1/completions", "/tokenize", "/detokenize", "/v1/models/tiny:predict"]
+    seen: dict[int, int] = {}
+    for _ in range(SEEDS):
+        path, data = source.choice(paths), mutant(source)
+        answer = client.post(path, content=data, headers={"Content-Type": "application/json"})
+        seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
+        assert answer.status_code in (200, 400, 404), (path, data, answer.text)
+        assert answer.status_code == 200 or answer.json()["error"], (path, data)
+    assert seen[400] > SEEDS / 4 and seen[200] > 5
