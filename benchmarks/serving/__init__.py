@@ -1,0 +1,1 @@
+"""Measurements of serving: the engine alone, and what is in front of it."""
