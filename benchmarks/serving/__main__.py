@@ -50,7 +50,7 @@ def bare(
     def client(number: int) -> None:
         while time.perf_counter() < began + seconds:
             with lock:
-                prompt = tuple(draw.randrange(1000) for _ in range(prompt_tokens))
+                prompt = tuple(draw.randrange(256) for _ in range(prompt_tokens))
             sent, last = time.perf_counter(), 0.0
 
             def listen(event: Event) -> None:

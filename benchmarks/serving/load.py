@@ -21,6 +21,8 @@ import click
 
 _PATIENCE = 120.0
 """Seconds after the end for requests under way; later ones count as hung."""
+_IDS = 256
+"""Token ids that every vocabulary has."""
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
 
@@ -127,7 +129,7 @@ async def run(
 
     async def one() -> str:
         # A start of its own for each, so that no prompt is found in the cache.
-        start = [draw.randrange(1000) for _ in range(4)]
+        start = [draw.randrange(_IDS) for _ in range(4)]
         return await ask(address, path, {**body, "prompt": [*start, *prompts[4:]]}, results)
 
     async def client() -> None:
@@ -173,7 +175,7 @@ def main(
     """Load the server at URL with streamed, greedy completions of random token ids."""
     draw = random.Random(seed)
     body: dict[str, Any] = {
-        "prompt": [draw.randrange(1000) for _ in range(prompt_tokens)],
+        "prompt": [draw.randrange(_IDS) for _ in range(prompt_tokens)],
         "max_tokens": new_tokens,
         "temperature": 0,
         "stream": True,
