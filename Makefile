@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -100,6 +100,13 @@ bench-peers: $(INSTALLED) ## Measure decode and prefill at 124M beside other run
 	for peer in $(PEERS); do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int4/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --output runs/bench-peers/record.json
+
+bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M, then overload it, leave it and end it under load.
+	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	mkdir -p runs/bench-serving
+	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
+		--output runs/bench-serving/$$graph.json || exit; done
+	$(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --faults --output runs/bench-serving/faults.json
 
 # More processes than four need more memory than they save time.
 test: $(INSTALLED) ## Run the fast tests.

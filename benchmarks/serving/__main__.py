@@ -1,0 +1,142 @@
+"""The server beside its bare engine: python -m benchmarks.serving BUNDLE --graph ort/int8 --output FILE.
+
+`gpt2-bundle serve`, the load generator and the bare engine are three processes that take turns on the same load. The
+generator's work on the same cores counts against the server. `--faults` then overloads the server, leaves it in the
+middle of answers and ends it under load.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.hardware import environment
+from benchmarks.serving.faults import disconnects, overload, termination
+from benchmarks.serving.load import Results
+from benchmarks.serving.server import load, serving
+from serving.bundle import open_bundle
+from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, RequestRecord, StepRecord, TokenEvent
+from serving.engine.config import EngineConfig
+from serving.engine.engine import open_engine
+from serving.sampling import SamplingParams
+
+
+class _Silent:
+    """An `Observer` of nothing."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Nothing."""
+
+    def on_finish(self, record: RequestRecord) -> None:
+        """Nothing."""
+
+
+def bare(
+    engine: Engine, clients: int, seconds: float, prompt_tokens: int, new_tokens: int, seed: int
+) -> dict[str, Any]:
+    """What the load generator does, without a server: each of `clients` submits again when its text is complete."""
+    results, draw = Results(), random.Random(seed)
+    params = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    lock, open_clients = threading.Lock(), threading.Semaphore(0)
+    ended = [threading.Semaphore(0) for _ in range(clients)]
+    began = time.perf_counter()
+
+    def client(number: int) -> None:
+        while time.perf_counter() < began + seconds:
+            with lock:
+                prompt = tuple(draw.randrange(256) for _ in range(prompt_tokens))
+            sent, last = time.perf_counter(), 0.0
+
+            def listen(event: Event) -> None:
+                nonlocal last
+                if isinstance(event, TokenEvent):
+                    now = time.perf_counter()
+                    if last:
+                        results.gaps.append(now - last)
+                    else:
+                        results.first.append(now - sent)  # noqa: B023
+                    last = now
+                    results.arrivals.append((now, 1))
+                elif isinstance(event, FinishEvent):
+                    results.outcomes[event.reason] += 1
+                    ended[number].release()
+
+            engine.submit(GenerationRequest(prompt, params, logprobs=0), listen)
+            ended[number].acquire()
+        open_clients.release()
+
+    for number in range(clients):
+        threading.Thread(target=client, args=(number,), daemon=True).start()
+    for _ in range(clients):
+        open_clients.acquire()
+    results.tokens = len(results.arrivals)
+    return results.summary(began, seconds)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--graph", default="ort/int8", show_default=True)
+@click.option("--clients", default="1,16", show_default=True, help="Numbers of streaming clients.")
+@click.option("--seconds", default=10.0, show_default=True, help="Of each turn.")
+@click.option("--repeats", default=2, show_default=True)
+@click.option("--prompt-tokens", default=64, show_default=True)
+@click.option("--new-tokens", default=96, show_default=True)
+@click.option("--faults", is_flag=True, help="Overload, disconnects and SIGTERM instead of the comparison.")
+@click.option("--overload-seconds", default=60.0, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+def main(
+    bundle: Path,
+    graph: str,
+    clients: str,
+    seconds: float,
+    repeats: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    faults: bool,
+    overload_seconds: float,
+    output: Path | None,
+) -> None:
+    """Measure on the folder BUNDLE."""
+    opened = open_bundle(bundle, check="sizes")
+    record: dict[str, Any] = {"environment": environment(), "graph": graph, "prompt_tokens": prompt_tokens}
+    record |= {"new_tokens": new_tokens}
+    sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
+    if faults:
+        with serving(bundle, graph, "--queue", "16") as server:
+            record["overload"] = overload(server, sizes, seconds, overload_seconds)
+            record["disconnects"] = disconnects(server)
+            record["termination"] = termination(server, sizes)
+    else:
+        record["turns"] = []
+        engine = open_engine(opened, graph, "cpu", EngineConfig(), _Silent())
+        with serving(bundle, graph) as server:
+            for repeat in range(repeats + 1):
+                for count in map(int, clients.split(",")):
+                    length = seconds if repeat else 2.0
+                    pair = {
+                        "clients": count,
+                        "engine": bare(engine, count, length, prompt_tokens, new_tokens, repeat),
+                        "server": load(
+                            server.url,
+                            ["--clients", str(count), "--seconds", str(length), "--seed", str(repeat), *sizes],
+                        ),
+                    }
+                    if repeat:  # The first turn warms up.
+                        record["turns"].append(pair)
+                        click.echo(json.dumps(pair), err=True)
+        engine.close()
+    text = json.dumps(record, indent=1)
+    if output is None:
+        click.echo(text)
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

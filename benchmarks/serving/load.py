@@ -1,0 +1,193 @@
+"""Load for an OpenAI-compatible server, in a process of its own: python -m benchmarks.serving.load URL --clients 16.
+
+It speaks HTTP/1.1 over plain asyncio streams and reads of each event only what it must, as it shares the machine with
+the server that it measures. Closed loop: each client asks again as soon as its answer is complete. With `--rate`,
+requests come at random moments instead (exponential gaps), whatever is still under way. The result is one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+_PATIENCE = 120.0
+"""Seconds after the end for requests under way; later ones count as hung."""
+_IDS = 256
+"""Token ids that every vocabulary has."""
+_USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+
+
+@dataclass
+class Results:
+    """What came back; times are seconds on the clock of `time.perf_counter`."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    first: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    arrivals: list[tuple[float, float]] = field(default_factory=list)
+    """(moment, tokens) of each read."""
+    tokens: float = 0
+    refused: list[float] = field(default_factory=list)
+
+    def summary(self, began: float, seconds: float) -> dict[str, Any]:
+        """Rates over the window alone; quantiles over every answer."""
+        within = sum(tokens for moment, tokens in self.arrivals if moment <= began + seconds)
+        return {
+            "seconds": seconds,
+            "tokens_per_second": within / seconds,
+            "tokens": self.tokens,
+            "outcomes": dict(self.outcomes),
+            "time_to_first_token_s": quantiles(self.first),
+            "inter_token_s": quantiles(self.gaps),
+            "refusal_s": quantiles(self.refused),
+        }
+
+
+def quantiles(values: list[float]) -> dict[str, float] | None:
+    """The 50th, 90th and 99th percentile (nearest rank)."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 90, 99)}
+
+
+async def ask(address: tuple[str, int], path: str, body: dict[str, Any], results: Results) -> str:
+    """One streamed completion on a connection of its own; returns and counts how it ended."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {address[0]}\r\nContent-Type: application/json\r\n"
+    sent = time.perf_counter()
+    try:
+        reader, writer = await asyncio.open_connection(*address)
+    except OSError:
+        results.outcomes["no connection"] += 1
+        return "no connection"
+    try:
+        writer.write(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        status = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1].decode()
+        outcome = await _read(reader, sent, results) if status == "200" else status
+        if status == "429":
+            results.refused.append(time.perf_counter() - sent)
+    except (OSError, asyncio.IncompleteReadError, IndexError):
+        outcome = "broken off"
+    finally:
+        writer.close()
+    results.outcomes[outcome] += 1
+    return outcome
+
+
+async def _read(reader: asyncio.StreamReader, sent: float, results: Results) -> str:
+    """Read events until the end; "complete" is an answer whose last event is [DONE] and none of whose is an error."""
+    last, tail = 0.0, b""
+    whole: list[bytes] = []
+    arrivals: list[tuple[float, int]] = []
+    while data := await reader.read(1 << 16):
+        now = time.perf_counter()
+        whole.append(data)
+        # Each event with a choice has one "index"; a read may end inside one.
+        events = (tail + data).count(b'"index"')
+        tail = data[-6:]
+        if not events:
+            continue
+        if last:
+            results.gaps.append(now - last)
+            results.gaps += [0.0] * (events - 1)
+        else:
+            results.first.append(now - sent)
+        last = now
+        arrivals.append((now, events))
+    answer = b"".join(whole)
+    # A token inside a character has no event, and an event may have several tokens; the usage at the end has them all.
+    events = sum(events for _, events in arrivals)
+    usage = _USAGE.findall(answer)
+    scale = int(usage[-1]) / events if usage and events else 1.0
+    results.arrivals += [(moment, events * scale) for moment, events in arrivals]
+    results.tokens += events * scale
+    if b"data: [DONE]" not in answer:
+        return "broken off"
+    return "error event" if b'"error"' in answer else "complete"
+
+
+async def run(
+    url: str, body: dict[str, Any], clients: int, seconds: float, rate: float | None, seed: int
+) -> dict[str, Any]:
+    """Ask for `seconds`, let what is under way end, and summarise."""
+    parts = urlsplit(url)
+    address = (parts.hostname or "127.0.0.1", parts.port or 80)
+    path = f"{parts.path.rstrip('/')}/v1/completions"
+    results, draw = Results(), random.Random(seed)
+    prompts = body["prompt"]
+    began = time.perf_counter()
+
+    async def one() -> str:
+        # A start of its own for each, so that no prompt is found in the cache.
+        start = [draw.randrange(_IDS) for _ in range(4)]
+        return await ask(address, path, {**body, "prompt": [*start, *prompts[4:]]}, results)
+
+    async def client() -> None:
+        while time.perf_counter() < began + seconds:
+            if await one() != "complete":
+                await asyncio.sleep(0.05)
+
+    tasks: set[asyncio.Task[Any]] = set()
+    if rate is None:
+        tasks |= {asyncio.create_task(client()) for _ in range(clients)}
+    else:
+        while (now := time.perf_counter()) < began + seconds:
+            tasks.add(asyncio.create_task(one()))
+            await asyncio.sleep(max(0.0, draw.expovariate(rate) - (time.perf_counter() - now)))
+    _, hung = await asyncio.wait(tasks, timeout=seconds + _PATIENCE)
+    for task in hung:
+        task.cancel()
+    results.outcomes["hung"] += len(hung)
+    return results.summary(began, seconds)
+
+
+@click.command()
+@click.argument("url")
+@click.option(
+    "--clients", default=16, show_default=True, type=click.IntRange(1), help="Closed loop: this many at once."
+)
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Open loop: requests a second instead.")
+@click.option("--seconds", default=20.0, show_default=True)
+@click.option("--prompt-tokens", default=64, show_default=True, type=click.IntRange(5))
+@click.option("--new-tokens", default=96, show_default=True, type=click.IntRange(2))
+@click.option("--model", help="The model's name; left out of the request if not given.")
+@click.option("--seed", default=0, show_default=True)
+def main(
+    url: str,
+    clients: int,
+    rate: float | None,
+    seconds: float,
+    prompt_tokens: int,
+    new_tokens: int,
+    model: str | None,
+    seed: int,
+) -> None:
+    """Load the server at URL with streamed, greedy completions of random token ids."""
+    draw = random.Random(seed)
+    body: dict[str, Any] = {
+        "prompt": [draw.randrange(_IDS) for _ in range(prompt_tokens)],
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        # Makes an event of every token, also of those without text, which most ids of a small tokenizer are.
+        "logprobs": 0,
+    }
+    if model:
+        body["model"] = model
+    click.echo(json.dumps(asyncio.run(run(url, body, clients, seconds, rate, seed))))
+
+
+if __name__ == "__main__":
+    main()
