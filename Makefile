@@ -15,7 +15,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training bench-peers test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve bench bench-gpt2 bench-prepare bench-training bench-peers bench-gpu test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,12 @@ bench-peers: $(INSTALLED) ## Measure decode and prefill at 124M beside other run
 	for peer in $(PEERS); do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int4/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --output runs/bench-peers/record.json
+
+# onnxruntime-gpu, torch and TensorFlow are not installed for it: what BENCH_PYTHON has is measured, the rest is named.
+BENCH_PYTHON ?= $(BIN)/python
+bench-gpu: $(INSTALLED) ## Measure decode and prefill at 124M on a GPU, in ten minutes at most (BENCH_PYTHON=, DEVICE=cuda).
+	test -f "$(OUTPUT)/gpt2-geometry/ort/fp16/greedy.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT) --set 'export.variants=["int8","int4","fp16"]'
+	$(BENCH_PYTHON) -m benchmarks.gpu "$(OUTPUT)/gpt2-geometry" --device $(or $(DEVICE),cuda) --output runs/bench-gpu/record.json
 
 # More processes than four need more memory than they save time.
 test: $(INSTALLED) ## Run the fast tests.
