@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving bench-gpu test test-slow test-oracle test-ecosystem lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -107,6 +107,11 @@ bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
 		--output runs/bench-serving/$$graph.json || exit; done
 	$(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --faults --output runs/bench-serving/faults.json
+# onnxruntime-gpu, torch and TensorFlow are not installed for it: what BENCH_PYTHON has is measured, the rest is named.
+BENCH_PYTHON ?= $(BIN)/python
+bench-gpu: $(INSTALLED) ## Measure decode and prefill at 124M on a GPU, in ten minutes at most (BENCH_PYTHON=, DEVICE=cuda).
+	test -f "$(OUTPUT)/gpt2-geometry/ort/fp16/greedy.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT) --set 'export.variants=["int8","int4","fp16"]'
+	$(BENCH_PYTHON) -m benchmarks.gpu "$(OUTPUT)/gpt2-geometry" --device $(or $(DEVICE),cuda) --output runs/bench-gpu/record.json
 
 # More processes than four need more memory than they save time.
 test: $(INSTALLED) ## Run the fast tests.

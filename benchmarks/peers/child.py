@@ -19,21 +19,25 @@ ROOT = Path(__file__).parents[2]
 class Child:
     """Starts `command`, which speaks `benchmarks.peers.protocol`, and stops it at the end of a `with` block.
 
-    What it prints beside its answers goes into the file `log`. Raises GPT2BundleError for an error that it answers, or
-    if it ends.
+    What it prints beside its answers goes into the file `log`; it sees no GPU unless `gpu` is set. Raises
+    GPT2BundleError for an error that it answers, or if it ends.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, threads: int) -> None:
+    def __init__(self, name: str, command: Sequence[str], log: Path, threads: int, gpu: bool = False) -> None:
         self.name, self.log = name, log
         self.versions: dict[str, str] = {}
         self.notes: list[str] = []
         self.disturbance: list[float] = []
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "CUDA_VISIBLE_DEVICES": "-1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": str(threads),
-        }
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH") if gpu else None)))
+        environment = (
+            os.environ
+            | ({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"})
+            | {
+                "PYTHONPATH": path,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(threads),
+            }
+        )
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
@@ -46,8 +50,12 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
+        self.kill()
         self._process.communicate()
+
+    def kill(self) -> None:
+        """End the process; a request that waits for it fails."""
+        self._process.kill()
 
     def load(self, job: Job) -> None:
         """Load what the job says; `versions` and `notes` are known afterwards."""
