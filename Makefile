@@ -107,6 +107,7 @@ bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
 		--output runs/bench-serving/$$graph.json || exit; done
 	$(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --faults --output runs/bench-serving/faults.json
+
 # onnxruntime-gpu, torch and TensorFlow are not installed for it: what BENCH_PYTHON has is measured, the rest is named.
 BENCH_PYTHON ?= $(BIN)/python
 bench-gpu: $(INSTALLED) ## Measure decode and prefill at 124M on a GPU, in ten minutes at most (BENCH_PYTHON=, DEVICE=cuda).
