@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from benchmarks import hardware
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.device import floor_ms
-from serving.errors import InputError
+from benchmarks.gpu.weights import main as weights
+from serving.backends.loader import load_backend
+from serving.bundle import open_bundle
+from serving.errors import BundleError, InputError
 from tests.closed_form import geometry
 
 
@@ -74,3 +78,19 @@ def test_the_floor_is_the_longer_of_reading_and_arithmetic():
     found = floor_ms(model, "fp16", 4, 10, rates | {"fp16_flops_per_second": 1e3})
     assert found["floor_ms"] == pytest.approx(found["step_flops"])
     assert floor_ms(model, "fp16", 4, 10, None)["floor_ms"] is None
+
+
+def test_a_stripped_bundle_is_filled_with_the_weights_that_its_manifest_names(tmp_path, built):
+    small, result = (
+        tmp_path / "small",
+        CliRunner().invoke(weights, ["strip", str(built.bundle), str(tmp_path / "small")]),
+    )
+    assert result.exit_code == 0, result.output
+    assert not (small / "model.safetensors").exists()
+    with pytest.raises(BundleError):
+        open_bundle(small)
+    result = CliRunner().invoke(weights, ["fill", str(small)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert open_bundle(small).manifest.graphs["ort/fp32"].precision == "fp32"
+    _, logits = load_backend(open_bundle(small), "onnx").prefill([[1, 2, 3]], 8)
+    assert np.isfinite(logits).all() and logits.std() > 0
