@@ -64,6 +64,7 @@ async function loadModels() {
   if (data.some((card) => card.id === before)) $("model").value = before;
   const longest = Math.max(...data.map((card) => card.max_model_len));
   if (Number.isFinite(longest)) $("max_tokens").max = longest - 1;
+  $("max_tokens").dispatchEvent(new Event("input")); // Its value may have been above that.
   if (!data.length) throw new Error("no model is loaded yet; try again in a moment");
 }
 
