@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +43,14 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
-                list(command), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                list(command),
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                # A group of its own, so that a server which it has started ends with it.
+                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
@@ -54,8 +63,9 @@ class Child:
         self._process.communicate()
 
     def kill(self) -> None:
-        """End the process; a request that waits for it fails."""
-        self._process.kill()
+        """End the process and all that it started; a request that waits for it fails."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def load(self, job: Job) -> None:
         """Load what the job says; `versions` and `notes` are known afterwards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,19 @@ def test_a_peer_that_fails_is_named_and_left_out(built, tmp_path):
 def test_ours_may_not_fail(built, tmp_path):
     with pytest.raises(GPT2BundleError, match="no graph 'ort/fp17'"):
         hold(built.bundle, tmp_path, "fp17")
+
+
+def test_what_a_contestant_has_started_ends_with_it(tmp_path):
+    started = tmp_path / "started"
+    with Child("shell", ["sh", "-c", f"sleep 600 & echo $! > {started}; cat"], tmp_path / "log", 1):
+        while not (started.exists() and started.read_text().strip()):
+            time.sleep(0.01)
+    state = Path(f"/proc/{started.read_text().strip()}/stat")
+    for _ in range(500):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("the process that the contestant started still runs")
 
 
 def test_a_process_that_ends_says_where_its_last_words_are(tmp_path):
