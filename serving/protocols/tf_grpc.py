@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from serving.errors import InputError
 from serving.protocols.tf_messages import MESSAGES, MODEL_SERVICE, PREDICTION_SERVICE, SIGNATURE_MAP_URL
 from serving.protocols.tf_rest import model_status
 from serving.protocols.tf_signatures import SIGNATURES, Call, Tensor, find, run
+from serving.server.gate import REQUEST_ID
 from serving.server.registry import State
 from serving.server.state import Server
 
@@ -72,7 +74,7 @@ class TensorFlowServing:
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        call = Call(model.engine, self._timeout(context), max_rows=self._server.settings.max_prompts)
+        call = Call(model.engine, self._timeout(context), request_id_of(context), self._server.settings.max_prompts)
         outputs = await run(name, call, inputs)
         response = MESSAGES["PredictResponse"]()
         _fill_spec(response.model_spec, model.name, model.version, name or "serving_default")
@@ -115,6 +117,14 @@ def _unimplemented(name: str) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered here; use Predict")
 
     return refuse
+
+
+def request_id_of(context: Any) -> str:
+    """What the caller named its request by `x-request-id`, or a new name."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id" and isinstance(value, str) and REQUEST_ID.match(value.encode()):
+            return value
+    return uuid.uuid4().hex
 
 
 def _version(spec: Any) -> int | None:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from serving.errors import InputError
 from serving.protocols.http_requests import parse_object, while_connected
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Signature, Tensor, find, run
+from serving.server.generation import time_limit
 from serving.server.registry import ModelNotFoundError, ModelRegistry
 from serving.server.settings import Settings
 
@@ -89,7 +90,8 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         columns = _columns(signature, body["instances"]) if by_rows else _named(signature, body["inputs"])
         inputs = {key: _array(key, signature.inputs.get(key), value) for key, value in columns.items()}
         request_id = getattr(request.state, "request_id", "")
-        call = Call(model.engine, settings.request_timeout, request_id, settings.max_prompts)
+        limit = time_limit(request, settings.request_timeout)
+        call = Call(model.engine, limit, request_id, settings.max_prompts)
         outputs = await while_connected(request, run(name, call, inputs))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})
 

@@ -26,9 +26,9 @@ from serving.server.errors import (
 from serving.server.playground import PATHS as PLAYGROUND_PATHS
 from serving.server.state import Server
 
-OPEN_PATHS = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready", "/metrics", *PLAYGROUND_PATHS)
+OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", *PLAYGROUND_PATHS)
 """What needs no key, so that probes and scrapers need none, and the page can ask for one; no prompt, no text."""
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _STATUSES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
 log = logging.getLogger("gpt2_bundle.server")
 access = logging.getLogger("gpt2_bundle.access")
@@ -47,7 +47,7 @@ class Gate:
         began = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
-        if not _REQUEST_ID.match(request_id):
+        if not REQUEST_ID.match(request_id):
             request_id = uuid.uuid4().hex.encode()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id.decode()

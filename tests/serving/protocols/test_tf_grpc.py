@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -24,6 +25,7 @@ from tensorflow_serving.apis import (
 
 from serving.clients.tf_serving import TFServingClient
 from serving.clients.tf_serving_grpc import GrpcTransport
+from serving.engine.api import RequestRecord, StepRecord
 from serving.errors import ServerError
 from serving.generation import generate
 from serving.protocols import tf_messages
@@ -126,6 +128,31 @@ def test_a_deadline_frees_the_slot(addresses: tuple[str, str], engine: DoubleEng
         assert engine.stats().active_slots == 0
     finally:
         engine.pace = 0.0
+
+
+def test_a_requests_name_reaches_the_engine(addresses: tuple[str, str], engine: DoubleEngine) -> None:
+    class Names:
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def on_step(self, record: StepRecord) -> None:
+            pass
+
+        def on_finish(self, record: RequestRecord) -> None:
+            self.seen.append(record.request_id)
+
+    engine.observer = names = Names()
+    try:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(addresses[0]))
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = "tiny"
+        for name, value in arrays(batch([[7, 8]], max_new_tokens=2)).items():
+            request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+        for metadata in ([("x-request-id", "mine-1")], []):
+            stub.Predict(request, metadata=metadata)
+    finally:
+        engine.observer = None
+    assert names.seen[0] == "mine-1" and len(names.seen[1]) == 32
 
 
 def test_keys(addresses: tuple[str, str]) -> None:

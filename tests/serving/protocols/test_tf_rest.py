@@ -209,3 +209,12 @@ def test_mutated_bodies_cause_no_internal_error(url: str) -> None:
 def test_a_refused_row_leaves_nothing_running(url: str) -> None:
     with pytest.raises(ServerError, match="may not be empty"):
         client(url, "row").predict(batch(PROMPTS) | {"lengths": [3, 1, 0]})
+
+
+def test_the_time_limit_is_a_requests_own(url: str) -> None:
+    body = {"inputs": batch([[7, 8]])}
+    request = urllib.request.Request(url + "/v1/models/tiny:predict", json.dumps(body).encode())
+    request.add_header("X-Request-Timeout", "soon")
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
+        urllib.request.urlopen(request)
+    assert "write seconds above 0" in json.load(caught.value)["error"]
