@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serving.drawing import draw_token
 from serving.errors import BundleError, InputError
 
 MAX_TEMPERATURE = 1000.0
@@ -203,47 +204,5 @@ def choose(
         if temperatures[row] == 0 or top_ks[row] == 1:
             chosen[row] = best
         else:
-            chosen[row] = _sample(line, temperatures[row], int(top_ks[row]), top_ps[row], min_ps[row], draws[row])
+            chosen[row] = draw_token(line, temperatures[row], int(top_ks[row]), top_ps[row], min_ps[row], draws[row])
     return chosen
-
-
-def _sample(
-    line: NDArray[np.float32],
-    temperature: np.float32,
-    top_k: int,
-    top_p: np.float32,
-    min_p: np.float32,
-    draw: np.float32,
-) -> np.int64:
-    """One row of `choose`, temperature above 0: `line` is [vocab]."""
-    ids: NDArray[np.int64] = np.arange(line.shape[0])
-    if 0 < top_k < line.shape[0]:
-        # Everything not below the k-th greatest, in order of id, so that the sort below settles ties as a full one.
-        ids = np.flatnonzero(line >= np.partition(line, -top_k)[-top_k])
-    ids = _descending(line, ids)
-    if top_k:
-        ids = ids[:top_k]
-    x = line[ids]
-    with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp((x - x[0]) / temperature)
-    # In float32, what is added at the end of a large vocabulary would be lost in rounding.
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    kept = 1 + int(np.searchsorted(cumulative[:-1], np.float64(top_p) * cumulative[-1], side="left"))
-    kept = min(kept, int(np.count_nonzero(weights >= min_p)))
-    target = np.float64(draw) * cumulative[kept - 1]
-    index = int(np.searchsorted(cumulative[:kept], target, side="right"))
-    # The draw is below 1 and so is its product with the mass, in every rounding; the bound costs nothing.
-    return np.int64(ids[min(index, kept - 1)])
-
-
-def _descending(line: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`ids` ordered by their logit in `line`, greatest first, the lowest id first among equals.
-
-    Sorts one unique 64-bit key an id, the logit above and the id below: several times faster than a stable argsort.
-    """
-    # Subtracting from 0 turns the order round and leaves no -0.0, whose bits would differ from those of its equal.
-    bits = (np.float32(0) - line[ids]).view(np.uint32)
-    # IEEE 754 bits order as integers once negative numbers are inverted and the others get the top bit.
-    ordered = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(0x80000000))
-    keys = np.sort((ordered.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64))
-    return (keys & _MASK).astype(np.int64)
