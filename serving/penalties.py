@@ -43,6 +43,25 @@ class Edits:
         line[ids] = np.where(some > 0, some / repetition, some * repetition) - self.penalty[row]
 
 
+def join_edits(rows: Sequence[Edits | None]) -> Edits:
+    """The edits of several histories of one row each, as rows of one; None changes nothing."""
+    width = max((each.ids.shape[1] for each in rows if each is not None), default=1)
+    joined = Edits(
+        np.zeros((len(rows), width), np.int64),
+        np.zeros((len(rows), width), np.float32),
+        np.ones((len(rows), width), np.float32),
+        np.zeros((len(rows), width), np.float32),
+    )
+    for row, each in enumerate(rows):
+        if each is None:
+            continue
+        for name in ("ids", "bias", "repetition", "penalty"):
+            target, source = getattr(joined, name), getattr(each, name)
+            target[row, : source.shape[1]] = source[0]
+            target[row, source.shape[1] :] = source[0, 0]
+    return joined
+
+
 class History:
     """What a batch's rows have said so far, as edits that are brought up to date token by token."""
 

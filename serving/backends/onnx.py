@@ -205,13 +205,7 @@ class OnnxBackend:
             state.choice = self._choose_session.io_binding()
             state.values["token"] = device_zeros((len(state.lengths), 1), np.dtype(np.int64), self._device_name)
             state.choice.bind_ortvalue_input("logits", state.values["logits"])
-        edits = request.edits
-        for name, value in (
-            *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
-            *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
-            ("candidates", np.array([request.candidates], np.int64)),
-        ):
-            state.choice.bind_cpu_input(name, value)
+        bind_request(state.choice, request)
         state.choice.clear_binding_outputs()
         state.choice.bind_ortvalue_output("token", state.values["token"])
         names = ["exact", "candidate_logits", "candidate_ids", "normaliser"] if candidates else ["exact"]
@@ -291,6 +285,17 @@ class OnnxBackend:
         memory = self._cache_memory.take((len(self._past), room), self._cache_dtype)
         size = rows * heads * length * head_dim
         return [ort.OrtValue.ortvalue_from_numpy(one[:size].reshape(shape)) for one in memory]
+
+
+def bind_request(binding: Any, request: Request) -> None:
+    """Bind what the choice graph is asked, all but the logits."""
+    edits = request.edits
+    for name, value in (
+        *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
+        *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
+        ("candidates", np.array([request.candidates], np.int64)),
+    ):
+        binding.bind_cpu_input(name, value)
 
 
 def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:

@@ -20,13 +20,13 @@ from serving.engine.api import (
     StepRecord,
     TokenEvent,
 )
+from serving.engine.device_choice import needs_logits, sample_there
 from serving.engine.sampler import Sampled, log_probabilities, sample
 from serving.engine.scheduler import Scheduler
-from serving.engine.slots import SlotBackend
+from serving.engine.slots import SlotBackend, chooses
 from serving.engine.tasks import Continuation, Task
 
 _log = logging.getLogger(__name__)
-_NOTHING: FloatArray = np.empty((0, 0), np.float32)
 
 
 class Core:
@@ -45,6 +45,7 @@ class Core:
         self.tokens_per_second = 0.0
         """Prompt and generated tokens, of late."""
         self._backend, self._observer, self._clock = backend, observer, clock
+        self._choosing = backend if chooses(backend) else None
         self._next_deadline = float("inf")
         self._flushes: dict[Callable[[], None], None] = {}
         self._deaf: list[Task] = []
@@ -57,7 +58,8 @@ class Core:
         self._add(arrived, cancelled, began)
         read, finished = self._read_prompts(began)
         owners, logits = self._decode(may_move=not read)
-        self._score(owners, logits)
+        if logits is not None:
+            self._score(owners, logits)
         sampled = self._sample(owners, logits) + [each for task in finished for each in self._begin(task)]
         self._emit(sampled)
         self._end_step(began, read, sum(owner is not None for owner in owners))
@@ -124,19 +126,23 @@ class Core:
                 finished.append(work.task)
         return read, finished
 
-    def _decode(self, may_move: bool) -> tuple[list[Continuation | None], FloatArray]:
-        """Run one token of every continuation that decodes: whose row is whose, and the logits."""
+    def _decode(self, may_move: bool) -> tuple[list[Continuation | None], FloatArray | None]:
+        """Run one token of every continuation that decodes: whose row is whose, and the logits if they came here."""
         if may_move:
             self._narrow()
         owners, tokens, lengths = self.scheduler.rows()
         if not owners:
-            return [], _NOTHING
+            return [], None
         try:
             self._flush()
-            logits = self._backend.decode(tokens, lengths)
+            logits = None
+            if self._choosing is None or needs_logits(owners):
+                logits = self._backend.decode(tokens, lengths)
+            else:
+                self._choosing.advance(tokens, lengths)
         except Exception as error:
             self._fail([owner.task for owner in owners if owner is not None], error)
-            return [], _NOTHING
+            return [], None
         self.scheduler.decoded()
         return owners, logits
 
@@ -168,8 +174,17 @@ class Core:
             if not owner.task.scoring:
                 self.scheduler.scored(owner.task)
 
-    def _sample(self, owners: list[Continuation | None], logits: FloatArray) -> list[Sampled]:
-        return sample(logits, owners) if any(owners) else []
+    def _sample(self, owners: list[Continuation | None], logits: FloatArray | None) -> list[Sampled]:
+        if not any(owners):
+            return []
+        if logits is not None:
+            return sample(logits, owners)
+        assert self._choosing is not None
+        try:
+            return sample_there(self._choosing, owners)
+        except Exception as error:
+            self._fail([owner.task for owner in owners if owner is not None], error)
+            return []
 
     def _begin(self, task: Task) -> list[Sampled]:
         """Say that the prompt of `task` was read and choose the first tokens."""

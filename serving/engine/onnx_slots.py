@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from serving.backends.base import FloatArray, IntArray
+from serving.backends.base import Choice, FloatArray, IntArray, Request
 from serving.backends.cuda import parse_device
-from serving.backends.onnx import DEFAULT_GRAPH, device_zeros, open_graph
+from serving.backends.onnx import CHOOSE_GRAPH, DEFAULT_GRAPH, bind_request, device_zeros, open_graph
 from serving.bundle import Bundle
 from serving.engine.slots import cache_bytes
 from serving.errors import InputError
@@ -28,6 +28,8 @@ class OnnxSlotBackend:
         slots, max_length: sizes of the cache; memory is taken as positions are first written, on the processor.
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
         device: "cpu", "cuda" or "cuda:N"; only the first can copy positions from slot to slot.
+        chooses: whether tokens are chosen by the bundle's graph for it, where the logits are; None is on CUDA alone,
+            if the bundle has that graph.
 
     Raises InputError for a graph of another kind, RuntimeMissingError for a device that is not there.
     """
@@ -41,6 +43,7 @@ class OnnxSlotBackend:
         max_length: int,
         threads: int | None = None,
         device: str = "cpu",
+        chooses: bool | None = None,
     ) -> None:
         geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
         if graph.runtime != "onnx" or graph.cache != "shared-buffer":
@@ -59,10 +62,19 @@ class OnnxSlotBackend:
         self._session: Any = open_graph(bundle, graph_name, device, threads)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
+        has_choice = CHOOSE_GRAPH in bundle.manifest.graphs
+        self.chooses = has_choice and (device != "cpu" if chooses is None else chooses)
         self._logits = np.empty((slots, 1, self.vocab_size), np.float32)
         self._prompt_logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._leading: dict[int, Any] = {}
         self._alone: dict[int, Any] = {}
+        if self.chooses:
+            self._kept_logits = _Buffer((slots, 1, self.vocab_size), np.dtype(np.float32), device)
+            # One thread: on the processor two sessions' threads would wait by spinning on each other's cores.
+            self._choose_session: Any = open_graph(bundle, CHOOSE_GRAPH, device, 1)
+            self._staying: dict[int, Any] = {}
+            self._choices: dict[int, Any] = {}
+            self._rows = 0
         self._columns = np.arange(max_length)
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
@@ -82,13 +94,43 @@ class OnnxSlotBackend:
         rows = len(tokens)
         if rows not in self._leading:
             self._leading[rows] = self._bind(0, rows, self._logits)
-        binding = self._leading[rows]
+        self._run(self._leading[rows], tokens, lengths)
+        return self._logits[:rows, 0]
+
+    def advance(self, tokens: IntArray, lengths: IntArray) -> None:
+        """See `ChoosingSlotBackend.advance`."""
+        self._rows = rows = len(tokens)
+        if rows not in self._staying:
+            self._staying[rows] = self._bind(0, rows, None)
+        self._run(self._staying[rows], tokens, lengths)
+
+    def choose(self, request: Request) -> Choice:
+        """See `ChoosingSlotBackend.choose`."""
+        rows = self._rows
+        if rows not in self._choices:
+            binding = self._choices[rows] = self._choose_session.io_binding()
+            shape, address = (rows, 1, self.vocab_size), self._kept_logits.address(0)
+            binding.bind_input("logits", *self._place, np.float32, shape, address)
+        binding = self._choices[rows]
+        bind_request(binding, request)
+        binding.clear_binding_outputs()
+        for name in ("token", "exact"):
+            binding.bind_output(name, "cpu")
+        self._choose_session.run_with_iobinding(binding)
+        token, exact = (value.numpy() for value in binding.get_outputs())
+        return Choice(token[:, 0], exact)
+
+    def logits(self) -> FloatArray:
+        """See `ChoosingSlotBackend.logits`."""
+        logits: FloatArray = self._kept_logits.fetch()[: self._rows, 0]
+        return logits
+
+    def _run(self, binding: Any, tokens: IntArray, lengths: IntArray) -> None:
         mask = (self._columns[: int(lengths.max()) + 1] <= lengths[:, None]).astype(np.int64)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, None], np.int64))
         binding.bind_cpu_input("position_ids", np.ascontiguousarray(lengths[:, None], np.int64))
         binding.bind_cpu_input("attention_mask", mask)
         self._session.run_with_iobinding(binding)
-        return self._logits[:rows, 0]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """See `SlotBackend.copy_prefix`."""
@@ -101,21 +143,28 @@ class OnnxSlotBackend:
         self._alone.clear()
         self._buffers.clear()
         self._session = None
+        if self.chooses:
+            self._staying.clear()
+            self._choices.clear()
+            self._choose_session = self._kept_logits = None  # type: ignore[assignment]
 
-    def _bind(self, first: int, rows: int, logits: FloatArray) -> Any:
-        """A binding of `rows` slots from `first` on as past and present at once."""
+    def _bind(self, first: int, rows: int, logits: FloatArray | None) -> Any:
+        """A binding of `rows` slots from `first` on as past and present at once; without `logits`, those stay there."""
         binding = self._session.io_binding()
         for name, buffer in zip(self._past, self._buffers, strict=True):
             place = (*self._place, buffer.dtype, (rows, *self._row), buffer.address(first))
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past_key_values", "present"), *place)
-        # Always on the processor, where tokens are chosen.
-        binding.bind_output("logits", "cpu", 0, np.float32, (rows, 1, self.vocab_size), logits.ctypes.data)
+        shape = (rows, 1, self.vocab_size)
+        if logits is None:
+            binding.bind_output("logits", *self._place, np.float32, shape, self._kept_logits.address(0))
+        else:
+            binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
         return binding
 
 
 class _Buffer:
-    """The keys, or the values, of one block: `array` on the processor, memory behind a pointer elsewhere."""
+    """A row for each slot, as of one block's keys: `array` on the processor, memory behind a pointer elsewhere."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> None:
         self.dtype = dtype.type
@@ -126,3 +175,7 @@ class _Buffer:
 
     def address(self, slot: int) -> int:
         return self._start + slot * self._slot_bytes
+
+    def fetch(self) -> Any:
+        """All of it as an array; on the processor the memory itself."""
+        return self.array if self._value is None else self._value.numpy()

@@ -6,11 +6,11 @@ A slot is one row of a cache [slots, heads, max_length, head_dim]. The rows that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 
-from serving.backends.base import FloatArray, IntArray
+from serving.backends.base import Choice, FloatArray, IntArray, Request
 from serving.bundle import Geometry
 
 
@@ -54,6 +54,30 @@ class SlotBackend(Protocol):
     def close(self) -> None:
         """Give the cache and the graph back. May be called more than once."""
         ...
+
+
+class ChoosingSlotBackend(SlotBackend, Protocol):
+    """A backend that can choose tokens where the logits are, so that no logits need to be fetched."""
+
+    chooses: bool
+    """Whether to have it choose; if not, the methods below may not be called."""
+
+    def advance(self, tokens: IntArray, lengths: IntArray) -> None:
+        """Append one token to each of the leading rows as `decode` does, and leave the logits where they are."""
+        ...
+
+    def choose(self, request: Request) -> Choice:
+        """Choose the next token of each row of the last `advance`; what is asked holds for as many rows."""
+        ...
+
+    def logits(self) -> FloatArray:
+        """Fetch the logits of the last `advance`, [rows, vocab_size], which the caller may change until the next."""
+        ...
+
+
+def chooses(backend: SlotBackend) -> TypeGuard[ChoosingSlotBackend]:
+    """Whether to have `backend` choose tokens itself."""
+    return bool(getattr(backend, "chooses", False))
 
 
 def cache_bytes(geometry: Geometry, slots: int, max_length: int, dtype: str = "float32") -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from serving.engine.slots import SlotBackend, cache_bytes
 from serving.errors import InputError
 from serving.generation import generate
 from serving.sampling import SamplingParams
+from serving.text_stream import load_tokenizer
 from tests.closed_form import ClosedFormSlotBackend, logits_after
 from tests.oracles.fixtures import max_difference, read_cases
 from tests.serving.engine.harness import EOS, Heard
@@ -115,9 +117,19 @@ def test_a_copied_prefix_is_the_same_bit_for_bit(case: Case) -> None:
     np.testing.assert_array_equal(read(case.backend, 1, text), alone)
 
 
-def test_the_engine_says_what_generation_says(bundle: Bundle) -> None:
+@pytest.mark.parametrize("chooses", [False, True])
+def test_the_engine_says_what_generation_says(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, chooses: bool) -> None:
+    """Wherever tokens are chosen; where the graph does it, logits come here only for those that are not certain."""
+    from serving.engine.onnx_slots import OnnxSlotBackend
+
+    # Few enough that some draws fall behind them.
+    monkeypatch.setattr("serving.engine.device_choice.USUAL_CANDIDATES", 60)
     random = np.random.default_rng(5)
-    engine = open_engine(bundle, "ort/fp32", config=EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
+    slots = OnnxSlotBackend(bundle, "ort/fp32", slots=SLOTS, max_length=LIMIT, chooses=chooses)
+    calls = Counter[str]()
+    for name in ("decode", "advance", "choose", "logits"):
+        _count(slots, name, calls)
+    engine = SlotEngine(slots, load_tokenizer(bundle), EOS, EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
     backend = load_backend(bundle, "onnx", "ort/fp32")
     start = random.integers(0, 256, 17).tolist()
     requests = [
@@ -135,6 +147,7 @@ def test_the_engine_says_what_generation_says(bundle: Bundle) -> None:
             ),
             n=int(random.choice([1, 1, 2, 4])),
             prompt_logprobs=1 if number % 7 == 0 else None,
+            logprobs=2 if number % 11 == 0 else None,
         )
         for number in range(40)
     ]
@@ -149,6 +162,22 @@ def test_the_engine_says_what_generation_says(bundle: Bundle) -> None:
             (wanted,) = generate(backend, [each.request.prompt], params, EOS)
             assert (tuple(each.ids(index)), each.ends[index].reason) == (wanted.token_ids, wanted.finish_reason)
     assert any(each.prompt and each.prompt.cached_tokens for each in heard)
+    assert calls["decode"]
+    if chooses:
+        assert 0 < calls["logits"] < calls["choose"] == calls["advance"]
+    else:
+        assert not calls["advance"]
+
+
+def _count(backend: Any, name: str, calls: Counter[str]) -> None:
+    """Have `calls` count the calls of a method of `backend`."""
+    method = getattr(backend, name)
+
+    def counted(*arguments: Any) -> Any:
+        calls[name] += 1
+        return method(*arguments)
+
+    setattr(backend, name, counted)
 
 
 def test_alone_is_beside_others(bundle: Bundle) -> None:
