@@ -193,5 +193,10 @@ def _companions(server: Server, options: dict[str, Any]) -> list[Companion]:
     from serving.server.grpc_server import GrpcCompanion
 
     certificate, key = options["tls_cert"], options["tls_key"]
-    tls = (key.read_bytes(), certificate.read_bytes()) if certificate is not None else None
+    try:
+        tls = (key.read_bytes(), certificate.read_bytes()) if certificate is not None else None
+    except OSError as error:
+        raise InputError(
+            f"the certificate or its key cannot be used: {error}; check --tls-cert and --tls-key"
+        ) from None
     return [GrpcCompanion(server, options["host"], options["grpc_port"], tls)]

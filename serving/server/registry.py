@@ -75,13 +75,18 @@ class ModelRegistry:
             return list(self._models)
 
     def versions(self, name: str) -> list[ServedModel]:
-        """All versions of `name` in any state, the newest first. Raises ModelNotFoundError."""
+        """All versions of `name` in any state, the newest first. Raises ModelNotFoundError.
+
+        Raises ModelNotReadyError as long as there is no model at all, since any name may still come.
+        """
         with self._lock:
             return self._versions(name)
 
     def _versions(self, name: str) -> list[ServedModel]:
+        if not self._models:
+            raise ModelNotReadyError("no model is loaded yet; try again when /health/ready says so")
         if name not in self._models:
-            known = ", ".join(map(repr, self._models)) or "none"
+            known = ", ".join(map(repr, self._models))
             raise ModelNotFoundError(f"no model {name!r} is served here; there is {known}")
         return sorted(self._models[name].values(), key=lambda model: -model.version)
 
