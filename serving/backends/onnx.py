@@ -324,9 +324,15 @@ def open_session(bundle: Bundle, path: str, device: str, threads: int | None, ca
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(provider, cuda_options(number, captured)), *providers]
     try:
-        session = ort.InferenceSession(str(bundle.path(path)), options, providers=providers)
+        # Without its fallback, which prints several lines and goes on on the processor.
+        session = ort.InferenceSession(str(bundle.path(path)), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no narrower base.
         reason = " ".join(str(error).split())
+        if kind != "cpu" and "CUDA" in reason:
+            raise RuntimeMissingError(
+                f"ONNX Runtime cannot start on {device!r} here ({reason[:300]}); look for its number in nvidia-smi, "
+                "or ask for 'cpu'"
+            ) from None
         raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
     if session.get_providers()[0] != provider:
         # Its libraries are not there, or there is no such device: ONNX Runtime goes on without, but for a warning.
