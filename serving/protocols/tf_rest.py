@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -100,12 +101,18 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         _, outputs = await while_connected(request, with_model(registry, model_name, version, work))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})
 
+    async def post_only(request: Request) -> Response:
+        raise HTTPException(405, headers={"Allow": "POST"})
+
     made: list[Route] = []
     for path in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}", "/v1/models/{name}/labels/{label}"):
+        described = not path.endswith("{label}")  # Which is there to be refused in words.
         if path != "/v1/models/{name}":
-            made.append(Route(path, status, methods=["GET"]))
-        made.append(Route(f"{path}/metadata", metadata, methods=["GET"]))
-        made.append(Route(f"{path}:predict", predict, methods=["POST"]))
+            made.append(Route(path, status, methods=["GET"], include_in_schema=described))
+        made.append(Route(f"{path}/metadata", metadata, methods=["GET"], include_in_schema=described))
+        made.append(Route(f"{path}:predict", predict, methods=["POST"], include_in_schema=described))
+        # Else a GET would be for a version, or a model, of that name.
+        made.append(Route(f"{path}:predict", post_only, include_in_schema=False))
     # A version may hold a colon as far as the router knows, so the longer paths come first.
     return sorted(made, key=lambda route: -len(route.path))
 
