@@ -10,7 +10,7 @@ import pytest
 
 import serving.engine.engine
 from serving.backends.cuda import parse_devices
-from serving.backends.onnx import open_session
+from serving.backends.onnx_session import open_session
 from serving.bundle import open_bundle
 from serving.errors import BundleError, InputError, RuntimeMissingError
 from serving.server import loading
