@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving bench-gpu test test-slow test-oracle test-ecosystem lint clean
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -125,13 +125,22 @@ test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and ru
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
 	$(BIN)/python -m pytest -m oracle
 
-test-ecosystem: $(INSTALLED) ## Install ONNX Runtime GenAI and Optimum in environments of their own, and run them on a bundle.
+.venv-schemathesis/installed:
+	test -x .venv-schemathesis/bin/python || $(PYTHON) -m venv .venv-schemathesis
+	.venv-schemathesis/bin/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5
+	@touch $@
+
+test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis in an environment of its own, and run it on a server.
+	SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_schemathesis.py
+
+test-ecosystem: $(INSTALLED) .venv-schemathesis/installed ## Install ONNX Runtime GenAI, Optimum and Schemathesis in environments of their own, and run them on a bundle.
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
 	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
 		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
-	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python $(BIN)/python -m pytest -m ecosystem
+	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python \
+		SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
@@ -139,4 +148,4 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-optimum .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

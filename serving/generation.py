@@ -83,18 +83,25 @@ def stream(backend: Backend, prompt: Sequence[int], params: SamplingParams, eos_
     return tokens()
 
 
-def token_budget(name: str, prompt: Sequence[int], params: SamplingParams, vocab_size: int, length: int) -> int:
-    """Tokens that `prompt` may be continued by in a context of `length`; errors call it by `name`.
+def token_budget(
+    name: str,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    vocab_size: int,
+    length: int,
+    prompt_only: bool = False,
+) -> int:
+    """Tokens that `prompt` may be continued by in a context of `length`, 0 with `prompt_only`; errors say `name`.
 
     Raises InputError for an empty prompt, one that leaves no room, and a token id outside the vocabulary.
     """
     if not prompt:
         raise InputError(f"{name} is empty; start it with the end-of-text token")
-    room = length - len(prompt)
-    if room < 1:
+    room, needed = length - len(prompt), 0 if prompt_only else 1
+    if room < needed:
         raise InputError(
             f"{name} has {len(prompt)} tokens, which leaves no room in a context of {length}; "
-            f"shorten it to {length - 1}"
+            f"shorten it to {length - needed}"
         )
     for what, ids in (
         ("", prompt),
@@ -108,7 +115,7 @@ def token_budget(name: str, prompt: Sequence[int], params: SamplingParams, vocab
             f"{what}{name} has the token id {outside}, outside the vocabulary of {vocab_size}; "
             "use the bundle's own tokenizer"
         )
-    return min(params.max_new_tokens, room)
+    return 0 if prompt_only else min(params.max_new_tokens, room)
 
 
 def _batches(backend: Backend, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from serving.errors import InputError
@@ -20,6 +21,15 @@ def parse_device(name: str) -> tuple[str, int]:
         hint = did_you_mean(kind, DEVICES)
         raise InputError(f"no device {name!r}{hint}; it is 'cpu', 'cuda' or 'cuda:' and the number of a GPU")
     return kind, int(number or 0)
+
+
+def parse_devices(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Devices from one text or several, each a list with commas. Raises InputError as `parse_device` does."""
+    texts = [names] if isinstance(names, str) else list(names)
+    devices = tuple(name.strip() for text in texts for name in text.split(","))
+    for device in devices:
+        parse_device(device)
+    return devices
 
 
 def cuda_options(number: int, graphs: bool = False) -> dict[str, Any]:

@@ -23,17 +23,23 @@ from serving.backends.base import (
     check_room,
     pad_right,
 )
-from serving.backends.cuda import cuda_options, parse_device
+from serving.backends.cuda import parse_device
 from serving.backends.memory import SpareMemory
 from serving.backends.onnx_loop import DeviceLoop
+from serving.backends.onnx_session import (
+    CHOOSE_GRAPH,
+    bind_request,
+    check_provider,
+    device_zeros,
+    open_graph,
+    open_session,
+)
 from serving.bundle import Bundle
-from serving.errors import BundleError, InputError, RuntimeMissingError
+from serving.errors import InputError
 
 DEFAULT_GRAPH = "ort/fp32"
-CHOOSE_GRAPH = "ort/choose"
 # Tokens of a block on CUDA: what a stream's reader gets at once, and what is made in vain at a text's end at most.
 CUDA_STEPS = 8
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PREFILL_TOKENS = 1024
 """Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each
 other a row of floats for each, and those of many more tokens do not lie in its caches."""
@@ -109,7 +115,7 @@ class OnnxBackend:
         if self.device == "cpu":
             self._session  # noqa: B018 - what cannot be loaded is said now.
         else:
-            _check_provider(self.device)
+            check_provider(self.device)
 
     @cached_property
     def _session(self) -> Any:
@@ -287,66 +293,7 @@ class OnnxBackend:
         return [ort.OrtValue.ortvalue_from_numpy(one[:size].reshape(shape)) for one in memory]
 
 
-def bind_request(binding: Any, request: Request) -> None:
-    """Bind what the choice graph is asked, all but the logits."""
-    edits = request.edits
-    for name, value in (
-        *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
-        *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
-        ("candidates", np.array([request.candidates], np.int64)),
-    ):
-        binding.bind_cpu_input(name, value)
-
-
 def _stretch(value: Any, first: int, rows: int) -> tuple[tuple[int, ...], int]:
     """Shape and address of `rows` rows of a tensor from row `first` on."""
     whole, *rest = value.shape()
     return (rows, *rest), value.data_ptr() + value.tensor_size_in_bytes() // whole * first
-
-
-def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
-    """An OrtValue of zeros on `device`, such as "cuda:1"."""
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), *parse_device(device))
-
-
-def open_graph(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
-    """A session of one of the manifest's graphs, such as "ort/int8"; see `open_session`."""
-    return open_session(bundle, bundle.graph(graph_name).path, device, threads)
-
-
-def open_session(bundle: Bundle, path: str, device: str, threads: int | None, captured: bool = False) -> Any:
-    """A session of the ONNX file `path` of `bundle` on `device`, "cpu" or "cuda:N"; `captured` by CUDA graphs.
-
-    Raises RuntimeMissingError if ONNX Runtime does not run on the device, BundleError if it cannot load the file.
-    """
-    kind, number = parse_device(device)
-    provider = _check_provider(kind)
-    options = ort.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    providers: list[Any] = [PROVIDERS["cpu"]]
-    if kind != "cpu":
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        providers = [(provider, cuda_options(number, captured)), *providers]
-    try:
-        session = ort.InferenceSession(str(bundle.path(path)), options, providers=providers)
-    except Exception as error:  # ONNX Runtime's errors share no narrower base.
-        reason = " ".join(str(error).split())
-        raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
-    if session.get_providers()[0] != provider:
-        # Its libraries are not there, or there is no such device: ONNX Runtime goes on without, but for a warning.
-        raise RuntimeMissingError(
-            f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
-        )
-    return session
-
-
-def _check_provider(kind: str) -> str:
-    """The provider's name. Raises RuntimeMissingError if this ONNX Runtime has none for the kind of device."""
-    provider = PROVIDERS[kind]
-    if provider not in ort.get_available_providers():
-        raise RuntimeMissingError(
-            f"the ONNX Runtime that is installed here does not run on {kind!r} (it has no {provider}); "
-            "run: pip install 'gpt2-bundle[onnx-gpu]'"
-        )
-    return provider

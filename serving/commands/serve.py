@@ -46,7 +46,9 @@ _OPTIONS = [
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
                  help="Where the model runs: here, or in a remote TensorFlow Serving."),
     click.option("--graph", metavar="NAME", help="An ONNX graph by its name in the manifest.  [default: ort/fp32]"),
-    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="For ONNX Runtime.  [default: cpu]"),
+    click.option("--device", multiple=True, metavar="DEVICE",
+                 help="cpu, cuda or cuda:N, for ONNX Runtime; several, with commas or one by one, are the replicas' in "
+                      "turns.  [default: cpu]"),
     click.option("--tf-serving", metavar="ADDRESS",
                  help="TensorFlow Serving with this model: http://HOST:8501 or grpc:HOST:8500."),
     click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 256),
@@ -148,6 +150,7 @@ def _check_packages() -> None:
 
 
 def _loader(options: dict[str, Any]) -> EngineLoader:
+    from serving.backends.cuda import parse_devices
     from serving.engine.config import EngineConfig
     from serving.server.loading import EngineLoader
 
@@ -158,7 +161,7 @@ def _loader(options: dict[str, Any]) -> EngineLoader:
         raise InputError("--tf-serving is for --runtime tf-serving; give both")
     if runtime != "onnx":
         for name in _ONNX_OPTIONS:
-            if options[name] is not None:
+            if options[name] not in (None, ()):
                 raise InputError(f"--{name.replace('_', '-')} is for --runtime onnx; leave it out")
     config = EngineConfig(
         slots=options["slots"] or EngineConfig.slots,
@@ -167,9 +170,8 @@ def _loader(options: dict[str, Any]) -> EngineLoader:
         queue_limit=options["queue"],
         threads=options["threads"],
     )
-    return EngineLoader(
-        runtime, options["graph"], options["device"] or "cpu", options["replicas"], options["slots"], config, address
-    )
+    devices = parse_devices(options["device"] or "cpu")
+    return EngineLoader(runtime, options["graph"], devices, options["replicas"], options["slots"], config, address)
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -193,5 +195,10 @@ def _companions(server: Server, options: dict[str, Any]) -> list[Companion]:
     from serving.server.grpc_server import GrpcCompanion
 
     certificate, key = options["tls_cert"], options["tls_key"]
-    tls = (key.read_bytes(), certificate.read_bytes()) if certificate is not None else None
+    try:
+        tls = (key.read_bytes(), certificate.read_bytes()) if certificate is not None else None
+    except OSError as error:
+        raise InputError(
+            f"the certificate or its key cannot be used: {error}; check --tls-cert and --tls-key"
+        ) from None
     return [GrpcCompanion(server, options["host"], options["grpc_port"], tls)]

@@ -47,6 +47,8 @@ class GenerationRequest:
     """
     prompt_logprobs: int | None = None
     """The same for the prompt's own tokens, the first of which has none."""
+    prompt_only: bool = False
+    """Nothing is added: each continuation ends with "length" once the prompt, which may fill the context, was read."""
     timeout: float | None = None
     """Seconds from submission to the last token, the wait in the queue included; None is without end."""
     request_id: str = ""

@@ -172,7 +172,10 @@ class Core:
             scores.append(log_probabilities(logits[row], token, owner.task.request.prompt_logprobs or 0))
             owner.last = token
             if not owner.task.scoring:
-                self.scheduler.scored(owner.task)
+                if owner.task.budget:
+                    self.scheduler.scored(owner.task)
+                else:
+                    self._read(owner.task)
 
     def _sample(self, owners: list[Continuation | None], logits: FloatArray | None) -> list[Sampled]:
         if not any(owners):
@@ -187,15 +190,23 @@ class Core:
             return []
 
     def _begin(self, task: Task) -> list[Sampled]:
-        """Say that the prompt of `task` was read and choose the first tokens."""
+        """Say that the prompt of `task` was read and choose the first tokens, if there are to be any."""
+        self._read(task)
+        if not task.budget:
+            return []
         assert task.logits is not None
         logits = np.repeat(task.logits[None], len(task.continuations), axis=0)
         task.logits = None
+        self.scheduler.begin(task)
+        return sample(logits, task.continuations)
+
+    def _read(self, task: Task) -> None:
+        """Say that the prompt of `task` was read, which is the end of one that nothing is added to."""
         self._prompt_tokens += len(task.prompt)
         self._cached_tokens += task.cached
         self._tell(task, PromptEvent(task.cached, None if task.scores is None else tuple(task.scores)))
-        self.scheduler.begin(task)
-        return sample(logits, task.continuations)
+        if not task.budget:
+            self.end([task], "length")
 
     def _emit(self, sampled: list[Sampled]) -> None:
         now = self._clock()

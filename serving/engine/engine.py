@@ -109,7 +109,9 @@ class SlotEngine:
     def submit(self, request: GenerationRequest, listener: Listener) -> _Handle:
         """See `Engine.submit`."""
         self._check(request)
-        budget = token_budget("the prompt", request.prompt, request.params, self.vocab_size, self.n_positions)
+        budget = token_budget(
+            "the prompt", request.prompt, request.params, self.vocab_size, self.n_positions, request.prompt_only
+        )
         timeout = self.config.default_timeout if request.timeout is None else request.timeout
         task = open_task(request, listener, self._clock(), timeout, budget, self.eos_token_id, self._token_bytes)
         with self._changed:

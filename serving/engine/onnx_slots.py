@@ -13,7 +13,8 @@ import numpy as np
 
 from serving.backends.base import Choice, FloatArray, IntArray, Request
 from serving.backends.cuda import parse_device
-from serving.backends.onnx import CHOOSE_GRAPH, DEFAULT_GRAPH, bind_request, device_zeros, open_graph
+from serving.backends.onnx import DEFAULT_GRAPH
+from serving.backends.onnx_session import CHOOSE_GRAPH, bind_request, device_zeros, open_graph
 from serving.bundle import Bundle
 from serving.engine.slots import cache_bytes
 from serving.errors import InputError

@@ -99,7 +99,7 @@ class SignatureEngine:
     client's own timeout at most.
     """
 
-    unsupported = UNSUPPORTED | {"logprobs", "prompt_logprobs"}
+    unsupported = UNSUPPORTED | {"logprobs", "prompt_logprobs", "prompt_only"}
 
     def __init__(
         self,
@@ -199,6 +199,8 @@ class SignatureEngine:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(request, name) is not None:
                 raise InputError(f"{name} is not done over slots, which give tokens alone; leave it out")
+        if request.prompt_only:
+            raise InputError("reading a prompt alone is not done over slots, which give tokens; ask for one token")
         check_slot_params(request.params)
         if request.n > self._slots:
             raise InputError(f"n is {request.n}, but there are {self._slots} slots; ask for fewer")

@@ -104,17 +104,23 @@ async def _prompts(body: CompletionRequest, model: ServedModel, most: int | None
             echo = given if isinstance(given, str) else tokenizer.decode(list(ids), skip_special_tokens=False)
         prompts.append(Prompt(ids or (engine.eos_token_id,), implied=not ids, echo=echo))
     tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+    room = tokens if _prompt_only(body, model) else max(tokens, 1)
     for prompt in prompts:
         length = len(prompt.ids)
         if most is not None and length > most:
             raise FieldError(f"a prompt has {length} tokens; this server takes at most {most}", "prompt")
-        if length + max(tokens, 1) > engine.n_positions:
+        if length + room > engine.n_positions:
             raise FieldError(
                 f"the model's context has {engine.n_positions} tokens; a prompt of {length} and max_tokens {tokens} "
                 "do not fit; shorten one of them",
                 "prompt" if length >= engine.n_positions else "max_tokens",
             )
     return prompts
+
+
+def _prompt_only(body: CompletionRequest, model: ServedModel) -> bool:
+    """Whether nothing is to be added to the prompts; an engine that cannot do so adds a token that nobody sees."""
+    return body.max_tokens == 0 and "prompt_only" not in model.engine.unsupported
 
 
 async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -158,6 +164,7 @@ def _requests(
             n=body.n or 1,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_only=_prompt_only(body, model),
             timeout=limit,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
         )

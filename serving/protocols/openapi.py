@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from serving import __version__
 from serving.protocols import openai_schema as schema
+from serving.protocols.tf_signatures import SIGNATURES
 from serving.server.gate import OPEN_PATHS, openai_shaped
 
 _REF = "#/components/schemas/{model}"
@@ -42,19 +43,28 @@ _SENTENCES = {
     503: "Draining, or not ready yet; Retry-After is in seconds.",
     504: "Not done within the request's time.",
 }
+_PREDICT = {
+    "type": "object",
+    "properties": {
+        "signature_name": {"enum": list(SIGNATURES), "default": "serving_default"},
+        "instances": {"type": "array", "description": "Rows: an object by input name for each, or the one input."},
+        "inputs": {"description": "Columns: an object of lists by input name, or the one input's list."},
+    },
+    "oneOf": [{"required": ["instances"]}, {"required": ["inputs"]}],
+}
 _PLAIN_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 
 
-def description(routes: Sequence[BaseRoute]) -> dict[str, Any]:
-    """The OpenAPI document of `routes`. A route without models of its own takes and gives any JSON."""
+def description(routes: Sequence[BaseRoute], names: Sequence[str] = ()) -> dict[str, Any]:
+    """The OpenAPI document of `routes`, `names` being those of the models. Routes without models give any JSON."""
     models = {model for body, answer, _ in _BODIES.values() for model in (body, answer) if model} | {schema.Error}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in routes:
-        if isinstance(route, Route):
+        if isinstance(route, Route) and route.include_in_schema:
             for method in sorted((route.methods or set()) - {"HEAD"}):
-                paths.setdefault(route.path, {})[method.lower()] = _operation(route, method)
+                paths.setdefault(route.path, {})[method.lower()] = _operation(route, method, names)
     return {
         "openapi": "3.1.0",
         "info": {"title": "gpt2-bundle", "version": __version__, "license": {"name": "Apache-2.0"}},
@@ -66,7 +76,7 @@ def description(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route, method: str) -> dict[str, Any]:
+def _operation(route: Route, method: str, names: Sequence[str]) -> dict[str, Any]:
     key = f"{method} {route.path}"
     body, answer, statuses = _BODIES.get(key, (None, None, _usual(route.path, method)))
     summary = (route.endpoint.__doc__ or route.name).strip().splitlines()[0]
@@ -74,13 +84,13 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         "operationId": re.sub(r"[^a-z0-9]+", "_", key.lower()).strip("_"),
         "summary": summary,
         "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            {"name": name, "in": "path", "required": True, "schema": _parameter(name, names)}
             for name in _PARAMETER.findall(route.path)
         ],
         "responses": {"200": _ok(route.path, answer)},
     }
     if method == "POST":
-        taken = {"$ref": _REF.format(model=body.__name__)} if body else {"type": "object"}
+        taken = {"$ref": _REF.format(model=body.__name__)} if body else _PREDICT
         content: dict[str, Any] = {"schema": taken}
         if key in EXAMPLES:
             content["example"] = EXAMPLES[key]
@@ -97,6 +107,12 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     return operation
 
 
+def _parameter(name: str, names: Sequence[str]) -> dict[str, Any]:
+    if name == "version":
+        return {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+    return {"type": "string", "enum": list(names)} if names and name in ("name", "model") else {"type": "string"}
+
+
 def _usual(path: str, method: str) -> tuple[int, ...]:
     """Statuses of a route that has no models of its own."""
     if method == "POST":
@@ -111,13 +127,15 @@ def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
     if answer is not None:
         content = {"application/json": {"schema": {"$ref": _REF.format(model=answer.__name__)}}}
     if answer is schema.Completion:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {
+            "example": 'data: {"choices": [{"index": 0, "text": "..."}]}\n\ndata: [DONE]\n\n'
+        }
     return {"description": "Done.", "content": content}
 
 
 async def openapi(request: Request) -> Response:
     """This description."""
-    return JSONResponse(description(request.app.routes))
+    return JSONResponse(description(request.app.routes, request.app.state.server.registry.names()))
 
 
 def openapi_routes() -> list[Route]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from serving.errors import InputError
 from serving.protocols.tf_messages import MESSAGES, MODEL_SERVICE, PREDICTION_SERVICE, SIGNATURE_MAP_URL
 from serving.protocols.tf_rest import model_status
-from serving.protocols.tf_signatures import SIGNATURES, Call, Tensor, find, run
+from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Tensor, find, run
 from serving.server.gate import REQUEST_ID
-from serving.server.registry import State
+from serving.server.generation import with_model
+from serving.server.registry import ServedModel, State
 from serving.server.state import Server
 
 # tensorflow/core/framework/types.proto
@@ -68,14 +69,19 @@ class TensorFlowServing:
     async def predict(self, request: Any, context: Any) -> Any:
         name = request.model_spec.signature_name
         signature = find(name)
-        model = self._server.registry.get(request.model_spec.name, _version(request.model_spec))
+        model_name, version = request.model_spec.name, _version(request.model_spec)
+        self._server.registry.get(model_name, version)  # A missing model is said before wrong inputs.
         wanted = list(request.output_filter) or list(signature.outputs)
         unknown = [key for key in wanted if key not in signature.outputs]
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        call = Call(model.engine, self._timeout(context), request_id_of(context), self._server.settings.max_prompts)
-        outputs = await run(name, call, inputs)
+        limit, request_id = self._timeout(context), request_id_of(context)
+
+        def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
+            return run(name, Call(model.engine, limit, request_id, self._server.settings.max_prompts), inputs)
+
+        model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()
         _fill_spec(response.model_spec, model.name, model.version, name or "serving_default")
         for key in wanted:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import base64
 import binascii
 import reprlib
+from collections.abc import Coroutine
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -19,8 +21,8 @@ from starlette.routing import Route
 from serving.errors import InputError
 from serving.protocols.http_requests import parse_object, while_connected
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Signature, Tensor, find, run
-from serving.server.generation import time_limit
-from serving.server.registry import ModelNotFoundError, ModelRegistry
+from serving.server.generation import time_limit, with_model
+from serving.server.registry import ModelNotFoundError, ModelRegistry, ServedModel
 from serving.server.settings import Settings
 
 _MAX_VERSION = 2**63 - 1
@@ -78,7 +80,8 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         return JSONResponse({"model_spec": spec, "metadata": {"signature_def": signature_map()}})
 
     async def predict(request: Request) -> Response:
-        model = registry.get(request.path_params["name"], _version(request))
+        model_name, version = request.path_params["name"], _version(request)
+        registry.get(model_name, version)  # A missing model is said before a wrong body.
         body = parse_object(await request.body())
         name = body.get("signature_name", "serving_default")
         if not isinstance(name, str):
@@ -91,16 +94,25 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         inputs = {key: _array(key, signature.inputs.get(key), value) for key, value in columns.items()}
         request_id = getattr(request.state, "request_id", "")
         limit = time_limit(request, settings.request_timeout)
-        call = Call(model.engine, limit, request_id, settings.max_prompts)
-        outputs = await while_connected(request, run(name, call, inputs))
+
+        def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
+            return run(name, Call(model.engine, limit, request_id, settings.max_prompts), inputs)
+
+        _, outputs = await while_connected(request, with_model(registry, model_name, version, work))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})
+
+    async def post_only(request: Request) -> Response:
+        raise HTTPException(405, headers={"Allow": "POST"})
 
     made: list[Route] = []
     for path in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}", "/v1/models/{name}/labels/{label}"):
+        described = not path.endswith("{label}")  # Which is there to be refused in words.
         if path != "/v1/models/{name}":
-            made.append(Route(path, status, methods=["GET"]))
-        made.append(Route(f"{path}/metadata", metadata, methods=["GET"]))
-        made.append(Route(f"{path}:predict", predict, methods=["POST"]))
+            made.append(Route(path, status, methods=["GET"], include_in_schema=described))
+        made.append(Route(f"{path}/metadata", metadata, methods=["GET"], include_in_schema=described))
+        made.append(Route(f"{path}:predict", predict, methods=["POST"], include_in_schema=described))
+        # Else a GET would be for a version, or a model, of that name.
+        made.append(Route(f"{path}:predict", post_only, include_in_schema=False))
     # A version may hold a colon as far as the router knows, so the longer paths come first.
     return sorted(made, key=lambda route: -len(route.path))
 

@@ -149,7 +149,7 @@ async def _score(call: Call, inputs: Arrays) -> Arrays:
     # A row of one token has nothing before it: its log-probability is 0 by definition.
     scored = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
     one = SamplingParams(max_new_tokens=1)
-    requests = [_request(call, prompts[index], one, prompt_logprobs=0) for index in scored]
+    requests = [_request(call, prompts[index], one, prompt_logprobs=0, prompt_only=True) for index in scored]
     for index, row in zip(scored, await complete(call.engine, requests), strict=True):
         assert row.prompt is not None and row.prompt.logprobs is not None
         for place, logprobs in enumerate(row.prompt.logprobs):

@@ -23,7 +23,7 @@ from serving.server.state import Server
 def build_app(
     registry: ModelRegistry, settings: Settings, extra_routes: Sequence[BaseRoute] = (), server: Server | None = None
 ) -> Starlette:
-    """The ASGI application for the models of `registry`; `extra_routes` come after its own.
+    """The ASGI application for the models of `registry`; `extra_routes` come before OpenAI's.
 
     Handlers find the `Server` as `request.app.state.server` and the request's id as `request.state.request_id`. Errors
     that a handler raises become answers by `serving.server.errors`.
@@ -43,9 +43,9 @@ def build_app(
         routes=[
             *playground_routes(),
             *operations_routes(),
+            *extra_routes,
             *openai.routes(),
             *openapi_routes(),
-            *extra_routes,
         ],
         middleware=middleware,
         exception_handlers={HTTPException: on_http_exception},

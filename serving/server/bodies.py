@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,7 +29,32 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
+        again = _with_whole_numbers(data)
+        if again is None:
+            raise _field_error(error) from None
+    try:
+        return kind.model_validate_json(again)
+    except ValidationError as error:
         raise _field_error(error) from None
+
+
+def _with_whole_numbers(data: bytes) -> str | None:
+    """The JSON text `data` with numbers such as 2.0 as integers, which JSON Schema says they are; None without any."""
+    found = False
+
+    def number(text: str) -> int | float:
+        nonlocal found
+        value = float(text)
+        if not value.is_integer():
+            return value
+        found = True
+        return int(value)
+
+    try:
+        text = json.dumps(json.loads(data, parse_float=number))
+    except (ValueError, RecursionError):
+        return None
+    return text if found else None
 
 
 def _field_error(error: ValidationError) -> FieldError:

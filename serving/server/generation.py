@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -15,7 +16,7 @@ from serving.server.errors import ClientGoneError, FieldError
 from serving.server.registry import ModelRegistry, ServedModel
 
 TIMEOUT_HEADER = "X-Request-Timeout"
-_SWAPS = 3
+_Result = TypeVar("_Result")
 
 
 class Generation:
@@ -107,14 +108,29 @@ async def submit(
     registry: ModelRegistry, name: str, make: Callable[[ServedModel], Awaitable[Sequence[GenerationRequest]]]
 ) -> tuple[ServedModel, Generation]:
     """Submit what `make` makes for the version of `name` that answers now, or for its successor if it is swapped."""
-    for _ in range(_SWAPS):
-        model = registry.get(name)
+
+    async def begin(model: ServedModel) -> Generation:
+        return Generation(model.engine, await make(model))
+
+    return await with_model(registry, name, None, begin)
+
+
+async def with_model(
+    registry: ModelRegistry, name: str, version: int | None, work: Callable[[ServedModel], Awaitable[_Result]]
+) -> tuple[ServedModel, _Result]:
+    """What `work` gives for `version` of `name`, or for the one that answers now, and which one that was.
+
+    If its engine takes nothing new because it is on its way out, `work` is done again with the version that took over;
+    so `work` may not have given anything out when it raises DrainingError. Raises what `ModelRegistry.get` and `work`
+    raise; DrainingError itself only when there is no other version to go to.
+    """
+    while True:
+        model = registry.get(name, version)
         try:
-            return model, Generation(model.engine, await make(model))
+            return model, await work(model)
         except DrainingError:
-            if registry.get(name) is model:
+            if registry.get(name, version) is model:
                 raise
-    raise DrainingError(f"the model {name!r} is changing versions; try again")
 
 
 def time_limit(request: Request, default: float | None) -> float | None:

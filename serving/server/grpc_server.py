@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serving.engine.api import DrainingError
-from serving.errors import InputError, RuntimeMissingError
+from serving.errors import GPT2BundleError, RuntimeMissingError
 from serving.server.errors import failure_of
+from serving.server.runner import Address
 from serving.server.state import Server
 
 log = logging.getLogger("gpt2_bundle.server")
@@ -46,7 +47,7 @@ class GrpcCompanion:
 async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> GrpcServer:
     """Listen on `host`:`port` (0 takes a free one) until `GrpcServer.stop`; `tls` is a private key and a chain in PEM.
 
-    Raises RuntimeMissingError without grpcio and protobuf, and InputError if the address cannot be had.
+    Raises RuntimeMissingError without grpcio and protobuf, and GPT2BundleError if the address cannot be had.
     """
     try:
         import grpc
@@ -70,6 +71,8 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
             for name, (handler, asked, _) in methods.items()
         }
         listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    # gRPC itself says to the log, and not in its error, why an address cannot be had.
+    Address(host, port, option="--grpc-port").bind().close()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if tls is None:
@@ -77,7 +80,7 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
         else:
             bound = listening.add_secure_port(address, grpc.ssl_server_credentials([tls]))
     except RuntimeError:
-        raise InputError(f"the gRPC address {address} cannot be listened on; is it taken?") from None
+        raise GPT2BundleError(f"gRPC cannot listen on {host} port {port}; choose another with --grpc-port") from None
     await listening.start()
     return GrpcServer(listening, bound)
 

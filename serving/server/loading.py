@@ -33,7 +33,8 @@ class EngineLoader:
 
     runtime: str = "onnx"
     graph: str | None = None
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
+    """For ONNX Runtime: the i-th replica is on the i-th of them, and they are taken in turns."""
     replicas: int = 1
     slots: int | None = None
     config: EngineConfig = field(default_factory=EngineConfig)
@@ -45,6 +46,11 @@ class EngineLoader:
             raise InputError(f"no runtime {self.runtime!r}; there are {', '.join(RUNTIMES)}")
         if (self.runtime == "tf-serving") != (self.tf_serving is not None):
             raise InputError("the runtime tf-serving and its address belong together; give both")
+        if len(self.devices) > self.replicas:
+            raise InputError(
+                f"{len(self.devices)} devices were named for {self.replicas} of the model; "
+                f"give --replicas {len(self.devices)}, or fewer devices"
+            )
         if self.runtime == "tf-serving" and self.replicas > 1:
             raise InputError("a remote TensorFlow Serving has one set of slots; leave --replicas out")
 
@@ -64,19 +70,19 @@ class EngineLoader:
         """An engine, or several behind one. Raises GPT2BundleError; then nothing is left open."""
         engines: list[Engine] = []
         try:
-            for _ in range(self.replicas):
-                engines.append(self._open_one(bundle, observer))
+            for index in range(self.replicas):
+                engines.append(self._open_one(bundle, observer, self.devices[index % len(self.devices)]))
         except BaseException:
             for engine in engines:
                 engine.close()
             raise
         return engines[0] if len(engines) == 1 else Replicas(engines)
 
-    def _open_one(self, bundle: Bundle, observer: Observer) -> Engine:
+    def _open_one(self, bundle: Bundle, observer: Observer, device: str) -> Engine:
         if self.runtime == "onnx":
             from serving.engine.engine import open_engine
 
-            return open_engine(bundle, self.graph, self.device, self._onnx_config(), observer)
+            return open_engine(bundle, self.graph, device, self._onnx_config(), observer)
         from serving.engine.slot_signatures import open_slot_engine
 
         transport = self._transport(bundle)
@@ -101,8 +107,9 @@ class EngineLoader:
 
     def _onnx_config(self) -> EngineConfig:
         threads = self.config.threads
-        if threads is None and self.replicas > 1 and self.device == "cpu":
-            threads = max(1, _cores() // self.replicas)
+        on_processor = sum(self.devices[index % len(self.devices)] == "cpu" for index in range(self.replicas))
+        if threads is None and on_processor > 1:
+            threads = max(1, _cores() // on_processor)
         return replace(self.config, slots=self.slots or self.config.slots, threads=threads)
 
 

@@ -44,7 +44,7 @@ class ServedModel:
 
 @dataclass
 class ModelRegistry:
-    """Versions by model. Any thread may ask; whoever swaps versions changes states here."""
+    """Versions by model. Any thread may ask, and nobody sees the middle of a swap."""
 
     _models: dict[str, dict[int, ServedModel]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -55,9 +55,19 @@ class ModelRegistry:
             self._models.setdefault(model.name, {})[model.version] = model
 
     def remove(self, name: str, version: int) -> None:
-        """Forget a version."""
+        """Forget a version, and with the last one the model."""
         with self._lock:
-            self._models.get(name, {}).pop(version, None)
+            versions = self._models.get(name, {})
+            versions.pop(version, None)
+            if not versions:
+                self._models.pop(name, None)
+
+    def take_over(self, model: ServedModel, before: ServedModel | None) -> None:
+        """Let `model` answer from now on and `before` no more, with no moment between at which neither or both do."""
+        with self._lock:
+            model.state = State.AVAILABLE
+            if before is not None:
+                before.state = State.UNLOADING
 
     def names(self) -> list[str]:
         """All models, in the order in which they came."""
@@ -65,21 +75,28 @@ class ModelRegistry:
             return list(self._models)
 
     def versions(self, name: str) -> list[ServedModel]:
-        """All versions of `name` in any state, the newest first. Raises ModelNotFoundError."""
+        """All versions of `name` in any state, the newest first. Raises ModelNotFoundError.
+
+        Raises ModelNotReadyError as long as there is no model at all, since any name may still come.
+        """
         with self._lock:
-            if name not in self._models:
-                known = ", ".join(map(repr, self._models)) or "none"
-                raise ModelNotFoundError(f"no model {name!r} is served here; there is {known}")
-            return sorted(self._models[name].values(), key=lambda model: -model.version)
+            return self._versions(name)
+
+    def _versions(self, name: str) -> list[ServedModel]:
+        if not self._models:
+            raise ModelNotReadyError("no model is loaded yet; try again when /health/ready says so")
+        if name not in self._models:
+            known = ", ".join(map(repr, self._models))
+            raise ModelNotFoundError(f"no model {name!r} is served here; there is {known}")
+        return sorted(self._models[name].values(), key=lambda model: -model.version)
 
     def get(self, name: str, version: int | None = None) -> ServedModel:
         """The version asked for, or the newest available one. Raises ModelNotFoundError or ModelNotReadyError."""
-        versions = self.versions(name)
-        if version is not None:
-            versions = [model for model in versions if model.version == version]
+        with self._lock:
+            versions = [model for model in self._versions(name) if version in (None, model.version)]
             if not versions:
                 raise ModelNotFoundError(f"the model {name!r} has no version {version}")
-        for model in versions:
-            if model.state == State.AVAILABLE:
-                return model
+            for model in versions:
+                if model.state == State.AVAILABLE:
+                    return model
         raise ModelNotReadyError(f"the model {name!r} is not ready; try again when /health/ready says so")

@@ -28,7 +28,7 @@ log = logging.getLogger("gpt2_bundle.server")
 
 
 class Companion(Protocol):
-    """Another protocol's server beside, such as gRPC; it refuses by itself while `Server.draining`."""
+    """Another protocol's server beside, such as gRPC; it refuses by itself while no model is there or all drain."""
 
     async def start(self) -> None:
         """Begin to answer. Raises GPT2BundleError."""
@@ -45,6 +45,8 @@ class Address:
     port: int = 8000
     certificate: Path | None = None
     key: Path | None = None
+    option: str = "--port"
+    """What chooses the port, for errors."""
 
     def bind(self) -> socket.socket:
         """The bound socket, so that a port that is taken is known before a model loads. Raises GPT2BundleError."""
@@ -57,7 +59,9 @@ class Address:
         except (OSError, OverflowError) as error:
             listener.close()
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                raise GPT2BundleError(f"port {self.port} on {self.host} is taken; choose another with --port") from None
+                raise GPT2BundleError(
+                    f"port {self.port} on {self.host} is taken; choose another with {self.option}"
+                ) from None
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise GPT2BundleError(f"cannot listen on {self.host} port {self.port}: {reason}") from None
         return listener
@@ -149,9 +153,10 @@ class Runner:
 
     async def _load(self, url: str, announce: Callable[[str, ServedModel], None]) -> None:
         try:
-            model = await asyncio.to_thread(self._versions.start)
+            # First, so that what keeps them from starting is known before a model loads.
             for companion in self._companions:
                 await companion.start()
+            model = await asyncio.to_thread(self._versions.start)
         except BaseException as error:
             self._error = error
             self._uvicorn.should_exit = True

@@ -153,8 +153,8 @@ class Versions:
         metrics.engine = model.engine = engine
         self.name = name
         self._estimates[version] = estimate
-        model.state = State.AVAILABLE
         before, self._current = self._current, (candidate, model)
+        registry.take_over(model, None if before is None else before[1])
         self._last_version = max(version, self._last_version)
         log.info("version %d of %s takes over", version, name, extra={"folder": str(candidate.folder)})
         if before is not None:
@@ -171,7 +171,6 @@ class Versions:
 
     def _retire(self, model: ServedModel) -> None:
         """Let `model` end what it has, in a thread of its own, and forget it."""
-        model.state = State.UNLOADING
 
         def run() -> None:
             model.engine.drain(self._server.settings.request_timeout or threading.TIMEOUT_MAX)

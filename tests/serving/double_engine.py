@@ -80,6 +80,8 @@ class DoubleEngine:
     def submit(self, request: GenerationRequest, listener: Callable[[Event], None]) -> Running:
         if any(not 0 <= token < self.vocab_size for token in request.prompt):
             raise InputError(f"a prompt has a token outside the vocabulary of {self.vocab_size}")
+        if len(request.prompt) + (not request.prompt_only) > self.n_positions:
+            raise InputError(f"the prompt does not fit the context of {self.n_positions}")
         if request.n > self.slots:
             raise InputError(f"n is {request.n}, but the engine has {self.slots} slots")
         with self._lock:
@@ -169,6 +171,9 @@ class DoubleEngine:
             running = self._waiting.pop(0)
             self._open(running)
             running.listener(PromptEvent(0, self._prompt_logprobs(running.request)))
+            if running.request.prompt_only:
+                for row in list(running.rows):
+                    self._finish(row, "length")
         rows = list(self._rows)
         for row in rows:
             self._advance(row)

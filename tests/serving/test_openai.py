@@ -143,6 +143,21 @@ def test_echo_with_logprobs_scores_the_prompt_too(client: openai.OpenAI, stream:
         assert made.usage.completion_tokens == max_tokens and made.choices[0].finish_reason == "length"
 
 
+def test_a_prompt_that_fills_the_context_is_echoed_and_scored(client: openai.OpenAI) -> None:
+    prompt = [place % 250 for place in range(1024)]
+    for stream in (False, True):
+        made: Any = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=0, stream=stream
+        )
+        choices = [choice for chunk in (made if stream else [made]) for choice in chunk.choices]
+        scores = [value for choice in choices if choice.logprobs for value in choice.logprobs.token_logprobs]
+        assert scores[0] is None and len(scores) == 1024
+        assert scores[-1] == pytest.approx(float(logits_after(prompt[:-1], 257)[prompt[-1]]))
+        assert choices[-1].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="do not fit"):
+        client.completions.create(model="tiny", prompt=[*prompt, 1], max_tokens=0, echo=True)
+
+
 def test_zero_logprobs_reports_the_tokens_alone(client: openai.OpenAI) -> None:
     (choice,) = client.completions.create(model="tiny", prompt="A", max_tokens=4, temperature=0, logprobs=0).choices
     assert choice.logprobs is not None and choice.logprobs.top_logprobs is not None

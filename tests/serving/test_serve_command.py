@@ -102,6 +102,11 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--max-length", "4000"], 2, "the model's context is"),
         (["--graph", "ort/fp23"], 2, "did you mean 'ort/fp32'"),
         (["--api-key-file", "none"], 2, "cannot be read"),
+        (["--device", "cuda:x"], 2, "no device 'cuda:x'"),
+        (["--device", "cud"], 2, "did you mean 'cuda'"),
+        (["--device", "cpu,"], 2, "no device ''"),
+        (["--device", "cpu", "--device", "cuda:1"], 2, "give --replicas 2"),
+        (["--device", "cpu", "--runtime", "tensorflow"], 2, "--device is for --runtime onnx"),
     ],
 )
 def test_refusals(bundle_folder: Path, fails: Fails, options: list[str], code: int, words: str) -> None:

@@ -30,7 +30,7 @@ def _route(path: str, name: str, media_type: str) -> Route:
     async def file(request: Request) -> Response:
         return Response((files(__package__) / name).read_bytes(), media_type=media_type, headers=_HEADERS)
 
-    return Route(path, file)
+    return Route(path, file, include_in_schema=False)
 
 
 def playground_routes() -> list[Route]:

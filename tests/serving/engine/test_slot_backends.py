@@ -180,6 +180,34 @@ def _count(backend: Any, name: str, calls: Counter[str]) -> None:
     setattr(backend, name, counted)
 
 
+def test_every_token_of_a_prompt_that_fills_the_context_is_scored(bundle: Bundle) -> None:
+    fixture = read_cases("bytes")["full"]
+    length = bundle.manifest.model.n_positions
+    assert fixture.ids.shape[1] >= length
+    engine = open_engine(bundle, config=EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
+    rows = range(2)
+    heard = [
+        Heard(
+            GenerationRequest(
+                tuple(fixture.ids[row, :length].tolist()), SamplingParams(), prompt_logprobs=0, prompt_only=True
+            )
+        )
+        for row in rows
+    ]
+    for each in heard:
+        engine.submit(each.request, each)
+    assert engine.drain(60)
+    engine.close()
+    for row in rows:
+        logits = fixture.logits[row, : length - 1].astype(np.float64)
+        logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        wanted = logs[np.arange(length - 1), fixture.ids[row, 1:length]]
+        prompt = heard[row].prompt
+        assert prompt is not None and prompt.logprobs is not None and prompt.logprobs[0] is None
+        found = [each.own for each in prompt.logprobs if each is not None]
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
 def test_alone_is_beside_others(bundle: Bundle) -> None:
     """Though its prompt is read, and its tokens are made, in a company that comes and goes."""
     prompt = tuple(read_cases("bytes")["full"].ids[0, :29].tolist())

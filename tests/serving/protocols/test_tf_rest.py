@@ -93,6 +93,16 @@ def test_score(url: str, layout: str) -> None:
     assert np.allclose(got["total"], np.sum(wanted, axis=1))
 
 
+def test_score_takes_a_row_that_fills_the_context(url: str) -> None:
+    from tests.closed_form import logits_after
+
+    row = [place % 250 for place in range(1024)]
+    prompt = {"token_ids": np.array([row], np.int32), "lengths": np.array([1024], np.int32)}
+    got = client(url, "column").predict(prompt, "score")["log_probs"][0]
+    assert got.shape == (1024,) and got[0] == 0
+    assert got[-1] == pytest.approx(float(logits_after(row[:-1], 257)[row[-1]]))
+
+
 def test_a_prompt_that_fills_the_context_gets_nothing(url: str) -> None:
     got = client(url, "column").predict(batch([[5] * 1024, [5]]))
     assert got["lengths"].tolist() == [0, len(generate(ClosedFormBackend(257, 1024), [[5]], FEW, 256)[0].token_ids)]

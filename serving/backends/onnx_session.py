@@ -1,0 +1,121 @@
+"""Sessions of a bundle's ONNX files: on which device, and whether a file is what the manifest says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from serving.backends.base import Request
+from serving.backends.cuda import cuda_options, parse_device
+from serving.bundle import Bundle
+from serving.errors import BundleError, RuntimeMissingError
+from serving.strict_json import ADVICE, shown
+
+CHOOSE_GRAPH = "ort/choose"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
+    """An OrtValue of zeros on `device`, such as "cuda:1"."""
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), *parse_device(device))
+
+
+def open_graph(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
+    """A session of one of the manifest's graphs, such as "ort/int8"; see `open_session`.
+
+    Raises BundleError too if the file's tensors are not those that the manifest says.
+    """
+    session = open_session(bundle, bundle.graph(graph_name).path, device, threads)
+    problem = _tensor_problem(bundle, graph_name, session)
+    if problem:
+        raise BundleError(f"{bundle.folder}: the graph {graph_name!r} {problem}; {ADVICE}")
+    return session
+
+
+def open_session(bundle: Bundle, path: str, device: str, threads: int | None, captured: bool = False) -> Any:
+    """A session of the ONNX file `path` of `bundle` on `device`, "cpu" or "cuda:N"; `captured` by CUDA graphs.
+
+    Raises RuntimeMissingError if ONNX Runtime does not run on the device, BundleError if it cannot load the file.
+    """
+    kind, number = parse_device(device)
+    provider = check_provider(kind)
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers: list[Any] = [PROVIDERS["cpu"]]
+    if kind != "cpu":
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        providers = [(provider, cuda_options(number, captured)), *providers]
+    try:
+        # Without its fallback, which prints several lines and goes on on the processor.
+        session = ort.InferenceSession(str(bundle.path(path)), options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's errors share no narrower base.
+        reason = " ".join(str(error).split())
+        if kind != "cpu" and "CUDA" in reason:
+            raise RuntimeMissingError(
+                f"ONNX Runtime cannot start on {device!r} here ({reason[:300]}); look for its number in nvidia-smi, "
+                "or ask for 'cpu'"
+            ) from None
+        raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
+    if session.get_providers()[0] != provider:
+        # Its libraries are not there, or there is no such device: ONNX Runtime goes on without, but for a warning.
+        raise RuntimeMissingError(
+            f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
+        )
+    return session
+
+
+def check_provider(kind: str) -> str:
+    """The provider's name. Raises RuntimeMissingError if this ONNX Runtime has none for the kind of device."""
+    provider = PROVIDERS[kind]
+    if provider not in ort.get_available_providers():
+        raise RuntimeMissingError(
+            f"the ONNX Runtime that is installed here does not run on {kind!r} (it has no {provider}); "
+            "run: pip install 'gpt2-bundle[onnx-gpu]'"
+        )
+    return provider
+
+
+def _tensor_problem(bundle: Bundle, graph_name: str, session: Any) -> str | None:
+    """Where the tensors of `session` differ from the manifest's, by name, rank or a size that both have as a number."""
+    graph, model = bundle.graph(graph_name), bundle.manifest.model
+    for side, specs, found in (
+        ("input", graph.inputs, session.get_inputs()),
+        ("output", graph.outputs, session.get_outputs()),
+    ):
+        shapes = {tensor.name: tensor.shape for tensor in found}
+        for name, spec in specs.items():
+            if name not in shapes:
+                return f"has no {side} {shown(name)}, which the manifest names"
+            shape, said = shapes[name], list(spec.shape)
+            if name.startswith(("past_key_values.", "present.")) and len(said) == 4:
+                said[1], said[3] = model.n_head, model.head_dim
+            elif name == "logits":
+                said[-1] = model.vocab_size
+            if len(said) != len(shape) or any(
+                isinstance(one, int) and isinstance(other, int) and one != other
+                for one, other in zip(said, shape, strict=True)
+            ):
+                return f"has {name} of shape {_sizes(shape)}, and the manifest's model needs {_sizes(said)}"
+    pairs = sum(name.startswith("past_key_values.") for name in graph.inputs)
+    if pairs not in (0, 2 * model.n_layer):
+        return f"has caches for {pairs // 2} blocks, and the manifest's model has {model.n_layer}"
+    return None
+
+
+def _sizes(shape: Sequence[Any]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def bind_request(binding: Any, request: Request) -> None:
+    """Bind what the choice graph is asked, all but the logits."""
+    edits = request.edits
+    for name, value in (
+        *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
+        *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
+        ("candidates", np.array([request.candidates], np.int64)),
+    ):
+        binding.bind_cpu_input(name, value)
