@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
@@ -25,7 +26,11 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     if media_type != "application/json":
         # Also what keeps other sites' pages from posting here: a browser asks before it sends this type elsewhere.
         raise FieldError("the body must be JSON; send the header 'Content-Type: application/json'", None)
-    data = await request.body()
+    return parse_body(await request.body(), kind)
+
+
+def parse_body(data: bytes, kind: type[Body]) -> Body:
+    """JSON as `kind`. Raises FieldError."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -55,6 +60,14 @@ def _with_whole_numbers(data: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None
     return text if found else None
+
+
+def check_fields(fields: Mapping[str, Any], kind: type[Body]) -> Body:
+    """Values by name as `kind`. Raises FieldError."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _field_error(error) from None
 
 
 def _field_error(error: ValidationError) -> FieldError:
