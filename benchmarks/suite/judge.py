@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.suite.measure import HIGHER_IS_BETTER, JUDGED, SCHEMA
+from benchmarks.suite.measure import SCHEMA
+from benchmarks.suite.rows import HIGHER_IS_BETTER
 from benchmarks.suite.statistics import unpaired
 from serving.errors import GPT2BundleError, InputError
 from serving.suggest import did_you_mean
@@ -56,8 +57,10 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         match = earlier.get((point["schedule_sha256"], row["target"]))
         if match is None:
             continue
-        for figure in JUDGED:
-            old, new = ([value for value in each["figures"][figure] if value is not None] for each in (match, row))
+        for figure in point["winners"]:
+            old, new = (
+                [value for value in each["figures"].get(figure, ()) if value is not None] for each in (match, row)
+            )
             verdict = unpaired(new, old)
             if verdict.ratio is None or verdict.low is None or verdict.high is None:
                 continue
@@ -75,13 +78,16 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
     """A line for each row's median that keeps its budget; raises BudgetError with those that do not.
 
-    A budget is `FIGURE<=NUMBER` or `FIGURE>=NUMBER`. A row without the figure does not keep it.
+    A budget is `FIGURE<=NUMBER` or `FIGURE>=NUMBER`. A row whose figure is null does not keep it;
+    rows of scenarios that have no such figure are not asked.
     """
     kept: list[str] = []
     broken: list[str] = []
     for text in budgets:
         figure, sign, limit = _parse(text, record)
         for point, row in rows(record):
+            if figure not in row["figures"]:
+                continue
             values = [value for value in row["figures"][figure] if value is not None]
             where = f"{row['target']}, {point['point']}"
             if not values:
@@ -89,7 +95,7 @@ def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
                 continue
             median = float(np.median(values))
             good = not row["errors"] and (median <= limit if sign == "<=" else median >= limit)
-            failed = f" with {row['summary']['failed']} failed requests" if row["errors"] else ""
+            failed = f" with {row['summary']['failed']} failed requests" if row["errors"] and row["summary"] else ""
             (kept if good else broken).append(f"{where}: {figure} is {median:.3f}{failed}, the budget {sign}{limit:g}")
     if broken:
         raise BudgetError("; ".join(broken))
@@ -98,7 +104,7 @@ def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
 
 def _parse(text: str, record: Mapping[str, Any]) -> tuple[str, str, float]:
     match = _BUDGET.fullmatch(text)
-    known = next((list(row["figures"]) for _, row in rows(record)), [])
+    known = list(dict.fromkeys(figure for _, row in rows(record) for figure in row["figures"]))
     try:
         if match is None:
             raise ValueError

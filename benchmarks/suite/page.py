@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from benchmarks.suite.measure import JUDGED
+from benchmarks.suite.rows import JUDGED
 from benchmarks.suite.tables import agreement, median_of, name_of, notes
 
 _HEADS = ("first token p50", "inter-token p50", "inter-token p99", "end to end p50", "tokens/s")
