@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from benchmarks.suite_command import compare_records, gate, run_scenarios
+from benchmarks.suite_command import compare_records, gate, run_scenarios, selftest
 
 _SCENARIOS = ("single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
 _ARRIVALS = ("poisson", "gamma", "constant", "trace")
@@ -127,3 +127,4 @@ def run(
 
 bench.add_command(compare_records)
 bench.add_command(gate)
+bench.add_command(selftest)

@@ -142,6 +142,15 @@ def compare_records(before: Path, after: Path) -> None:
         click.echo(line)
 
 
+@click.command("selftest")
+def selftest() -> None:
+    """Measure a server of known latency, and end with code 1 unless every figure is within 1 %."""
+    from benchmarks.suite.selftest import run_selftest, table
+
+    for line in table(run_selftest(lambda line: click.echo(line, err=True))):
+        click.echo(line)
+
+
 @click.command("gate")
 @click.argument("record", type=click.Path(path_type=Path))
 @click.option("--budget", "budgets", multiple=True, required=True, metavar="TEXT",
