@@ -38,14 +38,19 @@ _TITLES = {
     "grid": "Prompt and output lengths",
     "cold-start": "Cold starts",
 }
+_TEXTS = ("why it fails", "what it is", "weights", "warm after")
 _STYLE = """
 body { max-width: 62rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 15px; margin: .6rem 0 .2rem; }
 th, td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, .text { text-align: left; } th { font-weight: 600; color: var(--soft); }
+th:first-child, td:first-child, .text { text-align: left; }
+th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
 td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; color: var(--soft); }
-.legend { position: sticky; top: 0; background: var(--paper); padding: .4rem 0; font-size: 13px; }
+.legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
+@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
-.heat td { text-align: center; } summary { cursor: pointer; color: var(--soft); }
+.heat td, .heat th { text-align: center; } td.text { white-space: normal; min-width: 6rem; }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); }
+summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }
 @media (max-width: 40rem) { th, td { padding: .2rem .4rem; font-size: 13px; } body { margin: 1rem auto; } }
 """
@@ -95,13 +100,17 @@ def _opening(record: Mapping[str, Any]) -> str:
 def _point(point: Point, names: Names) -> str:
     shown = columns(point)
     floors = point["scenario"] != "cold-start"
-    heads = [_SHORT[figure] for figure in shown] + ["floor", "/ floor"] * floors
+    memory = any(row["peak_rss_bytes"] for row in point["rows"])
+    heads = [_SHORT[figure] for figure in shown] + ["floor", "/ floor"] * floors + ["peak memory, MiB"] * memory
     rows = []
     for row in point["rows"]:
         cells = [_cell(point, row, figure) for figure in shown]
         if floors:
             floor, step = row["floor_inter_token_ms"], median_of(row, "p50_inter_token_ms")
             cells += [f"<td>{shorter(floor)}</td>", f"<td>{shorter(step / floor if floor and step else None)}</td>"]
+        if memory:
+            held = row["peak_rss_bytes"]
+            cells.append(f"<td>{shorter(held / 2**20 if held else None)}</td>")
         rows.append((name_of(row), cells))
     found = table(heads, rows) + _remarks([point])
     if not floors:
@@ -138,8 +147,9 @@ def _targets(record: Mapping[str, Any]) -> str:
     for target in record["targets"]:
         label = target["label"] + (" (stand-in)" if target["stand_in"] else "")
         warm = f"{target['warm_after']} requests" if target["warm"] else "never steady"
-        cells = (label, target["precision"] or "not known", shorter(target["load_seconds"]), warm)
-        rows.append((str(target["name"]), [f'<td class="text">{escape(cell)}</td>' for cell in cells]))
+        texts = [f'<td class="text">{escape(cell)}</td>' for cell in (label, target["precision"] or "not known", warm)]
+        cells = [*texts[:2], f"<td>{shorter(target['load_seconds'])}</td>", texts[2]]
+        rows.append((str(target["name"]), cells))
     note = ""
     if record["read_bandwidth_bytes_per_second"]:
         note = (
@@ -153,7 +163,9 @@ def _targets(record: Mapping[str, Any]) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "target") -> str:
     """Rows of a name and finished cells, which scrolls by itself where it is too wide."""
-    lines = [f"<tr><th>{first}</th>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+    kinds = {True: ' class="text"', False: ""}
+    marked = "".join(f"<th{kinds[head in _TEXTS]}>{escape(head)}</th>" for head in heads)
+    lines = [f"<tr><th>{first}</th>{marked}</tr>"]
     lines += [f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>" for name, cells in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 

@@ -31,7 +31,7 @@ FIRST, STEP = 0.4, 0.1
 """Seconds to the first token and from each to the next: the percent of a step is a millisecond, which a machine that
 has nothing else to do keeps."""
 PRICE = 3.6
-_TRIES = 8
+_TRIES = 12
 # Half of what a step may be off: what is later than this is the machine's fault and not the suite's.
 _LATE = TOLERANCE * STEP / 2
 _TICK = 0.005
@@ -59,12 +59,12 @@ class Check:
 
 
 def schedules() -> list[Schedule]:
-    """One client, arrivals that wait for nobody, and three clients; outputs of 2 to 8 tokens."""
+    """One client, arrivals that wait for nobody, and three clients; outputs of 2 to 6 tokens."""
     planner = Planner(range(1, 100), 64)
-    lengths = Lengths(4, 4), Lengths(2, 8, "uniform")
+    lengths = Lengths(4, 4), Lengths(2, 6, "uniform")
     return [
         planner.single(4, *lengths),
-        planner.server(16, *lengths, rate=6, arrivals="poisson"),
+        planner.server(12, *lengths, rate=12, arrivals="poisson"),
         planner.concurrency(3, 9, *lengths),
     ]
 
@@ -133,7 +133,7 @@ def _settle(schedule: Schedule, say: Callable[[str], None]) -> list[Check]:
 
 async def _try(schedule: Schedule) -> tuple[list[Check], float]:
     """The checks of one play, and by how many seconds server or client missed a moment at worst."""
-    objectives = Objectives(e2e=FIRST + 3.5 * STEP)
+    objectives = Objectives(e2e=FIRST + 2.5 * STEP)
     watch = _Watch()
     with fake_process(FIRST, STEP) as (address, process):
         target = OpenAITarget("fake", address, process=process)
