@@ -6,12 +6,13 @@ import re
 
 import pytest
 
+from benchmarks.decode import step_bytes
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.cold import ColdStart
 from benchmarks.suite.measure import Machine, measure
 from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.page import to_page
-from benchmarks.suite.roofline import token_flops
+from benchmarks.suite.roofline import prompt_flops, token_flops
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.tables import to_markdown
 from benchmarks.suite.targets.base import TargetError
@@ -23,7 +24,7 @@ LENGTHS = Lengths(4, 4), Lengths(5, 5)
 
 
 class Probe:
-    """A machine that reads 1 GB and does 2 GFLOP a second."""
+    """A machine that reads 1 GB and does 0.5 GFLOP a second."""
 
     def __init__(self, rate):
         self.samples = [rate]
@@ -53,7 +54,7 @@ def record():
             raise TargetError("it fell over")
         return ColdStart(1.5, 2.5, 64 << 20) if target.name == "<quick>" else None
 
-    machine = Machine(Probe(1e9), Probe(2e9), price_per_hour=1.0)
+    machine = Machine(Probe(1e9), Probe(5e8), price_per_hour=1.0)
     work = measure(
         targets, schedules, LoopClock(), repeats=5, objectives=Objectives(e2e=2.0), geometry=GEOMETRY,
         machine=machine, starter=start, cold_starts=2, timeout=1e3,
@@ -89,8 +90,9 @@ def test_the_roofline_and_floors_are_in_the_record(record):
     # One at a time, 0.02 s a token, which looks at the prompt and half the output on average.
     assert decode["rows"] == pytest.approx(1)
     assert decode["flops_per_second"] == pytest.approx(token_flops(GEOMETRY, 4 + 5 / 2) / 0.02)
-    assert row["floor_ttft_ms"] > row["floor_inter_token_ms"] > 0
-    assert record["read_bandwidth_bytes_per_second"] == 1e9 and record["fp32_flops_per_second"] == 2e9
+    assert row["floor_ttft_ms"] == pytest.approx(prompt_flops(GEOMETRY, 4) / 5e8 * 1e3)
+    assert row["floor_inter_token_ms"] == pytest.approx(step_bytes(GEOMETRY, "fp32", 1, 4 + 5 / 2) / 1e9 * 1e3)
+    assert record["read_bandwidth_bytes_per_second"] == 1e9 and record["fp32_flops_per_second"] == 5e8
 
 
 def test_the_timeline_is_of_moments_in_order(record):
