@@ -19,6 +19,10 @@ from serving.suggest import did_you_mean
 _BUDGET = re.compile(r"\s*(\w+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*")
 
 
+# Best passes of one machine left alone differ by less.
+_OTHER_MACHINE = 0.02
+
+
 class BudgetError(GPT2BundleError):
     """A record does not keep a budget."""
 
@@ -50,6 +54,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """A line for each judged figure of each row that both records have: what it was, is, and what may be said of it.
 
     The records were taken at different times, so their repeats are no pairs. Rows of other schedules are not compared.
+    Where the machine's own rates were others, a last line says so: what looks like the target's may be the machine's.
     """
     earlier = {(point["schedule_sha256"], row["target"]): row for point, row in rows(before)}
     lines = []
@@ -72,7 +77,17 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
             )
     if not lines:
         raise InputError("the records have no target and schedule in common, so there is nothing to compare")
-    return lines
+    return lines + _machine(before, after)
+
+
+def _machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """How the machine's own rates have changed, if one has by more than 2 %."""
+    said = []
+    for rate, name in (("read_bandwidth_bytes_per_second", "memory reads"), ("fp32_flops_per_second", "products")):
+        old, new = before.get(rate), after.get(rate)
+        if old and new and abs(new / old - 1) > _OTHER_MACHINE:
+            said.append(f"{name} {new / old - 1:+.1%}")
+    return [f"{'the machine':>15}  was another: {', '.join(said)}; a target may owe as much to that"] if said else []
 
 
 def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
