@@ -40,7 +40,7 @@ class _Scale:
 
     def share(self, value: float) -> float:
         if self.is_log:
-            value = math.log10(max(value, 10**self.low))
+            value = math.log10(value)
         return (value - self.low) / (self.high - self.low)
 
 
@@ -55,6 +55,7 @@ def chart(
     dots: bool = False,
     lines: bool = True,
     guides: Sequence[Points] = (),
+    within: Points = (),
 ) -> str:
     """Return the curves over common axes, or nothing if they hold no point.
 
@@ -63,7 +64,8 @@ def chart(
         places: each curve's place among all series, which decides on its colour and dashes; its own order by default.
         dots: draw the points. A curve of one point is always one.
         lines: draw what is between them.
-        guides: lines in the axes' colour behind the curves; they do not widen the axes.
+        guides: lines behind the curves, cut off where the axes end.
+        within: points that the axes hold as well, though nothing is drawn there.
     """
     x, y = x or Axis(), y or Axis()
     shown = {name: [p for p in curve if (p[0] > 0 or not x.is_log) and (p[1] > 0 or not y.is_log)]
@@ -71,7 +73,8 @@ def chart(
     points = [point for curve in shown.values() for point in curve]
     if not points:
         return ""
-    across, up = _scale(x, [point[0] for point in points]), _scale(y, [point[1] for point in points])
+    held = [*points, *within]
+    across, up = _scale(x, [point[0] for point in held]), _scale(y, [point[1] for point in held])
     right, bottom = size[0] - _RIGHT, size[1] - _BOTTOM
 
     def place(point: tuple[float, float]) -> tuple[float, float]:

@@ -46,9 +46,9 @@ th:first-child, td:first-child, .text { text-align: left; }
 th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
 td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; color: var(--soft); }
 .legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
-@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } }
+@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } td.text { min-width: 12rem; } }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
-.heat td, .heat th { text-align: center; } td.text { white-space: normal; min-width: 6rem; }
+.heat td, .heat th { text-align: center; } td.text { white-space: normal; }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }

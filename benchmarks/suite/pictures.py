@@ -96,7 +96,9 @@ def roofline(record: Mapping[str, Any], names: Names) -> str:
         ridge = rate / bandwidth
         roof = [(ridge * 1e-6, rate * 1e-6 / 1e9), (ridge, rate / 1e9), (ridge * 1e6, rate / 1e9)]
         title = f"{phase.capitalize()}: GFLOP/s attained"
-        drawn.append(_figure(title, curves, names, *axes, dots=True, lines=False, guides=[roof]))
+        drawn.append(
+            _figure(title, curves, names, *axes, dots=True, lines=False, guides=[roof], within=[(ridge, rate / 1e9)])
+        )
     note = (
         f"A point for each scenario. Dashed: {bandwidth / 1e9:.1f} GB/s read from memory and {rate / 1e9:.0f} GFLOP/s "
         "of float32 products, the best measured in this run. Work and bytes are the least that the model needs, "

@@ -111,7 +111,9 @@ def agreement(point: Point) -> str:
 
 def remarks(points: Sequence[Point]) -> list[str]:
     """What a reader must know of points that are shown together, each sentence once."""
-    found = [agreement(point) for point in points if agreement(point)]
+    # Where targets have left a sweep, those that are there are a part of what was said before.
+    most = max(len(point["rows"]) for point in points)
+    found = [agreement(point) for point in points if len(point["rows"]) == most and agreement(point)]
     found += [f"{name_of(row)}: {note}" for point in points for row in point["rows"] for note in notes(row)]
     return list(dict.fromkeys(found))
 
