@@ -57,7 +57,8 @@ bench: $(INSTALLED) ## Measure the bundle: steps beside this machine's floor, th
 	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
 	$(BIN)/gpt2-bundle bench "$(BUNDLE)"
 	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario single --scenario offline --scenario server --rate 16 \
-		--scenario concurrency --output runs/bench/$$(basename "$(BUNDLE)").json
+		--scenario concurrency --scenario saturation --sweep-from 32 --sweep-factor 1.5 --sweep-seconds 1.5 \
+		--sweep-limit 90 --scenario cold-start --output runs/bench/$$(basename "$(BUNDLE)").json
 
 bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
 	$(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from benchmarks.suite_command import compare_records, gate, run_scenarios
+from benchmarks.suite_command import compare_records, gate, run_scenarios, selftest
 
-_SCENARIOS = ("single", "offline", "server", "concurrency", "grid")
+_SCENARIOS = ("single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
 _ARRIVALS = ("poisson", "gamma", "constant", "trace")
 
 
@@ -52,6 +52,20 @@ def bench() -> None:
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Moments in seconds, one a line.")
 @click.option("--clients", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16), show_default=True,
               help="For concurrency; repeatable.")  # fmt: skip
+@click.option("--sweep-from", type=float, default=1.0, show_default=True, metavar="RATE",
+              help="First rate of saturation, requests a second.")  # fmt: skip
+@click.option("--sweep-factor", type=float, default=2.0, show_default=True, help="From one rate to the next.")
+@click.option("--sweep-seconds", type=float, default=2.0, show_default=True, help="That each rate lasts for a target.")
+@click.option("--sweep-limit", type=float, default=120.0, show_default=True, metavar="SECONDS",
+              help="No further rate is begun after this time.")  # fmt: skip
+@click.option("--grid-prompt", "grid_prompts", multiple=True, type=click.IntRange(1), metavar="TOKENS",
+              help="For grid; repeatable.")  # fmt: skip
+@click.option("--grid-output", "grid_outputs", multiple=True, type=click.IntRange(1), metavar="TOKENS",
+              help="For grid; repeatable.")  # fmt: skip
+@click.option("--cold-starts", type=click.IntRange(1, 100), default=3, show_default=True,
+              help="Fresh processes of each target, for cold-start.")  # fmt: skip
+@click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), metavar="PRICE",
+              help="Of this machine, in any currency, for the cost of a million tokens.")  # fmt: skip
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=16, show_default=True,
               help="Rows of a static batch, with a scenario.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the schedules.")
@@ -113,3 +127,4 @@ def run(
 
 bench.add_command(compare_records)
 bench.add_command(gate)
+bench.add_command(selftest)

@@ -14,16 +14,22 @@ from serving.errors import InputError
 from serving.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from benchmarks.suite.schedule import Schedule
+    from benchmarks.suite.schedule import Planned, Schedule
+    from benchmarks.suite.targets.base import Target
     from serving.bundle import Bundle
+
+# Rates of a sweep at most; `Planner.saturation` has them grow by a factor.
+_SWEEP_RATES = 16
 
 
 def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, as_json: bool, **asked: Any) -> None:
     """Draw or read schedules, play them against the targets, print the tables and write the record."""
-    from benchmarks.hardware import BandwidthProbe
+    from benchmarks.hardware import BandwidthProbe, ComputeProbe
     from benchmarks.suite.calibrate import client_overhead
     from benchmarks.suite.clock import WallClock
-    from benchmarks.suite.measure import measure
+    from benchmarks.suite.cold import ColdStart, cold_start
+    from benchmarks.suite.measure import Machine, measure
+    from benchmarks.suite.meters import Meters
     from benchmarks.suite.metrics import Objectives
     from benchmarks.suite.page import to_page
     from benchmarks.suite.schedule import save_schedules
@@ -43,6 +49,11 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
     objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
 
+    machine = Machine(BandwidthProbe(), ComputeProbe(), Meters(), asked["price_per_hour"])
+
+    async def start(target: Target, request: Planned) -> ColdStart | None:
+        return await cold_start(target, bundle, asked["max_batch"], request)
+
     async def work() -> dict[str, Any]:
         clock = WallClock()
         overhead = await client_overhead(clock) if any("=" in name for name in names) else None
@@ -53,7 +64,10 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
             repeats=asked["repeats"],
             objectives=objectives,
             geometry=bundle.manifest.model,
-            bandwidth=BandwidthProbe(),
+            machine=machine,
+            starter=start,
+            cold_starts=asked["cold_starts"],
+            sweep_seconds=asked["sweep_limit"],
             say=lambda line: click.echo(line, err=True),
         )
         return record | {"client_overhead_ms": overhead}
@@ -94,11 +108,16 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
                 found.append(planner.server(count, prompt, made, **how))
         elif scenario == "concurrency":
             found += [planner.concurrency(clients, count, prompt, made) for clients in asked["clients"]]
+        elif scenario == "saturation":
+            steps = {"start": asked["sweep_from"], "factor": asked["sweep_factor"], "seconds": asked["sweep_seconds"]}
+            arrivals = "poisson" if asked["arrivals"] == "trace" else asked["arrivals"]
+            found += planner.saturation(prompt, made, **steps, rates=_SWEEP_RATES, arrivals=arrivals)
+        elif scenario == "cold-start":
+            found.append(planner.cold_start(prompt, made))
         else:
-            sizes = [
-                (size, length) for size in (prompt.high // 4, prompt.high) for length in (made.high // 4, made.high)
-            ]
-            found += [planner.grid(count, max(1, size), max(1, length)) for size, length in sizes]
+            prompts = asked["grid_prompts"] or sorted({max(1, prompt.high // part) for part in (4, 2, 1)})
+            outputs = asked["grid_outputs"] or sorted({max(1, made.high // part) for part in (4, 2, 1)})
+            found += [planner.grid(count, size, length) for size in prompts for length in outputs]
     return found
 
 
@@ -120,6 +139,15 @@ def compare_records(before: Path, after: Path) -> None:
     from benchmarks.suite.judge import compare, read_record
 
     for line in compare(read_record(before), read_record(after)):
+        click.echo(line)
+
+
+@click.command("selftest")
+def selftest() -> None:
+    """Measure a server of known latency, and end with code 1 unless every figure is within 1 %."""
+    from benchmarks.suite.selftest import run_selftest, table
+
+    for line in table(run_selftest(lambda line: click.echo(line, err=True))):
         click.echo(line)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.corpus import CorpusReport
-from builder.page import page, section
+from serving.page import page, section
 
 
 def vocabulary_coverage(

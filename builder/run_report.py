@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from builder.page import chart, page, section
+from serving.charts import Axis, chart, legend
+from serving.page import page, section
 
 REPORT_PAGE = "report.html"
 _CURVES = (
@@ -46,7 +47,10 @@ def _points(records: list[dict[str, float]], key: str) -> list[tuple[float, floa
 
 
 def _chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    return section(title, chart(title, dict(curves)) if any(curves.values()) else "")
+    if not any(curves.values()):
+        return ""
+    names = list(curves)
+    return section(title, (legend(names) if len(names) > 1 else "") + chart(title, curves, Axis("step", is_tight=True)))
 
 
 def _table(history: list[dict[str, Any]]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +21,8 @@ from serving.errors import ServerError
 
 
 @contextmanager
-def fake_server(first: float = 0.0, step: float = 0.0) -> Iterator[OpenAITarget]:
-    """Run `benchmarks.suite.fake_server` in a process of its own; the null server if both are 0. Seconds."""
+def fake_process(first: float, step: float) -> Iterator[tuple[str, int]]:
+    """Run `benchmarks.suite.fake_server` in a process of its own, and give its address and process id. Seconds."""
     command = [sys.executable, "-m", "benchmarks.suite.fake_server", f"--first={first}", f"--step={step}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -28,10 +30,23 @@ def fake_server(first: float = 0.0, step: float = 0.0) -> Iterator[OpenAITarget]
             port = process.stdout.readline().strip()
             if not port:
                 raise ServerError("the fake server did not start", "UNAVAILABLE")
-            label = f"a server that answers after {first:g} s and then each {step:g} s"
-            yield OpenAITarget("fake", f"http://127.0.0.1:{port}", label=label, process=process.pid)
+            yield f"http://127.0.0.1:{port}", process.pid
         finally:
             process.terminate()
+
+
+@contextmanager
+def fake_server(first: float = 0.0, step: float = 0.0) -> Iterator[OpenAITarget]:
+    """Run it as a target; the null server if both are 0. Seconds."""
+    label = f"a server that answers after {first:g} s and then each {step:g} s"
+    with fake_process(first, step) as (address, process):
+        yield OpenAITarget("fake", address, label=label, process=process)
+
+
+def lateness(address: str) -> float:
+    """Seconds by which a fake server missed its own schedule at worst, as it says itself."""
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=10) as answer:
+        return float(json.load(answer)["lateness"])
 
 
 async def client_overhead(clock: Clock, count: int = 50, tokens: int = 32) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.suite.fake_server --first 0.05 --step 0.01` prints its port. It speaks as much of OpenAI's API
 as `targets.openai` does: token i of a request comes `first + i * step` seconds after the request did, whatever else is
-under way. With both 0 it is the null server, whose every moment is the client's own. The text is the prompt's ids.
+under way; by how much it missed that at worst, its models say as `lateness`. With both 0 it is the null server, whose
+every moment is the client's own. The text is the prompt's ids.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, first: float, step: float) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.first, self.step = first, step
+        self.lateness = 0.0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -32,7 +34,8 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        body = json.dumps({"object": "list", "data": [{"id": "fake", "object": "model"}]}).encode()
+        models = {"object": "list", "data": [{"id": "fake", "object": "model"}]}
+        body = json.dumps(models | {"lateness": self.server.lateness}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -48,9 +51,10 @@ class _Handler(BaseHTTPRequestHandler):
         made = body["max_tokens"]
         for index in range(made):
             # Each moment is counted from the beginning, so that lateness does not add up.
-            left = began + self.server.first + index * self.server.step - time.monotonic()
-            if left > 0:
+            moment = began + self.server.first + index * self.server.step
+            if (left := moment - time.monotonic()) > 0:
                 time.sleep(left)
+            self.server.lateness = max(self.server.lateness, time.monotonic() - moment)
             token = body["prompt"][index % len(body["prompt"])]
             self._event({"choices": [{"index": 0, "text": f" {token}"}]})
         self._event({"choices": [], "usage": {"completion_tokens": made}})

@@ -2,33 +2,90 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-
-from benchmarks.decode import step_bytes
-from benchmarks.hardware import BandwidthProbe, environment
+from benchmarks.hardware import BandwidthProbe, ComputeProbe, environment
 from benchmarks.suite.clock import Clock
+from benchmarks.suite.cold import ColdStart
 from benchmarks.suite.driver import play
-from benchmarks.suite.events import Response, differing, outputs_hash
-from benchmarks.suite.metrics import LATENCIES, Objectives, samples, sorted_quantiles, summarise, throughput
-from benchmarks.suite.schedule import Lengths, Planner, Schedule
-from benchmarks.suite.statistics import paired, warm_from
-from benchmarks.suite.targets.base import Target
+from benchmarks.suite.events import Response
+from benchmarks.suite.meters import Meters, Reading
+from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.rows import COLD, Repeat, add_limits, blank_row, make_point, point_of, winner
+from benchmarks.suite.schedule import Lengths, Planned, Planner, Schedule
+from benchmarks.suite.statistics import warm_from
+from benchmarks.suite.sweep import best, sweep
+from benchmarks.suite.targets.base import Target, TargetError
 from serving.bundle import Geometry
 
 SCHEMA = "gpt2-bundle-bench/1"
-THROUGHPUTS = ("output_tokens_per_second", "input_tokens_per_second", "requests_per_second", "goodput")
-HIGHER_IS_BETTER = frozenset(THROUGHPUTS)
-# What a winner is named in.
-JUDGED = ("p50_ttft_ms", "p50_inter_token_ms", "p99_inter_token_ms", "p50_e2e_ms", "output_tokens_per_second")
-_CURVE = 101
+SUSTAINED = "sustained_requests_per_second"
 _WARM_UP_ROUND, _WARM_UP_MOST = 10, 60
+# A request of a sweep: what takes longer is far behind already, and the sweep must end.
+_SWEEP_TIMEOUT = 30.0
 Say = Callable[[str], None]
+
+
+@dataclass
+class Machine:
+    """What is measured of the machine between and beside the repeats; each may be left out."""
+
+    bandwidth: BandwidthProbe | None = None
+    compute: ComputeProbe | None = None
+    meters: Meters | None = None
+    price_per_hour: float | None = None
+
+    def sample(self) -> None:
+        """Measure its rates once more; the best of all samples counts."""
+        if self.bandwidth is not None:
+            self.bandwidth.sample(passes=3)
+        if self.compute is not None:
+            self.compute.sample(passes=1)
+
+    def rates(self) -> tuple[float | None, float | None]:
+        """Bytes and float32 operations a second."""
+        found = [max(probe.samples) if probe and probe.samples else None for probe in (self.bandwidth, self.compute)]
+        return found[0], found[1]
+
+
+@dataclass
+class _Run:
+    """What every scenario needs."""
+
+    targets: Sequence[Target]
+    clock: Clock
+    objectives: Objectives
+    timeout: float
+    machine: Machine
+    say: Say
+    points: list[dict[str, Any]] = field(default_factory=list)
+    played: list[dict[str, list[Repeat]]] = field(default_factory=list)
+    plays: int = 0
+
+    async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
+        window = self.machine.meters.begin() if self.machine.meters and self.machine.meters.sources else None
+        reading: Reading | None = None
+        try:
+            responses = await play(schedule, target, self.clock, timeout or self.timeout)
+        finally:
+            reading = window.end() if window is not None else None
+        return Repeat(responses, reading)
+
+    def next_number(self) -> int:
+        """Another one for each time that all targets are asked the same, so that no prompt comes twice."""
+        self.plays += 1
+        return self.plays - 1
+
+    def add(self, schedule: Schedule, targets: Sequence[Target], played: dict[str, list[Repeat]]) -> None:
+        self.points.append(make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour))
+        self.played.append(played)
+
+
+Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
 
 
 async def measure(
@@ -40,14 +97,22 @@ async def measure(
     objectives: Objectives,
     geometry: Geometry | None = None,
     timeout: float = 300.0,
-    bandwidth: BandwidthProbe | None = None,
+    machine: Machine | None = None,
+    starter: Starter | None = None,
+    cold_starts: int = 3,
+    sweep_seconds: float = 120.0,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
 
-    The schema is docs/bench-format.md's. `geometry` and `bandwidth` give the floor of a token where both are there.
+    The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
+    is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
+    `machine` give the floors and the roofline.
     """
+    machine = machine or Machine()
+    idle = machine.meters.idle(5.0) if machine.meters is not None else None
     entries = []
+    run = _Run(targets, clock, objectives, timeout, machine, say)
     try:
         for target in targets:
             say(f"{target.name}: loading")
@@ -59,32 +124,36 @@ async def measure(
                 "name": target.name, "label": target.label, "precision": target.precision,
                 "stand_in": target.stand_in, "load_seconds": loaded, **warm,
             })  # fmt: skip
-        points = []
-        for schedule in schedules:
-            played: dict[str, list[list[Response]]] = {target.name: [] for target in targets}
-            for repeat in range(repeats):
-                if bandwidth is not None:
-                    bandwidth.sample(passes=3)
-                say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
-                # Who goes first changes, so that nobody always runs behind the same other.
-                for place in range(len(targets)):
-                    target = targets[(place + repeat) % len(targets)]
-                    played[target.name].append(await play(schedule, target, clock, timeout))
-            points.append(_point(schedule, targets, played, objectives))
+        for scenario, group in itertools.groupby(schedules, key=lambda schedule: schedule.scenario):
+            if scenario == "saturation":
+                await _sweep(run, list(group), sweep_seconds)
+            elif scenario == "cold-start":
+                for schedule in group:
+                    await _cold(run, schedule, starter, cold_starts)
+            else:
+                for schedule in group:
+                    await _repeat(run, schedule, repeats)
     finally:
         for target in targets:
             await target.stop()
-    speed = max(bandwidth.samples) if bandwidth is not None else None
-    if speed is not None and geometry is not None:
-        _add_floors(points, targets, geometry, speed, {each.sha256: each for each in schedules})
+    bandwidth, rate = machine.rates()
+    if geometry is not None:
+        precisions = {target.name: target.precision for target in targets}
+        for point, played in zip(run.points, run.played, strict=True):
+            add_limits(point, played, precisions, geometry, bandwidth, rate)
     return {
         "schema": SCHEMA,
         "environment": environment(),
-        "settings": {"repeats": repeats, "objectives": asdict(objectives), "timeout": timeout},
-        "read_bandwidth_bytes_per_second": speed,
+        "settings": {
+            "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
+            "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
+        },
+        "read_bandwidth_bytes_per_second": bandwidth,
+        "fp32_flops_per_second": rate,
+        "energy": _energy(machine.meters, idle),
         "targets": entries,
-        "points": points,
-    }
+        "points": run.points,
+    }  # fmt: skip
 
 
 async def warm_up(target: Target, like: Schedule, clock: Clock, timeout: float) -> dict[str, Any]:
@@ -94,113 +163,89 @@ async def warm_up(target: Target, like: Schedule, clock: Clock, timeout: float) 
     """
     first = like.requests[0]
     text = [token for request in like.requests for token in request.prompt]
-    planner = Planner(text, len(first.prompt) + 8)
+    made = min(8, first.new_tokens)
+    lengths = Lengths(len(first.prompt), len(first.prompt)), Lengths(made, made)
     latencies: list[float] = []
     cut = None
     while cut is None and len(latencies) < _WARM_UP_MOST:
-        lengths = (
-            Lengths(len(first.prompt), len(first.prompt)),
-            Lengths(min(8, first.new_tokens), min(8, first.new_tokens)),
-        )
+        # Other prompts in each round, or a server that keeps prompts would seem to warm up at the second.
+        planner = Planner(text, len(first.prompt) + made, seed=len(latencies))
         responses = await play(planner.single(_WARM_UP_ROUND, *lengths), target, clock, timeout)
         latencies += [response.finished - response.scheduled for response in responses]
         cut = warm_from(latencies)
     return {"warm_up_requests": len(latencies), "warm_after": cut, "warm": cut is not None}
 
 
-def figures(responses: Sequence[Response], objectives: Objectives) -> dict[str, float | None]:
-    """One repeat's figures by name: mean, p50, p90 and p99 of each latency in ms, and throughputs; None for none."""
-    found: dict[str, float | None] = {}
-    for latency in LATENCIES:
-        values = np.sort(samples(responses, latency)[0]) * 1e3
-        numbers = [float(values.mean()), *sorted_quantiles(values)] if len(values) else [None] * 4
-        found |= {
-            f"{name}_{latency}_ms": number for name, number in zip(("mean", "p50", "p90", "p99"), numbers, strict=True)
-        }
-    return found | throughput(responses, objectives)
+async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
+    played: dict[str, list[Repeat]] = {target.name: [] for target in run.targets}
+    for repeat in range(repeats):
+        run.machine.sample()
+        run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
+        asked = schedule.varied(run.next_number())
+        # Who goes first changes, so that nobody always runs behind the same other.
+        for place in range(len(run.targets)):
+            target = run.targets[(place + repeat) % len(run.targets)]
+            played[target.name].append(await run.play(target, asked))
+    run.add(schedule, run.targets, played)
 
 
-def winner(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> str | None:
-    """The target whose repeats of `figure` are better than every other's beyond the noise, or None.
+async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> None:
+    named = {target.name: target for target in run.targets}
+    asked = [schedule.varied(run.next_number()) for schedule in schedules]
+    played: list[dict[str, list[Repeat]]] = [{} for _ in schedules]
 
-    `rows` is target to its figures, repeat by repeat. One target alone has won nothing.
-    """
-    series = {name: [value for value in values[figure] if value is not None] for name, values in rows.items()}
-    series = {name: values for name, values in series.items() if values and len(values) == len(rows[name][figure])}
-    if len(series) < 2:
+    async def once(name: str, schedule: Schedule, place: int) -> Sequence[Response]:
+        if not played[place]:
+            run.machine.sample()
+            run.say(f"saturation, {schedule.point}")
+        repeat = await run.play(named[name], asked[place], min(run.timeout, _SWEEP_TIMEOUT))
+        played[place][name] = [repeat]
+        return repeat.responses
+
+    standings = await sweep(list(named), schedules, run.clock, run.objectives, seconds, once)
+    for place, schedule in enumerate(schedules):
+        there = [target for target in run.targets if target.name in played[place]]
+        if not there:
+            break
+        run.add(schedule, there, played[place])
+        for row in run.points[-1]["rows"]:
+            row["pace"] = asdict(standings[row["target"]].paces[place])
+    summaries = {name: standing.summary() for name, standing in standings.items()}
+    rows = [
+        blank_row(target, {SUSTAINED: [summaries[target.name]["sustained"]]}) | {"sweep": summaries[target.name]}
+        for target in run.targets
+    ]
+    # All that was offered, in one hash, so that only sweeps of the same rates are compared.
+    whole = Schedule("saturation", "highest rate sustained", {"rates": [each.sha256 for each in schedules]}, ())
+    run.points.append(point_of(whole, rows, {SUSTAINED: best(summaries)}))
+    run.played.append({})
+
+
+async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: int) -> None:
+    rows = {target.name: blank_row(target, {name: [] for name in COLD}) for target in run.targets}
+    for repeat in range(count):
+        run.say(f"{schedule.scenario}, {schedule.point}: {repeat + 1} of {count}")
+        request = schedule.varied(run.next_number()).requests[0]
+        for place in range(len(run.targets)):
+            target = run.targets[(place + repeat) % len(run.targets)]
+            row, found = rows[target.name], None
+            try:
+                found = await starter(target, request) if starter is not None else None
+            except TargetError as error:
+                row["errors"] = sorted({*row["errors"], str(error)})
+            for name, seconds in zip(COLD, (found.load, found.first_token) if found else (None, None), strict=True):
+                row["figures"][name].append(None if seconds is None else seconds * 1e3)
+            if found and found.peak_rss_bytes:
+                row["peak_rss_bytes"] = max(row["peak_rss_bytes"] or 0, found.peak_rss_bytes)
+    clean = {name: row["figures"] for name, row in rows.items() if not row["errors"]}
+    winners = {name: winner(clean, name) for name in COLD}
+    run.points.append(point_of(schedule, list(rows.values()), winners))
+    run.played.append({})
+
+
+def _energy(meters: Meters | None, idle: Reading | None) -> dict[str, Any] | None:
+    """What was read, and what the machine drew before anything was loaded; None where nothing is read."""
+    if meters is None or not meters.sources or idle is None:
         return None
-    better, pick = ("higher", max) if figure in HIGHER_IS_BETTER else ("lower", min)
-    best = pick(series, key=lambda name: float(np.median(series[name])))
-    others = [values for name, values in series.items() if name != best]
-    return best if all(paired(series[best], values).call == better for values in others) else None
-
-
-def _point(
-    schedule: Schedule, targets: Sequence[Target], played: Mapping[str, list[list[Response]]], objectives: Objectives
-) -> dict[str, Any]:
-    rows = []
-    for target in targets:
-        repeats = played[target.name]
-        per_repeat = [figures(responses, objectives) for responses in repeats]
-        every = [response for responses in repeats for response in responses]
-        rows.append({
-            "target": target.name,
-            "stand_in": target.stand_in,
-            "figures": {name: [each[name] for each in per_repeat] for name in per_repeat[0]},
-            "summary": summarise(repeats, objectives),
-            "curves_ms": {name: _curve(every, name) for name in LATENCIES},
-            "all_counted": all(response.counted for response in every),
-            "outputs_sha256": outputs_hash(repeats[0]),
-            "repeats_differ": any(differing(repeats[0], again) for again in repeats[1:]),
-            "differing_requests": {
-                other.name: differing(repeats[0], played[other.name][0]) for other in targets if other is not target
-            },
-            "errors": sorted({response.error for response in every if response.error is not None}),
-            "peak_rss_bytes": peak_rss(target.pid()),
-            "floor_inter_token_ms": None,
-        })  # fmt: skip
-    clean: dict[str, Any] = {str(row["target"]): row["figures"] for row in rows if not row["errors"]}
-    return {
-        "scenario": schedule.scenario,
-        "point": schedule.point,
-        "settings": schedule.settings,
-        "concurrency": schedule.concurrency,
-        "schedule_sha256": schedule.sha256,
-        "rows": rows,
-        "winners": {figure: winner(clean, figure) for figure in JUDGED},
-    }
-
-
-def _curve(responses: Sequence[Response], latency: str) -> list[float] | None:
-    """The 0th to 100th percentile in ms, or None for no samples."""
-    values = samples(responses, latency)[0]
-    return (np.percentile(values, np.linspace(0, 100, _CURVE)) * 1e3).tolist() if len(values) else None
-
-
-def peak_rss(pid: int | None) -> int | None:
-    """The most memory that a process ever held, in bytes (Linux), or None where that is not known."""
-    if pid is None:
-        return None
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
-
-
-def _add_floors(
-    points: list[dict[str, Any]],
-    targets: Sequence[Target],
-    geometry: Geometry,
-    speed: float,
-    schedules: Mapping[str, Schedule],
-) -> None:
-    """The time to read one row's step once: no token of a single stream can follow another sooner."""
-    precisions = {target.name: target.precision for target in targets}
-    for point in points:
-        requests = schedules[point["schedule_sha256"]].requests
-        cached = sum(len(each.prompt) + each.new_tokens / 2 for each in requests) / len(requests)
-        for row in point["rows"]:
-            precision = precisions[row["target"]]
-            if precision is not None:
-                row["floor_inter_token_ms"] = step_bytes(geometry, precision, 1, cached) / speed * 1e3
+    found = meters.describe()
+    return found | {"idle_seconds": idle.seconds, "idle_cpu_watts": idle.cpu_watts, "idle_gpu_watts": idle.gpu_watts}

@@ -2,171 +2,178 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from benchmarks.suite.measure import JUDGED
-from benchmarks.suite.tables import agreement, median_of, name_of, notes
+from benchmarks.suite.pictures import Names, cdf, grid_table, latency_throughput, roofline, shorter, timelines
+from benchmarks.suite.tables import (
+    HEADS,
+    Point,
+    at_sustained,
+    columns,
+    groups,
+    median_of,
+    name_of,
+    remarks,
+    sweep_of,
+)
+from serving.charts import legend
+from serving.page import page, section
 
-_HEADS = ("first token p50", "inter-token p50", "inter-token p99", "end to end p50", "tokens/s")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 640, 280, 58, 12, 12, 40
-_COLOURS = 6
+_SHORT = HEADS | {
+    "p50_ttft_ms": "first token p50",
+    "p50_inter_token_ms": "inter-token p50",
+    "p99_inter_token_ms": "inter-token p99",
+    "p50_e2e_ms": "end to end p50",
+    "cold_load_ms": "until ready",
+    "cold_first_token_ms": "until the first token",
+}
+_TITLES = {
+    "single": "One request at a time",
+    "offline": "All at once",
+    "server": "Requests that wait for nobody",
+    "concurrency": "Several clients",
+    "saturation": "Rising rates",
+    "grid": "Prompt and output lengths",
+    "cold-start": "Cold starts",
+}
+_TEXTS = ("why it fails", "what it is", "weights", "warm after")
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #d5dae0; --win: #e3f3e6; --c0: #0b62c4;
-  --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #b3005e; --c5: #6b7280; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --paper: #14171b; --faint: #3a414b; --win: #173a20;
-  --c0: #6cb0ff; --c1: #ff9e64; --c2: #6ee7a0; --c3: #c9a2ff; --c4: #ff8ac4; --c5: #a8b0bc; } }
-body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; }
-.axis { stroke: var(--faint); fill: none; } .curve { fill: none; stroke-width: 1.8; }
-.legend b { margin-right: 1rem; font-weight: 600; white-space: nowrap; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; margin: .5rem 0 1rem; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--faint); white-space: nowrap;
-  font-variant-numeric: tabular-nums; } th:first-child, td:first-child { text-align: left; }
-td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+body { max-width: 62rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 15px; margin: .6rem 0 .2rem; }
+th, td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child, .text { text-align: left; }
+th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
+td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; color: var(--soft); }
+.legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
+@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } td.text { min-width: 12rem; } }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
+.heat td, .heat th { text-align: center; } td.text { white-space: normal; }
+tr > :first-child { position: sticky; left: 0; background: var(--paper); }
+summary { cursor: pointer; color: var(--soft); }
+figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }
+@media (max-width: 40rem) { th, td { padding: .2rem .4rem; font-size: 13px; } body { margin: 1rem auto; } }
 """
-Points = Sequence[tuple[float, float]]
 
 
 def to_page(record: Mapping[str, Any]) -> bytes:
     """The whole page, UTF-8."""
-    title = f"{record['bundle']}: what a client sees"
-    machine = record["environment"]
-    names = [target["name"] for target in record["targets"]]
-    body = [
-        f"<p>{escape(machine['cpu'])}, {machine['cores']} cores, {machine['date'][:10]}; "
-        f"{record['settings']['repeats']} repeats, targets taking turns. Latencies are in ms and begin at the "
-        "scheduled moment. A shaded figure is better than every other beyond the noise; where none is "
-        "shaded, nothing is.</p>",
-        _legend(names),
-        _curves_section(record, names),
-    ]
-    for point in record["points"]:
-        body.append(f"<h2>{escape(point['scenario'])}: {escape(point['point'])}</h2>")
-        body.append(_table(point))
-        charts = "".join(_cdf(point, latency, names) for latency in ("ttft", "inter_token"))
-        body.append(f'<div class="pair">{charts}</div>')
-    body.append(_targets(record))
+    names: Names = {target["name"]: place for place, target in enumerate(record["targets"])}
+    parts = [_opening(record), legend(list(names))]
+    parts.append(section("Latency and throughput", latency_throughput(record, names)))
+    for scenario, points in groups(record):
+        title = _TITLES.get(scenario, scenario)
+        if scenario == "saturation":
+            parts.append(section(title, _sweep(points)))
+        elif scenario == "grid":
+            parts.append(section(title, grid_table(points) + _remarks(points)))
+        else:
+            what = "" if scenario in ("single", "cold-start") else f": {points[0]['point']}"
+            parts.append(section(f"{title}{what}", _point(points[0], names)))
+    parts.append(section("How far from the machine's limits", roofline(record, names)))
+    parts.append(section("Targets", _targets(record)))
+    return page(f"{record['bundle']}: what a client sees", "\n".join(parts), _STYLE)
+
+
+def _opening(record: Mapping[str, Any]) -> str:
+    machine, settings = record["environment"], record["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    energy = record.get("energy")
+    drawn = "Nothing here tells energy or power. "
+    if energy:
+        idle = {"processor": energy["idle_cpu_watts"], "GPU": energy["idle_gpu_watts"]}
+        said = " and ".join(f"{watts:.0f} W ({part})" for part, watts in idle.items() if watts is not None)
+        drawn = f"Idle, before anything was loaded, the machine drew {said}; that is in the energy too. "
+    limits = {name: value for name, value in settings["objectives"].items() if value is not None}
+    good = ", ".join(f"{name} within {value * 1e3:g} ms" for name, value in limits.items())
+    price = settings.get("price_per_hour")
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    ).encode("utf-8", "replace")
+        f"<p>{escape(machine['cpu'])}, {machine['cores']} cores, {escape(machine['date'][:10])}; "
+        f"{settings['repeats']} repeats, targets taking turns. Latencies are in ms, begin at the scheduled moment, and "
+        "are medians over the repeats. A shaded figure is better than every other beyond the noise; where none is "
+        "shaded, nothing is.</p>"
+        f'<p class="note">{drawn}{f"A request is good with {good}. " if good else ""}'
+        f"{f'Cost is at {price:g} an hour. ' if price else ''}{escape(versions)}.</p>"
+    )
 
 
-def _legend(names: Sequence[str]) -> str:
-    marks = " ".join(f'<b style="color: {_colour(place)}">{escape(name)}</b>' for place, name in enumerate(names))
-    return f'<p class="legend">{marks}</p>'
-
-
-def _colour(place: int) -> str:
-    return f"var(--c{place % _COLOURS})"
-
-
-def _table(point: Mapping[str, Any]) -> str:
-    lines = [
-        "<tr><th>target</th>" + "".join(f"<th>{head}</th>" for head in _HEADS) + "<th>floor</th><th>/ floor</th></tr>"
-    ]
-    remarks = [f'<p class="note">{escape(agreement(point))}</p>']
+def _point(point: Point, names: Names) -> str:
+    shown = columns(point)
+    floors = point["scenario"] != "cold-start"
+    memory = any(row["peak_rss_bytes"] for row in point["rows"])
+    heads = [_SHORT[figure] for figure in shown] + ["floor", "/ floor"] * floors + ["peak memory, MiB"] * memory
+    rows = []
     for row in point["rows"]:
-        cells = []
-        for figure in JUDGED:
-            won = ' class="win"' if point["winners"][figure] == row["target"] else ""
-            cells.append(f"<td{won}>{_number(median_of(row, figure))}</td>")
-        floor, step = row["floor_inter_token_ms"], median_of(row, "p50_inter_token_ms")
-        over = step / floor if floor and step else None
-        cells += [f"<td>{_number(floor)}</td>", f"<td>{_number(over)}</td>"]
-        lines.append(f"<tr><td>{escape(name_of(row))}</td>{''.join(cells)}</tr>")
-        remarks += [f'<p class="note">{escape(name_of(row))}: {escape(note)}</p>' for note in notes(row)]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>{"".join(remarks)}'
+        cells = [_cell(point, row, figure) for figure in shown]
+        if floors:
+            floor, step = row["floor_inter_token_ms"], median_of(row, "p50_inter_token_ms")
+            cells += [f"<td>{shorter(floor)}</td>", f"<td>{shorter(step / floor if floor and step else None)}</td>"]
+        if memory:
+            held = row["peak_rss_bytes"]
+            cells.append(f"<td>{shorter(held / 2**20 if held else None)}</td>")
+        rows.append((name_of(row), cells))
+    found = table(heads, rows) + _remarks([point])
+    if not floors:
+        return f"{found}<p class='note'>From the start of a process, its files in the page cache, in ms.</p>"
+    charts = "".join(cdf(point, latency, names) for latency in ("ttft", "inter_token"))
+    return f'{found}<div class="pair">{charts}</div>{timelines(point)}'
+
+
+def _sweep(points: Sequence[Point]) -> str:
+    result = sweep_of(points)
+    if result is None:
+        return ""
+    heads = ["sustains, requests/s", "fails at", "end to end p50", "p99", "first token p99", "why it fails"]
+    rows = []
+    for row in result["rows"]:
+        there = at_sustained(points, row)
+        figures = [
+            median_of(there, figure) if there else None for figure in ("p50_e2e_ms", "p99_e2e_ms", "p99_ttft_ms")
+        ]
+        cells = [_cell(result, row, "sustained_requests_per_second"), f"<td>{shorter(row['sweep']['failed_at'])}</td>"]
+        cells += [f"<td>{shorter(figure)}</td>" for figure in figures]
+        cells.append(f'<td class="text">{escape(row["sweep"]["why"] or "not seen to fail")}</td>')
+        rows.append((name_of(row), cells))
+    note = (
+        "The same schedules for all, each rate played once. A target keeps up while answers come at 95 % of the rate "
+        "or more and as many are good. Latencies are those at the rate that it sustains. Neighbouring rates are not "
+        "told apart: the best is shaded only where every other failed below it."
+    )
+    return f"{table(heads, rows)}<p class='note'>{note}</p>{_remarks(points)}"
 
 
 def _targets(record: Mapping[str, Any]) -> str:
-    lines = ["<tr><th>target</th><th>what it is</th><th>weights</th><th>load, s</th><th>warm after</th></tr>"]
+    rows = []
     for target in record["targets"]:
-        warm = f"{target['warm_after']} requests" if target["warm"] else "never steady"
         label = target["label"] + (" (stand-in)" if target["stand_in"] else "")
-        cells = (target["name"], label, target["precision"] or "not known", _number(target["load_seconds"]), warm)
-        lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    speed = record["read_bandwidth_bytes_per_second"]
-    floor = (
-        f"<p>The floor is the time to read all weights and one row's cache once, at {speed / 1e9:.1f} GB/s, measured "
-        "between the repeats. A step that serves several rows reads more cache. It is not a bound where the weights "
-        "fit the last-level cache.</p>"
-        if speed
-        else ""
-    )
-    return f'<h2>Targets</h2><div class="wide"><table>{"".join(lines)}</table></div>{floor}'
+        warm = f"{target['warm_after']} requests" if target["warm"] else "never steady"
+        texts = [f'<td class="text">{escape(cell)}</td>' for cell in (label, target["precision"] or "not known", warm)]
+        cells = [*texts[:2], f"<td>{shorter(target['load_seconds'])}</td>", texts[2]]
+        rows.append((str(target["name"]), cells))
+    note = ""
+    if record["read_bandwidth_bytes_per_second"]:
+        note = (
+            "<p class='note'>The floor of a token is the time to read all weights and one row's cache once, or to do "
+            f"its arithmetic where that is longer, at {record['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s"
+            + (f" and {rate / 1e9:.0f} GFLOP/s (float32)" if (rate := record["fp32_flops_per_second"]) else "")
+            + ", the best measured between the repeats. It is no bound where the weights fit the last-level cache.</p>"
+        )
+    return table(["what it is", "weights", "load, s", "warm after"], rows) + note
 
 
-def _curves_section(record: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Throughput against latency, a curve a target over the concurrency sweep; nothing without a sweep."""
-    points = [point for point in record["points"] if point["scenario"] == "concurrency"]
-    if len(points) < 2:
-        return ""
-    curves: dict[str, Points] = {}
-    for name in names:
-        rows = [row for point in points for row in point["rows"] if row["target"] == name]
-        pairs = [(median_of(row, "p50_e2e_ms"), median_of(row, "output_tokens_per_second")) for row in rows]
-        curves[name] = [(x, y) for x, y in pairs if x is not None and y is not None]
-    clients = ", ".join(str(point["concurrency"]) for point in points)
-    caption = f"tokens a second over end-to-end latency (p50, ms), at {clients} clients"
-    return f"<h2>Latency and throughput</h2>{_chart(caption, curves, names, dots=True)}"
+def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "target") -> str:
+    """Rows of a name and finished cells, which scrolls by itself where it is too wide."""
+    kinds = {True: ' class="text"', False: ""}
+    marked = "".join(f"<th{kinds[head in _TEXTS]}>{escape(head)}</th>" for head in heads)
+    lines = [f"<tr><th>{first}</th>{marked}</tr>"]
+    lines += [f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>" for name, cells in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
-def _cdf(point: Mapping[str, Any], latency: str, names: Sequence[str]) -> str:
-    curves: dict[str, Points] = {}
-    for row in point["rows"]:
-        values = row["curves_ms"][latency]
-        if values:
-            curves[row["target"]] = [(value, float(percent)) for percent, value in enumerate(values)]
-    named = {"ttft": "time to first token", "inter_token": "inter-token latency"}[latency]
-    return f"<div>{_chart(f'{named}, ms: percent that came within', curves, names)}</div>" if curves else ""
+def _cell(point: Point, row: Mapping[str, Any], figure: str) -> str:
+    won = ' class="win"' if point["winners"].get(figure) == row["target"] else ""
+    return f"<td{won}>{shorter(median_of(row, figure))}</td>"
 
 
-def _chart(title: str, curves: Mapping[str, Points], names: Sequence[str], dots: bool = False) -> str:
-    """Curves over a logarithmic horizontal axis."""
-    points = [point for curve in curves.values() for point in curve if point[0] > 0]
-    if not points:
-        return ""
-    low, high = math.log10(min(x for x, _ in points)), math.log10(max(x for x, _ in points))
-    low, high = (low - 0.05, high + 0.05) if high - low < 0.1 else (low, high)
-    top = max(y for _, y in points) or 1.0
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = _LEFT + (math.log10(max(point[0], 10**low)) - low) / (high - low) * (right - _LEFT)
-        return x, bottom - point[1] / top * (bottom - _TOP)
-
-    drawn = []
-    for quarter in range(5):
-        y = bottom - quarter / 4 * (bottom - _TOP)
-        drawn.append(f'<path class="axis" d="M{_LEFT} {y:.1f}H{right}"/>')
-        drawn.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * quarter / 4)}</text>')
-    for step in range(4):
-        value = 10 ** (low + (high - low) * step / 3)
-        x, _ = place((value, 0))
-        anchor = "start" if step == 0 else "end" if step == 3 else "middle"
-        drawn.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="{anchor}">{_number(value)}</text>')
-    for name, curve in curves.items():
-        colour = _colour(names.index(name))
-        places = [place(point) for point in curve]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        drawn.append(f'<polyline class="curve" stroke="{colour}" points="{line}"/>')
-        if dots:
-            drawn += [f'<circle fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places]
-    text = f'<text x="{_LEFT}" y="{_HEIGHT - 4}">{escape(title)}</text>'
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(drawn)}{text}</svg>'
-
-
-def _number(value: float | None) -> str:
-    """Three digits that count, or "none"."""
-    if value is None:
-        return "none"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+def _remarks(points: Sequence[Point]) -> str:
+    return "".join(f'<p class="note">{escape(remark)}</p>' for remark in remarks(points))

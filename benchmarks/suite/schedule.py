@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,12 @@ from serving.errors import InputError
 from serving.suggest import did_you_mean
 
 FORMAT = "gpt2-bundle-schedule/1"
-SCENARIOS = ("single", "offline", "server", "concurrency", "grid")
+SCENARIOS = ("single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
 ARRIVALS = ("poisson", "gamma", "constant", "trace")
 # Coefficient of variation of gamma arrivals: burstier than Poisson's 1.
 GAMMA_VARIATION = 2.0
+# Requests of one rate of a sweep: enough to see a queue grow, few enough to end soon.
+_SWEEP_FEWEST, _SWEEP_MOST = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,19 @@ class Schedule:
     def sha256(self) -> str:
         """SHA-256 of the schedule's file."""
         return hashlib.sha256(self.to_lines().encode()).hexdigest()
+
+    def varied(self, number: int) -> Schedule:
+        """The same with another first token in every prompt, out of those that its prompts hold; itself for 0.
+
+        A server that keeps what it has read of a prompt would otherwise not read it again when a schedule is repeated.
+        """
+        if number == 0:
+            return self
+        known = sorted({token for request in self.requests for token in request.prompt})
+        places = {token: place for place, token in enumerate(known)}
+        moved = [known[(places[request.prompt[0]] + number) % len(known)] for request in self.requests]
+        pairs = zip(self.requests, moved, strict=True)
+        return replace(self, requests=tuple(replace(each, prompt=(first, *each.prompt[1:])) for each, first in pairs))
 
     def to_lines(self) -> str:
         """JSON Lines: a header, then a request a line."""
@@ -128,6 +143,40 @@ class Planner:
         """One client, and one prompt and output length."""
         lengths = Lengths(prompt, prompt), Lengths(output, output)
         return self._draw("grid", f"{prompt} in, {output} out", count, *lengths, concurrency=1)
+
+    def cold_start(self, prompt: Lengths, output: Lengths) -> Schedule:
+        """One request, for a process that has just been started."""
+        return self._draw("cold-start", "fresh process", 1, prompt, output, concurrency=1)
+
+    def saturation(
+        self,
+        prompt: Lengths,
+        output: Lengths,
+        *,
+        start: float,
+        factor: float,
+        seconds: float,
+        rates: int,
+        arrivals: str = "poisson",
+    ) -> list[Schedule]:
+        """A schedule for each rate: `start` requests a second, then `factor` times the last, `rates` of them.
+
+        Each lasts about `seconds`, but has 16 to 1,024 requests. Their gaps, drawn as those of `server`, are scaled so
+        that the requests come at exactly that rate.
+        """
+        if not (start > 0 and factor > 1 and seconds > 0 and math.isfinite(start * factor**rates * seconds)):
+            raise InputError("a sweep starts above 0 requests a second, and its factor is above 1")
+        if arrivals not in ("poisson", "gamma", "constant"):
+            raise InputError(f"a sweep cannot have arrivals of {arrivals!r}; write poisson, gamma or constant")
+        found = []
+        for rate in (start * factor**step for step in range(rates)):
+            count = min(max(round(rate * seconds), _SWEEP_FEWEST), _SWEEP_MOST)
+            moments = np.cumsum(_gaps(arrivals, count, np.random.default_rng((self._seed, 1))))
+            moments = (moments - moments[0]) * ((count - 1) / (moments[-1] - moments[0])) / rate
+            more: dict[str, Any] = {"arrivals": arrivals, "rate": rate}
+            name = f"{rate:.4g} a second, {arrivals}"
+            found.append(self._draw("saturation", name, count, prompt, output, moments=moments.tolist(), **more))
+        return found
 
     def server(
         self,
@@ -223,6 +272,8 @@ def read_schedules(path: Path, n_positions: int, vocab_size: int) -> list[Schedu
     if not schedules or not all(schedule.requests for schedule in schedules):
         raise InputError(f"{path}: holds no schedule, or one without requests")
     for schedule in schedules:
+        if schedule.scenario not in SCENARIOS:
+            raise InputError(f"{path}: no scenario {schedule.scenario!r}{did_you_mean(schedule.scenario, SCENARIOS)}")
         if schedule.concurrency is None and any(request.at is None for request in schedule.requests):
             raise InputError(f"{path}: {schedule.point!r} has neither moments nor a number of clients")
     return schedules

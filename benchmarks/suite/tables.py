@@ -4,44 +4,101 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.suite.measure import JUDGED
+from benchmarks.suite.rows import COLD, JUDGED
 
-_HEADS = ("TTFT p50, ms", "inter-token p50, ms", "inter-token p99, ms", "end to end p50, ms", "tokens/s")
+HEADS = {
+    "p50_ttft_ms": "TTFT p50, ms",
+    "p50_inter_token_ms": "inter-token p50, ms",
+    "p99_inter_token_ms": "inter-token p99, ms",
+    "p50_e2e_ms": "end to end p50, ms",
+    "output_tokens_per_second": "tokens/s",
+    "goodput": "good requests/s",
+    "cold_load_ms": "until ready, ms",
+    "cold_first_token_ms": "until the first token, ms",
+    "joules_per_token": "J/token",
+    "gpu_watts": "GPU, W",
+    "gpu_utilisation_percent": "GPU busy, %",
+    "peak_gpu_memory_bytes": "GPU memory, bytes",
+    "cost_per_million_tokens": "cost of 1M tokens",
+}
+# Shown where anything is known of them.
+_FURTHER = ("goodput", "joules_per_token", "gpu_watts", "gpu_utilisation_percent", "peak_gpu_memory_bytes",
+            "cost_per_million_tokens")  # fmt: skip
+# Several points that are one thing to a reader.
+TOGETHER = ("saturation", "grid")
+Point = Mapping[str, Any]
+Row = Mapping[str, Any]
 
 
-def name_of(row: Mapping[str, Any]) -> str:
+def name_of(row: Row) -> str:
     """A row's target, marked where it only stands for what it is named after."""
     return f"{row['target']} (stand-in)" if row["stand_in"] else str(row["target"])
 
 
-def median_of(row: Mapping[str, Any], figure: str) -> float | None:
+def median_of(row: Row, figure: str) -> float | None:
     """The median of a figure over the repeats, or None if any repeat has none."""
-    values = row["figures"][figure]
+    values = row["figures"].get(figure)
     return None if not values or any(value is None for value in values) else float(np.median(values))
 
 
-def notes(row: Mapping[str, Any]) -> list[str]:
+def columns(point: Point) -> list[str]:
+    """The figures to show of a point: those that are judged, and of the others those that a row has."""
+    judged = [figure for figure in (*JUDGED, *COLD) if figure in point["winners"]]
+    known = [figure for figure in _FURTHER if any(median_of(row, figure) is not None for row in point["rows"])]
+    return judged + known
+
+
+def groups(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Point]]]:
+    """Scenarios with the points that are shown together, in the order of the record."""
+    for scenario, points in itertools.groupby(record["points"], key=lambda point: str(point["scenario"])):
+        if scenario in TOGETHER:
+            yield scenario, list(points)
+        else:
+            yield from ((scenario, [point]) for point in points)
+
+
+def sweep_of(points: Sequence[Point]) -> Point | None:
+    """The point that says what a sweep came to."""
+    return next((point for point in points if point["winners"].keys() == {"sustained_requests_per_second"}), None)
+
+
+def at_sustained(points: Sequence[Point], row: Row) -> Row | None:
+    """The row of a sweep's target at the highest rate that it kept up with."""
+    sustained = row["sweep"]["sustained"]
+    every = (each for point in points for each in point["rows"] if each["target"] == row["target"] and "pace" in each)
+    return next((each for each in every if sustained is not None and each["pace"]["offered"] == sustained), None)
+
+
+def grid_sizes(points: Sequence[Point]) -> tuple[list[int], list[int], dict[tuple[int, int], Point]]:
+    """Prompt lengths, output lengths, and the point of each pair that there is."""
+    found = {(int(point["settings"]["prompt"]["high"]), int(point["settings"]["output"]["high"])): point
+             for point in points}  # fmt: skip
+    return sorted({prompt for prompt, _ in found}), sorted({output for _, output in found}), found
+
+
+def notes(row: Row) -> list[str]:
     """What a reader must know of a row before its figures."""
     found = []
     if row["errors"]:
-        found.append(f"{row['summary']['failed']} of {row['summary']['requests']} requests failed: {row['errors'][0]}")
-    if row["repeats_differ"]:
-        found.append("its own repeats gave other tokens")
+        summary = row["summary"]
+        count = f"{summary['failed']} of {summary['requests']} requests failed: " if summary else ""
+        found.append(f"{count}{row['errors'][0]}")
     if not row["all_counted"]:
         found.append("tokens were not counted one by one")
     return found
 
 
-def agreement(point: Mapping[str, Any]) -> str:
+def agreement(point: Point) -> str:
     """A sentence on whether all targets of a point answered alike, and if not, which did."""
-    groups: list[list[Mapping[str, Any]]] = []
+    groups: list[list[Row]] = []
     for row in point["rows"]:
-        alike = (group for group in groups if not any(row["differing_requests"][each["target"]] for each in group))
+        alike = (group for group in groups if not any(row["differing_requests"].get(each["target"]) for each in group))
         group = next(alike, None)
         if group is None:
             groups.append([row])
@@ -52,26 +109,75 @@ def agreement(point: Mapping[str, Any]) -> str:
     return "OUTPUTS DIFFER; alike are: " + "; ".join(", ".join(map(name_of, group)) for group in groups)
 
 
+def remarks(points: Sequence[Point]) -> list[str]:
+    """What a reader must know of points that are shown together, each sentence once."""
+    # Where targets have left a sweep, those that are there are a part of what was said before.
+    most = max(len(point["rows"]) for point in points)
+    found = [agreement(point) for point in points if len(point["rows"]) == most and agreement(point)]
+    found += [f"{name_of(row)}: {note}" for point in points for row in point["rows"] for note in notes(row)]
+    return list(dict.fromkeys(found))
+
+
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """A table a point; bold is better than all others beyond the noise."""
+    """A table a point, a sweep or a grid; bold is better than all others beyond the noise."""
     lines = []
-    for point in record["points"]:
-        lines += [f"### {point['scenario']}: {point['point']}", "", f"| target | {' | '.join(_HEADS)} | floor, ms |"]
-        lines.append("|---" * (len(_HEADS) + 2) + "|")
-        for row in point["rows"]:
-            cells = []
-            for figure in JUDGED:
-                value = median_of(row, figure)
-                text = "none" if value is None else f"{value:,.2f}"
-                cells.append(f"**{text}**" if point["winners"][figure] == row["target"] else text)
+    for scenario, points in groups(record):
+        if scenario == "saturation":
+            lines += _sweep(points)
+        elif scenario == "grid":
+            lines += _grid(points)
+        else:
+            lines += _point(points[0])
+        lines += [*(f"- {remark}" for remark in remarks(points)), ""]
+    return "\n".join(lines)
+
+
+def _point(point: Point) -> list[str]:
+    shown = columns(point)
+    floors = "p50_inter_token_ms" in shown
+    lines = _head(f"{point['scenario']}: {point['point']}", [HEADS[each] for each in shown] + ["floor, ms"] * floors)
+    for row in point["rows"]:
+        cells = [_cell(point, row, figure) for figure in shown]
+        if floors:
             floor = row["floor_inter_token_ms"]
             cells.append("none" if floor is None else f"{floor:.3f}")
-            lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
-        lines.append("")
-        lines += [f"- {agreement(point)}"] if agreement(point) else []
-        lines += [f"- {name_of(row)}: {note}" for row in point["rows"] for note in notes(row)]
-        lines.append("")
-    return "\n".join(lines)
+        lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _sweep(points: Sequence[Point]) -> list[str]:
+    result = sweep_of(points)
+    heads = ["sustains, requests/s", "does not keep up at", "why", "end to end p50, ms", "p99, ms"]
+    lines = _head("saturation: highest rate sustained", heads)
+    for row in result["rows"] if result is not None else ():
+        found, there = row["sweep"], at_sustained(points, row)
+        cells = [_cell(result or {}, row, "sustained_requests_per_second"), _number(found["failed_at"])]
+        cells += [found["why"] or "not seen to fail"]
+        cells += [_number(median_of(there, figure) if there else None) for figure in ("p50_e2e_ms", "p99_e2e_ms")]
+        lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _grid(points: Sequence[Point]) -> list[str]:
+    names = list(dict.fromkeys(name_of(row) for point in points for row in point["rows"]))
+    lines = _head("grid: end to end p50, ms", names, "tokens in, out")
+    for point in points:
+        cells = [_cell(point, row, "p50_e2e_ms") for row in point["rows"]]
+        lines.append(f"| {point['point']} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _head(title: str, heads: Sequence[str], first: str = "target") -> list[str]:
+    return [f"### {title}", "", f"| {first} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+
+
+def _cell(point: Point, row: Row, figure: str) -> str:
+    text = _number(median_of(row, figure))
+    return f"**{text}**" if point["winners"].get(figure) == row["target"] else text
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:,.2f}" if abs(value) >= 0.1 or not value else f"{value:.3g}"
 
 
 def to_csv(record: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ import pytest
 
 from builder.frameworks import keras, tf
 from builder.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
-from builder.page import ticks
 from builder.recipe import TrainingRecipe
 from builder.run_report import write_report
 from builder.samples import Continuations
 from builder.training import LanguageModel, fit
+from serving.charts import ticks
 from tests.builder.test_training import GEOMETRY, RECIPE, TRAIN, VALIDATION, Stop
 
 SHORT = replace(RECIPE, epochs=0.4, validations=2)  # Ten steps, validated after five and ten.
@@ -123,12 +123,12 @@ def test_the_page_stands_alone_and_shows_every_curve(tmp_path: Path) -> None:
         [row | {"validation_accuracy": 0.5}], [("<i>", "\udcff & so")],
     )  # fmt: skip
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 4 and page.count("<polyline") == 4 and page.count("<circle") == 1
+    assert page.count('role="img"') == 4 and page.count("<polyline") == 4 + 2 and page.count("<circle") == 1
     assert "prefers-color-scheme: dark" in page and "&lt;i&gt;" in page and "a&lt;b" in page and "&amp; so" in page
     assert not re.search(r"https?://|src=|@import|<script", page)
     # The first value is the highest and the last the lowest, at the two ends of the axes.
-    points = re.findall(r'points="([^"]*)"', page)[0].split()
-    assert points[0] == "64.0,10.0" and points[-1] == "630.0,192.0"
+    points = re.findall(r'points="([^"]*)"', page)[2].split()
+    assert points[0] == "58.0,12.0" and points[-1] == "628.0,184.0"
 
 
 @pytest.mark.parametrize(

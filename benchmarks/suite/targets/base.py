@@ -26,7 +26,10 @@ class TargetError(Exception):
 
 
 class Target(Protocol):
-    """A runtime or a server. `send` may be awaited many times at once; what the target cannot run at once waits."""
+    """A runtime or a server. `send` may be awaited many times at once; what the target cannot run at once waits.
+
+    An attribute `starts_in` that a target may have says what `cold.starts_in` gives of it.
+    """
 
     name: str
     """As the person named it."""

@@ -21,6 +21,7 @@ class OwnServerTarget:
     """`gpt2-bundle serve` on a free port of this machine, with one graph of a bundle, asked by OpenAI's API."""
 
     stand_in = False
+    starts_in = "own"
 
     def __init__(self, name: str, folder: Path, graph: str, precision: str | None, slots: int) -> None:
         self.name, self.label, self.precision = name, "gpt2-bundle serve, by OpenAI's API", precision

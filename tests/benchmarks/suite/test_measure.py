@@ -87,6 +87,13 @@ def test_two_runs_of_the_same_are_equal_and_a_slow_down_is_worse():
     assert any(line.strip().startswith("better") for line in compare(slow, before))
 
 
+def test_a_machine_that_was_slower_is_said():
+    before = record(Known("a")) | {"read_bandwidth_bytes_per_second": 50e9, "fp32_flops_per_second": 100e9}
+    after = before | {"read_bandwidth_bytes_per_second": 45e9, "fp32_flops_per_second": 101e9}
+    assert "memory reads -10.0%;" in compare(before, after)[-1] and "products" not in compare(before, after)[-1]
+    assert len(compare(before, before)) == 2 * 5
+
+
 def test_budgets():
     made = record(Known("a"), repeats=1)
     assert len(check_budgets(made, ["p99_inter_token_ms<=21", "requests_per_second >= 3"])) == 4

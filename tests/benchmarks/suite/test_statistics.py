@@ -68,3 +68,52 @@ def test_warm_up_is_cut_where_it_ends():
     # It may cut more than the slow start, never less.
     assert warm_from(slow) >= 10 and np.mean(slow[warm_from(slow) :]) == pytest.approx(1, abs=0.01)
     assert warm_from(np.linspace(5, 1, 40)) is None
+
+
+def run_of(repeats, machine, random, factor=1.0):
+    """Median and 99th percentile of each repeat: 300 gaps of 15 % spread, 3 in 100 stalled up to tenfold, times what
+    the machine is worth at the moment.
+    """
+    found = []
+    for speed in machine[:repeats]:
+        gaps = factor * speed * np.exp(random.normal(0, 0.15, 300))
+        gaps *= np.where(random.random(300) < 0.03, random.uniform(1, 10, 300), 1.0)
+        found.append(np.quantile(gaps, (0.5, 0.99)))
+    return np.array(found).T.tolist()
+
+
+def drifting(count, random, spread=0.05):
+    """A machine whose speed wanders: each repeat keeps 0.7 of the last one's deviation (an AR(1) process)."""
+    state = [random.normal(0, spread)]
+    for _ in range(count - 1):
+        state.append(0.7 * state[-1] + math.sqrt(1 - 0.7**2) * random.normal(0, spread))
+    return np.exp(state)
+
+
+@pytest.mark.parametrize("repeats", [5, 9])
+@pytest.mark.parametrize(("place", "found_at_least"), [(0, 0.97), (1, 0.0)], ids=["p50", "p99"])
+def test_stalls_and_a_wandering_machine_fool_nobody(repeats, place, found_at_least):
+    """Turns within a repeat share the machine's mood. The 99th percentile is the stalls' and may stay undecided."""
+    trials, equal, slower = 150, [], []
+    for seed in range(trials):
+        random = np.random.default_rng(seed)
+        machine = drifting(repeats, random)
+        runs = [run_of(repeats, machine, random, factor)[place] for factor in (1.0, 1.0, 1.1)]
+        equal.append(paired(runs[1], runs[0]).call)
+        slower.append(paired(runs[2], runs[0]).call)
+    assert equal.count("equal") >= 0.95 * trials
+    assert slower.count("higher") >= found_at_least * trials
+    assert slower.count("lower") <= 0.02 * trials
+
+
+@pytest.mark.parametrize("repeats", [5, 9])
+def test_two_records_of_a_steady_machine_are_told_apart_by_a_tenth_alone(repeats):
+    trials, equal, slower = 150, [], []
+    for seed in range(trials):
+        random = np.random.default_rng(seed)
+        before, again, later = (np.exp(random.normal(0, 0.01, repeats)) for _ in range(3))
+        first = run_of(repeats, before, random)[0]
+        equal.append(unpaired(run_of(repeats, again, random)[0], first).call)
+        slower.append(unpaired(run_of(repeats, later, random, 1.1)[0], first).call)
+    assert equal.count("equal") >= 0.95 * trials
+    assert slower.count("higher") >= 0.97 * trials

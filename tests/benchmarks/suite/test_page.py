@@ -1,0 +1,122 @@
+"""The page of a record with every scenario: what is on it, that it stands alone, and that a phone can show it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks.decode import step_bytes
+from benchmarks.suite.clock import LoopClock, run_virtual
+from benchmarks.suite.cold import ColdStart
+from benchmarks.suite.measure import Machine, measure
+from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.page import to_page
+from benchmarks.suite.roofline import prompt_flops, token_flops
+from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.tables import to_markdown
+from benchmarks.suite.targets.base import TargetError
+from tests.benchmarks.suite.test_roofline import GEOMETRY
+from tests.benchmarks.suite.test_sweep import Queue
+from tests.serving.chromium import CHROMIUM, browser
+
+LENGTHS = Lengths(4, 4), Lengths(5, 5)
+
+
+class Probe:
+    """A machine that reads 1 GB and does 0.5 GFLOP a second."""
+
+    def __init__(self, rate):
+        self.samples = [rate]
+
+    def sample(self, passes):
+        pass
+
+
+@pytest.fixture(scope="module")
+def record():
+    planner = Planner(range(50), 32)
+    schedules = [
+        planner.single(5, *LENGTHS),
+        planner.offline(5, *LENGTHS),
+        planner.server(8, *LENGTHS, rate=4),
+        *(planner.concurrency(clients, 8, *LENGTHS) for clients in (1, 2, 4)),
+        *planner.saturation(*LENGTHS, start=2, factor=2, seconds=4, rates=8, arrivals="constant"),
+        *(planner.grid(3, prompt, made) for prompt in (4, 8) for made in (3, 6)),
+        planner.cold_start(*LENGTHS),
+    ]
+    targets = [Queue("<quick>", 0.01), Queue("slow", 0.1), Queue("elsewhere", 0.3)]
+    for target in targets:
+        target.precision = "fp32"
+
+    async def start(target, request):
+        if target.name == "slow":
+            raise TargetError("it fell over")
+        return ColdStart(1.5, 2.5, 64 << 20) if target.name == "<quick>" else None
+
+    machine = Machine(Probe(1e9), Probe(5e8), price_per_hour=1.0)
+    work = measure(
+        targets, schedules, LoopClock(), repeats=5, objectives=Objectives(e2e=2.0), geometry=GEOMETRY,
+        machine=machine, starter=start, cold_starts=2, timeout=1e3,
+    )  # fmt: skip
+    return run_virtual(work) | {"bundle": "tiny", "client_overhead_ms": None}
+
+
+def test_every_scenario_is_on_the_page_and_it_stands_alone(record):
+    page = to_page(record).decode()
+    for heading in ("Latency and throughput", "One request at a time", "All at once", "Requests that wait for nobody",
+                    "Several clients: 4 clients", "Rising rates", "Prompt and output lengths", "Cold starts",
+                    "How far from the machine"):  # fmt: skip
+        assert f"<h2>{heading}" in page, heading
+    assert not re.search(r"https?://|src=|@import|<script", page)
+    assert "<quick>" not in page and "&lt;quick&gt;" in page
+    # Two for rates, two for clients, two a point for six points, two of the roofline; timelines of four points.
+    assert page.count('role="img"') == 2 + 2 + 2 * 6 + 2 + 3 * 4
+    assert page.count('class="heat"') == 3
+    assert "slow (stand-in): it fell over" in page and "1,500" in page and "64.0" in page
+
+
+def test_cold_starts_are_null_where_nobody_can_start_the_target(record):
+    rows = {row["target"]: row for row in record["points"][-1]["rows"]}
+    assert rows["<quick>"]["figures"] == {"cold_load_ms": [1500] * 2, "cold_first_token_ms": [2500] * 2}
+    assert rows["elsewhere"]["figures"] == {"cold_load_ms": [None] * 2, "cold_first_token_ms": [None] * 2}
+    assert rows["elsewhere"]["errors"] == [] and rows["slow"]["errors"] == ["it fell over"]
+    assert "| elsewhere (stand-in) | none | none |" in to_markdown(record)
+
+
+def test_the_roofline_and_floors_are_in_the_record(record):
+    row = record["points"][0]["rows"][1]
+    decode = row["roofline"]["decode"]
+    # One at a time, 0.02 s a token, which looks at the prompt and half the output on average.
+    assert decode["rows"] == pytest.approx(1)
+    assert decode["flops_per_second"] == pytest.approx(token_flops(GEOMETRY, 4 + 5 / 2) / 0.02)
+    assert row["floor_ttft_ms"] == pytest.approx(prompt_flops(GEOMETRY, 4) / 5e8 * 1e3)
+    assert row["floor_inter_token_ms"] == pytest.approx(step_bytes(GEOMETRY, "fp32", 1, 4 + 5 / 2) / 1e9 * 1e3)
+    assert record["read_bandwidth_bytes_per_second"] == 1e9 and record["fp32_flops_per_second"] == 5e8
+
+
+def test_the_timeline_is_of_moments_in_order(record):
+    server = next(point for point in record["points"] if point["scenario"] == "server")
+    for row in server["rows"]:
+        assert len(row["timeline_ms"]) == 8
+        for scheduled, sent, started, first, finished in row["timeline_ms"]:
+            assert 0 <= scheduled <= sent <= started <= first <= finished
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_a_phone_shows_it_without_sideways_scrolling(record, tmp_path):
+    path = tmp_path / "r.html"
+    path.write_bytes(to_page(record))
+    with browser(tmp_path / "profile") as chromium:
+        for dark in (False, True):
+            chromium.screen(390, 800, dark)
+            chromium.open(f"file://{path}")
+            assert chromium.run("document.documentElement.scrollWidth") <= 390
+        assert chromium.requested().count(f"file://{path}") == len(chromium.requested()) == 2
+        assert chromium.complaints() == []
+        # Every letter of a chart is at least 8 pixels high.
+        sizes = chromium.run(
+            "Math.min(...[...document.querySelectorAll('figure svg text')].filter(t => t.getClientRects().length)"
+            ".map(t => t.getBoundingClientRect().height))"
+        )
+        assert sizes >= 8
