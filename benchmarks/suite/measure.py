@@ -20,6 +20,7 @@ from benchmarks.suite.schedule import Lengths, Planner, Schedule
 from benchmarks.suite.statistics import paired, warm_from
 from benchmarks.suite.targets.base import Target
 from serving.bundle import Geometry
+from serving.errors import GPT2BundleError
 
 SCHEMA = "gpt2-bundle-bench/1"
 THROUGHPUTS = ("output_tokens_per_second", "input_tokens_per_second", "requests_per_second", "goodput")
@@ -32,10 +33,11 @@ Say = Callable[[str], None]
 
 
 async def measure(
-    targets: Sequence[Target],
+    targets: list[Target],
     schedules: Sequence[Schedule],
     clock: Clock,
     *,
+    missing: dict[str, str] | None = None,
     repeats: int,
     objectives: Objectives,
     geometry: Geometry | None = None,
@@ -45,14 +47,16 @@ async def measure(
 ) -> dict[str, Any]:
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
 
+    A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
     The schema is docs/bench-format.md's. `geometry` and `bandwidth` give the floor of a token where both are there.
     """
     entries = []
     try:
-        for target in targets:
+        for target in list(targets):
             say(f"{target.name}: loading")
             began = time.monotonic()
-            await target.start()
+            if not await _starts(target, targets, missing):
+                continue
             loaded = time.monotonic() - began
             warm = await warm_up(target, schedules[0], clock, timeout)
             entries.append({
@@ -83,8 +87,23 @@ async def measure(
         "settings": {"repeats": repeats, "objectives": asdict(objectives), "timeout": timeout},
         "read_bandwidth_bytes_per_second": speed,
         "targets": entries,
+        "not_measured": missing or {},
         "points": points,
     }
+
+
+async def _starts(target: Target, targets: list[Target], missing: dict[str, str] | None) -> bool:
+    """Start a target; False if it does not and need not. Raises GPT2BundleError if it must, or none would be left."""
+    try:
+        await target.start()
+    except GPT2BundleError as error:
+        if missing is None or len(targets) == 1:
+            raise
+        missing[target.name] = str(error)
+        targets.remove(target)
+        await target.stop()
+        return False
+    return True
 
 
 async def warm_up(target: Target, like: Schedule, clock: Clock, timeout: float) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def to_page(record: Mapping[str, Any]) -> bytes:
         f"{record['settings']['repeats']} repeats, targets taking turns. Latencies are in ms and begin at the "
         "scheduled moment. A shaded figure is better than every other beyond the noise; where none is "
         "shaded, nothing is.</p>",
-        _legend(names),
+        _legend([name_of({"target": each["name"], "stand_in": each["stand_in"]}) for each in record["targets"]]),
         _curves_section(record, names),
     ]
     for point in record["points"]:
@@ -94,6 +94,10 @@ def _targets(record: Mapping[str, Any]) -> str:
         label = target["label"] + (" (stand-in)" if target["stand_in"] else "")
         cells = (target["name"], label, target["precision"] or "not known", _number(target["load_seconds"]), warm)
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    missing = "".join(
+        f'<p class="note">{escape(name)} was not measured: {escape(why)}</p>'
+        for name, why in record.get("not_measured", {}).items()
+    )
     speed = record["read_bandwidth_bytes_per_second"]
     floor = (
         f"<p>The floor is the time to read all weights and one row's cache once, at {speed / 1e9:.1f} GB/s, measured "
@@ -102,7 +106,7 @@ def _targets(record: Mapping[str, Any]) -> str:
         if speed
         else ""
     )
-    return f'<h2>Targets</h2><div class="wide"><table>{"".join(lines)}</table></div>{floor}'
+    return f'<h2>Targets</h2><div class="wide"><table>{"".join(lines)}</table></div>{missing}{floor}'
 
 
 def _curves_section(record: Mapping[str, Any], names: Sequence[str]) -> str:

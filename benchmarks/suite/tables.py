@@ -71,6 +71,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         lines += [f"- {agreement(point)}"] if agreement(point) else []
         lines += [f"- {name_of(row)}: {note}" for row in point["rows"] for note in notes(row)]
         lines.append("")
+    lines += [f"- {name}: not measured: {why}" for name, why in record.get("not_measured", {}).items()]
     return "\n".join(lines)
 
 
