@@ -87,7 +87,7 @@ bench-training: $(INSTALLED) .venv-peers/installed ## Measure training beside to
 # One environment a peer, as their requirements clash; one that does not install here is left out. llama-cpp-python is
 # compiled, some ten minutes on two cores. torchvision comes with optimum-intel, GPT-2 does not need it, and where it was
 # built for another torch transformers does not import.
-PEERS := torch openvino ctranslate2 genai llama
+PEERS := torch openvino ctranslate2 genai llama keras_hub
 
 .venv-peer-%/installed: benchmarks/peers/requirements/%.txt
 	rm -rf .venv-peer-$*
@@ -95,6 +95,7 @@ PEERS := torch openvino ctranslate2 genai llama
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
 		.venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@test $* != openvino || .venv-peer-$*/bin/python -m pip uninstall --quiet --yes torchvision
+	@test $* != keras_hub || .venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
 	@touch $@
 
 bench-peers: $(INSTALLED) ## Measure decode and prefill at 124M beside other runtimes, which are installed for it.

@@ -32,8 +32,9 @@ def bench() -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="A graph of the bundle (ort/fp32, "
               "onnx/portable) or savedmodel; with a scenario also slots, engine=GRAPH, "
-              "server=GRAPH (our server, started for it), openai=URL or tfserving=HOST:PORT; "
-              "repeatable. All of the bundle's by default.")  # fmt: skip
+              "server=GRAPH (our server, started for it), tfserving (TensorFlow Serving, started "
+              "for it), tfserving=HOST:PORT, openai=URL, triton=URL/MODEL and others (docs/bench-format.md); "
+              "repeatable. All that is here by default.")  # fmt: skip
 @click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16),
               show_default=True, help="Rows at once; repeatable.")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of each prompt; 128 by default, or what fits.")

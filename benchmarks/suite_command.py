@@ -34,7 +34,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.page import to_page
     from benchmarks.suite.schedule import save_schedules
     from benchmarks.suite.tables import to_csv, to_markdown
-    from benchmarks.suite.targets.open import default_targets, open_target
+    from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 
     schedules = _schedules(bundle, asked)
     if asked["save_schedule"] is not None:
@@ -43,9 +43,13 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     strange = set(asked["stand_ins"]) - set(names)
     if strange:
         raise InputError(f"--stand-in {min(strange)!r} is none of the targets{did_you_mean(min(strange), names)}")
-    opened = [
-        open_target(bundle, name, batch=asked["max_batch"], stand_in=name in asked["stand_ins"]) for name in names
-    ]
+    # What was asked for by name must be there; of the rest the record says why it is not.
+    missing: dict[str, str] | None = None
+    if targets:
+        batch, marked = asked["max_batch"], asked["stand_ins"]
+        opened = [open_target(bundle, name, batch=batch, stand_in=name in marked) for name in names]
+    else:
+        opened, missing = open_defaults(bundle, names, batch=asked["max_batch"], stand_ins=asked["stand_ins"])
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
     objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
 
@@ -56,11 +60,12 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
 
     async def work() -> dict[str, Any]:
         clock = WallClock()
-        overhead = await client_overhead(clock) if any("=" in name for name in names) else None
+        overhead = await client_overhead(clock) if _has_server(names) else None
         record = await measure(
             opened,
             schedules,
             clock,
+            missing=missing,
             repeats=asked["repeats"],
             objectives=objectives,
             geometry=bundle.manifest.model,
@@ -82,6 +87,10 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         output.with_suffix(".html").write_bytes(to_page(record))
     if as_json:
         click.echo(json.dumps(record))
+
+
+def _has_server(names: Sequence[str]) -> bool:
+    return any("=" in name or name.startswith("tfserving") for name in names)
 
 
 def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:

@@ -31,6 +31,7 @@ PEERS = {
     "ctranslate2": ("fp32", "int8"),
     "genai": ("fp32", "int8", "int4"),
     "llama": ("fp32", "int8", "int4"),
+    "keras_hub": ("fp32",),
 }
 PRECISIONS = ("fp32", "int8", "int4")
 # A runtime's threads go on spinning for a while after its last call; the next contestant waits that long.

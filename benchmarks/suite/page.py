@@ -158,7 +158,11 @@ def _targets(record: Mapping[str, Any]) -> str:
             + (f" and {rate / 1e9:.0f} GFLOP/s (float32)" if (rate := record["fp32_flops_per_second"]) else "")
             + ", the best measured between the repeats. It is no bound where the weights fit the last-level cache.</p>"
         )
-    return table(["what it is", "weights", "load, s", "warm after"], rows) + note
+    missing = "".join(
+        f"<p class='note'>{escape(name)} was not measured: {escape(why)}</p>"
+        for name, why in record.get("not_measured", {}).items()
+    )
+    return table(["what it is", "weights", "load, s", "warm after"], rows) + missing + note
 
 
 def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "target") -> str:

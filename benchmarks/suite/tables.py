@@ -129,6 +129,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         else:
             lines += _point(points[0])
         lines += [*(f"- {remark}" for remark in remarks(points)), ""]
+    lines += [f"- {name}: not measured: {why}" for name, why in record.get("not_measured", {}).items()]
     return "\n".join(lines)
 
 

@@ -216,8 +216,8 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def serving(version: Path, name: str) -> Iterator[StandIn]:
-    """The stand-in on two free ports of this machine."""
+def serving(version: Path, name: str, rest_port: int = 0, grpc_port: int = 0) -> Iterator[StandIn]:
+    """The stand-in on two ports of this machine, free ones if they are 0."""
     stand_in = StandIn(version, name)
 
     class Handler(BaseHTTPRequestHandler):
@@ -239,13 +239,13 @@ def serving(version: Path, name: str) -> Iterator[StandIn]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", rest_port), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     rpc = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_send_message_length", -1)])
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(stand_in, rpc)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(stand_in, rpc)
     stand_in.url = f"http://127.0.0.1:{http.server_port}"
-    stand_in.address = f"127.0.0.1:{rpc.add_insecure_port('127.0.0.1:0')}"
+    stand_in.address = f"127.0.0.1:{rpc.add_insecure_port(f'127.0.0.1:{grpc_port}')}"
     rpc.start()
     try:
         yield stand_in

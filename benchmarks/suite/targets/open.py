@@ -2,52 +2,100 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
+from collections.abc import Sequence
 
 from benchmarks.suite.targets.base import Target
+from benchmarks.suite.targets.generate import GenerateTarget, split_model
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
 from benchmarks.suite.targets.openai import OpenAITarget
 from benchmarks.suite.targets.own_server import OwnServerTarget
+from benchmarks.suite.targets.started_tf_serving import StartedTFServing, find_server
+from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
 from serving.backends.loader import load_backend
 from serving.bundle import Bundle
 from serving.engine.api import Engine
-from serving.errors import InputError, RuntimeMissingError
+from serving.errors import GPT2BundleError, InputError
 from serving.suggest import did_you_mean
 
-KINDS = ("openai=URL", "tfserving=HOST:PORT", "engine=GRAPH", "server=GRAPH")
-SLOTS = "slots"
-SAVEDMODEL = "savedmodel"
+# What speaks TensorFlow Serving's API: the protocol, and whether whole answers are asked for where there are slots.
+TF_SERVING = {
+    "tfserving": ("grpc", False),
+    "tfserving-rest": ("rest", False),
+    "tfserving-predict": ("grpc", True),
+    "tfserving-rest-predict": ("rest", True),
+}
+# Our own server by each protocol: the name for tables, and whether it is on the gRPC port.
+OWN = {
+    "server": ("OpenAI's API", False),
+    "server-tfserving": ("TensorFlow Serving's gRPC", True),
+    "server-tfserving-rest": ("TensorFlow Serving's REST", False),
+}
+KINDS = (
+    *("engine=GRAPH", *(f"{kind}=GRAPH" for kind in OWN)),
+    *("openai=URL", "openinference=URL", "triton=URL/MODEL"),
+    *("tfserving", "tfserving=HOST:PORT", "tfserving-rest=URL"),
+)
+SLOTS, SAVEDMODEL = "slots", "savedmodel"
+_QUEUE = 1_000_000
 
 
 def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False) -> Target:
     """Make the target that `text` names; nothing is loaded yet.
 
     A graph of the bundle ("ort/fp32") or "savedmodel" runs in this process in static batches of at most `batch`,
-    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same behind our own server, started for it;
-    "slots" is the SavedModel's continuous batching in this process, "openai=URL" any server of that API,
-    "tfserving=HOST:PORT" a TensorFlow Serving (gRPC) that holds this bundle's SavedModel with slots.
-    Raises InputError for any other name.
+    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same behind our own server, started for it,
+    and "slots" is the SavedModel's continuous batching in this process. "tfserving" starts TensorFlow Serving with the
+    bundle's SavedModel; with an address it is one that runs. docs/bench-format.md has all names. Raises InputError for
+    any other name, RuntimeMissingError where TensorFlow Serving is to be started and is not here.
     """
     kind, is_address, address = text.partition("=")
+    if is_address and not address:
+        raise InputError(f"{text!r} names nothing behind the '='; there are {', '.join(KINDS)}")
+    if kind in TF_SERVING:
+        return _tf_serving(bundle, text, address, stand_in)
     if is_address and kind == "openai":
-        return OpenAITarget(text, address, stand_in=stand_in)
-    if is_address and kind == "tfserving":
-        return EngineTarget(
-            text, "TensorFlow Serving's slots by gRPC", "fp32", lambda: _served(bundle, address), stand_in, None
-        )
-    if kind == "tfserving":
-        raise _no_endpoint()
-    graphs = bundle.manifest.graphs
-    graph_names = [name for name, graph in graphs.items() if graph.runtime == "onnx" and graph.cache != "none"]
+        return OpenAITarget(text, address, stand_in=stand_in, api_key=os.environ.get("OPENAI_API_KEY"))
+    if is_address and kind in ("openinference", "triton"):
+        url, model = split_model(address)
+        server = "Triton" if kind == "triton" else "Open Inference server"
+        named = model or (None if kind == "triton" else bundle.manifest.name)
+        return GenerateTarget(text, server, url, bundle, model=named, stand_in=stand_in)
+    if is_address and kind in OWN:
+        return _own(bundle, text, kind, address, batch)
+    return _in_process(bundle, text, batch)
+
+
+def default_targets(bundle: Bundle) -> list[str]:
+    """The names of everything in the bundle that runs here, of our own server, and of TensorFlow Serving."""
+    names = _graphs(bundle)
+    for name, graph in ((SAVEDMODEL, "savedmodel/prefill"), (SLOTS, "savedmodel/prefill_slots")):
+        names += [name] if graph in bundle.manifest.graphs else []
+    names += ["server=ort/fp32"] if "ort/fp32" in names else []
+    return [*names, "tfserving"] if SAVEDMODEL in names else names
+
+
+def open_defaults(
+    bundle: Bundle, names: Sequence[str], *, batch: int, stand_ins: Sequence[str] = ()
+) -> tuple[list[Target], dict[str, str]]:
+    """Make the targets that are here, and say why of each that is not."""
+    opened: list[Target] = []
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            opened.append(open_target(bundle, name, batch=batch, stand_in=name in stand_ins))
+        except GPT2BundleError as error:
+            missing[name] = str(error)
+    return opened, missing
+
+
+def _in_process(bundle: Bundle, text: str, batch: int) -> Target:
+    kind, is_address, graph = text.partition("=")
+    graphs, graph_names = bundle.manifest.graphs, _graphs(bundle)
+    if is_address and kind == "engine":
+        label, precision = "ONNX Runtime in this process, continuous batching", bundle.graph(graph).precision
+        return EngineTarget(text, label, precision, lambda: _engine(bundle, graph, batch))
     has_slots = {"savedmodel/prefill_slots", "savedmodel/decode_slots"} <= set(graphs)
-    if is_address and kind in ("engine", "server"):
-        precision = bundle.graph(address).precision
-        if kind == "server":
-            return OwnServerTarget(text, bundle.folder, address, precision, batch)
-        label = "ONNX Runtime in this process, continuous batching"
-        return EngineTarget(text, label, precision, lambda: _engine(bundle, address, batch))
     if text == SLOTS and has_slots:
         return EngineTarget(text, "TensorFlow in this process, the SavedModel's slots", "fp32", lambda: _slots(bundle))
     if text == SAVEDMODEL and "savedmodel/prefill" in graphs:
@@ -60,44 +108,50 @@ def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False
     raise InputError(f"{bundle.folder}: no target {text!r}{did_you_mean(text, [*known, *KINDS])}")
 
 
-def default_targets(bundle: Bundle) -> list[str]:
-    """The names of everything in the bundle that runs in this process, and our own server where it is installed."""
-    names = [
-        name for name, graph in bundle.manifest.graphs.items() if graph.runtime == "onnx" and graph.cache != "none"
-    ]
-    for name, graph in ((SAVEDMODEL, "savedmodel/prefill"), (SLOTS, "savedmodel/prefill_slots")):
-        names += [name] if graph in bundle.manifest.graphs else []
-    if "ort/fp32" in names and importlib.util.find_spec("uvicorn") is not None:
-        names.append("server=ort/fp32")
-    return names
+def _tf_serving(bundle: Bundle, text: str, address: str, stand_in: bool) -> Target:
+    kind = text.partition("=")[0]
+    how, whole = TF_SERVING[kind]
+    if address:
+        label, model = {"grpc": "gRPC", "rest": "REST"}[how], bundle.manifest.name
+        server = f"TensorFlow Serving at {address}"
+        return TFServingTarget(
+            text, server, bundle, lambda: connect(how, address, model), label, whole=whole, stand_in=stand_in
+        )
+    if "savedmodel/prefill" not in bundle.manifest.graphs:
+        raise InputError(f"{bundle.folder}: the bundle has no SavedModel for {text}; build it again")
+    return StartedTFServing(text, bundle, find_server(), how, whole=whole, stand_in=stand_in)
+
+
+def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target:
+    label, grpc = OWN[kind]
+    precision, model = bundle.graph(graph).precision, bundle.manifest.name
+
+    def client(url: str, grpc_address: str, process: int) -> Target:
+        if kind == "server":
+            return OpenAITarget(text, url, process=process)
+        how, address = ("grpc", grpc_address) if grpc else ("rest", url)
+        return TFServingTarget(
+            text, "gpt2-bundle serve", bundle, lambda: connect(how, address, model), label,
+            precision=precision, whole=True, process=process,
+        )  # fmt: skip
+
+    return OwnServerTarget(text, bundle, graph, precision, batch, label, client, grpc)
+
+
+def _graphs(bundle: Bundle) -> list[str]:
+    return [name for name, graph in bundle.manifest.graphs.items() if graph.runtime == "onnx" and graph.cache != "none"]
 
 
 def _engine(bundle: Bundle, graph: str, slots: int) -> Engine:
     from serving.engine.config import EngineConfig
     from serving.engine.engine import open_engine
 
-    return open_engine(bundle, graph, config=EngineConfig(slots=slots))
+    # All requests of a schedule may come at once; what the engine cannot run waits.
+    return open_engine(bundle, graph, config=EngineConfig(slots=slots, queue_limit=_QUEUE))
 
 
 def _slots(bundle: Bundle) -> Engine:
     from serving.backends.tensorflow_session import SessionTransport
     from serving.engine.slot_signatures import open_slot_engine
 
-    return open_slot_engine(bundle, SessionTransport(bundle))
-
-
-def _served(bundle: Bundle, address: str) -> Engine:
-    from serving.clients.tf_serving_grpc import GrpcTransport
-    from serving.engine.slot_signatures import open_slot_engine
-
-    return open_slot_engine(bundle, GrpcTransport(address, bundle.manifest.name))
-
-
-def _no_endpoint() -> RuntimeMissingError:
-    binary = shutil.which(os.environ.get("TENSORFLOW_MODEL_SERVER", "tensorflow_model_server"))
-    if binary is None:
-        return RuntimeMissingError(
-            "tensorflow_model_server is not on this machine (PATH, or TENSORFLOW_MODEL_SERVER); "
-            "name one that runs elsewhere, as tfserving=HOST:PORT"
-        )
-    return RuntimeMissingError(f"start {binary} with 'make serve-tfserving' and name it, as tfserving=127.0.0.1:8500")
+    return open_slot_engine(bundle, SessionTransport(bundle), max_waiting=_QUEUE)

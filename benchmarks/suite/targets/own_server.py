@@ -5,29 +5,53 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 from benchmarks.suite.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
-from benchmarks.suite.targets.openai import OpenAITarget
+from benchmarks.suite.targets.base import Answer, Target, TargetError
+from serving.bundle import Bundle
 from serving.errors import ServerError
 
 _ADDRESS = re.compile(r"^serving .* at (http://\S+)")
+_GRPC = re.compile(r"gRPC at (\S+) port (\d+)")
 # Seconds to load and warm, and to end what runs.
 _START, _STOP = 120.0, 30.0
 
+Client = Callable[[str, str, int], Target]
+"""Makes the target that speaks to the server, from its URL, its gRPC address and its process id."""
+
 
 class OwnServerTarget:
-    """`gpt2-bundle serve` on a free port of this machine, with one graph of a bundle, asked by OpenAI's API."""
+    """`gpt2-bundle serve` on free ports of this machine, with one graph of a bundle, asked by the protocol of `client`.
+
+    Args:
+        how: the protocol, for the label.
+        slots: texts that it runs at once.
+        grpc: whether its gRPC port is opened beside.
+    """
 
     stand_in = False
     starts_in = "own"
 
-    def __init__(self, name: str, folder: Path, graph: str, precision: str | None, slots: int) -> None:
-        self.name, self.label, self.precision = name, "gpt2-bundle serve, by OpenAI's API", precision
-        self._command = ["serve", str(folder), "--graph", graph, "--port", "0", "--slots", str(slots)]
+    def __init__(
+        self,
+        name: str,
+        bundle: Bundle,
+        graph: str,
+        precision: str | None,
+        slots: int,
+        how: str,
+        client: Client,
+        grpc: bool = False,
+    ) -> None:
+        self.name, self.label, self.precision = name, f"gpt2-bundle serve, by {how}", precision
+        self._command = ["serve", str(bundle.folder), "--graph", graph, "--port", "0"]
+        self._command += ["--grpc-port", "0"] if grpc else []
+        # All requests of a schedule may come at once; what it cannot run waits.
+        self._command += ["--slots", str(slots), "--queue", "1000000"]
+        self._client = client
         self._process: asyncio.subprocess.Process | None = None
-        self._served: OpenAITarget | None = None
+        self._served: Target | None = None
         self._drain: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -37,11 +61,11 @@ class OwnServerTarget:
             stderr=asyncio.subprocess.STDOUT,
         )
         try:
-            address = await asyncio.wait_for(self._address(), _START)
+            url, grpc = await asyncio.wait_for(self._addresses(), _START)
         except TimeoutError:
             raise ServerError(f"{self.name}: not ready after {_START:g} s", "UNAVAILABLE") from None
-        self._drain = asyncio.create_task(self._read_on())
-        self._served = OpenAITarget(self.name, address, process=self._process.pid)
+        self._drain = asyncio.create_task(_read_on(self._process))
+        self._served = self._client(url, grpc, self._process.pid)
         await self._served.start()
 
     async def send(self, request: Planned) -> Answer:
@@ -50,35 +74,41 @@ class OwnServerTarget:
         return await self._served.send(request)
 
     async def stop(self) -> None:
-        process, self._process, self._served = self._process, None, None
+        process, served = self._process, self._served
+        self._process, self._served = None, None
+        if served is not None:
+            await served.stop()
         if process is None:
             return
         if process.returncode is None:
             process.terminate()
+        if self._drain is None:
+            self._drain = asyncio.create_task(_read_on(process))
         try:
             await asyncio.wait_for(process.wait(), _STOP)
         except TimeoutError:
             process.kill()
             await process.wait()
-        if self._drain is not None:
-            await self._drain
+        await self._drain
 
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    async def _address(self) -> str:
-        """Read what the server says until it names its address. Raises ServerError if it ends before."""
+    async def _addresses(self) -> tuple[str, str]:
+        """Read what the server says until it names its URL; its gRPC address comes before. Raises ServerError."""
         assert self._process is not None and self._process.stdout is not None
-        last = "it said nothing"
+        last, grpc = "it said nothing", ""
         while line := (await self._process.stdout.readline()).decode("utf-8", "replace").strip():
+            if found := _GRPC.search(line):
+                grpc = f"{found[1]}:{found[2]}"
             if found := _ADDRESS.match(line):
-                return found[1]
+                return found[1], grpc
             last = line
         raise ServerError(f"{self.name}: the server ended before it was ready: {last}", "UNAVAILABLE")
 
-    async def _read_on(self) -> None:
-        """Keep the pipe from filling up."""
-        assert self._process is not None and self._process.stdout is not None
-        stream = self._process.stdout
-        while await stream.readline():
-            pass
+
+async def _read_on(process: asyncio.subprocess.Process) -> None:
+    """Keep the pipe from filling up."""
+    assert process.stdout is not None
+    while await process.stdout.readline():
+        pass

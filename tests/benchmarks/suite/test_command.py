@@ -60,7 +60,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
     fails([*command, "--target", "ort/fp33"], 2, "ort/fp32")
     fails([*command, "--target", "ort/fp32", "--stand-in", "other"], 2, "none of the targets")
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "no-such-binary")
-    fails([*command, "--target", "tfserving"], 1, "tensorflow_model_server is not on this machine")
+    fails([*command, "--target", "tfserving"], 1, "TENSORFLOW_MODEL_SERVER names 'no-such-binary'")
 
 
 def test_the_client_itself_is_measured_in_its_own_process():

@@ -1,0 +1,256 @@
+"""TensorFlow Serving started for the run: its binary, or its official container, on a deployment made for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.schedule import Planned
+from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
+from serving.bundle import Bundle
+from serving.clients.tf_serving import Transport
+from serving.deploy import IMAGE_VERSION, write_tf_serving
+from serving.errors import InputError, RuntimeMissingError, ServerError
+
+VARIABLE, BINARY = "TENSORFLOW_MODEL_SERVER", "tensorflow_model_server"
+IMAGE = f"tensorflow/serving:{IMAGE_VERSION}"
+_VERSION = re.compile(r"TensorFlow ModelServer: (\S+)")
+# Seconds: to load and warm a model, to end, for a question to a container engine or to a binary.
+_START, _STOP, _ASK = 180.0, 20.0, 30.0
+_REST_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What serves: a binary or a container engine. `stand_in` is a binary that is not TensorFlow Serving's."""
+
+    command: str
+    container: bool
+    label: str
+    stand_in: bool = False
+
+
+def find_server() -> Found:
+    """The binary of TENSORFLOW_MODEL_SERVER or PATH, else docker or podman with the official image already here.
+
+    Raises RuntimeMissingError, with what there is to do, if there is neither.
+    """
+    named = os.environ.get(VARIABLE)
+    binary = shutil.which(named or BINARY)
+    if binary is not None:
+        # A server says "TensorFlow ModelServer: 2.x" first of all; whatever does not is something else.
+        said = _ask([binary, "--version"])
+        version = _VERSION.search(said or "")
+        if version is not None:
+            return Found(binary, False, f"tensorflow_model_server {version[1]}")
+        return Found(binary, False, f"{Path(binary).name}, which is no TensorFlow ModelServer", True)
+    if named:
+        raise RuntimeMissingError(f"{VARIABLE} names {named!r}, which is no program; name one, or unset it")
+    engines = [engine for engine in ("docker", "podman") if shutil.which(engine) and _ask([engine, "info"]) is not None]
+    for engine in engines:
+        if _ask([engine, "image", "inspect", IMAGE]) is not None:
+            return Found(engine, True, f"{IMAGE} in {engine}")
+    if engines:
+        raise RuntimeMissingError(f"the image {IMAGE} is not on this machine; run: {engines[0]} pull {IMAGE}")
+    raise RuntimeMissingError(
+        f"{BINARY} is not on this machine (PATH, or {VARIABLE}), and no container engine is; "
+        "name one that runs elsewhere, as tfserving=HOST:PORT"
+    )
+
+
+class StartedTFServing:
+    """TensorFlow Serving with a bundle's SavedModel as `gpt2-bundle deploy` writes it, on free ports of this machine.
+
+    Args:
+        how: "grpc" or "rest".
+        whole: as of `TFServingTarget`.
+    """
+
+    precision: str | None = "fp32"
+    starts_in = "own"
+
+    def __init__(self, name: str, bundle: Bundle, found: Found, how: str, *, whole: bool, stand_in: bool) -> None:
+        self.name, self.label, self.stand_in = name, found.label, stand_in or found.stand_in
+        self._bundle, self._found, self._how, self._whole = bundle, found, how, whole
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._container = f"gpt2-bundle-bench-{secrets.token_hex(4)}"
+        self._inner: TFServingTarget | None = None
+        self._pid: int | None = None
+
+    async def start(self) -> None:
+        """Deploy, start, and wait until the model is AVAILABLE. Raises ServerError with the log's last words."""
+        address = await asyncio.to_thread(self._start)
+        kind = {"grpc": "gRPC", "rest": "REST"}[self._how]
+        self._inner = TFServingTarget(
+            self.name, self._found.label, self._bundle, lambda: self._connect(address), kind,
+            whole=self._whole, stand_in=self.stand_in, process=self._pid,
+        )  # fmt: skip
+        await self._inner.start()
+        self.label = self._inner.label
+
+    async def send(self, request: Planned) -> Answer:
+        if self._inner is None:
+            raise TargetError(f"{self.name} is not started")
+        return await self._inner.send(request)
+
+    async def stop(self) -> None:
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            await inner.stop()
+        await asyncio.to_thread(self._stop)
+
+    def pid(self) -> int | None:
+        return self._pid
+
+    def _connect(self, address: str) -> Transport:
+        return connect(self._how, address, self._bundle.manifest.name)
+
+    def _start(self) -> str:
+        self._folder = Path(tempfile.mkdtemp(prefix="gpt2-bundle-tfserving-"))
+        deployment = self._deploy(self._folder / "deployment")
+        grpc_port, rest_port = _free_ports()
+        command = (self._in_container if self._found.container else self._as_binary)(deployment, grpc_port, rest_port)
+        with (self._folder / "log").open("wb") as log:
+            self._process = process = subprocess.Popen(
+                command,
+                env=os.environ | {VARIABLE: self._found.command},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for the suite, which then stops it.
+                start_new_session=True,
+            )
+        address = f"127.0.0.1:{grpc_port if self._how == 'grpc' else rest_port}"
+        self._wait(process, address)
+        self._pid = self._container_pid() if self._found.container else process.pid
+        return address
+
+    def _deploy(self, destination: Path) -> Path:
+        """Write the deployment; a copy of the SavedModel only where its path cannot be written into a script."""
+        how: dict[str, Any] = {"version": IMAGE_VERSION, "rest_timeout": _REST_SECONDS}
+        try:
+            return write_tf_serving(self._bundle, destination, **how, copy=False)
+        except InputError:
+            return write_tf_serving(self._bundle, destination, **how, copy=True)
+
+    def _as_binary(self, deployment: Path, grpc_port: int, rest_port: int) -> list[str]:
+        return [str(deployment / "run.sh"), f"--port={grpc_port}", f"--rest_api_port={rest_port}"]
+
+    def _in_container(self, deployment: Path, grpc_port: int, rest_port: int) -> list[str]:
+        model, source = self._bundle.manifest.name, (self._bundle.folder / "savedmodel").resolve()
+        flags = ["--port=8500", "--rest_api_port=8501", "--model_config_file=/config/models.config"]
+        flags += deployment_flags(deployment)
+        return [
+            self._found.command, "run", "--rm", "--init", "--name", self._container,
+            "--publish", f"127.0.0.1:{grpc_port}:8500", "--publish", f"127.0.0.1:{rest_port}:8501",
+            "--mount", f"type=bind,source={source},target=/models/{model},readonly",
+            "--mount", f"type=bind,source={deployment}/config,target=/config,readonly",
+            "--entrypoint", BINARY, IMAGE, *flags,
+        ]  # fmt: skip
+
+    def _wait(self, process: subprocess.Popen[bytes], address: str) -> None:
+        transport, deadline = None, time.monotonic() + _START
+        while transport is None or not _available(transport):
+            if (code := process.poll()) is not None:
+                said = f"the server ended with {code} before it was ready"
+            elif time.monotonic() > deadline:
+                said = f"no model was AVAILABLE after {_START:g} s"
+            else:
+                time.sleep(0.1)
+                # gRPC waits ever longer before it tries a port again at which nobody listened.
+                transport = transport or (self._connect(address) if _listens(address) else None)
+                continue
+            raise ServerError(f"{self.name}: {said}: {self._last_words()}", "UNAVAILABLE")
+
+    def _last_words(self) -> str:
+        """The last lines of the log in one."""
+        assert self._folder is not None
+        lines = (self._folder / "log").read_text(encoding="utf-8", errors="replace").split("\n")
+        told = [line.strip() for line in lines if line.strip()][-3:]
+        return " / ".join(told)[-600:] or "it said nothing"
+
+    def _container_pid(self) -> int | None:
+        said = _ask([self._found.command, "inspect", "--format", "{{.State.Pid}}", self._container])
+        pid = int(said) if said and said.strip().isdecimal() else 0
+        # With --init a small process is first, and the server is its child; an engine in a virtual machine shows none.
+        return _child(pid) if pid and Path(f"/proc/{pid}").exists() else None
+
+    def _stop(self) -> None:
+        process, self._process, self._pid = self._process, None, None
+        if process is not None:
+            if self._found.container:
+                _ask([self._found.command, "stop", "--time", "10", self._container])
+            _end(process)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def deployment_flags(deployment: Path) -> list[str]:
+    """The flags of the deployment's compose file behind those of ports and model, as its container takes them."""
+    lines = (deployment / "compose.yaml").read_text(encoding="utf-8").split("\n")
+    flags = [line.strip()[3:-1] for line in lines if line.strip().startswith('- "--')]
+    own = ("--port=", "--rest_api_port=", "--model_config_file=")
+    return [flag for flag in flags if not flag.startswith(own)]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the process and all that it started, then SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP)
+            return
+
+
+def _available(transport: Transport) -> bool:
+    try:
+        return any(version["state"] == "AVAILABLE" for version in transport.status(2.0))
+    except ServerError:
+        return False
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1.0):
+        return True
+    return False
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]
+
+
+def _child(pid: int) -> int:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    except OSError:
+        return pid
+    return int(children[0]) if children else pid
+
+
+def _ask(command: list[str]) -> str | None:
+    """What a command says, or None if it fails, is not there or does not end."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout + done.stderr if done.returncode == 0 else None

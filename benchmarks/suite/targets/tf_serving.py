@@ -1,0 +1,152 @@
+"""A server of TensorFlow Serving's API, by gRPC or REST: its slots, token by token, or whole answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from benchmarks.suite.schedule import Planned
+from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.in_process import EngineTarget
+from serving.bundle import Bundle
+from serving.clients.tf_serving import TFServingClient, Transport
+from serving.engine.api import Engine
+from serving.errors import GPT2BundleError, InputError, ServerError
+from serving.slots import SIGNATURES
+
+# Requests that may wait for a slot, and calls that may wait for answers: the schedule says how many there are.
+_WAITING, _CALLS = 1_000_000, 1024
+_ASK_SECONDS, _CALL_SECONDS = 30.0, 600.0
+
+
+def connect(kind: str, address: str, model: str) -> Transport:
+    """Speak to the model `model` at `address` by "grpc" or "rest". Raises RuntimeMissingError and InputError."""
+    if kind == "grpc":
+        from serving.clients.tf_serving_grpc import GrpcTransport
+
+        return GrpcTransport(address, model)
+    from serving.clients.tf_serving_rest import RestTransport
+
+    return RestTransport(address if "://" in address else f"http://{address}", model)
+
+
+class TFServingTarget:
+    """The model of a bundle at a server. Over slots tokens come one by one; else each request is one call.
+
+    Args:
+        open_transport: reaches the server, in `start`.
+        how: "gRPC" or "REST", for the label.
+        whole: whether `serving_default` is called even where the server has slots.
+        process: gives the server's process id, if it is on this machine.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        server: str,
+        bundle: Bundle,
+        open_transport: Callable[[], Transport],
+        how: str,
+        *,
+        precision: str | None = "fp32",
+        whole: bool = False,
+        stand_in: bool = False,
+        process: int | None = None,
+    ) -> None:
+        self.name, self.precision, self.stand_in = name, precision, stand_in
+        self.label = f"{server}, by {how}"
+        self._bundle, self._open, self._whole, self._process = bundle, open_transport, whole, process
+        self._inner: EngineTarget | WholeAnswerTarget | None = None
+
+    async def start(self) -> None:
+        """Reach the server and see what it offers. Raises ServerError."""
+        transport, signatures = await asyncio.to_thread(self._look)
+        if signatures >= SIGNATURES and not self._whole:
+            self.label += ", its slots"
+            self._inner = EngineTarget(self.name, self.label, self.precision, lambda: self._engine(transport))
+        elif "serving_default" in signatures:
+            self.label += ", whole answers"
+            self._inner = WholeAnswerTarget(self.name, transport, self._bundle.manifest.model.eos_token_id)
+        else:
+            raise InputError(f"{self.name}: the served model has neither slots nor serving_default; is it this bundle?")
+        await self._inner.start()
+
+    async def send(self, request: Planned) -> Answer:
+        if self._inner is None:
+            raise TargetError(f"{self.name} is not started")
+        return await self._inner.send(request)
+
+    async def stop(self) -> None:
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            await inner.stop()
+
+    def pid(self) -> int | None:
+        return self._process
+
+    def _look(self) -> tuple[Transport, set[str]]:
+        transport = self._open()
+        try:
+            return transport, set(TFServingClient(transport, timeout=_ASK_SECONDS, retries=0).metadata())
+        except ServerError as error:
+            raise ServerError(f"{self.name}: {error}", error.code) from None
+
+    def _engine(self, transport: Transport) -> Engine:
+        from serving.engine.slot_signatures import open_slot_engine
+
+        return open_slot_engine(self._bundle, transport, max_waiting=_WAITING)
+
+
+class WholeAnswerTarget:
+    """`serving_default`: one call makes a whole answer in the server, and all of its tokens come at its end.
+
+    The graph ends at the end token; what is missing then is asked for by another call that goes on from there.
+    """
+
+    def __init__(self, name: str, transport: Transport, eos_token_id: int) -> None:
+        self.name, self._transport, self._eos = name, transport, eos_token_id
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def start(self) -> None:
+        # The loop's own threads are few, and requests would wait for one before they are sent.
+        self._threads = ThreadPoolExecutor(_CALLS, self.name)
+
+    async def send(self, request: Planned) -> Answer:
+        tokens: list[int] = []
+        times: list[float] = []
+        try:
+            while len(tokens) < request.new_tokens:
+                prompt = (*request.prompt, *tokens)
+                left = request.new_tokens - len(tokens)
+                made, moment = await asyncio.get_running_loop().run_in_executor(self._threads, self._call, prompt, left)
+                tokens += made
+                times += [moment] * len(made)
+                if not made or (len(made) < left and made[-1] != self._eos):
+                    break
+        except GPT2BundleError as error:
+            raise TargetError(str(error)) from None
+        finished = times[-1] if times else time.monotonic()
+        return Answer(tuple(times), finished, streamed=False, tokens=tuple(tokens))
+
+    async def stop(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, prompt: tuple[int, ...], new_tokens: int) -> tuple[list[int], float]:
+        """Token ids of one greedy answer, and the moment at which they were there."""
+        inputs = {
+            "token_ids": np.array([prompt], np.int32),
+            "lengths": np.array([len(prompt)], np.int32),
+            "max_new_tokens": np.array([new_tokens], np.int32),
+            "temperature": np.zeros(1, np.float32),
+            "top_k": np.zeros(1, np.int32),
+            "top_p": np.ones(1, np.float32),
+            "seed": np.zeros(1, np.int64),
+        }
+        outputs = self._transport.predict("serving_default", inputs, _CALL_SECONDS)
+        row = [int(token) for token in outputs["token_ids"][0][: int(outputs["lengths"][0])]]
+        return row, time.monotonic()
