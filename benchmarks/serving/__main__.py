@@ -1,8 +1,9 @@
 """The server beside its bare engine: python -m benchmarks.serving BUNDLE --graph ort/int8 --output FILE.
 
 `gpt2-bundle serve`, the load generator and the bare engine are three processes that take turns on the same load. The
-generator's work on the same cores counts against the server. `--faults` then overloads the server, leaves it in the
-middle of answers and ends it under load.
+generator's work on the same cores counts against the server. `--faults` overloads the server instead, leaves it in the
+middle of answers and ends it under load. `--soak MINUTES` watches what it holds under mixed use, and ends with 1 if
+that grows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.hardware import environment
 from benchmarks.serving.faults import disconnects, overload, termination
 from benchmarks.serving.load import Results
 from benchmarks.serving.server import load, serving
+from benchmarks.serving.soak import soak
 from serving.bundle import open_bundle
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, RequestRecord, StepRecord, TokenEvent
 from serving.engine.config import EngineConfig
@@ -89,6 +91,11 @@ def bare(
 @click.option("--new-tokens", default=96, show_default=True)
 @click.option("--faults", is_flag=True, help="Overload, disconnects and SIGTERM instead of the comparison.")
 @click.option("--overload-seconds", default=60.0, show_default=True)
+@click.option(
+    "--soak", "soak_minutes", type=click.FloatRange(2), metavar="MINUTES", help="Mixed use for so long instead."
+)
+@click.option("--soak-rate", default=4.0, show_default=True, help="Requests a second of the soak.")
+@click.option("--soak-bound", default=16.0, show_default=True, help="MiB an hour by which memory may grow at most.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 def main(
     bundle: Path,
@@ -100,6 +107,9 @@ def main(
     new_tokens: int,
     faults: bool,
     overload_seconds: float,
+    soak_minutes: float | None,
+    soak_rate: float,
+    soak_bound: float,
     output: Path | None,
 ) -> None:
     """Measure on the folder BUNDLE."""
@@ -107,7 +117,11 @@ def main(
     record: dict[str, Any] = {"environment": environment(), "graph": graph, "prompt_tokens": prompt_tokens}
     record |= {"new_tokens": new_tokens}
     sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    if faults:
+    if soak_minutes is not None:
+        model, context = opened.manifest.name, opened.manifest.model.n_positions
+        with serving(bundle, graph) as server:
+            record["soak"] = soak(server, model, context, soak_minutes, soak_rate, soak_bound)
+    elif faults:
         with serving(bundle, graph, "--queue", "16") as server:
             record["overload"] = overload(server, sizes, seconds, overload_seconds)
             record["disconnects"] = disconnects(server)
@@ -136,6 +150,8 @@ def main(
         click.echo(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
+    if found := record.get("soak", {}).get("faults"):
+        raise SystemExit("\n".join(["the soak found:", *found]))
 
 
 if __name__ == "__main__":
