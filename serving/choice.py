@@ -18,8 +18,6 @@ from serving.sampling import SamplingParams, choose, uniform
 # Among how many tokens a row without top-k is looked for on the device, and the most that a row with it may ask for.
 USUAL_CANDIDATES = 256
 MAX_CANDIDATES = 1024
-# Draws before a batch on the processor may give up asking the graph.
-_ENOUGH_DRAWS = 16
 
 
 class Steps(Protocol):
@@ -46,9 +44,8 @@ def open_steps(
     loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
     if loop is not None:
         return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
-    # On the processor the host reads the logits where they are, and only a sort of all of them is more work than the
-    # graph's (docs/decisions.md).
-    if chooses(backend) and (backend.device != "cpu" or chooser.sorts):
+    # On the processor the host reads the logits where they are, and is the faster one (docs/decisions.md).
+    if chooses(backend) and backend.device != "cpu":
         return DeviceSteps(backend, chooser, prompts, capacity)
     return HostSteps(backend, chooser, prompts, capacity)
 
@@ -74,8 +71,6 @@ class Chooser:
         sampled = (self._temperature > 0) & (self._top_k != 1)
         self.samples = bool(sampled.any())
         """Whether any row is not greedy."""
-        self.sorts = bool((sampled & (self._top_k == 0)).any())
-        """Whether the host would have to sort the whole vocabulary for some row."""
         wanted = np.where(self._top_k > 0, self._top_k, USUAL_CANDIDATES)[sampled]
         self._candidates = min(int(wanted.max(initial=1)), MAX_CANDIDATES)
         self.loops = self._history.empty and self._candidates <= USUAL_CANDIDATES
@@ -141,26 +136,15 @@ class DeviceSteps:
     ) -> None:
         self._backend, self._chooser = backend, chooser
         self._state: Any = backend.open(prompts, capacity)
-        self._rows, self._draws, self._missed = len(prompts), 0, 0
 
     def choose(self, rows: IntArray, step: int) -> IntArray:
         """See `Steps.choose`."""
-        if self._in_vain:
-            tokens, missed = np.zeros(self._rows, np.int64), rows
-        else:
-            choice = self._backend.choose(self._state, self._chooser.request(step, self._backend.vocab_size))
-            tokens, missed = choice.tokens.copy(), rows[~choice.exact[rows]]
-            self._draws += len(rows)
-            self._missed += len(missed)
+        choice = self._backend.choose(self._state, self._chooser.request(step, self._backend.vocab_size))
+        tokens, missed = choice.tokens.copy(), rows[~choice.exact[rows]]
         if missed.size:
             tokens[missed] = self._chooser.choose(self._backend.logits(self._state)[missed], missed, step)
         self._chooser.add(rows, tokens)
         return tokens
-
-    @property
-    def _in_vain(self) -> bool:
-        """On the processor, whether so many rows were not certain that asking first is the longer way."""
-        return self._backend.device == "cpu" and self._draws >= _ENOUGH_DRAWS and 2 * self._missed > self._draws
 
     def feed(self, tokens: IntArray) -> None:
         """See `Steps.feed`."""

@@ -79,22 +79,20 @@ def test_rows_that_are_not_certain_are_chosen_here(
     candidates: int, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "MAX_CANDIDATES", candidates)
-    asked: list[int] = []
-    ask = backend.choose
-    monkeypatch.setattr(backend, "choose", lambda *arguments: asked.append(1) or ask(*arguments))
     host, device, fetches = both_ways(backend, MIXED, monkeypatch)
     assert host == device and fetches > 0
-    # With one candidate nearly nothing is certain, and on the processor the graph is no longer asked.
-    steps = max(len(each.token_ids) for each in host)
-    assert candidates > 1 or len(asked) < steps
 
 
-def test_the_device_chooses_where_it_pays(backend: Any, bundle: Bundle) -> None:
-    greedy, few, sampled = (SamplingParams(temperature=each, top_k=k) for each, k in ((0, 0), (1, 40), (1, 0)))
-    for params in (greedy, few):
-        assert isinstance(choice.open_steps(backend, [[1]], [params], 4), HostSteps)
-    assert isinstance(choice.open_steps(backend, [[1], [2]], [greedy, sampled], 4), DeviceSteps)
-    assert isinstance(choice.open_steps(load_backend(bundle, "onnx", "onnx/portable"), [[1]], [sampled], 4), HostSteps)
+def test_the_device_chooses_where_it_pays(backend: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [SamplingParams(temperature=each, top_k=k) for each, k in ((0, 0), (1, 40), (1, 0))]
+    portable: Any = load_backend(bundle, "onnx", "onnx/portable")
+    prompts = [[1], [2], [3]]
+    assert isinstance(choice.open_steps(backend, prompts, params, 4), HostSteps)
+    for each in (backend, portable):
+        # As if it were elsewhere: what is run stays on the processor.
+        monkeypatch.setattr(each, "device", "cuda")
+    assert isinstance(choice.open_steps(backend, prompts, params, 4), DeviceSteps)
+    assert isinstance(choice.open_steps(portable, prompts, params, 4), HostSteps)
 
 
 def test_candidates_come_when_asked_for(backend: Any) -> None:

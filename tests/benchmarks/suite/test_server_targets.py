@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from benchmarks.suite.events import differing
-from benchmarks.suite.measure import peak_rss
+from benchmarks.suite.rows import peak_rss
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.targets import started_tf_serving
 from benchmarks.suite.targets.generate import GenerateTarget, moments_of, split_model
