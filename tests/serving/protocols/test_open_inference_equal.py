@@ -101,6 +101,6 @@ def test_tokens_are_equal_by_every_protocol(addresses: tuple[str, str]) -> None:
             texts["stream"] += result.as_numpy("text_output")[0].decode()
         client.stop_stream()
     assert len(ids) == 9 and len(texts) == 6
-    assert {len(tokens) for tokens in ids.values()} == {len(ids["generate"])} and len(ids["generate"]) > 4
+    assert {len(tokens) for tokens in ids.values()} == {len(ids["generate"])}
     assert all(tokens == ids["generate"] for tokens in ids.values()), ids
     assert set(texts.values()) == {byte_tokenizer().decode(ids["generate"])}
