@@ -25,7 +25,11 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     if media_type != "application/json":
         # Also what keeps other sites' pages from posting here: a browser asks before it sends this type elsewhere.
         raise FieldError("the body must be JSON; send the header 'Content-Type: application/json'", None)
-    data = await request.body()
+    return parse_body(await request.body(), kind)
+
+
+def parse_body(data: bytes, kind: type[Body]) -> Body:
+    """JSON as `kind`. Raises FieldError."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
