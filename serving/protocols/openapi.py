@@ -90,7 +90,9 @@ def _operation(route: Route, method: str, names: Sequence[str]) -> dict[str, Any
         "responses": {"200": _ok(route.path, answer)},
     }
     if method == "POST":
-        taken = {"$ref": _REF.format(model=body.__name__)} if body else _PREDICT
+        taken = _PREDICT if route.path.endswith(":predict") else {"type": "object"}
+        if body is not None:
+            taken = {"$ref": _REF.format(model=body.__name__)}
         content: dict[str, Any] = {"schema": taken}
         if key in EXAMPLES:
             content["example"] = EXAMPLES[key]
