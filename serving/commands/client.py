@@ -151,6 +151,12 @@ def generate(
 
         loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
     server = _open(url, grpc_address, model, timeout, retries)
+    if (streamed or params.stop or params.ignore_eos) and not server.has_slots():
+        wanted = "--stream" if streamed else "--stop" if params.stop else "--ignore-eos"
+        raise InputError(
+            f"{wanted} needs a served model with slots, and {model!r} has none; leave it out, "
+            "or, if 'gpt2-bundle serve' is behind it, ask its POST /v1/completions"
+        )
     if streamed is None:
         streamed = not as_json and sys.stdout.isatty() and server.has_slots()
     if streamed and not as_json:

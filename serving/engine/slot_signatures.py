@@ -10,8 +10,6 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer
 
@@ -20,23 +18,18 @@ from serving.clients.tf_serving import TFServingClient, Transport
 from serving.engine.api import (
     DrainingError,
     EngineStats,
-    FinishEvent,
     FinishReason,
     GenerationRequest,
     Listener,
     Observer,
-    PromptEvent,
     QueueFullError,
-    RequestRecord,
-    StepRecord,
-    TokenEvent,
 )
-from serving.errors import InputError, ServerError
-from serving.slots import STALE, UNSUPPORTED, SlotPool, SlotStream, check_slot_params
+from serving.engine.slot_rounds import Job, Rounds
+from serving.errors import InputError
+from serving.slots import UNSUPPORTED, SlotStream, check_slot_params
 from serving.text_stream import TextStream, TokenBytes, load_tokenizer
 
 DEFAULT_SLOTS = 8
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 
 
 def open_slot_engine(
@@ -68,30 +61,6 @@ def open_slot_engine(
     )
 
 
-@dataclass(eq=False)
-class _Job:
-    """A request under way, and its handle."""
-
-    engine: SignatureEngine
-    request: GenerationRequest
-    listener: Listener
-    streams: list[SlotStream]
-    arrived: float
-    cancelled: bool = False
-    scheduled: float | None = None
-    first_token: float | None = None
-    last_token: dict[SlotStream, float] = field(default_factory=dict)
-    ended: set[SlotStream] = field(default_factory=set)
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        self.engine.wake()
-
-    @property
-    def deadline(self) -> float:
-        return math.inf if self.request.timeout is None else self.arrived + self.request.timeout
-
-
 class SignatureEngine:
     """Requests over slots; see `serving.engine.api.Engine`.
 
@@ -114,22 +83,17 @@ class SignatureEngine:
     ) -> None:
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
         self.eos_token_id, self.tokenizer = geometry.eos_token_id, tokenizer
-        self._client, self._slots, self._max_waiting, self._observer = client, slots, max_waiting, observer
+        self._slots, self._max_waiting = slots, max_waiting
         self._token_bytes = TokenBytes(tokenizer)
-        self._pool = SlotPool(client.repeat, steps=steps)
         self._changed = threading.Condition()
-        self._arrived: list[_Job] = []
-        self._jobs: list[_Job] = []
-        self._job_of: dict[SlotStream, _Job] = {}
+        self._rounds = Rounds(client, slots, steps, observer, self._changed)
+        self._arrived: list[Job] = []
         self._draining = self._closing = False
         self._end_all: tuple[FinishReason, str] | None = None
-        self._prompt_tokens = self._generated = self._steps = 0
-        self._seconds = 1.0
-        self._pause, self._ask_at = _FIRST_PAUSE, 0.0
         self._thread = threading.Thread(target=self._serve, name="slots", daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, listener: Listener) -> _Job:
+    def submit(self, request: GenerationRequest, listener: Listener) -> Job:
         """See `Engine.submit`."""
         self._check(request)
         streams = [
@@ -141,13 +105,13 @@ class SignatureEngine:
             )
             for index in range(request.n)
         ]
-        job = _Job(self, request, listener, streams, time.monotonic())
+        job = Job(self.wake, request, listener, streams, time.monotonic())
         with self._changed:
             if self._draining or self._closing:
                 raise DrainingError("the engine is shutting down and takes no new requests")
             waiting = self._waiting()
             if waiting >= self._max_waiting:
-                retry_after = max(1, math.ceil(self._seconds * waiting / self._slots))
+                retry_after = max(1, math.ceil(self._rounds.seconds * waiting / self._slots))
                 raise QueueFullError(f"{waiting} requests wait already; try again in {retry_after} s", retry_after)
             self._arrived.append(job)
             self._changed.notify_all()
@@ -156,27 +120,27 @@ class SignatureEngine:
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
         with self._changed:
-            running = list(self._pool.running)
+            running = list(self._rounds.pool.running)
             return EngineStats(
                 slots=self._slots,
                 active_slots=len(running),
                 waiting_requests=self._waiting(),
                 cache_tokens=sum(len(stream.prompt) + stream.received for stream in running),
                 cache_capacity=self._slots * self.n_positions,
-                prompt_tokens=self._prompt_tokens,
-                generated_tokens=self._generated,
-                steps=self._steps,
+                prompt_tokens=self._rounds.prompt_tokens,
+                generated_tokens=self._rounds.generated,
+                steps=self._rounds.steps,
             )
 
     def drain(self, timeout: float) -> bool:
         """See `Engine.drain`."""
         with self._changed:
             self._draining = True
-            if self._changed.wait_for(lambda: not self._arrived and not self._jobs, timeout):
+            if self._changed.wait_for(lambda: not self._arrived and not self._rounds.jobs, timeout):
                 return True
             self._end_all = ("timeout", f"the server stopped before the text was finished, after {timeout:g} s")
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._arrived and not self._jobs)
+            self._changed.wait_for(lambda: not self._arrived and not self._rounds.jobs)
             return False
 
     def close(self) -> None:
@@ -193,7 +157,7 @@ class SignatureEngine:
             self._changed.notify_all()
 
     def _waiting(self) -> int:
-        return len(self._arrived) + sum(job.scheduled is None for job in self._jobs)
+        return len(self._arrived) + sum(job.scheduled is None for job in self._rounds.jobs)
 
     def _check(self, request: GenerationRequest) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -213,171 +177,24 @@ class SignatureEngine:
         if outside is not None:
             raise InputError(f"the prompt has the token id {outside}, outside the vocabulary of {self.vocab_size}")
 
-    # All below runs in the engine's thread alone.
-
     def _serve(self) -> None:
+        rounds = self._rounds
         while True:
             with self._changed:
-                self._changed.wait_for(self._has_work, self._nap())
+                self._changed.wait_for(self._has_work, rounds.nap())
                 for job in self._arrived:
-                    self._jobs.append(job)
-                    self._pool.waiting.extend(job.streams)
-                    self._job_of.update(dict.fromkeys(job.streams, job))
+                    rounds.adopt(job)
                 self._arrived.clear()
-                closing = self._closing
-                end_all = self._end_all
+                closing, end_all = self._closing, self._end_all
             try:
-                self._end_late(("cancelled", "") if closing else end_all)
+                rounds.end_late(("cancelled", "") if closing else end_all)
                 if not closing:
-                    self._round()
+                    rounds.round()
             except Exception as error:  # A bug, or a server of another kind: nobody may wait for ever.
-                self._give_up(f"internal error: {type(error).__name__}: {error}")
+                rounds.give_up(f"internal error: {type(error).__name__}: {error}")
             if closing:
                 return
 
     def _has_work(self) -> bool:
-        due = self._pool.waiting and time.monotonic() >= self._ask_at
-        ends = self._end_all is not None and self._jobs
-        return bool(self._arrived or self._closing or ends or due or self._pool.running) or any(
-            job.cancelled for job in self._jobs
-        )
-
-    def _nap(self) -> float | None:
-        """Seconds until something is to be done although nothing happens; None is until something does."""
-        times = [job.deadline for job in self._jobs] + ([self._ask_at] if self._pool.waiting else [])
-        soonest = min(times, default=math.inf)
-        return None if soonest == math.inf else max(0.0, soonest - time.monotonic())
-
-    def _end_late(self, end_all: tuple[FinishReason, str] | None) -> None:
-        now = time.monotonic()
-        for job in list(self._jobs):
-            left = [stream for stream in job.streams if stream not in job.ended]
-            if job.cancelled:
-                self._end(left, "cancelled")
-            elif end_all is not None:
-                self._end(left, *end_all)
-            elif now >= job.deadline:
-                self._end(left, "timeout", f"not finished within its {job.request.timeout:g} s")
-
-    def _round(self) -> None:
-        began = time.monotonic()
-        read = self._admit() if self._pool.waiting and began >= self._ask_at else 0
-        rows, gaps = len(self._pool.running), list[float]()
-        if rows:
-            try:
-                made = self._pool.decode()
-            except ServerError as error:
-                self._end(list(self._pool.running), "error", str(error))
-            else:
-                gaps = self._give(made)
-        if not rows and not read:
-            return
-        with self._changed:
-            self._steps += bool(rows)
-        if self._observer is not None:
-            self._observer.on_step(StepRecord(rows, read, time.monotonic() - began, tuple(gaps)))
-
-    def _admit(self) -> int:
-        """Ask for slots for some that wait; return how many prompt tokens were read."""
-        rows = self._pool.next_prompts(self._slots - len(self._pool.running))
-        if not rows:
-            return 0
-        placed = self._prefill(rows)
-        waits = any(stream in self._pool.waiting for stream in rows)
-        # Somebody else's streams have the slots: ask more and more seldom, or when one of ours has ended.
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE) if waits and not placed else _FIRST_PAUSE
-        self._ask_at = time.monotonic() + self._client.jitter(self._pause) if waits else 0.0
-        now = time.monotonic()
-        for stream, _ in placed:
-            job = self._job_of[stream]
-            if job.scheduled is None:
-                job.scheduled = now
-                job.listener(PromptEvent(cached_tokens=0))
-        read = sum(len(stream.prompt) for stream, _ in placed)
-        with self._changed:
-            self._prompt_tokens += read
-        self._give(placed)
-        return read
-
-    def _prefill(self, rows: Sequence[SlotStream]) -> list[tuple[SlotStream, list[int]]]:
-        try:
-            return self._pool.prefill(rows)
-        except ServerError as error:
-            if error.code == "INVALID_ARGUMENT" and len(rows) > 1:
-                # What is wrong with one is not the others' fault.
-                return [pair for stream in rows for pair in self._prefill([stream])]
-            self._end(rows, "error", str(error))
-            return []
-
-    def _give(self, made: Sequence[tuple[SlotStream, list[int]]]) -> list[float]:
-        """Tell listeners of new tokens and ends; return seconds between each token and the one before."""
-        now, gaps = time.monotonic(), list[float]()
-        ended: dict[SlotStream, str] = {}
-        for stream, tokens in made:
-            job = self._job_of[stream]
-            if stream.status == STALE:
-                if stream in job.last_token:
-                    ended[stream] = "the server no longer has this text's slot; send the request again"
-                else:
-                    self._pool.restart(stream)
-                continue
-            index = job.streams.index(stream)
-            for token, text in stream.take(tokens):
-                if stream in job.last_token:
-                    gaps.append(now - job.last_token[stream])
-                job.last_token[stream] = now
-                job.first_token = job.first_token or now
-                self._generated += 1
-                job.listener(TokenEvent(index, token, text))
-            if stream.reason is not None:
-                ended[stream] = ""
-            elif stream.goes_on:
-                self._pool.go_on(stream)
-                self._ask_at = 0.0
-        lost = [stream for stream, message in ended.items() if message]
-        for stream in lost:
-            self._end([stream], "error", ended[stream])
-        self._end([stream for stream in ended if stream not in lost])
-        return gaps
-
-    def _end(self, streams: Sequence[SlotStream], reason: FinishReason = "error", message: str = "") -> None:
-        """Give the slots of `streams` back and say why each ended: its own reason, or the one given."""
-        if not streams:
-            return
-        self._pool.leave(streams)
-        self._pause, self._ask_at = _FIRST_PAUSE, 0.0
-        for stream in streams:
-            job = self._job_of.pop(stream)
-            job.ended.add(stream)
-            why: FinishReason = stream.reason or reason
-            index = job.streams.index(stream)
-            job.listener(FinishEvent(index, why, stream.text.finish(), stream.stopped_by, message))
-            if len(job.ended) == len(job.streams):
-                self._close_job(job, why)
-
-    def _give_up(self, message: str) -> None:
-        """End all requests without another call; their slots' leases end by themselves."""
-        self._pool.waiting.clear()
-        self._pool.running.clear()
-        self._end(list(self._job_of), "error", message)
-
-    def _close_job(self, job: _Job, reason: FinishReason) -> None:
-        now = time.monotonic()
-        with self._changed:
-            self._jobs.remove(job)
-            self._seconds += 0.2 * (now - job.arrived - self._seconds)
-            self._changed.notify_all()
-        if self._observer is not None:
-            self._observer.on_finish(
-                RequestRecord(
-                    job.request.request_id,
-                    reason,
-                    len(job.request.prompt),
-                    0,
-                    sum(len(stream.tokens) for stream in job.streams),
-                    job.arrived,
-                    job.scheduled,
-                    job.first_token,
-                    now,
-                )
-            )
+        ends = self._end_all is not None and self._rounds.jobs
+        return bool(self._arrived or self._closing or ends) or self._rounds.has_work()

@@ -50,22 +50,25 @@ async def completions(request: Request) -> Response:
         return make_requests(body, prompts, model, limit, request_id)
 
     model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
+    run: Run | None = None
     try:
         generation.watch(request)
         span = start_span("text_completion", request.headers, model.name)
         run = Run(body, model, prompts, generation, request_id, span, request.state)
         first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
-    except BaseException:
-        generation.close()
-        raise
-    if body.stream:
-        return EventStream(stream(run, first))
-    try:
+        if body.stream:
+            return EventStream(stream(run, first))
         while first:
             first = run.take(await generation.next())
-        return JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
-    finally:
-        run.close()
+        answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
+    except BaseException as error:
+        if run is None:
+            generation.close()
+        else:
+            run.close(error)
+        raise
+    run.close()
+    return answer
 
 
 def model_name(registry: ModelRegistry, name: str | None) -> str:

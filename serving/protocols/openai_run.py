@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator
@@ -98,8 +99,8 @@ class Run:
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
-    def close(self) -> None:
-        """Free what is still held and leave a note for the log and the trace."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Free what is still held and leave a note for the log and the trace, of `error` too if it ended so."""
         self.generation.close()
         usage = self.usage()
         reasons = sorted({choice.finish_reason or "unfinished" for choice in self.choices})
@@ -110,7 +111,7 @@ class Run:
             "completion_tokens": usage["completion_tokens"],
             "finish_reasons": reasons,
         }
-        self.span.end(usage["prompt_tokens"], usage["completion_tokens"], reasons)
+        self.span.end(usage["prompt_tokens"], usage["completion_tokens"], reasons, error)
 
 
 async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, None]:
@@ -122,6 +123,7 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
     head = b"data: " + json.dumps(run.frame)[:-1].encode() + b', "choices": ['
     with_usage = run.body.stream_options is not None and bool(run.body.stream_options.include_usage)
     tail = b'], "usage": null}\n\n' if with_usage else b"]}\n\n"
+    ended_by: BaseException | None = None
     try:
         while changed:
             pieces = [_chunk(choice) for choice in changed if choice.text or choice.writer or choice.finish_reason]
@@ -131,13 +133,17 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
         if with_usage:
             yield b"data: " + json.dumps(run.answer([], usage=True)).encode() + b"\n\n"
         yield _DONE
+    except (GeneratorExit, asyncio.CancelledError) as error:
+        ended_by = error
+        raise
     except Exception as error:
+        ended_by = error
         failure = failure_of(error)
         if failure.internal:
             log.error("a stream failed", exc_info=error, extra={"request_id": run.request_id})
         yield b"data: " + json.dumps({"error": openai_error(failure)}).encode() + b"\n\n" + _DONE
     finally:
-        run.close()
+        run.close(ended_by)
 
 
 def _chunk(choice: ChoiceState) -> bytes:

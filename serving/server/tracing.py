@@ -24,8 +24,10 @@ class Span:
     def event(self, name: str) -> None:
         """Something happened now."""
 
-    def end(self, prompt_tokens: int, generated_tokens: int, reasons: Sequence[str]) -> None:
-        """The request is over."""
+    def end(
+        self, prompt_tokens: int, generated_tokens: int, reasons: Sequence[str], error: BaseException | None = None
+    ) -> None:
+        """The request is over; `error` is what ended it, if it is not a result."""
 
 
 class _RealSpan(Span):
@@ -35,7 +37,14 @@ class _RealSpan(Span):
     def event(self, name: str) -> None:
         self._span.add_event(name)
 
-    def end(self, prompt_tokens: int, generated_tokens: int, reasons: Sequence[str]) -> None:
+    def end(
+        self, prompt_tokens: int, generated_tokens: int, reasons: Sequence[str], error: BaseException | None = None
+    ) -> None:
+        if error is not None:
+            from opentelemetry.trace import StatusCode
+
+            self._span.set_attribute("error.type", type(error).__name__)
+            self._span.set_status(StatusCode.ERROR)
         self._span.set_attribute("gen_ai.usage.input_tokens", prompt_tokens)
         self._span.set_attribute("gen_ai.usage.output_tokens", generated_tokens)
         self._span.set_attribute("gen_ai.response.finish_reasons", list(reasons))

@@ -37,6 +37,7 @@ from serving.server.state import Server
 from tests.closed_form import ClosedFormBackend, greedy
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.protocols.test_tf_rest import FEW, PROMPTS, batch
+from tests.tiny_build import Fails
 
 KEY = "correct-horse"
 DTYPES = {"temperature": np.float32, "top_p": np.float32, "seed": np.int64}
@@ -167,6 +168,12 @@ def test_keys(addresses: tuple[str, str]) -> None:
     request.model_spec.name = "tiny"
     answer = stub.GetModelMetadata(request, metadata=[("authorization", f"Bearer {KEY}")])
     assert answer.model_spec.name == "tiny"
+
+
+@pytest.mark.parametrize("option", ["--stream", "--stop=x", "--ignore-eos"])
+def test_what_needs_slots_is_one_line(addresses: tuple[str, str], fails: Fails, option: str) -> None:
+    command = ["client", "generate", "a", option, "--grpc", addresses[0], "--model", "tiny"]
+    fails(command, 2, f"{option.partition('=')[0]} needs a served model with slots", "POST /v1/completions")
 
 
 def test_the_client_needs_no_tensorflow() -> None:

@@ -1,0 +1,107 @@
+"""int8 through the engine: a request says alone what it says while others come, are read in pieces, and go."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from serving.bundle import Bundle, Provenance, open_bundle, write_manifest
+from serving.engine.api import GenerationRequest
+from serving.engine.config import EngineConfig
+from serving.engine.engine import SlotEngine
+from serving.sampling import SamplingParams
+from tests.closed_form import byte_tokenizer
+from tests.oracles.fixtures import FOLDER, keras_model, read_cases
+from tests.oracles.tiny_bundle import graphs, trace_optimised
+from tests.serving.engine.harness import EOS, TOKENIZER, Heard
+
+SLOTS, CHUNK = 6, 8
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The fixture "bytes" as one graph, in int8."""
+    from builder.variants import write_variant
+
+    folder, model = tmp_path_factory.mktemp("int8") / "bytes", keras_model("bytes")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")
+    path = folder / "ort/int8/model.onnx"
+    write_variant(trace_optimised(model), FOLDER / "bytes" / "model.safetensors", "int8", path)
+    graph = replace(graphs(model.geometry)["ort/fp32"], path="ort/int8/model.onnx", precision="int8")
+    write_manifest(
+        folder,
+        name="bytes",
+        model=model.geometry,
+        graphs={"ort/int8": graph},
+        provenance=Provenance(recipe={}, corpus_sha256="0" * 64, versions={}, seed=0),
+        quality={},
+        parity={},
+    )
+    return open_bundle(folder)
+
+
+@pytest.fixture
+def engine(bundle: Bundle) -> Iterator[SlotEngine]:
+    """One whose steps the test makes."""
+    from serving.engine.onnx_slots import OnnxSlotBackend
+
+    length = bundle.manifest.model.n_positions
+    backend = OnnxSlotBackend(bundle, "ort/int8", slots=SLOTS, max_length=length, threads=1)
+    made = SlotEngine(backend, TOKENIZER, EOS, EngineConfig(slots=SLOTS, prefill_chunk=CHUNK), start=False)
+    yield made
+    made.close()
+
+
+def probes() -> list[GenerationRequest]:
+    """Prompts of one piece and of several, greedy and drawn."""
+    ids = read_cases("bytes")["full"].ids.tolist()
+    made = []
+    for number, (row, length, temperature) in enumerate([(0, 29, 0.0), (1, 3, 1.0), (0, 30, 1.3), (1, 17, 0.7)]):
+        params = SamplingParams(
+            max_new_tokens=16, temperature=temperature, top_k=30 * (number % 2), seed=100 + number, ignore_eos=True
+        )
+        made.append(GenerationRequest(tuple(ids[row][:length]), params, n=1 + number % 2))
+    return made
+
+
+def said(heard: Heard) -> list[list[int]]:
+    assert [heard.ends[index].reason for index in range(heard.request.n)] == ["length"] * heard.request.n
+    return [heard.ids(index) for index in range(heard.request.n)]
+
+
+def test_alone_is_in_company(engine: SlotEngine) -> None:
+    alone = []
+    for request in probes():
+        heard = Heard(request)
+        engine.submit(request, heard)
+        while engine.step():
+            pass
+        alone.append(said(heard))
+    assert len({tuple(ids) for each in alone for ids in each}) == 6, "the probes do not differ"
+    source, widths, pieces = random.Random(8), set[int](), 0
+    for _ in range(6):
+        waiting = [(request, Heard(request)) for request in probes()]
+        order = [*waiting]
+        for _ in range(14):
+            prompt = tuple(source.randrange(256) for _ in range(source.randint(1, 40)))
+            if source.random() < 0.4:  # Begins as a probe does, so that its cache is taken over.
+                prompt = (*source.choice(waiting)[0].prompt[: source.randint(1, 24)], *prompt[:10])
+            params = SamplingParams(max_new_tokens=source.randint(1, 12), temperature=1.0, seed=source.randrange(99))
+            request = GenerationRequest(prompt, params, n=source.randint(1, 2))
+            order.append((request, Heard(request)))
+        source.shuffle(order)
+        working = True
+        while order or working:
+            for _ in range(source.randint(0, 3)):
+                if order:
+                    engine.submit(*order.pop())
+            working = engine.step()
+            widths.add(engine.stats().active_slots)
+        for (_, heard), wanted in zip(waiting, alone, strict=True):
+            assert said(heard) == wanted
+            pieces += heard.prompt is not None and heard.prompt.cached_tokens > 0
+    assert widths >= set(range(1, SLOTS + 1)) and pieces, "there was no company"
