@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from builder.base import load_weights, read_geometry
 from builder.byte_pair_tables import problem
+from builder.calibrate import Calibration, calibration_texts
 from builder.choose_graph import write_choose
 from builder.frameworks import tf
 from builder.genai import write_genai
@@ -78,9 +79,14 @@ def export(
     write_loops(written, draft / "ort" / "fp32", geometry.vocab_size)
     graphs["ort/fp32"] = _onnx_graph(written, "ort/fp32/model.onnx", "right", "shared-buffer")
     reporter.line("exported ort/fp32/model.onnx (GroupQueryAttention, shared cache buffer, fp32)")
+    shard = prepared / "tokens" / "train.bin"
     for precision in recipe.export.variants:
         path = f"ort/{precision}/model.onnx"
-        written = write_variant(optimised, weights, precision, draft / path)
+        int8_caches = precision in recipe.export.int8_caches
+        calibration = None
+        if precision == "int4" or int8_caches:
+            calibration = Calibration(model, calibration_texts(shard, geometry.n_positions, recipe.seed))
+        written = write_variant(optimised, weights, precision, draft / path, calibration, int8_caches)
         write_genai(geometry, draft, (draft / path).parent)
         if precision == "fp16":  # The others' products have no kernels on CUDA.
             write_loops(written, (draft / path).parent, geometry.vocab_size)

@@ -160,4 +160,4 @@ class OptimisedKernels(OnnxKernels):
         newest = tf.clip_by_value(self.last_index - (self.total - sequence), 0, sequence - 1)
         last = tf.gather(hidden, newest, axis=1, batch_dims=1)
         logits = self.project(tf.reshape(last, [-1, self.geometry.n_embd]), wte)
-        return logits[:, None, :]
+        return tf.expand_dims(logits, 1)

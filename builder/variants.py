@@ -1,15 +1,14 @@
 """The optimised graph in other precisions: the traced fp32 graph with its products and its token table replaced.
 
 int8: a product's input is quantised by row (absmax / 127, around a zero point of 128) and its matrix by column, so that
-a row's result never depends on its company; the sums are exact integers. int4: the blocks' matrices in 4 bits
-(`MatMulNBits`), the head as in int8. In both, embedding and head read one int8 table. fp16: every float.
+a row's result never depends on its company; the sums are exact integers. int4: all matrices in 4 bits (`MatMulNBits`).
+In both, embedding and head read one table. int8 and int4 may keep their caches in int8 too. fp16: every float.
 
 Weights are read, quantised and written one at a time, so nothing of the model's size is held in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,105 +17,81 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from builder.calibrate import Calibration
 from builder.onnx_markers import MICROSOFT
 from builder.quantise import BLOCK, int4_by_block, int8_by_axis
+from builder.rewriter import Rewriter
 from builder.tracing import TracedGraph
 from builder.weights import EXTERNAL_DATA, WeightFile
 
 TOKEN_TABLE = "transformer.wte.weight"
-_ALIGNMENT = 64
+_K_SCALE = 12  # GroupQueryAttention's place for it; v_scale is behind it.
+TABLE_DAMPING = 1.0
+"""The head's table is the embedding too, whose rows are used as they are; so they may move less than other matrices."""
 GELU_DEPTH = np.float32(0.1701)
 """GELU's least value in its tanh form is -0.17004, at -0.7525."""
 
 
-def write_variant(traced: TracedGraph, weights: Path, precision: str, path: Path) -> onnx.ModelProto:
+def write_variant(
+    traced: TracedGraph,
+    weights: Path,
+    precision: str,
+    path: Path,
+    calibration: Calibration | None = None,
+    int8_caches: bool = False,
+) -> onnx.ModelProto:
     """Write `traced`, the optimised graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
 
-    Its weights come from the safetensors file `weights` and go into one data file beside `path`.
+    Its weights come from the safetensors file `weights` and go into one data file beside `path`. `calibration` says
+    what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_caches`
+    needs it, for their scales.
     """
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / EXTERNAL_DATA).open("xb") as data:
-        _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data).rewrite()
+        rewriter = _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data)
+        rewriter.calibration, rewriter.int8_caches = calibration, int8_caches
+        rewriter.rewrite()
     path.write_bytes(model.SerializeToString())
     return model
 
 
-class _Rewriter:
-    """One graph on its way to another precision, and the data file that its weights go to, one after the other."""
-
-    def __init__(self, graph: Any, weight_names: Sequence[str], tensors: WeightFile, data: Any) -> None:
-        self.graph, self.weight_names, self.tensors, self.data = graph, set(weight_names), tensors, data
-        self.nodes: list[Any] = []
-        self.dims: dict[str, tuple[int, ...]] = {}
-        self.gelus: set[str] = set()
-        self.zeros: set[str] = set()
+class _Int8(Rewriter):
+    """Products as QGemm and the token table in int8; everything else stays float32, but caches may be int8 too."""
 
     def rewrite(self) -> None:
-        """Replace nodes and weights."""
-        for node in self.graph.node:
-            self.take(node)
-        del self.graph.node[:]
-        self.graph.node.extend(self.nodes)
-        used = {name for node in self.nodes for name in node.input}
-        inputs = list(self.graph.input)
-        del self.graph.input[:]
-        for value in inputs:
-            if value.name not in self.weight_names:
-                self.graph.input.append(value)
-            elif value.name in used:
-                self.external(value.name, self.plain(self.tensors.get_tensor(value.name)))
-
-    def take(self, node: Any) -> None:
-        """Append what stands for `node`: here the node itself."""
-        self.nodes.append(node)
-
-    def plain(self, tensor: NDArray[np.float32]) -> NDArray[Any]:
-        """What is stored of a weight that no node has another form of."""
-        return tensor
-
-    def external(self, name: str, array: NDArray[Any]) -> str:
-        """Append `array` to the data file as the initializer `name`; return the name."""
-        self.data.write(bytes(-self.data.tell() % _ALIGNMENT))
-        tensor = self.graph.initializer.add(
-            name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-            dims=array.shape,
-            data_location=TensorProto.EXTERNAL,
-        )
-        entries = {"location": EXTERNAL_DATA, "offset": self.data.tell(), "length": array.nbytes}
-        for key, entry in entries.items():
-            tensor.external_data.add(key=key, value=str(entry))
-        self.data.write(np.ascontiguousarray(array).data)
-        self.dims[name] = array.shape
-        return name
-
-    def constant(self, name: str, array: Any) -> str:
-        """Add a small initializer inside the graph, if it is not there yet; return the name."""
-        if name not in self.dims:
-            self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
-            self.dims[name] = np.shape(array)
-        return name
-
-    def node(self, op_type: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
-        """Append a node that is named for its one output; return the output."""
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
-
-class _Int8(_Rewriter):
-    """Products as QGemm and the token table in int8; everything else stays float32."""
+        # Logits of [rows, 1, vocabulary] come from the head as such, since a node that only widens them copies them.
+        self.widened = {node.input[0]: node.output[0] for node in self.graph.node if node.output[0] == "logits"}
+        super().rewrite()
+        if self.int8_caches:
+            for value in [*self.graph.input, *self.graph.output]:
+                if value.name.startswith(("past_key_values.", "present.")):
+                    value.type.tensor_type.elem_type = TensorProto.INT8
 
     def take(self, node: Any) -> None:
         if node.op_type == "Gemm":
             self.product(node)
         elif node.op_type == "Gather" and node.input[0] == TOKEN_TABLE:
             self.embedding(node.input[1], node.output[0])
-        else:
+        elif node.op_type == "GroupQueryAttention" and self.int8_caches:
+            self.attention(node)
+        elif node.output[0] not in self.widened.values():
             if node.op_type == "FastGelu":
                 self.gelus.add(node.output[0])
             self.nodes.append(node)
+
+    def attention(self, node: Any) -> None:
+        """GroupQueryAttention with caches in int8, and a scale for each channel of each head."""
+        assert self.calibration is not None, "int8 caches need the ranges of keys and values"
+        block = node.input[3].split(".")[1]
+        node.input.extend([""] * (_K_SCALE - len(node.input)))
+        for part, largest in zip(("key", "value"), self.calibration.largest(int(block)), strict=True):
+            scales = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127)
+            node.input.append(self.external(f"present.{block}.{part}_scale", scales[None, :, None, :]))
+        types = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in types.items())
+        self.nodes.append(node)
 
     def matrix(self, name: str, axis: int) -> tuple[str, str]:
         """Store a weight in int8 with scales over `axis`, once; return the names of values and scales."""
@@ -152,6 +127,11 @@ class _Int8(_Rewriter):
         unscaled = self.node(
             "QGemm", [*left, matrix, scales, zeros], f"{output}_unscaled", MICROSOFT, transB=int(transposed)
         )
+        if output in self.widened:
+            first = self.constant("first_axis", [1])
+            unscaled = self.node("Unsqueeze", [unscaled, first], f"{output}_wide")
+            row_scales = self.node("Unsqueeze", [row_scales, first], f"{row_scales}_wide")
+            output = self.widened[output]
         has_bias = len(node.input) > 2
         product = self.node("Mul", [unscaled, row_scales], f"{output}_product" if has_bias else output)
         if has_bias:
@@ -186,23 +166,61 @@ class _Int8(_Rewriter):
 
 
 class _Int4(_Int8):
-    """The blocks' matrices in 4 bits by block; embedding and head as in int8."""
+    """All matrices in 4 bits by block, each rounded for what it is multiplied with.
+
+    Embedding and head read one table, which is int8's where a block would reach over the end of its rows.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.same: dict[str, str] = {}
+
+    def rewrite(self) -> None:
+        super().rewrite()
+        del self.graph.value_info[:]
+
+    def take(self, node: Any) -> None:
+        if node.op_type == "Reshape":
+            # From [batch, sequence, width] to [rows, width] and back, which these products need not.
+            self.same[node.output[0]] = self.same.get(node.input[0], node.input[0])
+            return
+        node.input[:] = [self.same.get(name, name) for name in node.input]
+        super().take(node)
+
+    def embedding(self, ids: str, output: str) -> None:
+        width = self.tensors.shape(TOKEN_TABLE)[1]
+        if width % BLOCK:
+            super().embedding(ids, output)
+            return
+        # The table is written when the head asks for it, as the second shape of the same bytes.
+        self.node(
+            "GatherBlockQuantized", [f"{TOKEN_TABLE}_rows", ids, f"{TOKEN_TABLE}_scale"], output, MICROSOFT,
+            bits=4, block_size=BLOCK, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
 
     def product(self, node: Any) -> None:
-        if node.input[1] == TOKEN_TABLE:
+        name, (output,) = node.input[1], node.output
+        head = name == TOKEN_TABLE
+        matrix = self.tensors.get_tensor(name)
+        if head and matrix.shape[1] % BLOCK:
             super().product(node)
             return
-        name, bias = node.input[1], node.input[2]
-        matrix = self.tensors.get_tensor(name)
-        packed, scales = int4_by_block(matrix)
+        moments = None if self.calibration is None else self.calibration.moments(name)
+        packed, scales = int4_by_block(matrix.T, moments, TABLE_DAMPING) if head else int4_by_block(matrix, moments)
         values = [self.external(f"{name}_int4", packed), self.external(f"{name}_scale", scales)]
+        left, bias = node.input[0], [] if head else ["", "", node.input[2]]
+        if head:
+            self.again(f"{name}_rows", values[0], (len(packed), packed[0].size))
+        if output in self.widened:
+            left = self.node("Unsqueeze", [left, self.constant("first_axis", [1])], f"{left}_wide")
+            output = self.widened[output]
         self.node(
-            "MatMulNBits", [node.input[0], *values, "", "", bias], node.output[0], MICROSOFT,
-            K=matrix.shape[0], N=matrix.shape[1], bits=4, block_size=BLOCK, accuracy_level=4,
+            "MatMulNBits", [left, *values, *bias], output, MICROSOFT,
+            K=matrix.shape[int(head)], N=matrix.shape[1 - int(head)], bits=4, block_size=BLOCK, accuracy_level=4,
         )  # fmt: skip
 
 
-class _Fp16(_Rewriter):
+class _Fp16(Rewriter):
     """Weights, caches and all between in 16 bits; the logits are widened, since who samples from them expects it."""
 
     def rewrite(self) -> None:

@@ -73,6 +73,10 @@ class WeightFile:
             self._header: dict[str, Any] = json.loads(file.read(header_bytes))
         self._start = 8 + header_bytes
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._header[name]["shape"])
+
     def get_tensor(self, name: str) -> NDArray[np.float32]:
         """Return a tensor, float32 of its shape."""
         entry = self._header[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from builder.quantise import BLOCK, INT8_LARGEST, int4_by_block, int8_by_axis
+from builder.quantise import BLOCK, INT8_LARGEST, _spread, int4_by_block, int8_by_axis
 from tests.unpack import unpack_int4
 
 
@@ -53,3 +53,39 @@ def test_int4_takes_the_end_with_the_smaller_error() -> None:
     both = np.concatenate([one_sided, -one_sided], axis=1)
     _, scales = int4_by_block(np.concatenate([both, np.where(both == 1, 1, -both)], axis=1))
     assert (np.abs(scales) == np.float32(1 / 8)).any() and (scales < 0).any() and (scales > 0).any()
+
+
+@pytest.mark.parametrize("width", [40, 1100])
+def test_the_spread_of_errors_is_the_factor_of_the_inverse(width: int) -> None:
+    """Also where the factor is inverted by halves, and past the inputs, where nothing spreads."""
+    x = np.random.default_rng(4).standard_normal((2 * width, width)).astype(np.float32)
+    moments = x.T @ x / len(x)
+    spread = _spread(moments, 0.1, width + 5)
+    assert (np.tril(spread, -1) == 0).all() and (spread[:width, width:] == 0).all()
+    damped = moments + 0.1 * np.diag(moments).mean() * np.eye(width)
+    product = spread[:width, :width].T @ spread[:width, :width] @ damped
+    np.testing.assert_allclose(product, np.eye(width), atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [3 * BLOCK, 50])
+def test_int4_for_known_inputs_is_nearer_on_them(inputs: int) -> None:
+    """Inputs that go together, as a model's do: by the error of the products, which is what the rounding is for."""
+    random = np.random.default_rng(5)
+    x = (random.standard_normal((500, 8)) @ random.standard_normal((8, inputs))).astype(np.float32)
+    x += 0.1 * random.standard_normal(x.shape).astype(np.float32)
+    values = random.standard_normal((inputs, 30)).astype(np.float32)
+
+    def error(*moments: np.ndarray) -> float:
+        packed, scales = int4_by_block(values, *moments)
+        assert packed.shape == (30, -(-inputs // BLOCK), BLOCK // 2)
+        return float(((x @ unpack_int4(packed, scales, inputs) - x @ values) ** 2).mean())
+
+    assert error(x.T @ x / len(x)) < 0.3 * error()
+
+
+def test_int4_for_inputs_that_are_always_zero_is_the_nearest() -> None:
+    values = matrix(BLOCK, 30)
+    zero = np.zeros((BLOCK, BLOCK), np.float32)
+    steps = np.abs(int4_by_block(values, zero)[1]).T
+    error = np.abs(unpack_int4(*int4_by_block(values, zero), BLOCK) - values)
+    assert (error[1:] <= 8 * steps).all() and np.isfinite(error).all()

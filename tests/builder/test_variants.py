@@ -125,15 +125,34 @@ def test_a_variant_of_a_bundle_is_whole_and_small(built: TinyBuild, precision: s
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     described = bundle.graph(f"ort/{precision}")
     fp32 = bundle.graph("ort/fp32")
-    assert (described.inputs, described.outputs, described.precision) == (fp32.inputs, fp32.outputs, precision)
-    table = f"{TOKEN_TABLE}_int8"
-    assert {node.op_type for node in model.graph.node if table in node.input} == {"Gather", "QGemm"}, "not tied"
+    cache = "int8" if precision == "int4" else "float32"
+    for ours, theirs in ((described.inputs, fp32.inputs), (described.outputs, fp32.outputs)):
+        assert {name: spec.shape for name, spec in ours.items()} == {name: spec.shape for name, spec in theirs.items()}
+        assert {spec.dtype for name, spec in ours.items() if name.startswith(("past", "present"))} == {cache}
+    assert described.precision == precision
+    readers = {node.op_type for node in model.graph.node if f"{TOKEN_TABLE}_scale" in node.input}
+    assert readers == {"int8": {"Gather", "QGemm"}, "int4": {"GatherBlockQuantized", "MatMulNBits"}}[precision]
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_location == TensorProto.EXTERNAL}
     floats = {name for name, tensor in stored.items() if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1}
     assert {name for name in floats if not name.endswith("_scale")} == {"transformer.wpe.weight"}
     assert all(node.op_type != "Gemm" for node in model.graph.node)
     size = path.with_name("model.onnx_data").stat().st_size
+    assert size == max(end for _, end in ranges(stored.values())), "something lies behind the last tensor"
     assert size < 0.5 * bundle.path("model.safetensors").stat().st_size
+
+
+def ranges(tensors: Any) -> list[tuple[int, int]]:
+    """Where the data file has each tensor, in bytes."""
+    entries = [{entry.key: entry.value for entry in tensor.external_data} for tensor in tensors]
+    return sorted((int(one["offset"]), int(one["offset"]) + int(one["length"])) for one in entries)
+
+
+def test_int4s_embedding_and_head_are_one_table(built: TinyBuild) -> None:
+    graph = onnx.load(open_bundle(built.bundle).path("ort/int4/model.onnx"), load_external_data=False).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL}
+    table, rows = stored[f"{TOKEN_TABLE}_int4"], stored[f"{TOKEN_TABLE}_rows"]
+    assert ranges([table]) == ranges([rows]) and np.prod(table.dims) == np.prod(rows.dims)
+    assert not any(node.op_type in ("Reshape", "QGemm", "Gemm") for node in graph.node)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
