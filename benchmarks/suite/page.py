@@ -79,21 +79,27 @@ def _opening(record: Mapping[str, Any]) -> str:
     machine, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     energy = record.get("energy")
-    drawn = "Nothing here tells energy or power. "
+    drawn = "Nothing here tells energy or power."
     if energy:
         idle = {"processor": energy["idle_cpu_watts"], "GPU": energy["idle_gpu_watts"]}
         said = " and ".join(f"{watts:.0f} W ({part})" for part, watts in idle.items() if watts is not None)
-        drawn = f"Idle, before anything was loaded, the machine drew {said}; that is in the energy too. "
+        drawn = f"Idle, before anything was loaded, the machine drew {said}; that is in the energy too."
     limits = {name: value for name, value in settings["objectives"].items() if value is not None}
     good = ", ".join(f"{name} within {value * 1e3:g} ms" for name, value in limits.items())
-    price = settings.get("price_per_hour")
+    price, others = settings["price_per_hour"], record["others_cpu_share"]
+    sentences = [
+        "" if others is None else f"Other programs took {others:.0%} of the cores meanwhile.",
+        drawn,
+        f"A request is good with {good}." if good else "",
+        f"Cost is at {price:g} an hour." if price else "",
+        f"{versions}.",
+    ]
     return (
         f"<p>{escape(machine['cpu'])}, {machine['cores']} cores, {escape(machine['date'][:10])}; "
         f"{settings['repeats']} repeats, targets taking turns. Latencies are in ms, begin at the scheduled moment, and "
         "are medians over the repeats. A shaded figure is better than every other beyond the noise; where none is "
         "shaded, nothing is.</p>"
-        f'<p class="note">{drawn}{f"A request is good with {good}. " if good else ""}'
-        f"{f'Cost is at {price:g} an hour. ' if price else ''}{escape(versions)}.</p>"
+        f'<p class="note">{" ".join(escape(sentence) for sentence in sentences if sentence)}</p>'
     )
 
 

@@ -129,6 +129,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         else:
             lines += _point(points[0])
         lines += [*(f"- {remark}" for remark in remarks(points)), ""]
+    others = record["others_cpu_share"]
+    lines += [] if others is None else [f"Other programs took {others:.1%} of the cores meanwhile."]
     return "\n".join(lines)
 
 
