@@ -21,6 +21,7 @@ from benchmarks.suite.statistics import warm_from
 from benchmarks.suite.sweep import best, sweep
 from benchmarks.suite.targets.base import Target, TargetError
 from serving.bundle import Geometry
+from serving.errors import GPT2BundleError
 
 SCHEMA = "gpt2-bundle-bench/1"
 SUSTAINED = "sustained_requests_per_second"
@@ -89,10 +90,11 @@ Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
 
 
 async def measure(
-    targets: Sequence[Target],
+    targets: list[Target],
     schedules: Sequence[Schedule],
     clock: Clock,
     *,
+    missing: dict[str, str] | None = None,
     repeats: int,
     objectives: Objectives,
     geometry: Geometry | None = None,
@@ -105,6 +107,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
 
+    A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
     The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
     `machine` give the floors and the roofline.
@@ -114,10 +117,11 @@ async def measure(
     entries = []
     run = _Run(targets, clock, objectives, timeout, machine, say)
     try:
-        for target in targets:
+        for target in list(targets):
             say(f"{target.name}: loading")
             began = time.monotonic()
-            await target.start()
+            if not await _starts(target, targets, missing):
+                continue
             loaded = time.monotonic() - began
             warm = await warm_up(target, schedules[0], clock, timeout)
             entries.append({
@@ -155,8 +159,23 @@ async def measure(
         "others_cpu_share": share,
         "energy": _energy(machine.meters, idle),
         "targets": entries,
+        "not_measured": missing or {},
         "points": run.points,
     }  # fmt: skip
+
+
+async def _starts(target: Target, targets: list[Target], missing: dict[str, str] | None) -> bool:
+    """Start a target; False if it does not and need not. Raises GPT2BundleError if it must, or none would be left."""
+    try:
+        await target.start()
+    except GPT2BundleError as error:
+        if missing is None or len(targets) == 1:
+            raise
+        missing[target.name] = str(error)
+        targets.remove(target)
+        await target.stop()
+        return False
+    return True
 
 
 async def warm_up(target: Target, like: Schedule, clock: Clock, timeout: float) -> dict[str, Any]:

@@ -59,7 +59,7 @@ figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bot
 def to_page(record: Mapping[str, Any]) -> bytes:
     """The whole page, UTF-8."""
     names: Names = {target["name"]: place for place, target in enumerate(record["targets"])}
-    parts = [_opening(record), legend(list(names))]
+    parts = [_opening(record), legend([name_of(each | {"target": each["name"]}) for each in record["targets"]])]
     parts.append(section("Latency and throughput", latency_throughput(record, names)))
     for scenario, points in groups(record):
         title = _TITLES.get(scenario, scenario)
@@ -164,7 +164,11 @@ def _targets(record: Mapping[str, Any]) -> str:
             + (f" and {rate / 1e9:.0f} GFLOP/s (float32)" if (rate := record["fp32_flops_per_second"]) else "")
             + ", the best measured between the repeats. It is no bound where the weights fit the last-level cache.</p>"
         )
-    return table(["what it is", "weights", "load, s", "warm after"], rows) + note
+    missing = "".join(
+        f'<p class="note">{escape(name)} was not measured: {escape(why)}</p>'
+        for name, why in record["not_measured"].items()
+    )
+    return table(["what it is", "weights", "load, s", "warm after"], rows) + missing + note
 
 
 def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "target") -> str:

@@ -129,6 +129,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         else:
             lines += _point(points[0])
         lines += [*(f"- {remark}" for remark in remarks(points)), ""]
+    lines += [f"- {name}: not measured: {why}" for name, why in record["not_measured"].items()]
     others = record["others_cpu_share"]
     lines += [] if others is None else [f"Other programs took {others:.1%} of the cores meanwhile."]
     return "\n".join(lines)

@@ -59,7 +59,7 @@ def rates(arrivals="constant", **settings):
 def swept(*targets, schedules=None, seconds=1e6, **limits):
     objectives = Objectives(**limits)
     work = measure(
-        targets, schedules or rates(), CLOCK, repeats=1, objectives=objectives, sweep_seconds=seconds, timeout=1e3
+        list(targets), schedules or rates(), CLOCK, repeats=1, objectives=objectives, sweep_seconds=seconds, timeout=1e3
     )
     record = run_virtual(work)
     json.dumps(record, allow_nan=False)
