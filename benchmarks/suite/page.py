@@ -38,17 +38,19 @@ _TITLES = {
     "grid": "Prompt and output lengths",
     "cold-start": "Cold starts",
 }
-_TEXTS = ("why it fails", "what it is", "weights", "warm after")
+_TEXTS = ("why it fails", "what it is")
 _STYLE = """
-body { max-width: 62rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 15px; margin: .6rem 0 .2rem; }
+body { max-width: 62rem; }
+table { border-collapse: separate; border-spacing: 0; }
+ h2 { margin-top: 2.2rem; } h3 { font-size: 15px; margin: .6rem 0 .2rem; }
 th, td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, .text { text-align: left; }
 th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
 td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; color: var(--soft); }
 .legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
-@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } td.text { min-width: 12rem; } }
+@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
-.heat td, .heat th { text-align: center; } td.text { white-space: normal; }
+.heat td, .heat th { text-align: center; } td.text { white-space: normal; min-width: 12rem; }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }
@@ -153,8 +155,8 @@ def _targets(record: Mapping[str, Any]) -> str:
     for target in record["targets"]:
         label = target["label"] + (" (stand-in)" if target["stand_in"] else "")
         warm = f"{target['warm_after']} requests" if target["warm"] else "never steady"
-        texts = [f'<td class="text">{escape(cell)}</td>' for cell in (label, target["precision"] or "not known", warm)]
-        cells = [*texts[:2], f"<td>{shorter(target['load_seconds'])}</td>", texts[2]]
+        others = (target["precision"] or "not known", shorter(target["load_seconds"]), warm)
+        cells = [f'<td class="text">{escape(label)}</td>', *(f"<td>{escape(each)}</td>" for each in others)]
         rows.append((str(target["name"]), cells))
     note = ""
     if record["read_bandwidth_bytes_per_second"]:
