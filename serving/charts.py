@@ -181,7 +181,7 @@ def _scale(axis: Axis, values: Sequence[float]) -> _Scale:
 
 
 def _across_marks(scale: _Scale, right: float, bottom: float, left: float = _LEFT) -> list[str]:
-    drawn = []
+    drawn = [f'<path class="axis" d="M{left} {bottom}H{right}"/>']
     for mark in scale.marks:
         at = left + scale.share(mark) * (right - left)
         anchor = "start" if at < left + 8 else "end" if at > right - 8 else "middle"
