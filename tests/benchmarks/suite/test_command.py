@@ -12,7 +12,7 @@ import time
 import pytest
 
 from benchmarks import hardware
-from benchmarks.hardware import own_seconds
+from benchmarks.hardware import own_seconds, usable_cores
 from benchmarks.suite import selftest
 from benchmarks.suite.calibrate import client_overhead, fake_process, lateness
 from benchmarks.suite.clock import LoopClock, WallClock, run_virtual
@@ -76,7 +76,7 @@ def test_the_client_itself_is_measured_in_its_own_process():
 def test_what_others_take_from_the_cores_is_told(built, tmp_path):
     output = tmp_path / "r.json"
     command = ["bench", str(built.bundle), "--target", "ort/fp32", "--scenario", "single", "--repeats", "3"]
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
     try:
         assert run([*command, "--output", str(output), "--requests", "40"]) == 0
     finally:
