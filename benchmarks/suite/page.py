@@ -167,8 +167,8 @@ def _targets(record: Mapping[str, Any]) -> str:
             + ", the best measured between the repeats. It is no bound where the weights fit the last-level cache.</p>"
         )
     missing = "".join(
-        f'<p class="note">{escape(name)} was not measured: {escape(why)}</p>'
-        for name, why in record["not_measured"].items()
+        f"<p class='note'>{escape(name)} was not measured: {escape(why)}</p>"
+        for name, why in record.get("not_measured", {}).items()
     )
     return table(["what it is", "weights", "load, s", "warm after"], rows) + missing + note
 

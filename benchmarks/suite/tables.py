@@ -120,7 +120,8 @@ def remarks(points: Sequence[Point]) -> list[str]:
 
 def to_markdown(record: Mapping[str, Any]) -> str:
     """A table a point, a sweep or a grid; bold is better than all others beyond the noise."""
-    lines = []
+    others = record["others_cpu_share"]
+    lines = [] if others is None else [f"Other programs took {others:.1%} of the cores meanwhile.", ""]
     for scenario, points in groups(record):
         if scenario == "saturation":
             lines += _sweep(points)
@@ -129,9 +130,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         else:
             lines += _point(points[0])
         lines += [*(f"- {remark}" for remark in remarks(points)), ""]
-    lines += [f"- {name}: not measured: {why}" for name, why in record["not_measured"].items()]
-    others = record["others_cpu_share"]
-    lines += [] if others is None else [f"Other programs took {others:.1%} of the cores meanwhile."]
+    lines += [f"- {name}: not measured: {why}" for name, why in record.get("not_measured", {}).items()]
     return "\n".join(lines)
 
 

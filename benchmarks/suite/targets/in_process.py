@@ -97,14 +97,20 @@ class EngineTarget:
 
     Args:
         open_engine: opens it, in `start`.
+        starts_in: "ours" if it runs in this process, None if it is a client of something that runs already.
     """
 
-    starts_in = "ours"
-
     def __init__(
-        self, name: str, label: str, precision: str | None, open_engine: Callable[[], Engine], stand_in: bool = False
+        self,
+        name: str,
+        label: str,
+        precision: str | None,
+        open_engine: Callable[[], Engine],
+        stand_in: bool = False,
+        starts_in: str | None = "ours",
     ) -> None:
         self.name, self.label, self.precision, self.stand_in = name, label, precision, stand_in
+        self.starts_in = starts_in
         self._open = open_engine
         self._engine: Engine | None = None
 

@@ -35,7 +35,7 @@ def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False
         return OpenAITarget(text, address, stand_in=stand_in)
     if is_address and kind == "tfserving":
         return EngineTarget(
-            text, "TensorFlow Serving's slots by gRPC", "fp32", lambda: _served(bundle, address), stand_in
+            text, "TensorFlow Serving's slots by gRPC", "fp32", lambda: _served(bundle, address), stand_in, None
         )
     if kind == "tfserving":
         raise _no_endpoint()
