@@ -144,19 +144,21 @@ def ticks(low: float, high: float) -> list[float]:
     return [float(f"{number * step:.12g}") for number in range(start, stop + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return 2 to 7 or so values of 1, 2 and 5 times powers of ten, the first at or below `low` > 0, the last not below
-    `high`; of powers alone, or of every second or third and so on, where those would be more.
+def log_ticks(low: float, high: float) -> tuple[list[float], float, float]:
+    """Return marks for values from `low` > 0 to `high`, and the ends of an axis around them.
+
+    The ends are 1, 2 or 5 times a power of ten, as are the marks between them where two powers reach; else the
+    marks are powers alone, or every second or third and so on, for eight at most.
     """
-    first = math.floor(math.log10(low) + 1e-9)
-    last = max(math.ceil(math.log10(high) - 1e-9), first + 1)
-    if last - first <= 2:
-        every = [float(f"{factor * 10.0**power:.12g}") for power in range(first, last + 1) for factor in (1, 2, 5)]
-        below = max(mark for mark in every if mark <= low * (1 + 1e-9))
-        above = [mark for mark in every if mark >= high * (1 - 1e-9) and mark > below]
-        return [mark for mark in every if below <= mark <= above[0]]
-    step = math.ceil((last - first) / 6)
-    return [float(f"{10.0**power:.12g}") for power in range(first, last + step, step)]
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9) + 1
+    every = [float(f"{factor * 10.0**power:.12g}") for power in range(first, last + 1) for factor in (1, 2, 5)]
+    start = max(mark for mark in every if mark <= low * (1 + 1e-9))
+    stop = min(mark for mark in every if mark >= high * (1 - 1e-9) and mark > start)
+    if stop / start <= 100:
+        return [mark for mark in every if start <= mark <= stop], start, stop
+    step = math.ceil((last - first) / 8)
+    powers = [float(f"{10.0**power:.12g}") for power in range(first, last + 1, step)]
+    return _within(powers, start, stop), start, stop
 
 
 def number(value: float) -> str:
@@ -170,8 +172,8 @@ def number(value: float) -> str:
 def _scale(axis: Axis, values: Sequence[float]) -> _Scale:
     low, high = min(values), max(values)
     if axis.is_log:
-        marks = log_ticks(low, high)
-        return _Scale(marks, math.log10(marks[0]), math.log10(marks[-1]), True)
+        marks, start, stop = log_ticks(low, high)
+        return _Scale(marks, math.log10(start), math.log10(stop), True)
     if axis.is_tight and high > low:
         return _Scale(_within(ticks(low, high), low, high), low, high, False)
     marks = ticks(0.0 if axis.from_zero else low, high if high > 0 or not axis.from_zero else 1.0)
@@ -179,7 +181,7 @@ def _scale(axis: Axis, values: Sequence[float]) -> _Scale:
 
 
 def _across_marks(scale: _Scale, right: float, bottom: float, left: float = _LEFT) -> list[str]:
-    drawn = []
+    drawn = [f'<path class="axis" d="M{left} {bottom}H{right}"/>']
     for mark in scale.marks:
         at = left + scale.share(mark) * (right - left)
         anchor = "start" if at < left + 8 else "end" if at > right - 8 else "middle"

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.hardware import BandwidthProbe, ComputeProbe, environment
+from benchmarks.hardware import BandwidthProbe, ComputeProbe, busy_seconds, environment, own_seconds, usable_cores
 from benchmarks.suite.clock import Clock
 from benchmarks.suite.cold import ColdStart
 from benchmarks.suite.driver import play
@@ -128,6 +128,7 @@ async def measure(
                 "name": target.name, "label": target.label, "precision": target.precision,
                 "stand_in": target.stand_in, "load_seconds": loaded, **warm,
             })  # fmt: skip
+        others = _Others(targets)
         for scenario, group in itertools.groupby(schedules, key=lambda schedule: schedule.scenario):
             if scenario == "saturation":
                 await _sweep(run, list(group), sweep_seconds)
@@ -137,6 +138,7 @@ async def measure(
             else:
                 for schedule in group:
                     await _repeat(run, schedule, repeats)
+        share = others.share()
     finally:
         for target in targets:
             await target.stop()
@@ -154,6 +156,7 @@ async def measure(
         },
         "read_bandwidth_bytes_per_second": bandwidth,
         "fp32_flops_per_second": rate,
+        "others_cpu_share": share,
         "energy": _energy(machine.meters, idle),
         "targets": entries,
         "not_measured": missing or {},
@@ -260,6 +263,22 @@ async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: i
     winners = {name: winner(clean, name) for name in COLD}
     run.points.append(point_of(schedule, list(rows.values()), winners))
     run.played.append({})
+
+
+class _Others:
+    """What part of the cores' time went to programs that are none of this run's, since it was made."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._processes = [process for process in (target.pid() for target in targets) if process is not None]
+        self._before = self._now()
+
+    def share(self) -> float | None:
+        """From 0 to 1, or None where the system does not say."""
+        wall, busy, own = (after - before for after, before in zip(self._now(), self._before, strict=True))
+        return min(1.0, max(0.0, busy - own) / (wall * usable_cores())) if busy and wall else None
+
+    def _now(self) -> tuple[float, float, float]:
+        return time.monotonic(), busy_seconds(), own_seconds(self._processes)
 
 
 def _energy(meters: Meters | None, idle: Reading | None) -> dict[str, Any] | None:

@@ -38,17 +38,19 @@ _TITLES = {
     "grid": "Prompt and output lengths",
     "cold-start": "Cold starts",
 }
-_TEXTS = ("why it fails", "what it is", "weights", "warm after")
+_TEXTS = ("why it fails", "what it is")
 _STYLE = """
-body { max-width: 62rem; } h2 { margin-top: 2.2rem; } h3 { font-size: 15px; margin: .6rem 0 .2rem; }
+body { max-width: 62rem; }
+table { border-collapse: separate; border-spacing: 0; }
+ h2 { margin-top: 2.2rem; } h3 { font-size: 15px; margin: .6rem 0 .2rem; }
 th, td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, .text { text-align: left; }
 th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
 td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; color: var(--soft); }
 .legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
-@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } td.text { min-width: 12rem; } }
+@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
-.heat td, .heat th { text-align: center; } td.text { white-space: normal; }
+.heat td, .heat th { text-align: center; } td.text { white-space: normal; min-width: 12rem; }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }
@@ -59,7 +61,7 @@ figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bot
 def to_page(record: Mapping[str, Any]) -> bytes:
     """The whole page, UTF-8."""
     names: Names = {target["name"]: place for place, target in enumerate(record["targets"])}
-    parts = [_opening(record), legend(list(names))]
+    parts = [_opening(record), legend([name_of(each | {"target": each["name"]}) for each in record["targets"]])]
     parts.append(section("Latency and throughput", latency_throughput(record, names)))
     for scenario, points in groups(record):
         title = _TITLES.get(scenario, scenario)
@@ -79,21 +81,27 @@ def _opening(record: Mapping[str, Any]) -> str:
     machine, settings = record["environment"], record["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     energy = record.get("energy")
-    drawn = "Nothing here tells energy or power. "
+    drawn = "Nothing here tells energy or power."
     if energy:
         idle = {"processor": energy["idle_cpu_watts"], "GPU": energy["idle_gpu_watts"]}
         said = " and ".join(f"{watts:.0f} W ({part})" for part, watts in idle.items() if watts is not None)
-        drawn = f"Idle, before anything was loaded, the machine drew {said}; that is in the energy too. "
+        drawn = f"Idle, before anything was loaded, the machine drew {said}; that is in the energy too."
     limits = {name: value for name, value in settings["objectives"].items() if value is not None}
     good = ", ".join(f"{name} within {value * 1e3:g} ms" for name, value in limits.items())
-    price = settings.get("price_per_hour")
+    price, others = settings["price_per_hour"], record["others_cpu_share"]
+    sentences = [
+        "" if others is None else f"Other programs took {others:.0%} of the cores meanwhile.",
+        drawn,
+        f"A request is good with {good}." if good else "",
+        f"Cost is at {price:g} an hour." if price else "",
+        f"{versions}.",
+    ]
     return (
         f"<p>{escape(machine['cpu'])}, {machine['cores']} cores, {escape(machine['date'][:10])}; "
         f"{settings['repeats']} repeats, targets taking turns. Latencies are in ms, begin at the scheduled moment, and "
         "are medians over the repeats. A shaded figure is better than every other beyond the noise; where none is "
         "shaded, nothing is.</p>"
-        f'<p class="note">{drawn}{f"A request is good with {good}. " if good else ""}'
-        f"{f'Cost is at {price:g} an hour. ' if price else ''}{escape(versions)}.</p>"
+        f'<p class="note">{" ".join(escape(sentence) for sentence in sentences if sentence)}</p>'
     )
 
 
@@ -147,8 +155,8 @@ def _targets(record: Mapping[str, Any]) -> str:
     for target in record["targets"]:
         label = target["label"] + (" (stand-in)" if target["stand_in"] else "")
         warm = f"{target['warm_after']} requests" if target["warm"] else "never steady"
-        texts = [f'<td class="text">{escape(cell)}</td>' for cell in (label, target["precision"] or "not known", warm)]
-        cells = [*texts[:2], f"<td>{shorter(target['load_seconds'])}</td>", texts[2]]
+        others = (target["precision"] or "not known", shorter(target["load_seconds"]), warm)
+        cells = [f'<td class="text">{escape(label)}</td>', *(f"<td>{escape(each)}</td>" for each in others)]
         rows.append((str(target["name"]), cells))
     note = ""
     if record["read_bandwidth_bytes_per_second"]:

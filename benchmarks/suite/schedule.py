@@ -164,8 +164,11 @@ class Planner:
         Each lasts about `seconds`, but has 16 to 1,024 requests. Their gaps, drawn as those of `server`, are scaled so
         that the requests come at exactly that rate.
         """
-        if not (start > 0 and factor > 1 and seconds > 0 and math.isfinite(start * factor**rates * seconds)):
-            raise InputError("a sweep starts above 0 requests a second, and its factor is above 1")
+        if not (start > 0 and 1 < factor <= 100 and 0 < seconds < math.inf and start <= 1e6):
+            raise InputError(
+                "a sweep starts above 0 and at 1000000 requests a second at most, its factor is above 1 and at most "
+                "100, and each rate lasts for some time"
+            )
         if arrivals not in ("poisson", "gamma", "constant"):
             raise InputError(f"a sweep cannot have arrivals of {arrivals!r}; write poisson, gamma or constant")
         found = []

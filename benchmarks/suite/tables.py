@@ -120,7 +120,8 @@ def remarks(points: Sequence[Point]) -> list[str]:
 
 def to_markdown(record: Mapping[str, Any]) -> str:
     """A table a point, a sweep or a grid; bold is better than all others beyond the noise."""
-    lines = []
+    others = record["others_cpu_share"]
+    lines = [] if others is None else [f"Other programs took {others:.1%} of the cores meanwhile.", ""]
     for scenario, points in groups(record):
         if scenario == "saturation":
             lines += _sweep(points)

@@ -14,17 +14,28 @@ def places(drawn: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"),
+    ("low", "high", "expected", "start", "stop"),
     [
-        (3, 80, [2, 5, 10, 20, 50, 100]),
-        (1, 1, [1, 2]),
-        (0.03, 4, [0.01, 0.1, 1, 10]),
-        (5, 50, [5, 10, 20, 50]),
-        (7, 2e9, [1, 100, 1e4, 1e6, 1e8, 1e10]),
+        (3, 80, [2, 5, 10, 20, 50, 100], 2, 100),
+        (1, 1, [1, 2], 1, 2),
+        (0.03, 4, [0.1, 1], 0.02, 5),
+        (5, 50, [5, 10, 20, 50], 5, 50),
+        (900, 15_000, [500, 1000, 2000, 5000, 10_000, 20_000], 500, 20_000),
+        (7, 2e9, [1e2, 1e4, 1e6, 1e8], 5, 2e9),
     ],
 )
-def test_a_logarithmic_axis_has_round_marks_around_its_values(low: float, high: float, expected: list[float]) -> None:
-    assert log_ticks(low, high) == pytest.approx(expected)
+def test_a_logarithmic_axis_has_round_marks_within_round_ends(
+    low: float, high: float, expected: list[float], start: float, stop: float
+) -> None:
+    assert log_ticks(low, high) == (pytest.approx(expected), start, stop)
+
+
+@pytest.mark.parametrize("exponent", range(1, 300, 7))
+def test_a_logarithmic_axis_has_two_to_nine_marks(exponent: int) -> None:
+    for low in (1e-150, 3e-150, 9.99e-150):
+        marks, start, stop = log_ticks(low, low * 10.0**exponent)
+        assert start <= low * (1 + 1e-9) and stop >= low * 10.0**exponent * (1 - 1e-9)
+        assert 2 <= len(marks) <= 9
 
 
 def test_equal_ratios_are_equally_far_apart_on_a_logarithmic_axis() -> None:

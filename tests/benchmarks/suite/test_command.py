@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
 from benchmarks import hardware
+from benchmarks.hardware import own_seconds, usable_cores
 from benchmarks.suite import selftest
 from benchmarks.suite.calibrate import client_overhead, fake_process, lateness
 from benchmarks.suite.clock import LoopClock, WallClock, run_virtual
@@ -67,6 +71,29 @@ def test_the_client_itself_is_measured_in_its_own_process():
     overhead = asyncio.run(client_overhead(WallClock(), count=3, tokens=4))
     assert all(value >= 0 for values in overhead.values() for value in values)
     assert overhead["ttft_ms"][0] <= overhead["e2e_ms"][2]
+
+
+def test_what_others_take_from_the_cores_is_told(built, tmp_path):
+    output = tmp_path / "r.json"
+    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--scenario", "single", "--repeats", "3"]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    try:
+        assert run([*command, "--output", str(output), "--requests", "40"]) == 0
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    record = json.loads(output.read_text())
+    assert 0.2 < record["others_cpu_share"] <= 1
+    assert "Other programs took" in output.with_suffix(".html").read_text()
+
+
+def test_time_of_a_process_is_counted_as_it_runs():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        before = own_seconds([process.pid])
+        while own_seconds([process.pid]) < before + 0.05:
+            time.sleep(0.01)
+        process.kill()
 
 
 def test_a_fake_server_says_how_late_it_was():

@@ -51,7 +51,7 @@ def record(*targets, repeats=7):
     lengths = Lengths(4, 4), Lengths(11, 11)
     schedules = [planner.single(10, *lengths), planner.server(20, *lengths, rate=10, arrivals="constant")]
     objectives = Objectives(ttft=0.11, e2e=1.0)
-    return run_virtual(measure(targets, schedules, CLOCK, repeats=repeats, objectives=objectives))
+    return run_virtual(measure(list(targets), schedules, CLOCK, repeats=repeats, objectives=objectives))
 
 
 def test_every_figure_is_right_within_one_percent():

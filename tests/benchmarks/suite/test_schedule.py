@@ -72,6 +72,8 @@ def test_a_file_of_schedules_gives_them_back(tmp_path):
         planner().concurrency(4, 8, FIXED, Lengths(1, 3, "uniform")),
         planner().grid(2, 5, 6),
         planner().server(4, FIXED, FIXED, rate=2, arrivals="gamma"),
+        *planner().saturation(FIXED, FIXED, start=1, factor=2, seconds=2, rates=3),
+        planner().cold_start(FIXED, FIXED),
     ]
     save_schedules(tmp_path / "s.jsonl", drawn)
     read = read_schedules(tmp_path / "s.jsonl", 48, 100)
@@ -89,6 +91,7 @@ def test_a_file_of_schedules_gives_them_back(tmp_path):
         (lambda rows: rows[0].pop("point"), "header"),
         (lambda rows: rows.pop(1), "without requests"),
         (lambda rows: rows[0].update(concurrency=None), "neither moments"),
+        (lambda rows: rows[0].update(scenario="singel"), "no scenario 'singel'; did you mean 'single'"),
     ],
 )
 def test_what_is_no_schedule_is_refused_with_its_line(tmp_path, change, words):
@@ -100,10 +103,26 @@ def test_what_is_no_schedule_is_refused_with_its_line(tmp_path, change, words):
         read_schedules(path, 48, 100)
 
 
+def test_a_varied_schedule_has_other_first_tokens_that_the_model_knows():
+    drawn = planner().server(5, FIXED, FIXED, rate=2)
+    assert drawn.varied(0) is drawn
+    known = {token for request in drawn.requests for token in request.prompt}
+    seen = {tuple(request.prompt for request in drawn.varied(number).requests) for number in range(len(known))}
+    assert len(seen) == len(known)
+    again = drawn.varied(3)
+    assert again == drawn.varied(3) and again.settings == drawn.settings
+    for one, other in zip(drawn.requests, again.requests, strict=True):
+        assert (one.prompt[1:], one.at, one.new_tokens) == (other.prompt[1:], other.at, other.new_tokens)
+        assert one.prompt[0] != other.prompt[0] and other.prompt[0] in known
+
+
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(InputError, match="context of 48"):
         planner().single(1, Lengths(40, 40), Lengths(9, 9))
     with pytest.raises(InputError, match="rate"):
         planner().server(1, FIXED, FIXED, rate=0)
+    for wrong in ({"start": 0}, {"factor": 1}, {"seconds": 0}, {"factor": 1e200}):
+        with pytest.raises(InputError, match="a sweep"):
+            planner().saturation(FIXED, FIXED, **{"start": 1, "factor": 2, "seconds": 1, "rates": 9} | wrong)
     with pytest.raises(InputError, match="poisson"):
         planner().server(1, FIXED, FIXED, rate=1, arrivals="poison")

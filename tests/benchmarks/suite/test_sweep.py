@@ -59,7 +59,7 @@ def rates(arrivals="constant", **settings):
 def swept(*targets, schedules=None, seconds=1e6, **limits):
     objectives = Objectives(**limits)
     work = measure(
-        targets, schedules or rates(), CLOCK, repeats=1, objectives=objectives, sweep_seconds=seconds, timeout=1e3
+        list(targets), schedules or rates(), CLOCK, repeats=1, objectives=objectives, sweep_seconds=seconds, timeout=1e3
     )
     record = run_virtual(work)
     json.dumps(record, allow_nan=False)
@@ -111,7 +111,7 @@ def test_a_rate_is_what_it_says_and_played_alike(tmp_path):
         assert (len(moments) - 1) / (moments[-1] - moments[0]) == pytest.approx(schedule.settings["rate"])
     with pytest.raises(InputError, match="cannot have arrivals"):
         rates("trace")
-    with pytest.raises(InputError, match="factor is above 1"):
+    with pytest.raises(InputError, match="its factor is above 1"):
         rates(factor=1.0)
 
 
