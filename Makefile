@@ -17,7 +17,8 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving \
+	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -109,6 +110,15 @@ bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
 		--output runs/bench-serving/$$graph.json || exit; done
 	$(BIN)/python -m benchmarks.serving "$(OUTPUT)/gpt2-geometry" --faults --output runs/bench-serving/faults.json
+
+# LLAMA_SERVER=PATH adds llama.cpp's own server, which no package brings; llama-cpp-python's sources hold it.
+LLAMA_SERVER ?=
+
+bench-serving-peers: $(INSTALLED) ## Measure the server at 124M beside other OpenAI-compatible ones, which are installed for it (LLAMA_SERVER=).
+	for peer in llama torch; do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
+	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	for precision in int8 fp32; do $(BIN)/python -m benchmarks.serving.peers "$(OUTPUT)/gpt2-geometry" --precision $$precision \
+		$(if $(LLAMA_SERVER),--llama-server "$(LLAMA_SERVER)") --output runs/bench-serving-peers/$$precision.json || exit; done
 
 # onnxruntime-gpu, torch and TensorFlow are not installed for it: what BENCH_PYTHON has is measured, the rest is named.
 BENCH_PYTHON ?= $(BIN)/python

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int32
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,11 @@ class LlamaContestant:
         return [np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)) for pointer in pointers]
 
 
-def write_gguf(bundle: Path, path: Path, kind: Any) -> None:
-    """Write a Hugging Face GPT-2 folder as GGUF: matrices in `kind`, everything else in float32, no vocabulary."""
+def write_gguf(bundle: Path, path: Path, kind: Any, describe: Callable[[Any], None] | None = None) -> None:
+    """Write a Hugging Face GPT-2 folder as GGUF: matrices in `kind`, everything else in float32.
+
+    `describe` writes the vocabulary by the writer that it is given; without it there is none.
+    """
     config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(str(path), "gpt2")
     writer.add_block_count(config["n_layer"])
@@ -101,7 +104,10 @@ def write_gguf(bundle: Path, path: Path, kind: Any) -> None:
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    if describe is None:
+        writer.add_tokenizer_model("none")
+    else:
+        describe(writer)
     for name, tensor in _tensors(bundle / "model.safetensors"):
         if tensor.ndim == 2 and "position" not in name:
             writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)

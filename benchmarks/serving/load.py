@@ -23,7 +23,10 @@ _PATIENCE = 120.0
 """Seconds after the end for requests under way; later ones count as hung."""
 _IDS = 256
 """Token ids that every vocabulary has."""
+_LETTERS = "abcdefghilmnoprstuw"
+"""Each is one token behind a space, in GPT-2's vocabulary and in the small ones that are trained here."""
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+_FULL_LENGTH = re.compile(rb'"finish_reason": ?"length"')
 
 
 @dataclass
@@ -73,7 +76,7 @@ async def ask(address: tuple[str, int], path: str, body: dict[str, Any], results
     try:
         writer.write(f"{head}Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         status = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1].decode()
-        outcome = await _read(reader, sent, results) if status == "200" else status
+        outcome = await _read(reader, sent, body, results) if status == "200" else status
         if status == "429":
             results.refused.append(time.perf_counter() - sent)
     except (OSError, asyncio.IncompleteReadError, IndexError):
@@ -84,8 +87,11 @@ async def ask(address: tuple[str, int], path: str, body: dict[str, Any], results
     return outcome
 
 
-async def _read(reader: asyncio.StreamReader, sent: float, results: Results) -> str:
-    """Read events until the end; "complete" is an answer whose last event is [DONE] and none of whose is an error."""
+async def _read(reader: asyncio.StreamReader, sent: float, body: dict[str, Any], results: Results) -> str:
+    """Read events until the end; "complete" is an answer whose last event is [DONE] and none of whose is an error.
+
+    Whoever was not asked for usage need not send [DONE] either, if the text has its full length.
+    """
     last, tail = 0.0, b""
     whole: list[bytes] = []
     arrivals: list[tuple[float, int]] = []
@@ -108,12 +114,20 @@ async def _read(reader: asyncio.StreamReader, sent: float, results: Results) -> 
     # A token inside a character has no event, and an event may have several tokens; the usage at the end has them all.
     events = sum(events for _, events in arrivals)
     usage = _USAGE.findall(answer)
-    scale = int(usage[-1]) / events if usage and events else 1.0
+    full = _FULL_LENGTH.search(answer) is not None
+    wanted = int(usage[-1]) if usage else body["max_tokens"] if full else events
+    scale = wanted / events if events else 1.0
     results.arrivals += [(moment, events * scale) for moment, events in arrivals]
     results.tokens += events * scale
-    if b"data: [DONE]" not in answer:
+    if b"data: [DONE]" not in answer and ("stream_options" in body or not full):
         return "broken off"
-    return "error event" if b'"error"' in answer else "complete"
+    # At an event's beginning, since "error" alone is a text like any other.
+    return "error event" if b'data: {"error"' in answer else "complete"
+
+
+def draw_prompt(draw: random.Random, tokens: int, as_text: bool) -> list[Any]:
+    """As many random tokens: ids, or pieces of text that are one token each."""
+    return [f" {draw.choice(_LETTERS)}" if as_text else draw.randrange(_IDS) for _ in range(tokens)]
 
 
 async def run(
@@ -124,13 +138,15 @@ async def run(
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
     path = f"{parts.path.rstrip('/')}/v1/completions"
     results, draw = Results(), random.Random(seed)
-    prompts = body["prompt"]
+    prompt: list[Any] = body["prompt"]
     began = time.perf_counter()
 
     async def one() -> str:
         # A start of its own for each, so that no prompt is found in the cache.
-        start = [draw.randrange(_IDS) for _ in range(4)]
-        return await ask(address, path, {**body, "prompt": [*start, *prompts[4:]]}, results)
+        whole = [*draw_prompt(draw, 4, as_text=isinstance(prompt[0], str)), *prompt[4:]]
+        return await ask(
+            address, path, {**body, "prompt": "".join(whole) if isinstance(whole[0], str) else whole}, results
+        )
 
     async def client() -> None:
         while time.perf_counter() < began + seconds:
@@ -161,6 +177,8 @@ async def run(
 @click.option("--prompt-tokens", default=64, show_default=True, type=click.IntRange(5))
 @click.option("--new-tokens", default=96, show_default=True, type=click.IntRange(2))
 @click.option("--model", help="The model's name; left out of the request if not given.")
+@click.option("--text", is_flag=True, help="Prompts as text, of words that are one token each, instead of ids.")
+@click.option("--plain", is_flag=True, help="Ask for OpenAI's plain fields alone: neither usage nor log-probabilities.")
 @click.option("--seed", default=0, show_default=True)
 def main(
     url: str,
@@ -170,20 +188,21 @@ def main(
     prompt_tokens: int,
     new_tokens: int,
     model: str | None,
+    text: bool,
+    plain: bool,
     seed: int,
 ) -> None:
-    """Load the server at URL with streamed, greedy completions of random token ids."""
-    draw = random.Random(seed)
+    """Load the server at URL with streamed, greedy completions of random prompts."""
     body: dict[str, Any] = {
-        "prompt": [draw.randrange(_IDS) for _ in range(prompt_tokens)],
+        "prompt": draw_prompt(random.Random(seed), prompt_tokens, text),
         "max_tokens": new_tokens,
         "temperature": 0,
         "stream": True,
-        "stream_options": {"include_usage": True},
-        "ignore_eos": True,
-        # Makes an event of every token, also of those without text, which most ids of a small tokenizer are.
-        "logprobs": 0,
     }
+    if not plain:
+        # Log-probabilities make an event of every token, also of those without text, which most ids of a small
+        # tokenizer are.
+        body |= {"stream_options": {"include_usage": True}, "ignore_eos": True, "logprobs": 0}
     if model:
         body["model"] = model
     click.echo(json.dumps(asyncio.run(run(url, body, clients, seconds, rate, seed))))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_COMMAND = [sys.executable, "-c", "from serving.cli import main; main()", "serve"]
+SERVE = [sys.executable, "-c", "from serving.cli import main; main()", "serve"]
 _LOAD = [sys.executable, "-m", "benchmarks.serving.load"]
 METRIC = "gpt2_bundle_"
 
@@ -37,7 +37,7 @@ class ServerProcess:
 @contextlib.contextmanager
 def serving(bundle: Path, graph: str, *options: str) -> Iterator[ServerProcess]:
     """A server on a free port for the block; what it logs goes to this process's standard error."""
-    command = [*_COMMAND, str(bundle), "--graph", graph, "--port", "0", "--no-access-log", *options]
+    command = [*SERVE, str(bundle), "--graph", graph, "--port", "0", "--no-access-log", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
