@@ -159,4 +159,4 @@ if __name__ == "__main__":
         main()
     except GPT2BundleError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,4 +77,5 @@ if __name__ == "__main__":
     try:
         main()
     except GPT2BundleError as error:
-        raise SystemExit(f"error: {error}") from None
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
