@@ -104,7 +104,7 @@ def table(record: dict[str, Any]) -> str:
         held = "" if memory["peak"] is None else f"{memory['peak'] / 2**30:.2f}{' *' if memory['whole_gpu'] else ''}"
         lines.append(f"{place} {told} | {held} | {'yes' if contest['tokens_as_first'] else 'no'} |")
     lines += [f"| {each['contestant']} | {each['batch_size']} | skipped | | | | | |" for each in record["skipped"]]
-    lines += [f"\n- {name}: {note}" for name, note in notes(record)]
+    lines += ["", *(f"- {name}: {note}" for name, note in notes(record))]
     return "\n".join(lines)
 
 
