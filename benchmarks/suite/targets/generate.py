@@ -18,9 +18,9 @@ class GenerateTarget:
     """`URL/v2/models/MODEL/generate_stream`, whose events have the new text in `text_output`.
 
     Prompts are sent as text, which a server may cut into other tokens. An event counts as one token unless the server
-    says how many it holds (`num_output_tokens`, or `token_ids` with `lengths` as our own does); where it names no number
-    and the events are not as many as the tokens asked for, they share these if it says that it ended by length, and the
-    response is marked as not counted. Text is compared where a server gives no token ids.
+    says how many it holds (`num_output_tokens`, or `lengths` beside `token_ids` as our own does). Where it names no
+    number and the events are not as many as the tokens asked for, they share these if it says that it ended by length,
+    and the response is marked as not counted. Text is compared where a server gives no token ids.
 
     Args:
         model: its name at the server; by Triton's repository index, which must then hold one that is ready, if None.
