@@ -37,7 +37,7 @@ def _loop(precision: str, steps: int, graphs: bool, note: str = "") -> Contestan
 _CAST = "weights and products of 32 bits; attention and caches of 16, as CUDA's GroupQueryAttention takes no others"
 _PORTABLE = (
     "onnx/portable, 32 bits throughout, by standard operators: the cache grows by concatenation, and the prefill's "
-    "logits are of every position of the prompt, all but the last left on the device"
+    "logits are of every position of the prompt, all but the last left on the device; a step's are fetched"
 )
 _INT8 = "CUDA has no MatMulInteger for unsigned rows, nor 32-bit GroupQueryAttention: those run on the processor"
 
