@@ -52,7 +52,7 @@ def main(
     about = {"bundle": opened.manifest.name, "model": vars(opened.manifest.model), "setting": vars(setting)}
     record: dict[str, Any] = {**about, "sessions": [], "rates": None, "contests": [], "skipped": []}
     if output.exists():
-        record = json.loads(output.read_text(encoding="utf-8"))
+        record = _read(output)
         differing = [key for key, value in json.loads(json.dumps(about)).items() if record.get(key) != value]
         if differing:
             raise InputError(f"{output} is of another {' and '.join(differing)}; name another file")
@@ -68,18 +68,31 @@ def main(
     suite = Suite(opened, setting, record, output.parent / "logs", seconds, keep, click.echo)
     suite.hold([CONTESTANTS[name] for name in CONTESTANTS if name in names], sizes)
     click.echo(table(record))
+    if record["contests"] and not any("decode_ms" in contest for contest in record["contests"]):
+        raise GPT2BundleError(f"nothing was measured on {device}; the table says why")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a record ({error}); name another file") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: is no record; name another file")
+    return record
 
 
 def table(record: dict[str, Any]) -> str:
     """The record's figures as a Markdown table."""
     lines = [
-        "| contestant | batch | decode, ms a step | tokens/s | prefill, ms | floor, ms | tokens as the first |",
-        "|---|---|---|---|---|---|---|",
+        "| contestant | batch | decode, ms a step | tokens/s | prefill, ms | floor, ms | GPU memory, GiB "
+        "| tokens as the first |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for contest in record["contests"]:
         place = f"| {contest['contestant']} | {contest['batch_size']} |"
         if "error" in contest:
-            lines.append(f"{place} {contest['error'].replace('|', '/')} | | | | |")
+            lines.append(f"{place} {contest['error'].replace('|', '/')} | | | | | |")
             continue
         decode, prefill = contest["decode_ms"], contest["prefill_ms"]
         figures = (
@@ -87,9 +100,22 @@ def table(record: dict[str, Any]) -> str:
             contest["floor_ms"],
         )  # fmt: skip
         told = " | ".join("" if figure is None else f"{figure:,.3f}" for figure in figures)
-        lines.append(f"{place} {told} | {'yes' if contest['tokens_as_first'] else 'no'} |")
-    lines += [f"| {each['contestant']} | {each['batch_size']} | skipped | | | | |" for each in record["skipped"]]
+        memory = contest["gpu_memory_bytes"]
+        held = "" if memory["peak"] is None else f"{memory['peak'] / 2**30:.2f}{' *' if memory['whole_gpu'] else ''}"
+        lines.append(f"{place} {told} | {held} | {'yes' if contest['tokens_as_first'] else 'no'} |")
+    lines += [f"| {each['contestant']} | {each['batch_size']} | skipped | | | | | |" for each in record["skipped"]]
+    lines += ["", *(f"- {name}: {note}" for name, note in notes(record))]
     return "\n".join(lines)
+
+
+def notes(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must know of contestants, once each."""
+    found: dict[tuple[str, str], None] = {}
+    for contest in record["contests"]:
+        found |= {(contest["contestant"], note): None for note in contest.get("notes", ())}
+        if contest.get("gpu_memory_bytes", {}).get("peak") is not None and contest["gpu_memory_bytes"]["whole_gpu"]:
+            found["*", "what the whole GPU had in use beyond the beginning"] = None
+    return list(found)
 
 
 def _sizes(text: str) -> list[int]:
@@ -104,4 +130,4 @@ if __name__ == "__main__":
         main()
     except GPT2BundleError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code)

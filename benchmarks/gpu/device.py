@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any, Self
 from benchmarks.hardware import BandwidthProbe, ComputeProbe
 from serving.manifest import Geometry
 
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}
 _FIELDS = ("name", "driver_version", "memory.total", "compute_cap", "clocks.max.sm", "clocks.max.memory")
 # Sums read each byte once; the buffer is far larger than a GPU's caches.
 _TORCH_PROBE = """
@@ -53,19 +54,18 @@ def measure_rates(device: str) -> dict[str, Any] | None:
 
 
 def floor_ms(
-    geometry: Geometry, precision: str, rows: int, positions: float, rates: dict[str, Any] | None
+    geometry: Geometry, precision: str, cache: str, rows: int, positions: float, rates: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Bytes and operations that a decode step cannot do without, and the ms that they take at the measured rates.
 
     The weights are read once, without the position table, of which a row reads one line; each row reads the keys and
-    values of `positions`. The roofline (Williams et al. 2009): the longer of reading and arithmetic.
+    values of `positions`, which are of the precision `cache`. The roofline (Williams et al. 2009): the longer of
+    reading and arithmetic. Where no rate of a precision is measured, reading alone counts.
     """
     width, layers = geometry.n_embd, geometry.n_layer
-    matrices = 12 * layers * width**2 + geometry.vocab_size * width
-    # Caches of int8 weights are float32; what CUDA's fp32 loop keeps in 16 bits is less, so this is no floor there.
-    cache_item = 2 if precision == "fp16" else 4
-    cache = 2 * layers * rows * positions * width * cache_item
-    amount = matrices * ITEM_BYTES[precision] + cache
+    matrices = layers * (4 * width**2 + 2 * width * geometry.n_inner) + geometry.vocab_size * width
+    caches = 2 * layers * rows * positions * width * ITEM_BYTES[cache]
+    amount = matrices * ITEM_BYTES[precision] + caches
     flops = 2 * rows * matrices + 4 * layers * rows * positions * width
     found: dict[str, Any] = {"step_bytes": round(amount), "step_flops": round(flops), "floor_ms": None}
     if rates is not None:
@@ -79,23 +79,32 @@ def describe(device: str) -> dict[str, str] | None:
     """What nvidia-smi says of the first GPU; None on the processor or where it says nothing."""
     if device == "cpu":
         return None
-    values = _query(",".join(_FIELDS))
-    return None if values is None else dict(zip(_FIELDS, values, strict=False))
+    values = _query("gpu", ",".join(_FIELDS))
+    return dict(zip(_FIELDS, values[0], strict=False)) if values else None
 
 
 class MemoryWatch:
-    """Reads the first GPU's memory in use every quarter second in a `with` block; None where nvidia-smi is silent.
+    """Reads the GPU memory of a process and what it started every quarter second in a `with` block.
 
-    Other programs' memory on that GPU counts too; `before` is what was in use at the beginning.
+    `peak` is theirs in bytes where nvidia-smi tells which processes there are, `whole` False. In a container it often
+    does not: then `peak` is what the whole GPU had in use beyond the beginning, other programs' too, and `whole` True.
+    None where nvidia-smi is silent, and on the processor.
     """
 
     def __init__(self, device: str) -> None:
-        self.before = self.peak = None if device == "cpu" else _memory_bytes()
+        self.peak: int | None = None
+        self.whole = True
+        self._before = None if device == "cpu" else _memory_bytes()
+        self._leader = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
+    def follow(self, leader: int) -> None:
+        """Look at the process `leader` and those of its session; what was seen before does not count."""
+        self._leader, self.peak = leader, None
+
     def __enter__(self) -> Self:
-        if self.before is not None:
+        if self._before is not None:
             self._thread.start()
         return self
 
@@ -108,18 +117,42 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.25):
-            self.peak = max(self.peak or 0, _memory_bytes() or 0)
+            own = _process_bytes(self._leader) if self._leader else None
+            if own is not None:
+                # A first reading of the process replaces those of the whole GPU.
+                self.peak, self.whole = max(own, 0 if self.whole else self.peak or 0), False
+            elif self.whole and (used := _memory_bytes()) is not None:
+                self.peak = max(self.peak or 0, used - (self._before or 0))
 
 
 def _memory_bytes() -> int | None:
-    values = _query("memory.used")
-    return int(values[0]) << 20 if values and values[0].isdigit() else None
+    values = _query("gpu", "memory.used")
+    return int(values[0][0]) << 20 if values and values[0][0].isdigit() else None
 
 
-def _query(fields: str) -> list[str] | None:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+def _process_bytes(leader: int) -> int | None:
+    """Bytes that the processes of `leader`'s session hold on the GPU; None if nvidia-smi names none of them."""
+    found = []
+    for row in _query("compute-apps", "pid,used_memory") or []:
+        if len(row) == 2 and row[0].isdigit() and row[1].isdigit() and _session(int(row[0])) == leader:
+            found.append(int(row[1]) << 20)
+    return sum(found) if found else None
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def _query(kind: str, fields: str) -> list[list[str]] | None:
+    """Rows of values of the GPU that CUDA calls its first."""
+    gpu = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    command = ["nvidia-smi", f"--query-{kind}={fields}", "--format=csv,noheader,nounits", f"--id={gpu}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return [value.strip() for value in done.stdout.split(",")] if done.returncode == 0 and done.stdout.strip() else None
+    lines = [[value.strip() for value in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    return lines if done.returncode == 0 else None

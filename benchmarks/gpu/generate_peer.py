@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import socket
-import subprocess
-import time
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,11 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.peers.protocol import Clock, Job, Run, serve
+from benchmarks.suite.targets.started_tf_serving import TFServingProcess, find_server
 from serving.backends.base import pad_right
-from serving.bundle import open_bundle
-from serving.errors import InputError, ServerError
-
-_START_SECONDS = 90
+from serving.bundle import Bundle, open_bundle
+from serving.errors import InputError
 
 
 class Generates(Protocol):
@@ -50,32 +46,19 @@ class GenerateContestant:
 
 
 class Served:
-    """TensorFlow Serving, started on a free port of this machine for the bundle; ends with this process's `close`."""
+    """TensorFlow Serving, started for the bundle, or what stands for it; ends with `close`."""
 
-    def __init__(self, binary: str, bundle: Path) -> None:
-        from serving.clients.tf_serving_grpc import GrpcTransport
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        folder = (bundle / "savedmodel").resolve()
-        command = [binary, f"--port={port}", "--rest_api_port=0", "--model_name=gpt2", f"--model_base_path={folder}"]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        self.transport = GrpcTransport(f"127.0.0.1:{port}", "gpt2")
-        deadline = time.monotonic() + _START_SECONDS
-        while not self._available():
-            if self.process.poll() is not None:
-                raise InputError(f"{binary} ended with {self.process.returncode}")
-            if time.monotonic() > deadline:
-                self.close()
-                raise InputError(f"{binary} did not load the model within {_START_SECONDS} s")
-            time.sleep(0.2)
-
-    def _available(self) -> bool:
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        gpu = device != "cpu"
+        self.found = find_server(gpu)
+        self._process = TFServingProcess(
+            "tf-serving", bundle, self.found, "grpc", batching=False, gpu=gpu, own_session=False
+        )
         try:
-            return any(version["state"] == "AVAILABLE" for version in self.transport.status(2.0))
-        except ServerError:
-            return False
+            self._transport = self._process.connect(self._process.start())
+        except BaseException:
+            self.close()
+            raise
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         token_ids, lengths = pad_right(prompts)
@@ -89,12 +72,11 @@ class Served:
             "top_p": np.ones(rows, np.float32),
             "seed": np.zeros(rows, np.int64),
         }
-        outputs = self.transport.predict("serving_default", inputs, 300.0)
+        outputs = self._transport.predict("serving_default", inputs, 300.0)
         return [row[:count].tolist() for row, count in zip(outputs["token_ids"], outputs["lengths"], strict=True)]
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self._process.stop()
 
 
 def _in_process(job: Job, device: str) -> GenerateContestant:
@@ -105,11 +87,6 @@ def _in_process(job: Job, device: str) -> GenerateContestant:
     if device != "cpu" and not tf.config.list_physical_devices("GPU"):
         raise InputError("TensorFlow sees no GPU here")
     return GenerateContestant(TensorFlowBackend(open_bundle(Path(job.bundle), check="sizes")))
-
-
-def server_binary() -> str | None:
-    """TensorFlow Serving's binary: $TENSORFLOW_MODEL_SERVER, or on the PATH, or None."""
-    return shutil.which(os.environ.get("TENSORFLOW_MODEL_SERVER", "tensorflow_model_server"))
 
 
 def main() -> None:
@@ -123,12 +100,13 @@ def main() -> None:
     def load(job: Job) -> GenerateContestant:
         if not given.served:
             return _in_process(job, given.device)
-        binary = server_binary()
-        if binary is None:
-            raise InputError("no tensorflow_model_server on the PATH and TENSORFLOW_MODEL_SERVER names none")
-        started.append(Served(binary, Path(job.bundle)))
-        return GenerateContestant(started[0], ["the binary's own build decides whether it uses a GPU"])
+        started.append(Served(open_bundle(Path(job.bundle), check="sizes"), given.device))
+        found = started[0].found
+        notes = [found.label, "the binary's own build decides whether it uses a GPU"]
+        return GenerateContestant(started[0], [*(["STAND-IN, not TensorFlow Serving"] * found.stand_in), *notes])
 
+    # The parent ends this process by a signal, which a container would outlive.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve(load, ("gpt2-bundle", "tensorflow", "tensorflow-serving-api", "numpy"))
     finally:

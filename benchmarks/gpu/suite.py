@@ -23,6 +23,9 @@ from benchmarks.statistics import summarise
 from serving.bundle import Bundle
 from serving.errors import GPT2BundleError
 
+# Of the time that is left, what one contestant may take at most.
+_SHARE = 0.4
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -70,8 +73,12 @@ class Suite:
         self.keep()
 
     def _hold(self, contestant: Contestant, sizes: Sequence[int]) -> None:
-        """One process, batch by batch; after an error the others are not tried, since the process may be gone."""
+        """One process, batch by batch; after an error the others are not tried, since the process may be gone.
+
+        It has at most a share of the time that is left, so that one that compiles for long leaves some to the others.
+        """
         pending = list(sizes)
+        end = time.monotonic() + _SHARE * self._left()
         if self._left() <= 0:
             self._skip(contestant, pending)
             return
@@ -88,19 +95,20 @@ class Suite:
         log = self.work / f"{contestant.name}.log"
         watch = MemoryWatch(setting.device)
         with watch, Child(contestant.name, command, log, job.threads, setting.device != "cpu") as child:
-            timer = threading.Timer(self._left(), child.kill)
+            watch.follow(child.pid)
+            timer = threading.Timer(end - time.monotonic(), child.kill)
             timer.daemon = True
             timer.start()
             try:
                 child.load(job)
-                while pending and self._left() > 0:
+                while pending and time.monotonic() < end:
                     rows = pending[0]
                     figures = self._measure(child, contestant, rows)
-                    figures["gpu_memory_bytes"] = {"before": watch.before, "peak": watch.peak}
+                    figures["gpu_memory_bytes"] = {"peak": watch.peak, "whole_gpu": watch.whole}
                     self._add(contestant, rows, figures)
                     pending.pop(0)
             except GPT2BundleError as error:
-                if self._left() > 0:
+                if time.monotonic() < end:
                     for rows in pending:
                         self._add(contestant, rows, {"error": str(error).replace(str(log), log.name)})
                     pending = []
@@ -117,13 +125,10 @@ class Suite:
         # A run's steps depend on each other, so the run is the sample.
         steps = [float(np.median(run.steps)) for run in runs if run.steps]
         decode, prefill = summarise([1e3 * step for step in steps]), summarise([1e3 * run.prefill for run in runs])
-        floor = floor_ms(
-            geometry,
-            contestant.precision,
-            rows,
-            setting.prompt_tokens + setting.new_tokens / 2,
-            self.record["rates"],
-        )
+        positions = setting.prompt_tokens + setting.new_tokens / 2
+        bounded = contestant.bounded or setting.device == "cpu"
+        rates = self.record["rates"] if bounded else None
+        floor = floor_ms(geometry, contestant.precision, contestant.cache, rows, positions, rates)
         return {
             "decode_ms": asdict(decode) if decode else None,
             "prefill_ms": asdict(prefill) if prefill else None,
@@ -148,7 +153,7 @@ class Suite:
     def _skip(self, contestant: Contestant, sizes: Sequence[int]) -> None:
         self.record["skipped"] += [{"contestant": contestant.name, "batch_size": size} for size in sizes]
         for size in sizes:
-            self.say(f"{contestant.name}, batch {size}: skipped, the time is used up")
+            self.say(f"{contestant.name}, batch {size}: skipped, its time is used up")
         self.keep()
 
     def _left(self) -> float:

@@ -1,4 +1,4 @@
-"""transformers' GPT2LMHeadModel on a GPU in float16: eager, or compiled with a static cache."""
+"""transformers' GPT2LMHeadModel on a GPU: eager, or compiled with a static cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ class TorchContestant:
         dtype = {"fp16": torch.float16, "fp32": torch.float32}[job.precision]
         model = GPT2LMHeadModel.from_pretrained(job.bundle, attn_implementation="sdpa", dtype=dtype)
         self.model: Any = model.eval().to(device)
-        self.step: Any = torch.compile(self.model, mode="reduce-overhead") if compiled else self.model
+        self.step: Any = self.model
+        self.caches: dict[tuple[int, int], Any] = {}
+        if compiled:
+            # A compilation for each batch size at most; past the limit torch would go on uncompiled.
+            torch._dynamo.config.recompile_limit = 64
+            self.step = torch.compile(self.model, mode="reduce-overhead")
         self.notes = ["compiled by mode reduce-overhead; the prefill is not compiled"] if compiled else []
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
@@ -37,7 +42,7 @@ class TorchContestant:
         token_ids = torch.tensor(prompts, device=self.device)
         cache: Any = None
         if self.compiled:
-            cache = self.static(config=self.model.config, max_cache_len=length + new_tokens)
+            cache = self._cache(len(prompts), length + new_tokens)
         self._wait()
         clock = Clock()
         positions = torch.arange(length, device=self.device)
@@ -56,6 +61,16 @@ class TorchContestant:
             chosen.append(tokens)
         run.tokens = torch.stack(chosen).tolist()
         return run
+
+    def _cache(self, rows: int, capacity: int) -> Any:
+        """An empty static cache, the same one for each run of a shape, as a captured step holds its addresses."""
+        cache = self.caches.get((rows, capacity))
+        if cache is None:
+            # Those of other batch sizes are not asked for again, and take memory.
+            self.caches.clear()
+            cache = self.caches[rows, capacity] = self.static(config=self.model.config, max_cache_len=capacity)
+        cache.reset()
+        return cache
 
     def _forward(self, model: Any, token_ids: Any, cache: Any, positions: Any) -> Any:
         return model(

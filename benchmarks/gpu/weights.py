@@ -23,9 +23,11 @@ from serving.bundle import MANIFEST_NAME, open_bundle
 from serving.errors import GPT2BundleError, InputError
 
 _RECIPE = "weights.json"
-_FP32, _FP16 = "ort/fp32/model.onnx_data", "ort/fp16/model.onnx_data"
 _SAFETENSORS = "model.safetensors"
-_LEFT_OUT = ("savedmodel/", "onnx/", "ort/int8/", "ort/int4/", "deploy/", "ort/fp32/genai", "ort/fp16/genai")
+# Files of the same bytes, and that of their casts.
+_FP32 = frozenset({_SAFETENSORS, "onnx/model.onnx_data", "ort/fp32/model.onnx_data"})
+_FP16 = "ort/fp16/model.onnx_data"
+_LEFT_OUT = ("savedmodel/", "ort/int8/", "ort/int4/", "deploy/", "ort/fp32/genai", "ort/fp16/genai")
 
 
 @click.group()
@@ -54,7 +56,7 @@ def strip(bundle: Path, output: Path, seed: int) -> None:
     recipe: dict[str, Any] = {"seed": seed, "header": header, "fp16": None}
     if _FP16 in paths:
         recipe["fp16"] = _cast_spans(opened.path("ort/fp16/model.onnx"), opened.path(_FP16), bundle, header)
-    weights = {_SAFETENSORS, _FP32, _FP16} & paths
+    weights = {*_FP32, _FP16} & paths
     output.mkdir(parents=True)
     for path in paths - weights:
         (output / path).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def fill(folder: Path) -> None:
     except FileNotFoundError:
         raise InputError(f"{folder} has no {_RECIPE}; it is not what strip wrote, or is filled") from None
     manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    for path in {each["path"] for each in manifest["artifacts"]} & {_SAFETENSORS, _FP32, _FP16}:
+    for path in {each["path"] for each in manifest["artifacts"]} & {*_FP32, _FP16}:
         with (folder / path).open("wb") as file:
             for part in _fp16(recipe) if path == _FP16 else _fp32(recipe):
                 file.write(part)
@@ -159,4 +161,4 @@ if __name__ == "__main__":
         main()
     except GPT2BundleError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main(
         raise InputError(f"{needed} positions pass the context of {opened.manifest.model.n_positions} tokens")
     record: dict[str, Any] = {"bundle": opened.manifest.name, "contests": []}
     if output is not None and output.exists():
-        record = json.loads(output.read_text(encoding="utf-8"))
+        record = _read(output)
     for batch_size in batch_sizes:
         for precision in precisions:
             found = commands(precision, environments)
@@ -60,6 +61,15 @@ def main(
     click.echo(table(record))
     click.echo()
     click.echo(conditions(record))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record["contests"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as a record ({error!r}); name another file") from None
+    return record
 
 
 def add(record: dict[str, Any], contest: dict[str, Any]) -> None:
@@ -76,4 +86,5 @@ if __name__ == "__main__":
     try:
         main()
     except GPT2BundleError as error:
-        raise SystemExit(f"error: {error}") from None
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

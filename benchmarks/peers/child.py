@@ -16,6 +16,8 @@ from benchmarks.peers.protocol import Job, Run
 from serving.errors import GPT2BundleError
 
 ROOT = Path(__file__).parents[2]
+# Seconds from SIGTERM to SIGKILL.
+_GRACE = 15.0
 
 
 class Child:
@@ -38,6 +40,8 @@ class Child:
                 "PYTHONPATH": path,
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": str(threads),
+                # TensorFlow would take all of a GPU's memory at once, whatever it needs.
+                "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             }
         )
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +66,19 @@ class Child:
         self.kill()
         self._process.communicate()
 
+    @property
+    def pid(self) -> int:
+        """Of the process, which leads a session."""
+        return self._process.pid
+
     def kill(self) -> None:
-        """End the process and all that it started; a request that waits for it fails."""
+        """End the process and all that it started; a request that waits for it fails.
+
+        It may first end by itself what does not end with it, such as a container.
+        """
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

@@ -18,9 +18,9 @@ class GenerateTarget:
     """`URL/v2/models/MODEL/generate_stream`, whose events have the new text in `text_output`.
 
     Prompts are sent as text, which a server may cut into other tokens. An event counts as one token unless the server
-    says how many it holds (`num_output_tokens`); where it names no number and the events are not as many as the tokens
-    asked for, they share these if it says that it ended by length, and the response is marked as not counted. Text is
-    compared.
+    says how many it holds (`num_output_tokens`, or `lengths` beside `token_ids` as our own does). Where it names no
+    number and the events are not as many as the tokens asked for, they share these if it says that it ended by length,
+    and the response is marked as not counted. Text is compared where a server gives no token ids.
 
     Args:
         model: its name at the server; by Triton's repository index, which must then hold one that is ready, if None.
@@ -71,19 +71,22 @@ class GenerateTarget:
         pieces: list[str] = []
         times: list[float] = []
         numbers: list[int] = []
+        tokens: list[int] = []
         reason = None
         async for event, moment in self._http.events(f"/v2/models/{self._model}/generate_stream", body):
             if "error" in event:
                 raise TargetError(shorten(json.dumps(event["error"])))
             reason = finish_reason(event) or reason
-            text, number = event.get("text_output"), event.get("num_output_tokens")
+            text, number = event.get("text_output"), event.get("num_output_tokens", event.get("lengths"))
             if text or number:
                 pieces.append(str(text or ""))
                 times.append(moment)
                 numbers += [number] if isinstance(number, int) else []
+                tokens += event.get("token_ids") or ()
         finished = time.monotonic()
         moments, counted = moments_of(times, numbers, reason, request.new_tokens, finished)
-        return Answer(tuple(moments), finished, counted=counted, text="".join(pieces))
+        known = tuple(tokens) if len(tokens) == len(moments) else None
+        return Answer(tuple(moments), finished, counted=counted, tokens=known, text="".join(pieces))
 
     async def stop(self) -> None:
         """Nothing is held between requests."""

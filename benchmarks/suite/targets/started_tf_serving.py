@@ -26,7 +26,6 @@ from serving.deploy import IMAGE_VERSION, write_tf_serving
 from serving.errors import InputError, RuntimeMissingError, ServerError
 
 VARIABLE, BINARY = "TENSORFLOW_MODEL_SERVER", "tensorflow_model_server"
-IMAGE = f"tensorflow/serving:{IMAGE_VERSION}"
 _VERSION = re.compile(r"TensorFlow ModelServer: (\S+)")
 # Seconds: to load and warm a model, to end, for a question to a container engine or to a binary.
 _START, _STOP, _ASK = 180.0, 20.0, 30.0
@@ -43,7 +42,12 @@ class Found:
     stand_in: bool = False
 
 
-def find_server() -> Found:
+def image(gpu: bool = False) -> str:
+    """The official image that `gpt2-bundle deploy` names, for processors or for GPUs."""
+    return f"tensorflow/serving:{IMAGE_VERSION}{'-gpu' if gpu else ''}"
+
+
+def find_server(gpu: bool = False) -> Found:
     """The binary of TENSORFLOW_MODEL_SERVER or PATH, else docker or podman with the official image already here.
 
     Raises RuntimeMissingError, with what there is to do, if there is neither.
@@ -61,65 +65,50 @@ def find_server() -> Found:
         raise RuntimeMissingError(f"{VARIABLE} names {named!r}, which is no program; name one, or unset it")
     engines = [engine for engine in ("docker", "podman") if shutil.which(engine) and _ask([engine, "info"]) is not None]
     for engine in engines:
-        if _ask([engine, "image", "inspect", IMAGE]) is not None:
-            return Found(engine, True, f"{IMAGE} in {engine}")
+        if _ask([engine, "image", "inspect", image(gpu)]) is not None:
+            return Found(engine, True, f"{image(gpu)} in {engine}")
     if engines:
-        raise RuntimeMissingError(f"the image {IMAGE} is not on this machine; run: {engines[0]} pull {IMAGE}")
+        raise RuntimeMissingError(f"the image {image(gpu)} is not on this machine; run: {engines[0]} pull {image(gpu)}")
     raise RuntimeMissingError(
         f"{BINARY} is not on this machine (PATH, or {VARIABLE}), and no container engine is; "
         "name one that runs elsewhere, as tfserving=HOST:PORT"
     )
 
 
-class StartedTFServing:
+class TFServingProcess:
     """TensorFlow Serving with a bundle's SavedModel as `gpt2-bundle deploy` writes it, on free ports of this machine.
 
     Args:
-        how: "grpc" or "rest".
-        whole: as of `TFServingTarget`.
+        name: what errors begin with.
+        how: by which protocol its readiness is asked, "grpc" or "rest".
+        batching: whether calls are merged, of at most 16 rows then; without, a call has as many as it likes.
+        gpu: whether a container is given the GPUs, by the image for them.
+        own_session: whether signals of this process's terminal and group do not reach it.
     """
 
-    precision: str | None = "fp32"
-    starts_in = "own"
-
-    def __init__(self, name: str, bundle: Bundle, found: Found, how: str, *, whole: bool, stand_in: bool) -> None:
-        self.name, self.label, self.stand_in = name, found.label, stand_in or found.stand_in
-        self._bundle, self._found, self._how, self._whole = bundle, found, how, whole
+    def __init__(
+        self,
+        name: str,
+        bundle: Bundle,
+        found: Found,
+        how: str,
+        *,
+        batching: bool = True,
+        gpu: bool = False,
+        own_session: bool = True,
+    ) -> None:
+        self.pid: int | None = None
+        self._name, self._bundle, self._found, self._how = name, bundle, found, how
+        self._batching, self._gpu, self._own_session = batching, gpu, own_session
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._container = f"gpt2-bundle-bench-{secrets.token_hex(4)}"
-        self._inner: TFServingTarget | None = None
-        self._pid: int | None = None
 
-    async def start(self) -> None:
-        """Deploy, start, and wait until the model is AVAILABLE. Raises ServerError with the log's last words."""
-        address = await asyncio.to_thread(self._start)
-        kind = {"grpc": "gRPC", "rest": "REST"}[self._how]
-        self._inner = TFServingTarget(
-            self.name, self._found.label, self._bundle, lambda: self._connect(address), kind,
-            whole=self._whole, stand_in=self.stand_in, process=self._pid,
-        )  # fmt: skip
-        await self._inner.start()
-        self.label = self._inner.label
+    def start(self) -> str:
+        """Deploy, start, wait until the model is AVAILABLE, and return the address of the protocol.
 
-    async def send(self, request: Planned) -> Answer:
-        if self._inner is None:
-            raise TargetError(f"{self.name} is not started")
-        return await self._inner.send(request)
-
-    async def stop(self) -> None:
-        inner, self._inner = self._inner, None
-        if inner is not None:
-            await inner.stop()
-        await asyncio.to_thread(self._stop)
-
-    def pid(self) -> int | None:
-        return self._pid
-
-    def _connect(self, address: str) -> Transport:
-        return connect(self._how, address, self._bundle.manifest.name)
-
-    def _start(self) -> str:
+        Raises ServerError with the log's last words; `stop` is to be called then too.
+        """
         self._folder = Path(tempfile.mkdtemp(prefix="gpt2-bundle-tfserving-"))
         deployment = self._deploy(self._folder / "deployment")
         grpc_port, rest_port = _free_ports()
@@ -132,12 +121,39 @@ class StartedTFServing:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C is for the suite, which then stops it.
-                start_new_session=True,
+                start_new_session=self._own_session,
             )
         address = f"127.0.0.1:{grpc_port if self._how == 'grpc' else rest_port}"
         self._wait(process, address)
-        self._pid = self._container_pid() if self._found.container else process.pid
+        self.pid = self._container_pid() if self._found.container else process.pid
         return address
+
+    def stop(self) -> None:
+        """End it, and take the deployment away. May be called without `start`."""
+        process, self._process, self.pid = self._process, None, None
+        if process is not None:
+            if self._found.container:
+                _ask([self._found.command, "stop", "--time", "10", self._container])
+            self._end(process)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGTERM, to all that it started where it has a session of its own, then SIGKILL."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                if self._own_session:
+                    os.killpg(process.pid, number)
+                else:
+                    process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP)
+                return
+
+    def connect(self, address: str) -> Transport:
+        """Speak to the model."""
+        return connect(self._how, address, self._bundle.manifest.name)
 
     def _deploy(self, destination: Path) -> Path:
         """Write the deployment; a copy of the SavedModel only where its path cannot be written into a script."""
@@ -148,18 +164,20 @@ class StartedTFServing:
             return write_tf_serving(self._bundle, destination, **how, copy=True)
 
     def _as_binary(self, deployment: Path, grpc_port: int, rest_port: int) -> list[str]:
-        return [str(deployment / "run.sh"), f"--port={grpc_port}", f"--rest_api_port={rest_port}"]
+        more = [] if self._batching else ["--enable_batching=false", "--batching_parameters_file="]
+        return [str(deployment / "run.sh"), f"--port={grpc_port}", f"--rest_api_port={rest_port}", *more]
 
     def _in_container(self, deployment: Path, grpc_port: int, rest_port: int) -> list[str]:
         model, source = self._bundle.manifest.name, (self._bundle.folder / "savedmodel").resolve()
         flags = ["--port=8500", "--rest_api_port=8501", "--model_config_file=/config/models.config"]
-        flags += deployment_flags(deployment)
+        flags += [flag for flag in deployment_flags(deployment) if self._batching or "batching" not in flag]
         return [
             self._found.command, "run", "--rm", "--init", "--name", self._container,
+            *(["--gpus", "all"] if self._gpu else []),
             "--publish", f"127.0.0.1:{grpc_port}:8500", "--publish", f"127.0.0.1:{rest_port}:8501",
             "--mount", f"type=bind,source={source},target=/models/{model},readonly",
             "--mount", f"type=bind,source={deployment}/config,target=/config,readonly",
-            "--entrypoint", BINARY, IMAGE, *flags,
+            "--entrypoint", BINARY, image(self._gpu), *flags,
         ]  # fmt: skip
 
     def _wait(self, process: subprocess.Popen[bytes], address: str) -> None:
@@ -172,9 +190,9 @@ class StartedTFServing:
             else:
                 time.sleep(0.1)
                 # gRPC waits ever longer before it tries a port again at which nobody listened.
-                transport = transport or (self._connect(address) if _listens(address) else None)
+                transport = transport or (self.connect(address) if _listens(address) else None)
                 continue
-            raise ServerError(f"{self.name}: {said}: {self._last_words()}", "UNAVAILABLE")
+            raise ServerError(f"{self._name}: {said}: {self._last_words()}", "UNAVAILABLE")
 
     def _last_words(self) -> str:
         """The last lines of the log in one."""
@@ -189,15 +207,46 @@ class StartedTFServing:
         # With --init a small process is first, and the server is its child; an engine in a virtual machine shows none.
         return _child(pid) if pid and Path(f"/proc/{pid}").exists() else None
 
-    def _stop(self) -> None:
-        process, self._process, self._pid = self._process, None, None
-        if process is not None:
-            if self._found.container:
-                _ask([self._found.command, "stop", "--time", "10", self._container])
-            _end(process)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+
+class StartedTFServing:
+    """The target: a `TFServingProcess`, driven as `TFServingTarget` is.
+
+    Args:
+        how: "grpc" or "rest".
+        whole: as of `TFServingTarget`.
+    """
+
+    precision: str | None = "fp32"
+    starts_in = "own"
+
+    def __init__(self, name: str, bundle: Bundle, found: Found, how: str, *, whole: bool, stand_in: bool) -> None:
+        self.name, self.label, self.stand_in = name, found.label, stand_in or found.stand_in
+        self._bundle, self._how, self._whole = bundle, how, whole
+        self._server = TFServingProcess(name, bundle, found, how)
+        self._inner: TFServingTarget | None = None
+
+    async def start(self) -> None:
+        address = await asyncio.to_thread(self._server.start)
+        self._inner = TFServingTarget(
+            self.name, self.label, self._bundle, lambda: self._server.connect(address),
+            {"grpc": "gRPC", "rest": "REST"}[self._how], whole=self._whole, stand_in=self.stand_in,
+        )  # fmt: skip
+        await self._inner.start()
+        self.label = self._inner.label
+
+    async def send(self, request: Planned) -> Answer:
+        if self._inner is None:
+            raise TargetError(f"{self.name} is not started")
+        return await self._inner.send(request)
+
+    async def stop(self) -> None:
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            await inner.stop()
+        await asyncio.to_thread(self._server.stop)
+
+    def pid(self) -> int | None:
+        return self._server.pid
 
 
 def deployment_flags(deployment: Path) -> list[str]:
@@ -206,16 +255,6 @@ def deployment_flags(deployment: Path) -> list[str]:
     flags = [line.strip()[3:-1] for line in lines if line.strip().startswith('- "--')]
     own = ("--port=", "--rest_api_port=", "--model_config_file=")
     return [flag for flag in flags if not flag.startswith(own)]
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the process and all that it started, then SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP)
-            return
 
 
 def _available(transport: Transport) -> bool:

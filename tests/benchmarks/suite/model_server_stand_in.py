@@ -22,7 +22,9 @@ def main() -> None:
                  "--tensorflow_intra_op_parallelism", "--tensorflow_inter_op_parallelism"):  # fmt: skip
         parser.add_argument(flag)
     given = parser.parse_args()
-    for file in (given.batching_parameters_file, given.monitoring_config_file):
+    # Without batching the server takes no parameters for it either.
+    assert bool(given.batching_parameters_file) is (given.enable_batching == "true")
+    for file in filter(None, (given.batching_parameters_file, given.monitoring_config_file)):
         Path(file).read_text(encoding="utf-8")
     ended = []
     signal.signal(signal.SIGTERM, lambda *_: ended.append(True) or sys.exit(0))

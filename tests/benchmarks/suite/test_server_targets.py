@@ -149,7 +149,7 @@ def test_a_server_that_never_is_ready_is_ended_at_the_time_limit(bundle, tmp_pat
     async def work():
         with pytest.raises(ServerError, match=r"no model was AVAILABLE after 0\.3 s: loading"):
             await target.start()
-        process = target._process
+        process = target._server._process
         await target.stop()
         assert process.returncode == -9
 
@@ -175,11 +175,11 @@ def test_a_container_engine_runs_the_official_image_with_the_deployment(bundle, 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(started_tf_serving, "_START", 0.5)
     target = open_target(bundle, "tfserving", batch=1)
-    assert not target.stand_in and target.label == f"{started_tf_serving.IMAGE} in docker"
+    assert not target.stand_in and target.label == f"{started_tf_serving.image()} in docker"
     with pytest.raises(ServerError, match="no model was AVAILABLE"):
         drive(None, target)
     given = (tmp_path / "arguments").read_text().split("\n")
-    assert given[given.index("--entrypoint") + 1 :][:2] == ["tensorflow_model_server", started_tf_serving.IMAGE]
+    assert given[given.index("--entrypoint") + 1 :][:2] == ["tensorflow_model_server", started_tf_serving.image()]
     name = bundle.manifest.name
     assert f"type=bind,source={bundle.folder.resolve()}/savedmodel,target=/models/{name},readonly" in given
     flags = [flag for flag in given if flag.startswith("--") and "=" in flag]
