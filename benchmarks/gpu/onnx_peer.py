@@ -12,7 +12,8 @@ import onnxruntime as ort
 
 from benchmarks.peers.protocol import Clock, Contestant, Job, Run, serve
 from serving.backends.cuda import parse_device
-from serving.backends.onnx import OnnxBackend, open_session
+from serving.backends.onnx import OnnxBackend
+from serving.backends.onnx_session import open_session
 from serving.bundle import open_bundle
 from serving.errors import InputError
 
