@@ -49,7 +49,8 @@ def bench() -> None:
 @click.option("--output-lengths", metavar="LENGTH", help="The same for outputs.")
 @click.option("--rate", "rates", multiple=True, type=float, default=(4.0,), show_default=True,
               help="Requests a second, for server; repeatable.")  # fmt: skip
-@click.option("--arrivals", type=click.Choice(_ARRIVALS), default="poisson", show_default=True, help="For server.")
+@click.option("--arrivals", type=click.Choice(_ARRIVALS), default="poisson", show_default=True,
+              help="For server, and but for a trace for saturation.")  # fmt: skip
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Moments in seconds, one a line.")
 @click.option("--clients", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16), show_default=True,
               help="For concurrency; repeatable.")  # fmt: skip

@@ -119,8 +119,7 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
             found += [planner.concurrency(clients, count, prompt, made) for clients in asked["clients"]]
         elif scenario == "saturation":
             steps = {"start": asked["sweep_from"], "factor": asked["sweep_factor"], "seconds": asked["sweep_seconds"]}
-            arrivals = "poisson" if asked["arrivals"] == "trace" else asked["arrivals"]
-            found += planner.saturation(prompt, made, **steps, rates=_SWEEP_RATES, arrivals=arrivals)
+            found += planner.saturation(prompt, made, **steps, rates=_SWEEP_RATES, arrivals=asked["arrivals"])
         elif scenario == "cold-start":
             found.append(planner.cold_start(prompt, made))
         else:

@@ -62,6 +62,9 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
 def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatch):
     command = ["bench", str(built.bundle), "--scenario", "single"]
     fails([*command, "--target", "ort/fp33"], 2, "ort/fp32")
+    swept = ["bench", str(built.bundle), "--target", "ort/fp32", "--scenario", "saturation"]
+    fails([*swept, "--arrivals", "trace"], 2, "a sweep cannot have arrivals of 'trace'")
+    fails([*swept, "--sweep-factor", "1"], 2, "its factor is above 1")
     fails([*command, "--target", "ort/fp32", "--stand-in", "other"], 2, "none of the targets")
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "no-such-binary")
     fails([*command, "--target", "tfserving"], 1, "TENSORFLOW_MODEL_SERVER names 'no-such-binary'")

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.events import Response
+from benchmarks.suite.judge import BudgetError, check_budgets
 from benchmarks.suite.measure import SUSTAINED, measure
 from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.schedule import Lengths, Planner
@@ -87,6 +88,17 @@ def test_the_highest_rate_below_the_capacity_is_found(arrivals):
     text = to_markdown(record)
     assert text.count("###") == 1 and f"| a (stand-in) | **{8:.2f}** | 11.31 |" in text
     assert "highest rate sustained,a,True,sustained_requests_per_second,0,8" in to_csv(record)
+
+
+def test_a_budget_may_be_a_sustained_rate():
+    record, _ = swept(Queue("a", 0.1), Queue("b", 0.1, refuses=True))
+    made = json.loads(json.dumps(record))
+    with pytest.raises(BudgetError, match=r"^b, highest rate sustained: no sustained_requests_per_second$"):
+        check_budgets(made, ["sustained_requests_per_second>=5"])
+    made["points"][-1]["rows"].pop()
+    assert check_budgets(made, ["sustained_requests_per_second>=5"]) == [
+        "a, highest rate sustained: sustained_requests_per_second is 8.000, the budget >=5"
+    ]
 
 
 def test_goodput_ends_a_sweep_too():
