@@ -82,12 +82,8 @@ def peers(bundle: Path, precision: str, environments: Path, llama_server: Path |
         folder = work / "transformers"
         write_folder(bundle, folder)
         command = [str(python.parent / "transformers"), "serve", str(folder.absolute()), "--device", "cpu", *port]
-        note, own = "fp32", str(folder.absolute())
-        found.append(
-            Peer("transformers", command, "/health", plain, f"{note}; one request at a time, the others wait", own)
-        )
-        batching = [*command, "--continuous-batching"]
-        found.append(Peer("transformers-batching", batching, "/health", plain, f"{note}; continuous batching", own))
+        note = "fp32; one request at a time, the others wait"
+        found.append(Peer("transformers", command, "/health", plain, note, str(folder.absolute())))
     return found
 
 
