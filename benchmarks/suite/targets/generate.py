@@ -6,6 +6,8 @@ import json
 import time
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from benchmarks.suite.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
 from benchmarks.suite.targets.http import HttpClient, share, shorten
@@ -56,7 +58,7 @@ class GenerateTarget:
 
     async def send(self, request: Planned) -> Answer:
         body = {
-            "text_input": self._tokenizer.decode(list(request.prompt), skip_special_tokens=False),
+            "text_input": sent_text(self._tokenizer, request),
             "parameters": {
                 "stream": True,
                 "max_tokens": request.new_tokens,
@@ -103,6 +105,12 @@ class GenerateTarget:
             found = ", ".join(ready) or "none"
             raise InputError(f"{self.name}: the server has not one model but {found}; name one, as URL/MODEL")
         return ready[0]
+
+
+def sent_text(tokenizer: Tokenizer, request: Planned) -> str:
+    """A prompt as text."""
+    text: str = tokenizer.decode(list(request.prompt), skip_special_tokens=False)
+    return text
 
 
 def finish_reason(event: dict[str, Any]) -> str | None:

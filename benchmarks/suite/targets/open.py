@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from benchmarks.suite.targets.base import Target
 from benchmarks.suite.targets.generate import GenerateTarget, split_model
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
+from benchmarks.suite.targets.open_inference_grpc import OpenInferenceGrpcTarget
 from benchmarks.suite.targets.openai import OpenAITarget
 from benchmarks.suite.targets.own_server import OwnServerTarget
 from benchmarks.suite.targets.started_tf_serving import StartedTFServing, find_server
@@ -30,10 +31,12 @@ OWN = {
     "server": ("OpenAI's API", False),
     "server-tfserving": ("TensorFlow Serving's gRPC", True),
     "server-tfserving-rest": ("TensorFlow Serving's REST", False),
+    "server-openinference": ("the Open Inference Protocol's generate_stream", False),
+    "server-openinference-grpc": ("the Open Inference Protocol's gRPC", True),
 }
 KINDS = (
     *("engine=GRAPH", *(f"{kind}=GRAPH" for kind in OWN)),
-    *("openai=URL", "openinference=URL", "triton=URL/MODEL"),
+    *("openai=URL", "openinference=URL", "openinference-grpc=HOST:PORT", "triton=URL/MODEL"),
     *("tfserving", "tfserving=HOST:PORT", "tfserving-rest=URL"),
 )
 SLOTS, SAVEDMODEL = "slots", "savedmodel"
@@ -61,6 +64,10 @@ def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False
         server = "Triton" if kind == "triton" else "Open Inference server"
         named = model or (None if kind == "triton" else bundle.manifest.name)
         return GenerateTarget(text, server, url, bundle, model=named, stand_in=stand_in)
+    if is_address and kind == "openinference-grpc":
+        place, model = split_model(address)
+        named = model or bundle.manifest.name
+        return OpenInferenceGrpcTarget(text, "Open Inference server", place, bundle, model=named, stand_in=stand_in)
     if is_address and kind in OWN:
         return _own(bundle, text, kind, address, batch)
     return _in_process(bundle, text, batch)
@@ -129,6 +136,11 @@ def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target
     def client(url: str, grpc_address: str, process: int) -> Target:
         if kind == "server":
             return OpenAITarget(text, url, process=process)
+        if kind == "server-openinference":
+            return GenerateTarget(text, "gpt2-bundle serve", url, bundle, model=model, process=process)
+        if kind == "server-openinference-grpc":
+            server = "gpt2-bundle serve"
+            return OpenInferenceGrpcTarget(text, server, grpc_address, bundle, model=model, process=process)
         how, address = ("grpc", grpc_address) if grpc else ("rest", url)
         return TFServingTarget(
             text, "gpt2-bundle serve", bundle, lambda: connect(how, address, model), label,

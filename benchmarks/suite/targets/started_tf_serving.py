@@ -172,7 +172,9 @@ class TFServingProcess:
         flags = ["--port=8500", "--rest_api_port=8501", "--model_config_file=/config/models.config"]
         flags += [flag for flag in deployment_flags(deployment) if self._batching or "batching" not in flag]
         return [
-            self._found.command, "run", "--rm", "--init", "--name", self._container,
+            # A container's first process does not end by SIGTERM alone; podman's helper for that may be missing.
+            self._found.command, "run", "--rm", *(["--init"] if self._found.command == "docker" else []),
+            "--name", self._container,
             *(["--gpus", "all"] if self._gpu else []),
             "--publish", f"127.0.0.1:{grpc_port}:8500", "--publish", f"127.0.0.1:{rest_port}:8501",
             "--mount", f"type=bind,source={source},target=/models/{model},readonly",

@@ -15,7 +15,7 @@ from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.tables import to_csv, to_markdown
 from benchmarks.suite.targets.base import Answer
-from serving.errors import InputError
+from serving.errors import InputError, RuntimeMissingError
 
 CLOCK = LoopClock()
 
@@ -92,6 +92,26 @@ def test_a_machine_that_was_slower_is_said():
     after = before | {"read_bandwidth_bytes_per_second": 45e9, "fp32_flops_per_second": 101e9}
     assert "memory reads -10.0%;" in compare(before, after)[-1] and "products" not in compare(before, after)[-1]
     assert len(compare(before, before)) == 2 * 5
+
+
+def test_what_was_not_asked_for_by_name_and_does_not_start_is_named_and_left_out():
+    class Absent(Known):
+        async def start(self):
+            raise RuntimeMissingError("it is not installed here")
+
+    async def work(targets, missing):
+        schedule = Planner(range(50), 48).single(2, Lengths(4, 4), Lengths(3, 3))
+        return await measure(targets, [schedule], CLOCK, repeats=1, objectives=Objectives(), missing=missing)
+
+    made = run_virtual(work([Absent("b"), Known("a")], {"c": "elsewhere"}))
+    assert made["not_measured"] == {"c": "elsewhere", "b": "it is not installed here"}
+    assert [each["name"] for each in made["targets"]] == ["a"] == [row["target"] for row in made["points"][0]["rows"]]
+    assert "- b: not measured: it is not installed here" in to_markdown(
+        {"bundle": "x", "client_overhead_ms": None} | made
+    )
+    for targets, missing in (([Absent("b"), Known("a")], None), ([Absent("b")], {})):
+        with pytest.raises(RuntimeMissingError):
+            run_virtual(work(targets, missing))
 
 
 def test_budgets():

@@ -285,3 +285,20 @@ def test_pieces_that_are_fewer_than_tokens_share_only_where_the_server_says_that
     assert moments_of([1.0, 2.0], [], "stop", 4, 9.0) == ([1.0, 2.0], False)
     assert split_model("http://h:1/m") == ("http://h:1", "m") and split_model("h:1") == ("h:1", None)
     assert GenerateTarget.precision is None
+
+
+def canonical(bundle, schedule):
+    """The requests whose prompts are the tokens that a server makes of their text."""
+    tokenizer = load_tokenizer(bundle)
+    text = "".join(chr(ord("a") + index % 26) for index in range(60))
+    ids = tokenizer.encode(text).ids
+    return Planner(ids, bundle.manifest.model.n_positions).concurrency(2, 3, Lengths(3, 5), Lengths(4, 4))
+
+
+@pytest.mark.parametrize("kind", ["server-openinference", "server-openinference-grpc"])
+def test_our_own_server_by_the_open_inference_protocol_streams_the_same_tokens(kind, bundle, schedule):
+    asked = canonical(bundle, schedule)
+    expected = drive(asked, open_target(bundle, "ort/fp32", batch=4))
+    found = drive(asked, open_target(bundle, f"{kind}=ort/fp32", batch=4))
+    agree(found, expected)
+    assert all(each.streamed and each.counted for each in found)
