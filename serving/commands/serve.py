@@ -109,7 +109,7 @@ def serve(bundle: Path, **options: Any) -> None:
         raise InputError("--tls-cert and --tls-key belong together; give both")
     loader = _loader(options)
     _check_packages()
-    from serving.protocols import tf_rest
+    from serving.protocols import open_inference_http, tf_rest
     from serving.server import logs, tracing
     from serving.server.app import build_app
     from serving.server.registry import ModelRegistry
@@ -124,7 +124,7 @@ def serve(bundle: Path, **options: Any) -> None:
     tracing.configure()
     registry = ModelRegistry()
     server = Server(registry, settings)
-    app = build_app(registry, settings, tf_rest.routes(registry, settings), server)
+    app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server)
     versions = Versions(bundle, server, loader, options["name"], options["memory_budget"])
     companions = _companions(server, options)
 

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
+from google.protobuf.message import DecodeError
+
+from serving.errors import InputError
 
 _Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
@@ -41,6 +44,14 @@ def message_classes(package: str, table: Mapping[str, str]) -> dict[str, Any]:
             _add_field(message, field, package)
     pool.AddSerializedFile(file.SerializeToString())
     return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}")) for name in table}
+
+
+def read_message(data: bytes, message: Any) -> None:
+    """Read `data` into the empty `message`. Raises InputError."""
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise InputError(f"the message is no {message.DESCRIPTOR.name}") from None
 
 
 def _add_field(message: Any, text: str, package: str) -> None:

@@ -44,10 +44,10 @@ async def completions(request: Request) -> Response:
     prompts: list[Prompt] = []
 
     async def make(model: ServedModel) -> list[GenerationRequest]:
-        prompts[:] = await _prompts(body, model, server.settings.max_prompt_tokens)
+        prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
-        return _requests(body, prompts, model, limit, request_id)
+        return make_requests(body, prompts, model, limit, request_id)
 
     model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
     run: Run | None = None
@@ -57,7 +57,7 @@ async def completions(request: Request) -> Response:
         run = Run(body, model, prompts, generation, request_id, span, request.state)
         first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
         if body.stream:
-            return _EventStream(stream(run, first))
+            return EventStream(stream(run, first))
         while first:
             first = run.take(await generation.next())
         answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
@@ -96,7 +96,7 @@ def _check(body: CompletionRequest, server: Server) -> None:
         raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
 
 
-async def _prompts(body: CompletionRequest, model: ServedModel, most: int | None) -> list[Prompt]:
+async def read_prompts(body: CompletionRequest, model: ServedModel, most: int | None) -> list[Prompt]:
     """The prompts as token ids, each with room for `max_tokens` behind it."""
     tokenizer, engine = model.engine.tokenizer, model.engine
     prompts = []
@@ -140,7 +140,7 @@ async def _elsewhere_if(long: bool, function: Callable[[], _Result]) -> _Result:
     return await asyncio.to_thread(function) if long else function()
 
 
-def _requests(
+def make_requests(
     body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
 ) -> list[GenerationRequest]:
     values: dict[str, Any] = {
@@ -175,7 +175,7 @@ def _requests(
     ]
 
 
-class _EventStream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Sends what its iterator gives. Who watches the client is `Generation`, so nothing else is done for a chunk."""
 
     def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:

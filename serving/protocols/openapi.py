@@ -13,10 +13,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from serving import __version__
+from serving.protocols import open_inference_schema as v2
 from serving.protocols import openai_schema as schema
 from serving.protocols.tf_signatures import SIGNATURES
 from serving.server.gate import OPEN_PATHS, openai_shaped
 
+_BINARY = "application/octet-stream"
+_BYTES = {"type": "string", "format": "binary", "description": "The JSON, and behind it the tensors' bytes."}
 _REF = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 # By method and path: the body, the answer, and the statuses beside 200, 401, 429 and 500.
@@ -27,6 +30,10 @@ _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel], tuple[int, ...
     "POST /tokenize": (schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 503)),
     "POST /detokenize": (schema.DetokenizeRequest, schema.Text, (400, 404, 408, 413, 503)),
 }
+for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+    for _name in ("generate", "generate_stream"):
+        _BODIES[f"POST {_path}/{_name}"] = (v2.GenerateBody, v2.Generated, (400, 404, 408, 413, 503, 504))
+    _BODIES[f"POST {_path}/infer"] = (v2.InferBody, v2.InferAnswer, (400, 404, 408, 413, 503, 504))
 EXAMPLES: dict[str, dict[str, Any]] = {
     "POST /v1/completions": {"prompt": "Return the", "max_tokens": 16, "temperature": 0.8, "seed": 7},
     "POST /tokenize": {"prompt": "Return the"},
@@ -90,11 +97,16 @@ def _operation(route: Route, method: str, names: Sequence[str]) -> dict[str, Any
         "responses": {"200": _ok(route.path, answer)},
     }
     if method == "POST":
-        taken = {"$ref": _REF.format(model=body.__name__)} if body else _PREDICT
+        taken = _PREDICT if route.path.endswith(":predict") else {"type": "object"}
+        if body is not None:
+            taken = {"$ref": _REF.format(model=body.__name__)}
         content: dict[str, Any] = {"schema": taken}
         if key in EXAMPLES:
             content["example"] = EXAMPLES[key]
-        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+        kinds = {"application/json": content}
+        if body is v2.InferBody:
+            kinds[_BINARY] = {"schema": _BYTES}
+        operation["requestBody"] = {"required": route.path != "/v2/repository/index", "content": kinds}
     if route.path not in OPEN_PATHS:
         operation["security"] = [{}, {"key": []}]
         statuses = (401, 429, 500, *statuses)
@@ -102,7 +114,7 @@ def _operation(route: Route, method: str, names: Sequence[str]) -> dict[str, Any
     content = {"application/json": {"schema": {"$ref": _REF.format(model=error)}}}
     for status in sorted(statuses):
         operation["responses"][str(status)] = {"description": _SENTENCES[status], "content": content}
-    if route.path.startswith("/health/ready"):
+    if route.path.endswith("/ready"):
         operation["responses"]["503"] = {"description": "Not ready; the reason is in the answer."}
     return operation
 
@@ -130,6 +142,10 @@ def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
         content["text/event-stream"] = {
             "example": 'data: {"choices": [{"index": 0, "text": "..."}]}\n\ndata: [DONE]\n\n'
         }
+    if answer is v2.InferAnswer:
+        content[_BINARY] = {"schema": _BYTES}
+    if path.endswith("/generate_stream"):
+        content = {"text/event-stream": {"example": 'data: {"text_output": "..."}\\n\\n'}}
     return {"description": "Done.", "content": content}
 
 

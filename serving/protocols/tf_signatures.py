@@ -99,7 +99,7 @@ def find(name: str) -> Signature:
 async def _serving_default(call: Call, inputs: Arrays) -> Arrays:
     prompts = _prompts(call.engine, inputs["token_ids"], inputs["lengths"])
     rows = await _continue(call, prompts, _parameters(inputs))
-    token_ids, lengths = _padded([row.token_ids if row else () for row in rows], call.engine.eos_token_id)
+    token_ids, lengths = padded([row.token_ids if row else () for row in rows], call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
 
 
@@ -120,16 +120,16 @@ async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
     rows = await _continue(call, prompts, parameters)
     stopped = [bool(row and row.token_ids and row.token_ids[-1] == engine.eos_token_id) for row in rows]
     return {
-        "text": _objects([row.text.encode("utf-8") if row else b"" for row in rows]),
+        "text": objects([row.text.encode("utf-8") if row else b"" for row in rows]),
         "lengths": np.array([len(row.token_ids) if row else 0 for row in rows], np.int32),
         "prompt_tokens": np.array([len(prompt) for prompt in prompts], np.int32),
-        "finish_reason": _objects([b"stop" if ended else b"length" for ended in stopped]),
+        "finish_reason": objects([b"stop" if ended else b"length" for ended in stopped]),
     }
 
 
 async def _tokenize(call: Call, inputs: Arrays) -> Arrays:
     rows = await encode(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
-    token_ids, lengths = _padded(rows, call.engine.eos_token_id)
+    token_ids, lengths = padded(rows, call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
 
 
@@ -140,7 +140,7 @@ async def _detokenize(call: Call, inputs: Arrays) -> Arrays:
         raise InputError("lengths must be 0 to the width of token_ids")
     rows = [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
     texts = call.engine.tokenizer.decode_batch(rows, skip_special_tokens=True)
-    return {"text": _objects([text.encode("utf-8") for text in texts])}
+    return {"text": objects([text.encode("utf-8") for text in texts])}
 
 
 async def _score(call: Call, inputs: Arrays) -> Arrays:
@@ -220,7 +220,7 @@ def _seed(seed: int) -> int:
     return seed
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """`rows` as [rows, longest] int32, `fill` behind each one's own, and their lengths [rows] int32."""
     lengths = np.array([len(row) for row in rows], np.int32)
     token_ids = np.full((len(rows), int(lengths.max())), fill, np.int32)
@@ -229,7 +229,8 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[NDArray[Any], NDA
     return token_ids, lengths
 
 
-def _objects(values: Sequence[bytes]) -> NDArray[Any]:
+def objects(values: Sequence[bytes]) -> NDArray[Any]:
+    """`values` as [len(values)] objects, which is what strings are in numpy here."""
     array = np.empty(len(values), np.object_)
     array[:] = values
     return array

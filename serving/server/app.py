@@ -36,7 +36,7 @@ def build_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", "Inference-Header-Content-Length"],
         )
         middleware.insert(0, cors)
     app = Starlette(

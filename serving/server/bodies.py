@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
@@ -59,6 +60,14 @@ def _with_whole_numbers(data: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None
     return text if found else None
+
+
+def check_fields(fields: Mapping[str, Any], kind: type[Body]) -> Body:
+    """Values by name as `kind`. Raises FieldError."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _field_error(error) from None
 
 
 def _field_error(error: ValidationError) -> FieldError:

@@ -26,7 +26,14 @@ from serving.server.errors import (
 from serving.server.playground import PATHS as PLAYGROUND_PATHS
 from serving.server.state import Server
 
-OPEN_PATHS = ("/health/live", "/health/ready", "/metrics", *PLAYGROUND_PATHS)
+OPEN_PATHS = (
+    "/health/live",
+    "/health/ready",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/metrics",
+    *PLAYGROUND_PATHS,
+)
 """What needs no key, so that probes and scrapers need none, and the page can ask for one; no prompt, no text."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _STATUSES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}

@@ -52,6 +52,8 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
     try:
         import grpc
 
+        from serving.protocols.open_inference_grpc import OpenInference
+        from serving.protocols.open_inference_messages import INFERENCE_SERVICE
         from serving.protocols.tf_grpc import TensorFlowServing
     except ImportError as error:
         raise RuntimeMissingError(
@@ -65,11 +67,23 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
             ("grpc.so_reuseport", 0),
         ]
     )
-    for service, methods in TensorFlowServing(server, lambda context: _timeout(server, context)).methods().items():
+    v2 = OpenInference(server, lambda context: _timeout(server, context), lambda context: _admit(server, context))
+    services = {
+        service: {name: (handler, asked) for name, (handler, asked, _) in methods.items()}
+        for service, methods in TensorFlowServing(server, lambda context: _timeout(server, context)).methods().items()
+    }
+    services[INFERENCE_SERVICE] = v2.methods()
+    for service, methods in services.items():
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(_guarded(server, handler), asked.FromString, _serialize)
-            for name, (handler, asked, _) in methods.items()
+            name: grpc.unary_unary_rpc_method_handler(_unary(server, handler, asked), None, _serialize)
+            for name, (handler, asked) in methods.items()
         }
+        if service == INFERENCE_SERVICE:
+            for name, (handler, asked) in v2.open_methods().items():
+                unary = _unary(server, handler, asked, needs_key=False)
+                handlers[name] = grpc.unary_unary_rpc_method_handler(unary, None, _serialize)
+            streaming = _guarded(server, v2.stream, lambda context: _admit(server, context, counted=False))
+            handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(streaming, None, _serialize)
         listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     # gRPC itself says to the log, and not in its error, why an address cannot be had.
     Address(host, port, option="--grpc-port").bind().close()
@@ -96,17 +110,38 @@ def _timeout(server: Server, context: Any) -> float | None:
     return max(1e-3, min(limits)) if limits else None
 
 
-def _guarded(server: Server, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _admit(server: Server, context: Any, counted: bool = True) -> None:
+    """Refuse whoever may not ask, or may not ask now; `counted` is a request for the rate limit."""
+    metadata = dict(context.invocation_metadata() or ())
+    caller = server.keys.check(metadata.get("authorization"))
+    if counted:
+        server.limiter.take(caller or context.peer().rpartition(":")[0])
+    if server.draining:
+        raise DrainingError("the server is shutting down; ask another one or try again")
+
+
+def _unary(server: Server, handler: Any, asked: Any, needs_key: bool = True) -> Callable[..., Awaitable[Any]]:
+    """`handler` of a message `asked`, which is read here, since what cannot be read is the caller's fault."""
+    from serving.protocols.messages import read_message
+
+    async def unary(data: bytes, context: Any) -> Any:
+        request = asked()
+        read_message(data, request)
+        return await handler(request, context)
+
+    return _guarded(server, unary, (lambda context: _admit(server, context)) if needs_key else None)
+
+
+def _guarded(
+    server: Server, handler: Callable[..., Awaitable[Any]], admit: Callable[[Any], None] | None
+) -> Callable[..., Awaitable[Any]]:
     """`handler` behind key, rate limit and drain, its errors as gRPC statuses by the one table."""
     import grpc
 
     async def guarded(request: Any, context: Any) -> Any:
         try:
-            metadata = dict(context.invocation_metadata() or ())
-            caller = server.keys.check(metadata.get("authorization"))
-            server.limiter.take(caller or context.peer().rpartition(":")[0])
-            if server.draining:
-                raise DrainingError("the server is shutting down; ask another one or try again")
+            if admit is not None:
+                admit(context)
             return await handler(request, context)
         except grpc.aio.AbortError:
             raise

@@ -7,6 +7,7 @@ buckets are extended downwards, since a small model answers faster than the smal
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -93,6 +94,10 @@ class EngineMetrics:
     def __init__(self) -> None:
         self.histograms = {name: Histogram(buckets) for name, (_, buckets) in HISTOGRAMS.items()}
         self.outcomes: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        """Of all requests together, from arrival to end, by how they ended."""
+        self.last_finished = 0.0
+        """When a request ended last, in seconds since the epoch; 0 if none has."""
         self.engine: Engine | None = None
         self.last: EngineStats | None = None
         self._lock = threading.Lock()
@@ -112,6 +117,8 @@ class EngineMetrics:
         """Count a request that has ended."""
         with self._lock:
             self.outcomes[record.reason] = self.outcomes.get(record.reason, 0) + 1
+            self.seconds[record.reason] = self.seconds.get(record.reason, 0.0) + record.finished - record.arrived
+            self.last_finished = time.time()
             times = {
                 "time_to_first_token_seconds": record.first_token,
                 "request_queue_time_seconds": record.scheduled,

@@ -12,11 +12,11 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from serving.protocols import openai_schema as schema
-from serving.protocols import tf_rest
 from serving.protocols.openapi import EXAMPLES
 from serving.server.app import build_app
 from serving.server.settings import Settings
 from tests.serving.double_engine import DoubleEngine, registry_of
+from tests.serving.protocols.open_inference_server import all_routes
 
 SEEDS = 400
 VALUES: list[Any] = [None, True, 0, -1, 1, 2**63, 1e308, "", "a", "\ud800", "é\0", [], [1], ["a"], [[1], [257]], {}]
@@ -29,7 +29,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     engine = DoubleEngine()
     registry = registry_of(engine, tmp_path_factory.mktemp("openapi") / "tiny")
     settings = Settings()
-    app = build_app(registry, settings, tf_rest.routes(registry, settings))
+    app = build_app(registry, settings, all_routes(registry, settings))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
     engine.close()
