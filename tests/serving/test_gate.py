@@ -103,6 +103,18 @@ def test_over_the_rate_limit_is_a_429_that_says_when(engine: DoubleEngine, tmp_p
         assert client.get("/health/ready").status_code == 200
 
 
+def test_each_key_has_a_rate_limit_of_its_own(engine: DoubleEngine, tmp_path: Path) -> None:
+    keys = ("first-key", "second-key")
+    with TestClient(app_of(engine, tmp_path, rate_limit=2, api_keys=keys)) as client:
+
+        def ask(key: str) -> int:
+            return client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert [ask(keys[0]) for _ in range(3)] == [200, 200, 429]
+        assert [ask("wrong-key-1") for _ in range(4)] == [401] * 4, "who is not let in has no limit to use up"
+        assert [ask(keys[1]) for _ in range(3)] == [200, 200, 429]
+
+
 def test_a_body_over_the_limit_is_a_413_declared_or_not(engine: DoubleEngine, tmp_path: Path) -> None:
     with TestClient(app_of(engine, tmp_path, max_body_bytes=1000)) as client:
         long = json.dumps({"prompt": "A" * 1000}).encode()

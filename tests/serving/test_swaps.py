@@ -196,18 +196,18 @@ def test_calls_while_versions_come_and_go_are_all_answered(served: Served) -> No
     done, failures, counts = threading.Event(), list[str](), dict[str, int]()
 
     def client(name: str, call: Callable[[], None]) -> None:
-        while not done.is_set():
+        while not done.wait(0.005):
             try:
                 call()
             except Exception as error:
                 failures.append(f"{name}: {error!r}")
             counts[name] = counts.get(name, 0) + 1
 
-    threads = [threading.Thread(target=client, args=each) for each in served.calls().items() for _ in range(2)]
+    threads = [threading.Thread(target=client, args=each) for each in served.calls().items()]
     for thread in threads:
         thread.start()
     chance, last = random.Random(6), 1
-    for _ in range(40):
+    for _ in range(24):
         if last > 1 and chance.random() < 0.4:
             shutil.rmtree(served.folder / str(last))
             last -= 1
@@ -220,8 +220,8 @@ def test_calls_while_versions_come_and_go_are_all_answered(served: Served) -> No
     for thread in threads:
         thread.join(30)
     assert not failures, failures[:5]
-    assert len(counts) == 9 and min(counts.values()) >= 5
-    assert len(served.loader.engines) > 20, "there were few swaps"
+    assert len(counts) == 9 and min(counts.values()) >= 3
+    assert len(served.loader.engines) > 12, "there were few swaps"
 
 
 def test_one_version_is_there_at_any_moment_of_a_swap(tmp_path: Path) -> None:

@@ -72,32 +72,6 @@ def test_log_probabilities_are_those_of_the_models_own_logits() -> None:
     assert [token for token, _ in equal.top] == [0, 1, 2] and equal.own == pytest.approx(-np.log(5))
 
 
-@pytest.mark.parametrize("scored", [None, 1])
-def test_a_prompt_alone_may_fill_the_context_and_adds_nothing(scored: int | None) -> None:
-    engine = Stepped(slots=3)
-    beside, _ = engine.submit([9, 9], max_new_tokens=70, ignore_eos=True)
-    prompt = [(7 * place) % 250 for place in range(64)]
-    heards = [engine.submit(prompt[:length], n=n, prompt_only=True, prompt_logprobs=scored)[0]
-              for length, n in ((64, 1), (63, 1), (1, 1), (64, 2))]  # fmt: skip
-    engine.run()
-    engine.check_idle()
-    for heard in heards:
-        own = heard.request.prompt
-        assert not heard.tokens and [end.reason for end in heard.ends.values()] == ["length"] * heard.request.n
-        assert heard.prompt is not None and (heard.prompt.logprobs is None) == (scored is None)
-        for place, found in enumerate(heard.prompt.logprobs or ()):
-            if place:
-                logits = logits_after(own[:place], 257).astype(np.float64)
-                wanted_log = logits[own[place]] - np.log(np.exp(logits).sum())
-                assert found is not None and found.own == pytest.approx(wanted_log, abs=1e-6)
-    assert beside.ids() == greedy([9, 9], 62, 257), "who ran beside is not disturbed"
-    assert sorted(each.generated_tokens for each in engine.observed.finished) == [0, 0, 0, 0, 62]
-    with pytest.raises(InputError, match=r"65 tokens.*context of 64; shorten it to 64"):
-        engine.submit([1] * 65, prompt_only=True)
-    with pytest.raises(InputError, match=r"64 tokens.*shorten it to 63"):
-        engine.submit([1] * 64)
-
-
 def test_a_deadline_ends_who_runs_and_who_waits() -> None:
     engine = Stepped(slots=1, default_timeout=30.0)
     runs, _ = engine.submit([1], timeout=5.0, max_new_tokens=60, ignore_eos=True)
