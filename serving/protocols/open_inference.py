@@ -91,7 +91,6 @@ class Stream:
     generation: Generation
     request: InferRequest
     prompt_tokens: int
-    generated: int = 0
     finish_reason: str = ""
 
     async def pieces(self) -> AsyncGenerator[Answer, None]:
@@ -108,7 +107,6 @@ class Stream:
                     text += event.text
                     if isinstance(event, TokenEvent):
                         token_ids.append(event.token_id)
-                        self.generated += 1
                         continue
                     error = error_of(event)
                     if error is not None:
