@@ -90,7 +90,6 @@ class Stream:
     generation: Generation
     request: InferRequest
     prompt_tokens: int
-    generated: int = 0
     finish_reason: str = ""
 
     async def pieces(self) -> AsyncGenerator[Answer, None]:
@@ -107,7 +106,6 @@ class Stream:
                     text += event.text
                     if isinstance(event, TokenEvent):
                         token_ids.append(event.token_id)
-                        self.generated += 1
                         continue
                     error = error_of(event)
                     if error is not None:

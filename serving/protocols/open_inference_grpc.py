@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
+from serving.engine.api import DrainingError
 from serving.errors import InputError
 from serving.protocols import open_inference_models as models
 from serving.protocols.messages import read_message
@@ -40,6 +41,8 @@ _CONTENTS: dict[str, tuple[str, Any]] = {
 """By datatype, the field of InferTensorContents and numpy's type of what is in it."""
 _AT_ONCE = 256
 """Requests of one stream that are worked on; the next ones are read when these are answered."""
+_LOOK_SECONDS = 0.25
+"""How often a stream looks whether the server drains; one that its client leaves open would hold the server up."""
 log = logging.getLogger("gpt2_bundle.server")
 Methods = dict[str, tuple[Any, Any]]
 
@@ -108,14 +111,24 @@ class OpenInference:
         """ModelStreamInfer: every request is worked on as it comes, and answered by one response or by pieces.
 
         A request that fails is answered by its error's sentence, and the stream goes on. When the client goes, all
-        of it is cancelled.
+        of it is cancelled; when the server drains, what was read is answered. Raises DrainingError then.
         """
         writing, room = asyncio.Lock(), asyncio.Semaphore(_AT_ONCE)
-        async with asyncio.TaskGroup() as group:
-            async for data in requests:
-                await room.acquire()
-                task = group.create_task(self._answer(data, context, writing))
-                task.add_done_callback(lambda _: room.release())
+        draining = asyncio.ensure_future(self._draining())
+        try:
+            async with asyncio.TaskGroup() as group:
+                while (data := await _unless(draining, anext(requests, None))) is not None:
+                    await room.acquire()
+                    task = group.create_task(self._answer(data, context, writing))
+                    task.add_done_callback(lambda _: room.release())
+            if draining.done():
+                raise DrainingError("the server is shutting down; ask another one or try again")
+        finally:
+            draining.cancel()
+
+    async def _draining(self) -> None:
+        while not self._server.draining:
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def _answer(self, data: bytes, context: Any, writing: asyncio.Lock) -> None:
         async def write(message: Any) -> None:
@@ -156,6 +169,16 @@ class OpenInference:
             self._timeout(context),
             request_id_of(context),
         )
+
+
+async def _unless(ended: asyncio.Future[None], coming: Awaitable[bytes | None]) -> bytes | None:
+    """What is `coming`; None if `ended` is first."""
+    waiting = asyncio.ensure_future(coming)
+    try:
+        await asyncio.wait((ended, waiting), return_when=asyncio.FIRST_COMPLETED)
+        return waiting.result() if waiting.done() else None
+    finally:
+        waiting.cancel()
 
 
 def _message(name: str, fields: dict[str, Any]) -> Any:

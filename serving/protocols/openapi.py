@@ -38,6 +38,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "POST /v1/completions": {"prompt": "Return the", "max_tokens": 16, "temperature": 0.8, "seed": 7},
     "POST /tokenize": {"prompt": "Return the"},
     "POST /detokenize": {"tokens": [40, 41]},
+    "POST /v2/models/{model}/generate": {"text_input": "Return the", "parameters": {"max_tokens": 16, "seed": 7}},
+    "POST /v2/models/{model}/infer": {
+        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["Return the"]}],
+        "parameters": {"signature_name": "tokenize"},
+    },
 }
 _SENTENCES = {
     400: "The request is wrong; the sentence names the field.",

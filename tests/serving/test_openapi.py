@@ -11,6 +11,7 @@ import pytest
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from serving.protocols import open_inference_schema as v2
 from serving.protocols import openai_schema as schema
 from serving.protocols.openapi import EXAMPLES
 from serving.server.app import build_app
@@ -61,8 +62,13 @@ def test_every_route_is_described_and_every_reference_resolves(client: TestClien
 
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_examples_and_their_answers_fit_the_schemas(client: TestClient, key: str) -> None:
-    answers = {"/v1/completions": schema.Completion, "/tokenize": schema.Tokens, "/detokenize": schema.Text}
-    path = key.split()[1]
+    answers: dict[str, Any] = {
+        "/v1/completions": schema.Completion,
+        "/tokenize": schema.Tokens,
+        "/detokenize": schema.Text,
+    }
+    answers |= {"/v2/models/tiny/generate": v2.Generated, "/v2/models/tiny/infer": v2.InferAnswer}
+    path = key.split()[1].replace("{model}", "tiny")
     answer = client.post(path, json=EXAMPLES[key])
     assert answer.status_code == 200
     answers[path].model_validate_json(answer.content, strict=True, extra="forbid")

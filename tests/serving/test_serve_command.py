@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tritonclient.grpc as triton_grpc
 
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
@@ -83,6 +84,10 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
             assert json.loads(completion(url))["usage"]["completion_tokens"] == 6
             versions = GrpcTransport(f"127.0.0.1:{port}", "bytes").status(10)
             assert [each["state"] for each in versions] == ["AVAILABLE"]
+            with urllib.request.urlopen(f"{url}/v2/models/bytes") as answer:
+                assert json.load(answer)["versions"] == ["1"]
+            with triton_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                assert client.is_model_ready("bytes", "1")
             server.terminate()
             assert server.wait(60) == 0
 

@@ -273,6 +273,39 @@ def test_a_cancelled_stream_and_a_deadline_free_the_slot(
         engine.pace = 0.0
 
 
+def test_a_stream_that_is_left_open_does_not_hold_up_a_drain(server: Server, engine: DoubleEngine) -> None:
+    own = Server(server.registry)
+    came: queue.Queue[Any] = queue.Queue()
+    engine.pace = 0.01
+    try:
+        with serving_both(own) as (_, address), triton_grpc.InferenceServerClient(address) as client:
+            client.start_stream(lambda result, error: came.put((result, error)))
+            made = tensors(triton_grpc, {"text_input": objects(long_prompt())})
+            client.async_stream_infer("tiny", made, parameters={"max_tokens": 80, "ignore_eos": True})
+            result, error = came.get(timeout=5)
+            own.draining = True
+            while error is None:
+                final = result.get_response().parameters["triton_final_response"].bool_param
+                result, error = came.get(timeout=5)
+            assert final and error.status() == "StatusCode.UNAVAILABLE"
+    finally:
+        engine.pace = 0.0
+
+
+def test_each_request_of_a_stream_counts_for_the_rate_limit(server: Server) -> None:
+    limited = Server(server.registry, Settings(rate_limit=2))
+    came: queue.Queue[Any] = queue.Queue()
+    with serving_both(limited) as (_, address), triton_grpc.InferenceServerClient(address) as client:
+        client.start_stream(lambda result, error: came.put(error))
+        for _ in range(3):
+            made = tensors(triton_grpc, {"text_input": objects("a")})
+            client.async_stream_infer("tiny", made, parameters={"stream": False})
+        errors = [came.get(timeout=5) for _ in range(3)]
+        client.stop_stream()
+    (refused,) = [error for error in errors if error is not None]
+    assert "too many requests" in str(refused)
+
+
 def test_keys(server: Server, kind: Any) -> None:
     closed = Server(server.registry, Settings(api_keys=(KEY,)))
     with serving_both(closed) as (url, address):

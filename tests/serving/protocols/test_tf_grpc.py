@@ -115,6 +115,14 @@ def test_what_is_wrong(addresses: tuple[str, str]) -> None:
         stub.Predict(broken)
 
 
+def test_bytes_that_are_no_message_are_the_callers_fault(addresses: tuple[str, str]) -> None:
+    with grpc.insecure_channel(addresses[0]) as channel:
+        predict = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+        with pytest.raises(grpc.RpcError, match="is no PredictRequest") as caught:
+            predict(b"\xff\xff")
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+
+
 def test_a_deadline_frees_the_slot(addresses: tuple[str, str], engine: DoubleEngine) -> None:
     endless = next([token] for token in range(256) if 256 not in greedy([token], 100, 257))
     engine.pace = 0.02
