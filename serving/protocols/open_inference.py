@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from serving.engine.api import DrainingError, GenerationRequest, PromptEvent, TokenEvent
+from serving.engine.api import GenerationRequest, PromptEvent, TokenEvent
 from serving.errors import InputError
 from serving.protocols import tf_signatures
 from serving.protocols.open_inference_signatures import (
@@ -27,12 +27,11 @@ from serving.protocols.rows import complete
 from serving.protocols.tf_rest import parse_version
 from serving.protocols.tf_signatures import Call, objects, padded
 from serving.server.errors import error_of
-from serving.server.generation import Generation
+from serving.server.generation import Generation, with_model
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 
 _T = TypeVar("_T")
-_SWAPS = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ class Stream:
     generation: Generation
     request: InferRequest
     prompt_tokens: int
-    generated: int = 0
     finish_reason: str = ""
 
     async def pieces(self) -> AsyncGenerator[Answer, None]:
@@ -108,7 +106,6 @@ class Stream:
                     text += event.text
                     if isinstance(event, TokenEvent):
                         token_ids.append(event.token_id)
-                        self.generated += 1
                         continue
                     error = error_of(event)
                     if error is not None:
@@ -133,16 +130,7 @@ async def _on_model(
     server: Server, request: InferRequest, work: Callable[[ServedModel], Awaitable[_T]]
 ) -> tuple[ServedModel, _T]:
     """`work` on the version asked for, or on the newest one, and on its successor if it is swapped meanwhile."""
-    version = parse_version(request.version)
-    registry = server.registry
-    for _ in range(_SWAPS):
-        model = registry.get(request.model, version)
-        try:
-            return model, await work(model)
-        except DrainingError:
-            if version is not None or registry.get(request.model) is model:
-                raise
-    raise DrainingError(f"the model {request.model!r} is changing versions; try again")
+    return await with_model(server.registry, request.model, parse_version(request.version), work)
 
 
 async def _prepare(server: Server, model: ServedModel, request: InferRequest) -> list[tuple[GenerationRequest, int]]:

@@ -20,7 +20,7 @@ import pytest
 from serving.bundle import Bundle
 from serving.clients.tf_serving_grpc import GrpcTransport
 from serving.engine.api import Engine, GenerationRequest, Observer
-from serving.protocols import tf_rest
+from serving.protocols import open_inference_http, tf_rest
 from serving.server.app import build_app
 from serving.server.grpc_server import start_grpc
 from serving.server.registry import ModelRegistry, ServedModel, State
@@ -42,6 +42,7 @@ COLUMNS: dict[str, Any] = {
     "seed": [0, 0],
 }
 SCORED = {name: COLUMNS[name] for name in ("token_ids", "lengths")}
+V2_TYPES = {"temperature": "FP32", "top_p": "FP32", "seed": "INT64"}
 TYPES: dict[str, Any] = {"temperature": np.float32, "top_p": np.float32, "seed": np.int64}
 
 
@@ -124,7 +125,25 @@ class Served:
         def tf_grpc_score() -> None:
             assert predict("score", SCORED)["total"].shape == (2,)
 
-        made = (openai, openai_stream, tf_rest, tf_rest_score, tf_grpc, tf_grpc_score)
+        def v2_generate() -> None:
+            answer = rest("/v2/models/tiny/generate", {"text_input": "A", "temperature": 0, "max_tokens": 6})
+            assert answer["model_name"] == "tiny" and answer["text_output"]
+
+        def v2_stream() -> None:
+            text = rest("/v2/models/tiny/generate_stream", {"text_input": "A", "temperature": 0, "max_tokens": 6})
+            assert '"error"' not in text and '"text_output"' in text
+
+        def v2_infer() -> None:
+            columns = [
+                {"name": name, "shape": [2, 3] if name == "token_ids" else [2], "datatype": V2_TYPES.get(name, "INT32"),
+                 "data": values}
+                for name, values in COLUMNS.items()
+            ]  # fmt: skip
+            body = {"inputs": columns, "parameters": {"signature_name": "serving_default"}}
+            outputs = {each["name"]: each["data"] for each in rest("/v2/models/tiny/infer", body)["outputs"]}
+            assert outputs["token_ids"] == WANTED * 2
+
+        made = (openai, openai_stream, tf_rest, tf_rest_score, tf_grpc, tf_grpc_score, v2_generate, v2_stream, v2_infer)
         return {call.__name__: call for call in made}
 
 
@@ -133,7 +152,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     folder, loader = tmp_path / "models", Loader()
     write_bundle(folder / "1", "tiny")
     registry, settings = ModelRegistry(), Settings()
-    app = build_app(registry, settings, tf_rest.routes(registry, settings))
+    app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()])
     versions = Versions(folder, app.state.server, loader, None, None)
     versions.start()
     loop = asyncio.new_event_loop()
@@ -156,7 +175,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
 def test_a_call_between_two_versions_goes_to_the_new_one(served: Served) -> None:
     version = 1
     for name, call in served.calls().items():
-        for rows in (0, 1):  # Before its first row is taken, and between the first and the second.
+        # Before its first row is taken, and between the first and the second, where it has two.
+        for rows in (0,) if name in ("v2_generate", "v2_stream") else (0, 1):
             version += 1
             served.put(version)
             old = served.loader.engines[-1]
@@ -200,7 +220,7 @@ def test_calls_while_versions_come_and_go_are_all_answered(served: Served) -> No
     for thread in threads:
         thread.join(30)
     assert not failures, failures[:5]
-    assert len(counts) == 6 and min(counts.values()) >= 3
+    assert len(counts) == 9 and min(counts.values()) >= 3
     assert len(served.loader.engines) > 12, "there were few swaps"
 
 

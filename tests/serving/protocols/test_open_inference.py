@@ -292,6 +292,20 @@ def test_a_stream_that_is_left_open_does_not_hold_up_a_drain(server: Server, eng
         engine.pace = 0.0
 
 
+def test_each_request_of_a_stream_counts_for_the_rate_limit(server: Server) -> None:
+    limited = Server(server.registry, Settings(rate_limit=2))
+    came: queue.Queue[Any] = queue.Queue()
+    with serving_both(limited) as (_, address), triton_grpc.InferenceServerClient(address) as client:
+        client.start_stream(lambda result, error: came.put(error))
+        for _ in range(3):
+            made = tensors(triton_grpc, {"text_input": objects("a")})
+            client.async_stream_infer("tiny", made, parameters={"stream": False})
+        errors = [came.get(timeout=5) for _ in range(3)]
+        client.stop_stream()
+    (refused,) = [error for error in errors if error is not None]
+    assert "too many requests" in str(refused)
+
+
 def test_keys(server: Server, kind: Any) -> None:
     closed = Server(server.registry, Settings(api_keys=(KEY,)))
     with serving_both(closed) as (url, address):

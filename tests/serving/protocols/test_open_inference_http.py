@@ -9,15 +9,17 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import numpy as np
 import pytest
 
+from serving.engine.api import DrainingError
 from serving.protocols import open_inference_schema as schema
 from serving.protocols.open_inference_http import HEADER_LENGTH
-from serving.server.registry import State
+from serving.server.registry import ServedModel, State
 from serving.server.settings import Settings
 from serving.server.state import Server
 from tests.closed_form import byte_tokenizer, greedy
@@ -263,3 +265,32 @@ def test_what_is_wrong_is_said(client: httpx.Client, asked: dict[str, Any], word
 def test_generate_has_one_signature(client: httpx.Client) -> None:
     answer = client.post(f"{MODEL}/generate", json={"text_input": "a", "signature_name": "score"})
     assert answer.status_code == 400 and "ask infer" in answer.json()["error"]
+
+
+def test_a_request_that_meets_a_swap_goes_to_the_new_version(tmp_path: Path, engine: DoubleEngine) -> None:
+    class Leaving(DoubleEngine):
+        """Refuses as an engine does whose successor is there by now."""
+
+        def submit(self, request: Any, listener: Any) -> Any:
+            (old,) = registry.versions("tiny")[-1:]
+            registry.add(ServedModel("tiny", 2, old.bundle, engine, 0, State.AVAILABLE))
+            raise DrainingError("the engine takes nothing new")
+
+    leaving = Leaving()
+    registry = registry_of(leaving, tmp_path / "tiny")
+    parameters = {"signature_name": "generate_text", "max_new_tokens": 2, "temperature": 0, "top_k": 0, "top_p": 1}
+    asked = {"inputs": [tensor("text", "BYTES", ["a"])], "parameters": {**parameters, "seed": 0}}
+    with serving_both(Server(registry)) as (url, _), httpx.Client(base_url=url) as client:
+        for path, body in (
+            ("generate", {"text_input": "a"}),
+            ("generate_stream", {"text_input": "a"}),
+            ("infer", asked),
+        ):
+            registry.remove("tiny", 2)
+            answer = client.post(f"{MODEL}/{path}", json=body)
+            assert answer.status_code == 200, answer.text
+            found = events(answer.text)[-1] if path == "generate_stream" else answer.json()
+            assert found["model_version"] == "2"
+        answer = client.post(f"{MODEL}/versions/1/generate", json={"text_input": "a"})
+        assert answer.status_code == 503
+    leaving.close()
