@@ -83,22 +83,28 @@ def _spread(moments: FloatArray, damping: float, width: int) -> FloatArray:
     damped[:inputs, :inputs] = moments
     diagonal = np.arange(inputs)
     damped[diagonal, diagonal] += damping * float(np.diag(moments).mean()) or 1.0
-    # Turned about both axes, the lower factor of H = R R^T becomes an upper one, R, and U is its inverse.
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1].astype(np.float64)
-    return _inverse(upper).astype(np.float32)
+    # Turned about both axes, the lower factor of H = R R^T becomes an upper one, R, and U is its inverse. The largest
+    # model's widest matrix has 6,400 inputs, so each of these is 0.3 GB and goes as soon as the next is there.
+    turned = np.ascontiguousarray(damped[::-1, ::-1])
+    del damped
+    lower = np.linalg.cholesky(turned)
+    del turned
+    upper = np.ascontiguousarray(lower[::-1, ::-1])
+    del lower
+    _invert(upper)
+    return upper.astype(np.float32)
 
 
-def _inverse(upper: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inverse of an upper triangular matrix, by halves: most of the work is then products of matrices."""
-    size = len(upper)
-    if size <= _WHOLE:
-        return np.triu(np.linalg.inv(upper))
-    half = size // 2
-    inverse = np.zeros_like(upper)
-    first = inverse[:half, :half] = _inverse(upper[:half, :half])
-    second = inverse[half:, half:] = _inverse(upper[half:, half:])
-    inverse[:half, half:] = -first @ upper[:half, half:] @ second
-    return inverse
+def _invert(upper: NDArray[np.float64]) -> None:
+    """Turn an upper triangular matrix into its inverse, by halves: most of the work is then products of matrices."""
+    half = len(upper) // 2
+    if len(upper) <= _WHOLE:
+        upper[:] = np.triu(np.linalg.inv(upper))
+        return
+    first, between, second = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert(first)
+    _invert(second)
+    between[:] = -first @ between @ second
 
 
 def _scale(weights: FloatArray, importance: FloatArray, shrinkings: tuple[float, ...]) -> FloatArray:

@@ -181,11 +181,16 @@ class ClosedFormSlotBackend:
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         self._call("prefill", len(tokens))
-        assert 1 <= len(tokens) <= self._chunk and start % self._chunk == 0
+        end = start + len(tokens)
+        assert tokens and start % self._chunk == 0
+        assert len(tokens) == 1 or end % self._chunk != 1, "a single last token that is not read alone"
         assert self._read[slot, :start].all(), "positions that no whole chunk of a prompt has made"
-        place = slice(start, start + len(tokens))
-        self._tokens[slot, place], self._read[slot, place] = tokens, len(tokens) == self._chunk
-        return self._logits(slot, start + len(tokens))
+        place = slice(start, end)
+        self._tokens[slot, place], self._read[slot, place] = (
+            tokens,
+            np.arange(start, end) < end // self._chunk * self._chunk,
+        )
+        return self._logits(slot, end)
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         self._call("decode", len(tokens))

@@ -59,7 +59,7 @@ _OPTIONS = [
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
                  help="Requests that may wait, for each replica; more get 429."),
     click.option("--prefill-chunk", type=click.IntRange(1, 4096),
-                 help="Prompt tokens read beside one step of running texts.  [default: 32]"),
+                 help="Prompt tokens read beside one step of running texts.  [default: 16]"),
     click.option("--threads", type=click.IntRange(1, 1024), help="Of each replica.  [default: the cores, shared out]"),
     click.option("--name", metavar="NAME", help="The model's name.  [default: the bundle's]"),
     click.option("--host", default="127.0.0.1", show_default=True,

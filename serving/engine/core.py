@@ -110,7 +110,7 @@ class Core:
     def _read_prompts(self, now: float) -> tuple[int, list[Task]]:
         """Schedule and run work on prompts: the tokens read, and whose prompt was read to its end."""
         budget, read, finished = self.scheduler.budget(), 0, []
-        while budget > 0 and (work := self.scheduler.next(now)) is not None:
+        while budget > 0 and (work := self.scheduler.next(now, budget)) is not None:
             budget -= self.scheduler.cost(work)
             try:
                 self._flush()

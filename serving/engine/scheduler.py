@@ -35,9 +35,10 @@ class Work:
 class Scheduler:
     """Requests in the order of their arrival, on the slots of one backend.
 
-    Prompts are read one at a time, always in the chunks [0, C), [C, 2C), ... whatever else is going on, so that their
-    numbers do not depend on the load. While continuations decode, each step reads one chunk, or makes one copy,
-    beside them; otherwise as many as `prefill_budget` tokens hold.
+    Prompts are read one at a time. While continuations decode, each step reads one chunk, [0, C), [C, 2C), ..., or
+    makes one copy, beside them; otherwise as many chunks as `prefill_budget` tokens hold, in one piece. Numbers do not
+    depend on the load: a product's row is the same among any number of rows but one, so only a last chunk of a single
+    token is always a piece of its own (docs/decisions.md).
     """
 
     def __init__(self, backend: SlotBackend, prefill_chunk: int, prefill_budget: int) -> None:
@@ -59,8 +60,9 @@ class Scheduler:
         """How many prompt tokens this step may read; a copy counts as a chunk."""
         return self._chunk if self.running else max(self._prefill_budget, self._chunk)
 
-    def next(self, now: float) -> Work | None:
-        """The next piece of work on prompts; `done` or `release` must follow before it is asked again."""
+    def next(self, now: float, budget: int) -> Work | None:
+        """The next piece of work on prompts, of `budget` tokens if that is more than a chunk; `done` or `release` must
+        follow before it is asked again."""
         while not self.reading and self._admit(now):
             pass
         if not self.reading:
@@ -73,7 +75,13 @@ class Scheduler:
         assert slot is not None and first is not None
         if task.holding and self._copies:
             return Work(task, (Copy(first, slot, len(task.prompt), first.tokens),))
-        return Work(task, (), slot, task.prompt[task.read : task.read + self._chunk], task.read)
+        return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read)
+
+    def _end(self, task: Task, budget: int) -> int:
+        """How far the next piece of a prompt goes."""
+        chunks = max(1, budget // self._chunk) if self._chunk > 1 else 1
+        end = min(len(task.prompt), task.read + chunks * self._chunk)
+        return end - 1 if end % self._chunk == 1 and end > task.read + 1 else end
 
     def cost(self, work: Work) -> int:
         """What `work` takes of a step's budget."""

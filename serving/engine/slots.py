@@ -36,8 +36,8 @@ class SlotBackend(Protocol):
         """Append `tokens` (at least one) behind the first `start` positions of `slot`; the logits after the last of
         them, [vocab_size] float32. The next call may write into the same memory.
 
-        What is written, and the logits, depend on nothing but the tokens and on how a prompt was cut into pieces: the
-        same pieces give the same bits in any slot, beside any company.
+        What is written, and the logits, depend on nothing but the tokens, and on which of them were pieces of a single
+        token: the same bits in any slot, beside any company, wherever else a prompt is cut.
         """
         ...
 

@@ -117,6 +117,19 @@ def test_a_copied_prefix_is_the_same_bit_for_bit(case: Case) -> None:
     np.testing.assert_array_equal(read(case.backend, 1, text), alone)
 
 
+def test_where_a_prompt_is_cut_does_not_show(case: Case) -> None:
+    text = case.texts[1][:45]
+    whole = case.backend.prefill_chunk(0, text[:40], 0).copy(), case.backend.prefill_chunk(0, text[40:], 40).copy()
+    assert max_difference(whole[1], case.logits(1, 45)) <= case.tolerance
+    for sizes in ((8, 8, 8, 8, 8), (16, 24), (32, 8)):
+        start = 0
+        for size in sizes:
+            logits = case.backend.prefill_chunk(1, text[start : start + size], start)
+            start += size
+        np.testing.assert_array_equal(logits, whole[0])
+        np.testing.assert_array_equal(case.backend.prefill_chunk(1, text[40:], 40), whole[1])
+
+
 @pytest.mark.parametrize("chooses", [False, True])
 def test_the_engine_says_what_generation_says(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, chooses: bool) -> None:
     """Wherever tokens are chosen; where the graph does it, logits come here only for those that are not certain."""

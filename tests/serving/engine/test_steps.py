@@ -51,6 +51,20 @@ def test_with_nothing_to_decode_a_step_reads_up_to_its_budget() -> None:
     assert sum(names(engine, "prefill")) == 150 and not names(engine, "decode")
 
 
+def test_with_nothing_to_decode_chunks_are_one_piece_but_for_a_single_last_token() -> None:
+    # Without copies, which would count against a step's budget.
+    engine = Stepped(slots=2, chunk=8, length=256, prefill_budget=32, copies=False)
+    for start, (length, pieces) in enumerate([
+        (1, [1]), (9, [8, 1]), (19, [19]), (33, [32, 1]), (34, [32, 2]), (70, [32, 32, 6]), (81, [32, 32, 16, 1]),
+    ]):  # fmt: skip
+        engine.backend.calls.clear()
+        prompt = [50 + start] * length
+        heard, _ = engine.submit(prompt, max_new_tokens=2, ignore_eos=True)
+        engine.run()
+        assert names(engine, "prefill") == pieces
+        assert heard.ids() == greedy(prompt, 2, 257)
+
+
 def test_first_come_first_served_and_nobody_overtakes_one_who_waits_for_more_slots() -> None:
     engine = Stepped(slots=4)
     streams = running(engine, 2, tokens=20)
@@ -69,7 +83,7 @@ def test_continuations_of_one_prompt_share_its_reading() -> None:
     engine = Stepped(slots=4, chunk=8)
     heard, _ = engine.submit(list(range(19)), n=4, temperature=20.0, seed=2**63 - 2, max_new_tokens=9, ignore_eos=True)
     engine.run()
-    assert names(engine, "prefill") == [8, 8, 3] and names(engine, "copy") == [19] * 3
+    assert names(engine, "prefill") == [19] and names(engine, "copy") == [19] * 3
     assert len({tuple(heard.ids(index)) for index in range(4)}) == 4
 
 
