@@ -116,16 +116,18 @@ def test_memory_is_the_processs_own_where_it_is_told_and_else_the_gpus(tmp_path,
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    for apps, expected in ((f"{os.getpid()}, 300\n1, 900\n", (300, False)), ("", (2000, True))):
-        (tmp_path / "apps").write_text(apps)
-        (tmp_path / "used").write_text("5000\n")
-        with MemoryWatch("cuda") as watch:
-            watch.follow(os.getsid(0))
-            for _ in range(400):
-                if watch.peak is not None:
-                    break
-                time.sleep(0.02)
-        assert (watch.peak >> 20, watch.whole) == expected
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as measured:
+        for apps, expected in ((f"{measured.pid}, 300\n{os.getpid()}, 900\n", (300, False)), ("", (2000, True))):
+            (tmp_path / "apps").write_text(apps)
+            (tmp_path / "used").write_text("5000\n")
+            with MemoryWatch("cuda") as watch:
+                watch.follow(measured.pid)
+                for _ in range(400):
+                    if watch.peak is not None:
+                        break
+                    time.sleep(0.02)
+            assert (watch.peak >> 20, watch.whole) == expected
+        measured.kill()
 
 
 def test_a_record_of_something_else_and_an_unknown_contestant_are_refused(built, tmp_path):
