@@ -1,8 +1,9 @@
-"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN_SECONDS."""
+"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN_SECONDS [LOADING]."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from serving.bundle import Bundle
@@ -23,6 +24,7 @@ class Loader:
         return 0
 
     def open(self, bundle: Bundle, observer: Observer) -> Engine:
+        time.sleep(float(sys.argv[4]) if len(sys.argv) > 4 else 0)
         return DoubleEngine(slots=4, queue=64, pace=float(sys.argv[2]), observer=observer)
 
 
