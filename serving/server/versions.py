@@ -139,7 +139,6 @@ class Versions:
         self._check_memory(candidate.folder, estimate)
         name = self.name or bundle.manifest.name
         model = ServedModel(name, version, bundle, _Pending(), int(time.time()), State.LOADING)
-        log.info("loading version %d of %s", version, name, extra={"folder": str(candidate.folder)})
         registry, metrics = self._server.registry, self._server.metrics.model(name, version)
         registry.add(model)
         engine: Engine | None = None

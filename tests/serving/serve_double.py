@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,9 @@ class Loader:
         return 0
 
     def open(self, bundle: Bundle, observer: Observer) -> Engine:
-        time.sleep(float(sys.argv[4]) if len(sys.argv) > 4 else 0)
+        if len(sys.argv) > 4:
+            logging.getLogger("gpt2_bundle").info("loading")
+            time.sleep(float(sys.argv[4]))
         return DoubleEngine(slots=4, queue=64, pace=float(sys.argv[2]), observer=observer)
 
 
