@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,8 @@ def serve(bundle: Path, **options: Any) -> None:
     companions = _companions(server, options)
 
     def announce(url: str, model: ServedModel) -> None:
-        click.echo(f"serving {model.name} version {model.version} at {url}")
+        with contextlib.suppress(OSError):  # Nobody reads it, which keeps nobody from being served.
+            click.echo(f"serving {model.name} version {model.version} at {url}")
 
     address = Address(options["host"], options["port"], certificate, key)
     Runner(app, versions, address, options["watch"], companions).run(announce)
