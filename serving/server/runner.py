@@ -18,6 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serving.errors import GPT2BundleError, InputError
+from serving.server.http_protocol import LimitedProtocol
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 from serving.server.versions import Versions
@@ -119,6 +120,8 @@ class Runner:
             log_config=None,
             # Nothing here needs it, and a second signal would have it log a traceback.
             lifespan="off",
+            http=LimitedProtocol,
+            ws="none",
             access_log=False,
             server_header=False,
             ssl_certfile=_given(self._address.certificate),
