@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,8 +12,9 @@ from serving.errors import InputError
 from serving.protocols.tf_messages import MESSAGES, MODEL_SERVICE, PREDICTION_SERVICE, SIGNATURE_MAP_URL
 from serving.protocols.tf_rest import model_status
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Tensor, find, run
-from serving.server.gate import REQUEST_ID
+from serving.server.errors import UnsupportedCallError
 from serving.server.generation import with_model
+from serving.server.grpc_calls import request_id
 from serving.server.registry import ServedModel, State
 from serving.server.state import Server
 
@@ -76,10 +75,10 @@ class TensorFlowServing:
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        limit, request_id = self._timeout(context), request_id_of(context)
+        limit, name_of_call = self._timeout(context), request_id()
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
-            return run(name, Call(model.engine, limit, request_id, self._server.settings.max_prompts), inputs)
+            return run(name, Call(model.engine, limit, name_of_call, self._server.settings.max_prompts), inputs)
 
         model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()
@@ -120,17 +119,9 @@ class TensorFlowServing:
 
 def _unimplemented(name: str) -> Any:
     async def refuse(request: Any, context: Any) -> Any:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered here; use Predict")
+        raise UnsupportedCallError(f"{name} is not offered here; use Predict")
 
     return refuse
-
-
-def request_id_of(context: Any) -> str:
-    """What the caller named its request by `x-request-id`, or a new name."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id" and isinstance(value, str) and REQUEST_ID.match(value.encode()):
-            return value
-    return uuid.uuid4().hex
 
 
 def _version(spec: Any) -> int | None:
