@@ -54,12 +54,10 @@ serve-tfserving: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Ser
 			"install one to serve $$folder" >&2; exit 1; \
 	fi
 
-bench: $(INSTALLED) ## Measure the bundle: steps beside this machine's floor, then requests as clients see them (BUNDLE=).
+bench: $(INSTALLED) ## Measure the bundle by every runtime in it: steps, requests, limits; a page in runs/bench/ (BUNDLE=).
 	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
-	$(BIN)/gpt2-bundle bench "$(BUNDLE)"
-	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario single --scenario offline --scenario server --rate 16 \
-		--scenario concurrency --scenario saturation --sweep-from 32 --sweep-factor 1.5 --sweep-seconds 1.5 \
-		--sweep-limit 90 --scenario cold-start --output runs/bench/$$(basename "$(BUNDLE)").json
+	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario all --rate 16 --sweep-from 32 --sweep-factor 1.5 --sweep-seconds 1.5 \
+		--sweep-limit 90 --output runs/bench/$$(basename "$(BUNDLE)").json
 
 bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
 	$(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)

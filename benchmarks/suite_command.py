@@ -28,11 +28,13 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.calibrate import client_overhead
     from benchmarks.suite.clock import WallClock
     from benchmarks.suite.cold import ColdStart, cold_start
-    from benchmarks.suite.measure import Machine, measure
+    from benchmarks.suite.machine import Machine
+    from benchmarks.suite.measure import measure
     from benchmarks.suite.meters import Meters
     from benchmarks.suite.metrics import Objectives
     from benchmarks.suite.page import to_page
     from benchmarks.suite.schedule import save_schedules
+    from benchmarks.suite.steps import is_static
     from benchmarks.suite.tables import to_csv, to_markdown
     from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 
@@ -50,6 +52,8 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         opened = [open_target(bundle, name, batch=batch, stand_in=name in marked) for name in names]
     else:
         opened, missing = open_defaults(bundle, names, batch=asked["max_batch"], stand_ins=asked["stand_ins"])
+    if {schedule.scenario for schedule in schedules} == {"steps"} and not any(is_static(each) for each in opened):
+        raise InputError("steps are measured of a graph in this process; name one, such as ort/fp32 or savedmodel")
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
     objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
 
@@ -106,7 +110,11 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
     made = Lengths.parse(asked["output_lengths"] or str(min(32, model.n_positions // 4)))
     count, found = asked["requests"], []
     for scenario in asked["scenarios"]:
-        if scenario == "single":
+        if scenario == "steps":
+            new = min(asked["new_tokens"], model.n_positions - 1)
+            tokens = asked["prompt_tokens"] or max(1, min(128, model.n_positions - new))
+            found += [planner.steps(batch, tokens, new) for batch in asked["batch_sizes"]]
+        elif scenario == "single":
             found.append(planner.single(count, prompt, made))
         elif scenario == "offline":
             found.append(planner.offline(count, prompt, made))
