@@ -169,11 +169,20 @@ def selftest() -> None:
 
 @click.command("gate")
 @click.argument("record", type=click.Path(path_type=Path))
-@click.option("--budget", "budgets", multiple=True, required=True, metavar="TEXT",
+@click.option("--budget", "budgets", multiple=True, metavar="TEXT",
               help="Such as 'p99_inter_token_ms<=30'; repeatable.")  # fmt: skip
-def gate(record: Path, budgets: tuple[str, ...]) -> None:
-    """End with code 1 if any target in RECORD does not keep a budget."""
-    from benchmarks.suite.judge import check_budgets, read_record
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
+              help="An earlier record of the same scenarios: nothing may be worse, beyond the noise.")  # fmt: skip
+@click.option("--allow", type=click.FloatRange(0, 1000), default=5.0, show_default=True, metavar="PERCENT",
+              help="How much worse than the baseline a figure may be.")  # fmt: skip
+def gate(record: Path, budgets: tuple[str, ...], baseline: Path | None, allow: float) -> None:
+    """End with code 1 if any target in RECORD does not keep a budget, or is worse than in the baseline."""
+    from benchmarks.suite.judge import check_baseline, check_budgets, read_record
 
-    for line in check_budgets(read_record(record), list(budgets)):
+    if not budgets and baseline is None:
+        raise InputError("there is nothing to hold the record to; pass --budget, --baseline or both")
+    read = read_record(record)
+    earlier = read_record(baseline) if baseline is not None else None
+    lines = check_budgets(read, list(budgets))
+    for line in [*lines, *(check_baseline(read, earlier, allow / 100) if earlier is not None else ())]:
         click.echo(line)

@@ -30,6 +30,8 @@ SUSTAINED = "sustained_requests_per_second"
 _WARM_UP_ROUND, _WARM_UP_MOST = 10, 60
 # A request of a sweep: what takes longer is far behind already, and the sweep must end.
 _SWEEP_TIMEOUT = 30.0
+# A runtime's threads go on spinning for a while after its last call, and would take the cores from the next one.
+_PAUSE = 0.1
 Say = Callable[[str], None]
 
 
@@ -48,6 +50,7 @@ class _Run:
     plays: int = 0
 
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
+        await self.rest()
         window = self.machine.meters.begin() if self.machine.meters and self.machine.meters.sources else None
         reading: Reading | None = None
         try:
@@ -55,6 +58,10 @@ class _Run:
         finally:
             reading = window.end() if window is not None else None
         return Repeat(responses, reading)
+
+    async def rest(self) -> None:
+        """Wait until the target before is still."""
+        await self.clock.until(self.clock.now() + _PAUSE)
 
     def next_number(self) -> int:
         """Another one for each time that all targets are asked the same, so that no prompt comes twice."""
@@ -123,7 +130,7 @@ async def measure(
                     await _cold(run, schedule, starter, cold_starts)
             elif scenario == "steps":
                 for schedule in group:
-                    _steps(run, schedule, repeats)
+                    await _steps(run, schedule, repeats)
             else:
                 for schedule in group:
                     await _repeat(run, schedule, repeats)
@@ -203,7 +210,7 @@ async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
     run.add(schedule, run.targets, played)
 
 
-def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
+async def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
     """A batch size, for those targets that are a graph in this process."""
     backends = {target.name: backend for target in run.targets if (backend := backend_of(target)) is not None}
     if not backends:
@@ -218,6 +225,7 @@ def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
         asked, names = schedule.varied(run.next_number()), list(backends)
         for place in range(len(names)):
             name = names[(place + repeat) % len(names)]
+            await run.rest()
             played[name].append(run_batch(backends[name], asked))
     run.add_point(schedule, steps_point(schedule, played, run.targets))
 
