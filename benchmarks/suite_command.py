@@ -37,6 +37,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.steps import is_static
     from benchmarks.suite.tables import to_csv, to_markdown
     from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
+    from serving.text_stream import load_tokenizer
 
     schedules = _schedules(bundle, asked)
     if asked["save_schedule"] is not None:
@@ -57,6 +58,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
     objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
 
+    tokenizer = load_tokenizer(bundle)
     machine = Machine(BandwidthProbe(), ComputeProbe(), Meters(), asked["price_per_hour"])
 
     async def start(target: Target, request: Planned) -> ColdStart | None:
@@ -77,6 +79,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
             starter=start,
             cold_starts=asked["cold_starts"],
             sweep_seconds=asked["sweep_limit"],
+            decode=lambda ids: str(tokenizer.decode(list(ids))),
             say=lambda line: click.echo(line, err=True),
         )
         return record | {"client_overhead_ms": overhead}

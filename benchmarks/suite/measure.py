@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from benchmarks.hardware import environment
@@ -33,6 +33,7 @@ _SWEEP_TIMEOUT = 30.0
 # A runtime's threads go on spinning for a while after its last call, and would take the cores from the next one.
 _PAUSE = 0.1
 Say = Callable[[str], None]
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass
@@ -48,6 +49,7 @@ class _Run:
     points: list[dict[str, Any]] = field(default_factory=list)
     played: list[tuple[Schedule, dict[str, list[Repeat]]]] = field(default_factory=list)
     plays: int = 0
+    decode: Decode | None = None
 
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
         await self.rest()
@@ -57,7 +59,13 @@ class _Run:
             responses = await play(schedule, target, self.clock, timeout or self.timeout)
         finally:
             reading = window.end() if window is not None else None
-        return Repeat(responses, reading)
+        return Repeat([self._with_text(each) for each in responses], reading)
+
+    def _with_text(self, response: Response) -> Response:
+        """Servers that give text alone are compared by it, so those that give ids alone need theirs."""
+        if self.decode is None or response.text is not None or response.tokens is None:
+            return response
+        return replace(response, text=self.decode(response.tokens))
 
     async def rest(self) -> None:
         """Wait until the target before is still."""
@@ -96,6 +104,7 @@ async def measure(
     starter: Starter | None = None,
     cold_starts: int = 3,
     sweep_seconds: float = 120.0,
+    decode: Decode | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
@@ -103,12 +112,12 @@ async def measure(
     A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
     The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
-    `machine` give the floors and the roofline.
+    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone.
     """
     machine = machine or Machine()
     idle = machine.meters.idle(5.0) if machine.meters is not None else None
     entries = []
-    run = _Run(targets, clock, objectives, timeout, machine, say)
+    run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
     try:
         for target in list(targets):
             say(f"{target.name}: loading")

@@ -108,7 +108,9 @@ def _opening(record: Mapping[str, Any]) -> str:
 def _point(point: Point, names: Names) -> str:
     shown = columns(point)
     floors = point["scenario"] != "cold-start"
-    memory = any(row["peak_rss_bytes"] for row in point["rows"])
+    # What runs in this process has none of its own; "In short" has that of a fresh one.
+    known = [row["peak_rss_bytes"] is not None for row in point["rows"]]
+    memory = all(known) or (not floors and any(known))
     heads = [SHORT[figure] for figure in shown] + ["floor", "/ floor"] * floors + ["peak memory, MiB"] * memory
     rows = []
     for row in point["rows"]:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -158,6 +159,19 @@ def test_other_tokens_and_stand_ins_are_said_in_the_tables():
     text = to_markdown(made)
     assert "a (stand-in)" in text and "OUTPUTS DIFFER; alike are: a (stand-in); b (stand-in)" in text
     assert len(to_csv(made).splitlines()) == 1 + 2 * 2 * len(made["points"][0]["rows"][0]["figures"])
+
+
+def test_ids_are_compared_with_a_servers_text():
+    class Text(Known):
+        async def send(self, request):
+            return replace(await super().send(request), tokens=None, text="7" * request.new_tokens)
+
+    schedule = Planner(range(50), 48).single(2, Lengths(4, 4), Lengths(3, 3))
+    targets = [Known("a"), Text("b"), Known("c", token=8)]
+    decode = lambda ids: "".join(map(str, ids))  # noqa: E731
+    made = run_virtual(measure(targets, [schedule], CLOCK, repeats=1, objectives=Objectives(), decode=decode))
+    text = to_markdown({"bundle": "x", "client_overhead_ms": None} | made)
+    assert "alike are: a (stand-in), b (stand-in); c (stand-in)" in text
 
 
 def test_what_is_no_record_is_refused(tmp_path):
