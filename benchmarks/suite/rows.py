@@ -20,10 +20,11 @@ from benchmarks.suite.targets.base import Target
 from serving.bundle import Geometry
 
 THROUGHPUTS = ("output_tokens_per_second", "input_tokens_per_second", "requests_per_second", "goodput")
-HIGHER_IS_BETTER = frozenset({*THROUGHPUTS, "sustained_requests_per_second"})
+HIGHER_IS_BETTER = frozenset({*THROUGHPUTS, "sustained_requests_per_second", "step_tokens_per_second"})
 # What a winner is named in.
 JUDGED = ("p50_ttft_ms", "p50_inter_token_ms", "p99_inter_token_ms", "p50_e2e_ms", "output_tokens_per_second")
 COLD = ("cold_load_ms", "cold_first_token_ms")
+STEPS = ("prefill_ms", "step_ms")
 _CURVE = 101
 _BARS = 24
 
