@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.commands.values import Seconds
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 
@@ -34,7 +35,7 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--url", metavar="URL", help="REST, such as http://127.0.0.1:8501."),
         click.option("--grpc", "grpc_address", metavar="HOST:PORT", help="gRPC, such as 127.0.0.1:8500."),
         click.option("--model", required=True, metavar="NAME", help="The model's name on the server."),
-        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+        click.option("--timeout", type=Seconds(zero=False), default=60.0, show_default=True,
                      metavar="SECONDS", help="For a call with all its tries."),
         click.option("--retries", type=click.IntRange(0, 100), default=4, show_default=True,
                      help="Tries after the first."),

@@ -87,7 +87,10 @@ def test_a_browser_generates_stops_and_shows_probabilities(url: str, tmp_path: P
         assert page.run("document.getElementById('error').hidden")
 
         assert page.complaints() == []
-        generate(page, "A" * 1000, temperature=0, max_tokens=1000)
+        generate(page, "A" * 1000, temperature=0, max_tokens=63)  # Together over the context: it ends there.
+        page.wait("document.getElementById('ended').textContent === 'length'")
+        assert page.run("document.getElementById('count').textContent") == "24"
+        generate(page, "A" * 1024, temperature=0, max_tokens=1000)
         page.wait("!document.getElementById('error').hidden")
         assert "context" in page.run("document.getElementById('error').textContent")
         assert all(address.startswith((url, "data:")) for address in page.requested())

@@ -68,10 +68,16 @@ async function loadModels() {
   if (!data.length) throw new Error("no model is loaded yet; try again in a moment");
 }
 
-function request() {
+const post = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+// The request, with as many tokens as the context has room for behind the prompt.
+async function request(signal) {
   const body = { model: $("model").value, prompt: $("prompt").value, stream: true, logprobs: ALTERNATIVES };
   for (const field of FIELDS) body[field.name] = Number($(field.name).value);
   if ($("seed").value !== "") body.seed = Number($("seed").value);
+  const { count, max_model_len: context } = await (await ask("tokenize", { ...post({ model: body.model, prompt: body.prompt }), signal })).json();
+  const room = context - Math.max(count, 1);
+  if (room > 0) body.max_tokens = Math.min(body.max_tokens, room); // Else the server says what is wrong.
   return body;
 }
 
@@ -119,7 +125,7 @@ async function generate() {
   say("");
   hideCard();
   decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  const began = performance.now();
+  let began = 0;
   let first = 0;
   let tokens = 0;
   const show = (ended) => {
@@ -133,8 +139,10 @@ async function generate() {
   try {
     if (!$("model").value) await loadModels();
     $("output").replaceChildren();
-    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request()) };
-    const answer = await ask("v1/completions", { ...options, signal: running.signal });
+    const { signal } = running;
+    const body = await request(signal);
+    began = performance.now();
+    const answer = await ask("v1/completions", { ...post(body), signal });
     let reason = "…";
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message);
