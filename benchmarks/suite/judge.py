@@ -109,12 +109,16 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """A line for each of `changes`, and for what else there is to know: how many of each word, what one of the records
-    has alone, what failed, and whether bundle or machine was another, to which a target may owe as much."""
+    """A line for each of `changes`, the worse ones last, and for what else there is to know.
+
+    That is how many there are of each word (of those with too few repeats nothing else), what one of the records has
+    alone, what failed, and whether bundle or machine was another, to which a target may owe as much.
+    """
     found = changes(before, after)
     counts = Counter(change.word for change in found)
     told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-    lines = [*map(str, found), f"{'in all':>15}  {told}"]
+    lines = [str(change) for word in ("equal", "better", "WORSE") for change in found if change.word == word]
+    lines.append(f"{'in all':>15}  {told}")
     lines += [f"{'failed':>15}  {sentence}" for sentence in _failed(after)]
     for name, one, other in (("before", before, after), ("after", after, before)):
         alone = _alone(one, other)
