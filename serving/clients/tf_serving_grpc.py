@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.clients.tf_serving_rest import bearer
 from serving.errors import InputError, RuntimeMissingError, ServerError
 
 # tensorflow/core/framework/types.proto
@@ -26,7 +27,7 @@ class GrpcTransport:
     Raises RuntimeMissingError without the extra `client`, and InputError for what is no address.
     """
 
-    def __init__(self, address: str, model: str) -> None:
+    def __init__(self, address: str, model: str, api_key: str | None = None) -> None:
         try:
             import grpc
 
@@ -39,6 +40,7 @@ class GrpcTransport:
         if not (host and host.isascii() and port.isdigit() and 0 < int(port) < 65536):
             raise InputError(f"{address!r} is no address of a gRPC server; write it as 127.0.0.1:8500")
         self._grpc, self._address, self._model = grpc, address, model
+        self._call_metadata = None if api_key is None else (("authorization", bearer(api_key)),)
         self._messages = tf_messages.MESSAGES
         self._dtypes = {number: f"DT_{name}" for number, name in tf_messages.DTYPES.items()}
         # A long answer may pass gRPC's default of 4 MiB.
@@ -111,7 +113,7 @@ class GrpcTransport:
 
     def _ask(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
         try:
-            return method(request, timeout=timeout)
+            return method(request, timeout=timeout, metadata=self._call_metadata)
         except self._grpc.RpcError as error:
             code = error.code().name
             raise ServerError(f"{self._address}: {code}: {error.details()}", code) from None

@@ -54,7 +54,8 @@ async function ask(path, options = {}) {
   }
   const body = await answer.json().catch(() => ({}));
   const retry = answer.headers.get("Retry-After");
-  throw new Error((body.error?.message || `the server answered ${answer.status}`) + (retry ? ` (try again in ${retry} s)` : ""));
+  const sentence = (body.error?.message || `the server answered ${answer.status}`) + (retry ? ` (try again in ${retry} s)` : "");
+  throw Object.assign(new Error(sentence), { param: body.error?.param });
 }
 
 async function loadModels() {
@@ -72,7 +73,7 @@ const post = (body) => ({ method: "POST", headers: { "Content-Type": "applicatio
 
 // The request, with as many tokens as the context has room for behind the prompt.
 async function request(signal) {
-  const body = { model: $("model").value, prompt: $("prompt").value, stream: true, logprobs: ALTERNATIVES };
+  const body = { model: $("model").value, prompt: $("prompt").value, stream: true, stream_options: { include_usage: true }, logprobs: ALTERNATIVES };
   for (const field of FIELDS) body[field.name] = Number($(field.name).value);
   if ($("seed").value !== "") body.seed = Number($("seed").value);
   const { count, max_model_len: context } = await (await ask("tokenize", { ...post({ model: body.model, prompt: body.prompt }), signal })).json();
@@ -117,6 +118,21 @@ function addTokens(logprobs) {
   if (below) output.scrollTop = output.scrollHeight;
 }
 
+function addText(text) {
+  if (text) $("output").append(element("span", {}, text));
+}
+
+// The stream of completions; a runtime that knows no probabilities streams text alone.
+async function complete(body, signal) {
+  try {
+    return await ask("v1/completions", { ...post(body), signal });
+  } catch (error) {
+    if (error.param !== "logprobs") throw error;
+    delete body.logprobs;
+    return await ask("v1/completions", { ...post(body), signal });
+  }
+}
+
 async function generate() {
   if (running) return;
   running = new AbortController();
@@ -142,7 +158,7 @@ async function generate() {
     const { signal } = running;
     const body = await request(signal);
     began = performance.now();
-    const answer = await ask("v1/completions", { ...post(body), signal });
+    const answer = await complete(body, signal);
     let reason = "…";
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message);
@@ -151,9 +167,14 @@ async function generate() {
           first ||= performance.now();
           tokens += choice.logprobs.tokens.length;
           addTokens(choice.logprobs);
+        } else if (choice.text) {
+          first ||= performance.now();
+          tokens += 1; // A piece is a token or more; the usage at the end says how many.
+          addText(choice.text);
         }
         reason = choice.finish_reason ?? reason;
       }
+      tokens = event.usage?.completion_tokens ?? tokens;
       show(reason);
     }
     $("output").lastElementChild?.append(decoder.decode());
@@ -208,7 +229,7 @@ function step(event) {
   if (!way) return;
   const chosen = $("output").querySelector(".chosen");
   const next = chosen ? chosen[way] : $("output").firstElementChild;
-  if (next) {
+  if (next?.alternatives) {
     next.scrollIntoView({ block: "nearest" });
     showCard(next);
   }
