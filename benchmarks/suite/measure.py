@@ -16,7 +16,7 @@ from benchmarks.suite.events import Response
 from benchmarks.suite.machine import Machine, Others
 from benchmarks.suite.meters import Reading
 from benchmarks.suite.metrics import Objectives
-from benchmarks.suite.rows import COLD, Repeat, add_limits, blank_row, make_point, point_of, winner
+from benchmarks.suite.rows import COLD, Repeat, add_limits, blank_row, make_point, point_of
 from benchmarks.suite.schedule import Lengths, Planned, Planner, Schedule
 from benchmarks.suite.statistics import warm_from
 from benchmarks.suite.steps import WARM_UP_STEPS, Played, add_floors, backend_of, run_batch, steps_point
@@ -267,7 +267,7 @@ async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> No
     ]
     # All that was offered, in one hash, so that only sweeps of the same rates are compared.
     whole = Schedule("saturation", "highest rate sustained", {"rates": [each.sha256 for each in schedules]}, ())
-    run.add_point(whole, point_of(whole, rows, {SUSTAINED: best(summaries)}))
+    run.add_point(whole, point_of(whole, rows, ()) | {"winners": {SUSTAINED: best(summaries)}})
 
 
 async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: int) -> None:
@@ -286,6 +286,4 @@ async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: i
                 row["figures"][name].append(None if seconds is None else seconds * 1e3)
             if found and found.peak_rss_bytes:
                 row["peak_rss_bytes"] = max(row["peak_rss_bytes"] or 0, found.peak_rss_bytes)
-    clean = {name: row["figures"] for name, row in rows.items() if not row["errors"]}
-    winners = {name: winner(clean, name) for name in COLD}
-    run.add_point(schedule, point_of(schedule, list(rows.values()), winners))
+    run.add_point(schedule, point_of(schedule, list(rows.values()), COLD))

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.suite.metrics import LATENCIES
 from benchmarks.suite.pictures import Names, pair, shorter, steps_chart
-from benchmarks.suite.summary import needs, rankings
+from benchmarks.suite.summary import Ranking, needs, rankings
 from benchmarks.suite.tables import HEADS, Point, batch_of, columns, median_of, name_of, over_floor, remarks
 
 SHORT = HEADS | {
@@ -39,10 +39,26 @@ def summary(record: Mapping[str, Any]) -> str:
         shade, best = ("win", each.winner) if each.winner else ("none", "not told apart")
         order = ", ".join(f"{escape(name)}&nbsp;{shorter(value)}" for name, value in each.order[:_MOST_RANKED])
         rows.append(
-            (each.question, [f'<td class="text {shade}">{escape(best)}</td>', f'<td class="text">{order}</td>'])
+            (
+                each.question,
+                [f'<td class="text {shade}">{escape(best)}</td>', f'<td class="text">{order}</td>', *_second(each)],
+            )
         )
-    found = table(["best beyond the noise", "in order"], rows, "question", "asked") if rows else ""
-    return found + _needs(record)
+    if not rows:
+        return _needs(record)
+    note = (
+        "Ratios are medians over the pairs of repeats that stood beside each other, with 95 % intervals. The noise is "
+        "by how much such a median differs, at 95 %, where nothing does."
+    )
+    heads = ["best beyond the noise", "in order", "second / first", "noise"]
+    return f"{table(heads, rows, 'question', 'asked')}<p class='note'>{note}</p>{_needs(record)}"
+
+
+def _second(ranking: Ranking) -> list[str]:
+    if ranking.second is None:
+        return ["<td>once</td>" if ranking.figure.startswith("sustained") else "<td>too few repeats</td>", "<td></td>"]
+    ratio, low, high, noise = ranking.second
+    return [f"<td>{ratio:.2f} ({low:.2f} to {high:.2f})</td>", f"<td>{noise:.1%}</td>"]
 
 
 def _needs(record: Mapping[str, Any]) -> str:

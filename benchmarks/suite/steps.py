@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.decode import step_bytes
 from benchmarks.suite.roofline import floor_seconds, prefill_bytes, prompt_flops, token_flops
-from benchmarks.suite.rows import STEPS, blank_row, point_of, winner
+from benchmarks.suite.rows import STEPS, blank_row, point_of
 from benchmarks.suite.schedule import Planned, Schedule
 from benchmarks.suite.targets.base import Target
 from serving.backends.base import Backend
@@ -73,8 +73,7 @@ def steps_point(
             "outputs_sha256": hashlib.sha256(repeats[0][2].astype("<i8").tobytes()).hexdigest(),
             "differing_requests": {name: _differing(repeats, other) for name, other in others.items()},
         })  # fmt: skip
-    known = {str(row["target"]): row["figures"] for row in rows}
-    return point_of(schedule, rows, {name: winner(known, name) for name in STEPS})
+    return point_of(schedule, rows, STEPS)
 
 
 def add_floors(

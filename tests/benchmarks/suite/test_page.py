@@ -142,6 +142,11 @@ def test_the_summary_names_the_best_and_is_silent_within_the_noise(record):
     order = found["batch 2: a step, ms"].order
     assert [name for name, _ in order] == ["<quick> (stand-in)", "slow (stand-in)"]
     assert found["one at a time: first token, ms"].winner == "<quick> (stand-in)"
+    ratio, low, high, noise = found["one at a time: first token, ms"].second
+    assert low <= ratio <= high and ratio == pytest.approx(10) and noise == pytest.approx(0, abs=1e-6)
+    judged = record["points"][2]["judged"]["p50_ttft_ms"]
+    assert (judged["best"], judged["winner"]) == ("<quick>", "<quick>")
+    assert judged["over_best"]["slow"]["ratio"] == ratio
     rate = found["sustained, requests/s"]
     assert rate.order[0][0] == "<quick> (stand-in)" and rate.order[0][1] > rate.order[-1][1]
     # Nobody else has a cold start, so that nothing is ranked there.
