@@ -22,7 +22,7 @@ from serving.protocols.open_inference_signatures import GENERATE, InferRequest, 
 from serving.protocols.open_inference_tensors import TYPES, from_raw, to_raw
 from serving.protocols.tf_grpc import Timeout
 from serving.server.errors import failure_of
-from serving.server.grpc_calls import request_id
+from serving.server.grpc_calls import headers_of, request_id
 from serving.server.state import Server
 
 _CONTENTS: dict[str, tuple[str, Any]] = {
@@ -169,6 +169,7 @@ class OpenInference:
             outputs,
             self._timeout(context),
             request_id(),
+            headers_of(context),
         )
 
 

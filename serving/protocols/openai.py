@@ -28,7 +28,7 @@ from serving.server.errors import FieldError
 from serving.server.generation import submit, time_limit
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.state import Server
-from serving.server.tracing import start_span
+from serving.server.tracing import COMPLETION, start_span
 
 DEFAULT_MAX_TOKENS = 16
 LONG_TEXT = 2048
@@ -61,7 +61,7 @@ async def completions(request: Request) -> Response:
     run: Run | None = None
     try:
         generation.watch(request)
-        span = start_span("text_completion", request.headers, model.name)
+        span = start_span(COMPLETION, request.headers, model.name)
         run = Run(body, model, prompts, generation, request_id, span, request.state)
         first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
         if body.stream:

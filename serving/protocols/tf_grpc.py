@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,9 +15,10 @@ from serving.protocols.tf_rest import model_status
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Tensor, find, run
 from serving.server.errors import UnsupportedCallError
 from serving.server.generation import with_model
-from serving.server.grpc_calls import request_id
+from serving.server.grpc_calls import headers_of, request_id
 from serving.server.registry import ServedModel, State
 from serving.server.state import Server
+from serving.server.tracing import COMPLETION, start_span
 
 # tensorflow/core/framework/types.proto
 _NUMBERS = {"DT_FLOAT": 1, "DT_INT32": 3, "DT_STRING": 7, "DT_INT64": 9}
@@ -75,10 +77,11 @@ class TensorFlowServing:
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        limit, name_of_call = self._timeout(context), request_id()
+        limit, headers = self._timeout(context), headers_of(context)
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
-            return run(name, Call(model.engine, limit, name_of_call, self._server.settings.max_prompts), inputs)
+            span = functools.partial(start_span, COMPLETION, headers, model.name)
+            return run(name, Call(model.engine, limit, request_id(), self._server.settings.max_prompts, span), inputs)
 
         model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()

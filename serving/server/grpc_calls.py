@@ -22,11 +22,14 @@ def request_id() -> str:
     return _request_id.get()
 
 
+def headers_of(context: Any) -> dict[str, str]:
+    """The call's metadata that is text."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
 def _named(context: Any) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == _KEY and isinstance(value, str) and REQUEST_ID.match(value.encode()):
-            return value
-    return uuid.uuid4().hex
+    name = headers_of(context).get(_KEY, "")
+    return name if REQUEST_ID.match(name.encode()) else uuid.uuid4().hex
 
 
 def unary(
