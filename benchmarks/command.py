@@ -64,7 +64,7 @@ def bench() -> None:
               help="For grid; repeatable.")  # fmt: skip
 @click.option("--grid-output", "grid_outputs", multiple=True, type=click.IntRange(1), metavar="TOKENS",
               help="For grid; repeatable.")  # fmt: skip
-@click.option("--cold-starts", type=click.IntRange(1, 100), default=3, show_default=True,
+@click.option("--cold-starts", type=click.IntRange(1, 100), default=5, show_default=True,
               help="Fresh processes of each target, for cold-start.")  # fmt: skip
 @click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), metavar="PRICE",
               help="Of this machine, in any currency, for the cost of a million tokens.")  # fmt: skip

@@ -29,13 +29,14 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.clock import WallClock
     from benchmarks.suite.cold import ColdStart, cold_start
     from benchmarks.suite.machine import Machine
+    from benchmarks.suite.markdown import to_markdown
     from benchmarks.suite.measure import measure
     from benchmarks.suite.meters import Meters
     from benchmarks.suite.metrics import Objectives
     from benchmarks.suite.page import to_page
     from benchmarks.suite.schedule import save_schedules
     from benchmarks.suite.steps import is_static
-    from benchmarks.suite.tables import to_csv, to_markdown
+    from benchmarks.suite.tables import to_csv
     from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
     from serving.text_stream import load_tokenizer
 

@@ -102,7 +102,7 @@ async def measure(
     timeout: float = 300.0,
     machine: Machine | None = None,
     starter: Starter | None = None,
-    cold_starts: int = 3,
+    cold_starts: int = 5,
     sweep_seconds: float = 120.0,
     decode: Decode | None = None,
     say: Say = lambda line: None,

@@ -12,10 +12,11 @@ import pytest
 
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.judge import BudgetError, changes, check_baseline, check_budgets, compare, read_record
+from benchmarks.suite.markdown import to_markdown
 from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.schedule import Lengths, Planner
-from benchmarks.suite.tables import to_csv, to_markdown
+from benchmarks.suite.tables import to_csv
 from benchmarks.suite.targets.base import Answer
 from serving.errors import InputError, RuntimeMissingError
 
