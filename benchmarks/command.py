@@ -77,6 +77,8 @@ def bench() -> None:
 @click.option("--stand-in", "stand_ins", multiple=True, metavar="NAME", help="Mark a target as a stand-in.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON; with a "
               "scenario also .md, .csv and .html beside it.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="With a scenario: go on where a run of the same command was ended, by "
+              "what it has left beside --output; from the start if there is nothing.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one line of JSON at the end.")
 def run(
     bundle: Path,

@@ -89,7 +89,9 @@ def _opening(record: Mapping[str, Any]) -> str:
     limits = {name: value for name, value in settings["objectives"].items() if value is not None}
     good = ", ".join(f"{name} within {value * 1e3:g} ms" for name, value in limits.items())
     price, others = settings["price_per_hour"], record["others_cpu_share"]
+    sessions = record.get("sessions", ())
     sentences = [
+        f"Measured in {len(sessions)} runs, each point whole in one." if len(sessions) > 1 else "",
         "" if others is None else f"Other programs took {others:.0%} of the cores meanwhile.",
         drawn,
         client_overhead(record),

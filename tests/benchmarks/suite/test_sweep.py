@@ -11,8 +11,9 @@ from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.events import Response
 from benchmarks.suite.judge import BudgetError, check_budgets
 from benchmarks.suite.markdown import to_markdown
-from benchmarks.suite.measure import SUSTAINED, measure
+from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.resume import SUSTAINED
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.sweep import Pace, Standing, best, pace
 from benchmarks.suite.tables import to_csv
