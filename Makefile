@@ -57,7 +57,7 @@ serve-tfserving: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Ser
 bench: $(INSTALLED) ## Measure the bundle by every runtime in it: steps, requests, limits; a page in runs/bench/ (BUNDLE=).
 	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
 	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario all --rate 16 --sweep-from 32 --sweep-factor 1.5 --sweep-seconds 1.5 \
-		--sweep-limit 90 --output runs/bench/$$(basename "$(BUNDLE)").json
+		--sweep-limit 90 --resume --output runs/bench/$$(basename "$(BUNDLE)").json
 
 # Fewer requests and targets, and lower rates: all of it is to end in ten minutes on two cores.
 bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights; a page in runs/bench/.
@@ -65,7 +65,7 @@ bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights;
 	$(BIN)/gpt2-bundle bench "$(OUTPUT)/gpt2-geometry" --target ort/fp32 --target ort/int8 --target ort/int4 --target savedmodel \
 		--target server=ort/int8 --scenario steps --scenario single --scenario offline --scenario concurrency --clients 4 \
 		--scenario saturation --sweep-from 2 --sweep-factor 2 --sweep-seconds 4 --sweep-limit 110 --scenario cold-start \
-		--requests 8 --output runs/bench/gpt2-geometry.json
+		--requests 8 --resume --output runs/bench/gpt2-geometry.json
 
 bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
 	$(BIN)/python -m benchmarks.prepare --work runs/bench-prepare --memory 100 --memory 500

@@ -64,7 +64,7 @@ def bench() -> None:
               help="For grid; repeatable.")  # fmt: skip
 @click.option("--grid-output", "grid_outputs", multiple=True, type=click.IntRange(1), metavar="TOKENS",
               help="For grid; repeatable.")  # fmt: skip
-@click.option("--cold-starts", type=click.IntRange(1, 100), default=3, show_default=True,
+@click.option("--cold-starts", type=click.IntRange(1, 100), default=5, show_default=True,
               help="Fresh processes of each target, for cold-start.")  # fmt: skip
 @click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), metavar="PRICE",
               help="Of this machine, in any currency, for the cost of a million tokens.")  # fmt: skip
@@ -77,6 +77,8 @@ def bench() -> None:
 @click.option("--stand-in", "stand_ins", multiple=True, metavar="NAME", help="Mark a target as a stand-in.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON; with a "
               "scenario also .md, .csv and .html beside it.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="With a scenario: go on where a run of the same command was ended, by "
+              "what it has left beside --output; from the start if there is nothing.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one line of JSON at the end.")
 def run(
     bundle: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from serving.errors import InputError
 from serving.suggest import did_you_mean
 
 if TYPE_CHECKING:
+    from benchmarks.suite.resume import Earlier
     from benchmarks.suite.schedule import Planned, Schedule
     from benchmarks.suite.targets.base import Target
     from serving.bundle import Bundle
@@ -29,14 +31,16 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.clock import WallClock
     from benchmarks.suite.cold import ColdStart, cold_start
     from benchmarks.suite.machine import Machine
+    from benchmarks.suite.markdown import to_markdown
     from benchmarks.suite.measure import measure
     from benchmarks.suite.meters import Meters
     from benchmarks.suite.metrics import Objectives
     from benchmarks.suite.page import to_page
     from benchmarks.suite.schedule import save_schedules
     from benchmarks.suite.steps import is_static
-    from benchmarks.suite.tables import to_csv, to_markdown
+    from benchmarks.suite.tables import to_csv
     from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
+    from serving.manifest import MANIFEST_NAME
     from serving.text_stream import load_tokenizer
 
     schedules = _schedules(bundle, asked)
@@ -64,6 +68,20 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     async def start(target: Target, request: Planned) -> ColdStart | None:
         return await cold_start(target, bundle, asked["max_batch"], request)
 
+    about = {"bundle": bundle.manifest.name, "manifest_sha256": _sha256(bundle.folder / MANIFEST_NAME)}
+    unfinished = output.with_name(f"{output.name}.unfinished") if output is not None else None
+    earlier = _unfinished(unfinished, about) if asked["resume"] else None
+    is_kept = False
+
+    def keep(record: dict[str, Any]) -> None:
+        nonlocal is_kept
+        if unfinished is not None:
+            draft = unfinished.with_name(f"{unfinished.name}.draft")
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps(about | record) + "\n", encoding="utf-8")
+            draft.replace(unfinished)
+            is_kept = True
+
     async def work() -> dict[str, Any]:
         clock = WallClock()
         overhead = await client_overhead(clock) if _has_server(names) else None
@@ -80,11 +98,18 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
             cold_starts=asked["cold_starts"],
             sweep_seconds=asked["sweep_limit"],
             decode=lambda ids: str(tokenizer.decode(list(ids))),
+            earlier=earlier,
+            keep=keep,
             say=lambda line: click.echo(line, err=True),
         )
         return record | {"client_overhead_ms": overhead}
 
-    record = {"bundle": bundle.manifest.name} | asyncio.run(work())
+    try:
+        record = about | asyncio.run(work())
+    except BaseException:
+        if is_kept:
+            click.echo(f"{unfinished} keeps what was measured; the same command with --resume goes on", err=True)
+        raise
     click.echo(to_markdown(record))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +117,29 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
         output.with_suffix(".csv").write_text(to_csv(record), encoding="utf-8")
         output.with_suffix(".html").write_bytes(to_page(record))
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps(record))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _unfinished(path: Path | None, about: Mapping[str, str]) -> Earlier | None:
+    """What a run that was ended has left for --output, or None if there is nothing."""
+    from benchmarks.suite.judge import read_record
+    from benchmarks.suite.resume import Earlier
+
+    if path is None:
+        raise InputError("--resume goes on with the record of --output; pass that too")
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if any(record.get(name) != value for name, value in about.items()):
+        raise InputError(f"{path} is of another bundle; delete it, or pass no --resume")
+    return Earlier(record)
 
 
 def _has_server(names: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from benchmarks.suite.events import Response
 from benchmarks.suite.machine import Machine, Others
 from benchmarks.suite.meters import Reading
 from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.resume import SUSTAINED, Earlier, most_of, session, whole_sweep
 from benchmarks.suite.rows import COLD, Repeat, add_limits, blank_row, make_point, point_of
 from benchmarks.suite.schedule import Lengths, Planned, Planner, Schedule
 from benchmarks.suite.statistics import warm_from
@@ -26,7 +27,6 @@ from serving.bundle import Geometry
 from serving.errors import GPT2BundleError
 
 SCHEMA = "gpt2-bundle-bench/1"
-SUSTAINED = "sustained_requests_per_second"
 _WARM_UP_ROUND, _WARM_UP_MOST = 10, 60
 # A request of a sweep: what takes longer is far behind already, and the sweep must end.
 _SWEEP_TIMEOUT = 30.0
@@ -34,6 +34,7 @@ _SWEEP_TIMEOUT = 30.0
 _PAUSE = 0.1
 Say = Callable[[str], None]
 Decode = Callable[[Sequence[int]], str]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -50,6 +51,8 @@ class _Run:
     played: list[tuple[Schedule, dict[str, list[Repeat]]]] = field(default_factory=list)
     plays: int = 0
     decode: Decode | None = None
+    # How many of `points` have their floors.
+    limited: int = 0
 
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
         await self.rest()
@@ -84,9 +87,24 @@ class _Run:
         self, schedule: Schedule, point: dict[str, Any], played: dict[str, list[Repeat]] | None = None
     ) -> None:
         self.points.append(point)
-        self.played.append((schedule, played or {}))
+        self.played.append((schedule, {} if played is None else played))
+
+    def add_limits(self, geometry: Geometry | None, first: int) -> None:
+        """Put floors, by the machine's rates so far, into the points from the `first` on that this run has measured."""
+        bandwidth, rate = self.machine.rates()
+        precisions = {target.name: target.precision for target in self.targets}
+        self.limited = len(self.points)
+        for point, (schedule, played) in list(zip(self.points, self.played, strict=True))[first:]:
+            if geometry is None or played is _NOT_HERE:
+                continue
+            if point["scenario"] == "steps":
+                add_floors(point, schedule.requests, precisions, geometry, bandwidth, rate)
+            else:
+                add_limits(point, played, precisions, geometry, bandwidth, rate)
 
 
+# Whose requests an earlier run has seen, and this one has not.
+_NOT_HERE: dict[str, list[Repeat]] = {}
 Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
 
 
@@ -102,9 +120,11 @@ async def measure(
     timeout: float = 300.0,
     machine: Machine | None = None,
     starter: Starter | None = None,
-    cold_starts: int = 3,
+    cold_starts: int = 5,
     sweep_seconds: float = 120.0,
     decode: Decode | None = None,
+    earlier: Earlier | None = None,
+    keep: Keep | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
@@ -112,12 +132,37 @@ async def measure(
     A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
     The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
-    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone.
+    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone. What `earlier` has is
+    not measured again; `keep` is given the record so far behind each schedule or sweep. Raises InputError where
+    `earlier` is of other settings, targets, versions or another machine.
     """
     machine = machine or Machine()
     idle = machine.meters.idle(5.0) if machine.meters is not None else None
-    entries = []
+    entries: list[dict[str, Any]] = []
     run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
+    about = environment()
+    settings = {
+        "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
+        "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
+    }  # fmt: skip
+
+    if earlier is not None:
+        earlier.check(settings, about, [*(target.name for target in targets), *(missing or ())])
+
+    def so_far() -> dict[str, Any]:
+        sessions = [*(earlier.sessions if earlier else ()), session(about, machine.rates(), others.share())]
+        return {
+            "schema": SCHEMA,
+            "environment": about,
+            "settings": settings,
+            "sessions": sessions,
+            **most_of(sessions),
+            "energy": machine.energy(idle),
+            "targets": entries,
+            "not_measured": missing or {},
+            "points": run.points,
+        }
+
     try:
         for target in list(targets):
             say(f"{target.name}: loading")
@@ -130,46 +175,43 @@ async def measure(
                 "name": target.name, "label": target.label, "precision": target.precision,
                 "stand_in": target.stand_in, "load_seconds": loaded, **warm,
             })  # fmt: skip
+        if earlier is not None:
+            earlier.check_started([target.name for target in targets])
         others = Others([process for process in (target.pid() for target in targets) if process is not None])
-        for scenario, group in itertools.groupby(schedules, key=lambda schedule: schedule.scenario):
-            if scenario == "saturation":
-                await _sweep(run, list(group), sweep_seconds)
-            elif scenario == "cold-start":
-                for schedule in group:
-                    await _cold(run, schedule, starter, cold_starts)
-            elif scenario == "steps":
-                for schedule in group:
-                    await _steps(run, schedule, repeats)
+        for part in _parts(schedules):
+            known = earlier.points(part) if earlier is not None else None
+            if known is not None:
+                say(f"{part[0].scenario}, {part[0].point}: is there already")
+                for point in known:
+                    run.add_point(part[0], point, _NOT_HERE)
+                continue
+            if part[0].scenario == "saturation":
+                await _sweep(run, part, sweep_seconds)
+            elif part[0].scenario == "cold-start":
+                await _cold(run, part[0], starter, cold_starts)
+            elif part[0].scenario == "steps":
+                await _steps(run, part[0], repeats)
             else:
-                for schedule in group:
-                    await _repeat(run, schedule, repeats)
-        share = others.share()
+                await _repeat(run, part[0], repeats)
+            if keep is not None:
+                run.add_limits(geometry, run.limited)
+                keep(so_far())
+        record = so_far()
     finally:
         for target in targets:
             await target.stop()
-    bandwidth, rate = machine.rates()
-    if geometry is not None:
-        precisions = {target.name: target.precision for target in targets}
-        for point, (schedule, played) in zip(run.points, run.played, strict=True):
-            if point["scenario"] == "steps":
-                add_floors(point, schedule.requests, precisions, geometry, bandwidth, rate)
-            else:
-                add_limits(point, played, precisions, geometry, bandwidth, rate)
-    return {
-        "schema": SCHEMA,
-        "environment": environment(),
-        "settings": {
-            "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
-            "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
-        },
-        "read_bandwidth_bytes_per_second": bandwidth,
-        "fp32_flops_per_second": rate,
-        "others_cpu_share": share,
-        "energy": machine.energy(idle),
-        "targets": entries,
-        "not_measured": missing or {},
-        "points": run.points,
-    }  # fmt: skip
+    # Anew, since the machine's best may have come late.
+    run.add_limits(geometry, 0)
+    return record
+
+
+def _parts(schedules: Sequence[Schedule]) -> Iterator[list[Schedule]]:
+    """What is measured as one: a schedule, or those of a sweep."""
+    for scenario, group in itertools.groupby(schedules, key=lambda schedule: schedule.scenario):
+        if scenario == "saturation":
+            yield list(group)
+        else:
+            yield from ([schedule] for schedule in group)
 
 
 async def _starts(target: Target, targets: list[Target], missing: dict[str, str] | None) -> bool:
@@ -265,8 +307,7 @@ async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> No
         blank_row(target, {SUSTAINED: [summaries[target.name]["sustained"]]}) | {"sweep": summaries[target.name]}
         for target in run.targets
     ]
-    # All that was offered, in one hash, so that only sweeps of the same rates are compared.
-    whole = Schedule("saturation", "highest rate sustained", {"rates": [each.sha256 for each in schedules]}, ())
+    whole = whole_sweep(schedules)
     run.add_point(whole, point_of(whole, rows, ()) | {"winners": {SUSTAINED: best(summaries)}})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from benchmarks.suite.parts import SHORT, cell, details, remarks_of, static_batches, summary, table
+from benchmarks.suite.parts import SHORT, cell, details, in_short, remarks_of, static_batches, summary, table
 from benchmarks.suite.pictures import Names, cdf, grid_table, latency_throughput, roofline, shorter, timelines
 from benchmarks.suite.tables import (
     Point,
@@ -41,15 +41,16 @@ th:first-child, td:first-child, .text { text-align: left; }
 th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
 td.win { background: var(--win); font-weight: 600; }
 .none { color: var(--soft); } .note { font-size: 13px; color: var(--soft); }
-.legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
-@media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } }
+.legend { background: var(--paper); padding: .4rem 0; font-size: 13px; position: sticky; top: 0; z-index: 1; }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
-.asked td, .asked th { vertical-align: top; white-space: normal; }
+.asked td, .asked th { vertical-align: top; white-space: normal; } .asked td.one { white-space: nowrap; }
+.brief td.text { min-width: 7.5rem; } .brief td:first-child { min-width: 7rem; }
 .heat td, .heat th { text-align: center; } td.text { white-space: normal; min-width: 12rem; }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }
 @media (max-width: 40rem) { th, td { padding: .2rem .4rem; font-size: 13px; } body { margin: 1rem auto; }
+  .legend { font-size: 11px; line-height: 1.4; } .legend b { margin-right: .5rem; } .legend svg { width: 18px; }
   .asked td:first-child { min-width: 6.5rem; } .asked td.text { min-width: 5.5rem; } }
 """
 
@@ -57,8 +58,8 @@ figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bot
 def to_page(record: Mapping[str, Any]) -> bytes:
     """The whole page, UTF-8."""
     names: Names = {target["name"]: place for place, target in enumerate(record["targets"])}
-    parts = [_opening(record), legend([name_of(each | {"target": each["name"]}) for each in record["targets"]])]
-    parts.append(section("In short", summary(record)))
+    parts = [_opening(record), section("In short", in_short(record)), section("Question by question", summary(record))]
+    parts.append(legend([name_of(each | {"target": each["name"]}) for each in record["targets"]]))
     parts.append(section("Latency and throughput", latency_throughput(record, names)))
     for scenario, points in groups(record):
         title = _TITLES.get(scenario, scenario)
@@ -88,7 +89,9 @@ def _opening(record: Mapping[str, Any]) -> str:
     limits = {name: value for name, value in settings["objectives"].items() if value is not None}
     good = ", ".join(f"{name} within {value * 1e3:g} ms" for name, value in limits.items())
     price, others = settings["price_per_hour"], record["others_cpu_share"]
+    sessions = record.get("sessions", ())
     sentences = [
+        f"Measured in {len(sessions)} runs, each point whole in one." if len(sessions) > 1 else "",
         "" if others is None else f"Other programs took {others:.0%} of the cores meanwhile.",
         drawn,
         client_overhead(record),

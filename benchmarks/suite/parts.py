@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from benchmarks.suite.answers import Answer, answers, differing
 from benchmarks.suite.metrics import LATENCIES
 from benchmarks.suite.pictures import Names, pair, shorter, steps_chart
 from benchmarks.suite.summary import Ranking, needs, rankings
@@ -21,7 +22,7 @@ SHORT = HEADS | {
     "cold_load_ms": "until ready",
     "cold_first_token_ms": "until the first token",
 }
-TEXTS = ("why it fails", "what it is", "best beyond the noise", "in order")
+TEXTS = ("why it fails", "what it is", "best beyond the noise", "in order", "take", "which gives")
 _LATENCIES = {
     "ttft": "first token",
     "inter_token": "between tokens",
@@ -32,23 +33,53 @@ _LATENCIES = {
 _MOST_RANKED = 3
 
 
+def in_short(record: Mapping[str, Any]) -> str:
+    """What to take for what, with the figures that one would quote, and whether all gave the same tokens."""
+    every = answers(record)
+    if not every:
+        return ""
+    columns_of = {
+        "weights": [escape(each.precision or "not known") for each in every],
+        "first token, ms": [shorter(each.first_token_ms, "") for each in every],
+        "between tokens, ms": [shorter(each.between_tokens_ms, "") for each in every],
+        "between tokens / floor": [shorter(each.over_floor, "") for each in every],
+        "tokens/s": [shorter(each.tokens_per_second, "") for each in every],
+        "peak memory, MiB": [shorter(each.memory_bytes and each.memory_bytes / 2**20, "") for each in every],
+        "J/token": [shorter(each.joules_per_token, "") for each in every],
+    }
+    shown = {head: cells for head, cells in columns_of.items() if any(cells)}
+    rows = []
+    for place, each in enumerate(every):
+        gives = f'<td class="text">{shorter(each.value)}&nbsp;{escape(each.unit)}</td>'
+        rows.append((each.use, [_taken(each), gives, *(f"<td>{cells[place]}</td>" for cells in shown.values())]))
+    outputs = differing(record)
+    fewer = " What fewer bits cost in quality, the bundle's README.md says." if outputs else ""
+    notes = [
+        "Where several are named, they are not told apart, and the figures are the first's. Of latencies, medians.",
+        f"{outputs}.{fewer}" if outputs else "All gave the same tokens.",
+    ]
+    said = "".join(f"<p class='note'>{escape(note)}</p>" for note in notes)
+    return table(["take", "which gives", *shown], rows, "for", "asked brief") + said
+
+
+def _taken(answer: Answer) -> str:
+    also = f"<br>or {escape(answer.others)}" if answer.others else ""
+    return f'<td class="text {"none" if also else "win"}"><b>{escape(answer.targets[0])}</b>{also}</td>'
+
+
 def summary(record: Mapping[str, Any]) -> str:
-    """Who is best at what, and what each target needs."""
+    """Who is best at each question, by how much, and what each target needs."""
     rows = []
     for each in rankings(record):
         shade, best = ("win", each.winner) if each.winner else ("none", "not told apart")
         order = ", ".join(f"{escape(name)}&nbsp;{shorter(value)}" for name, value in each.order[:_MOST_RANKED])
-        rows.append(
-            (
-                each.question,
-                [f'<td class="text {shade}">{escape(best)}</td>', f'<td class="text">{order}</td>', *_second(each)],
-            )
-        )
+        cells = [f'<td class="text {shade}">{escape(best)}</td>', f'<td class="text">{order}</td>', *_second(each)]
+        rows.append((each.question, cells))
     if not rows:
         return _needs(record)
     note = (
-        "Ratios are medians over the pairs of repeats that stood beside each other, with 95 % intervals. The noise is "
-        "by how much such a median differs, at 95 %, where nothing does."
+        "Ratios are medians over the pairs of repeats that stood beside each other, with 95&nbsp;% intervals. The "
+        "noise is by how much such a median differs, at 95&nbsp;%, where nothing does."
     )
     heads = ["best beyond the noise", "in order", "second / first", "noise"]
     return f"{table(heads, rows, 'question', 'asked')}<p class='note'>{note}</p>{_needs(record)}"
@@ -58,7 +89,7 @@ def _second(ranking: Ranking) -> list[str]:
     if ranking.second is None:
         return ["<td>once</td>" if ranking.figure.startswith("sustained") else "<td>too few repeats</td>", "<td></td>"]
     ratio, low, high, noise = ranking.second
-    return [f"<td>{ratio:.2f} ({low:.2f} to {high:.2f})</td>", f"<td>{noise:.1%}</td>"]
+    return [f'<td class="one">{ratio:.2f} ({low:.2f} to {high:.2f})</td>', f"<td>{noise:.1%}</td>"]
 
 
 def _needs(record: Mapping[str, Any]) -> str:

@@ -19,11 +19,12 @@ _PHASES = (("waits", "var(--faint)"), ("reads the prompt", "var(--c1)"), ("makes
 
 
 def latency_throughput(record: Mapping[str, Any], names: Names) -> str:
-    """Latency over throughput, a curve a target: over the rates of a sweep, and over numbers of clients."""
+    """A curve a target: latency over the rates of a sweep, and over the throughput of numbers of clients."""
     drawn = []
-    for scenario, across in (
-        ("saturation", "Rising rates"),
-        ("concurrency", "Clients"),
+    for scenario, across, label in (
+        # Over what was offered: past saturation what is achieved falls again, and curves over it cross themselves.
+        ("saturation", "Rising rates", "requests a second offered"),
+        ("concurrency", "Clients", "tokens a second"),
     ):
         points = [
             point for point in record["points"] if point["scenario"] == scenario and "p50_e2e_ms" in point["winners"]
@@ -36,11 +37,15 @@ def latency_throughput(record: Mapping[str, Any], names: Names) -> str:
             curves: dict[str, Points] = {}
             for name in names:
                 rows = [row for point in points for row in point["rows"] if row["target"] == name]
-                pairs = [(median_of(row, "output_tokens_per_second"), median_of(row, figure)) for row in rows]
+                pairs = [(_load(row), median_of(row, figure)) for row in rows]
                 curves[name] = [(x, y) for x, y in pairs if x is not None and y is not None]
-            axes = Axis("tokens a second", is_log=True), Axis(is_log=True)
+            axes = Axis(label, is_log=True), Axis(is_log=True)
             drawn.append(_figure(f"{across}: {latency}, ms", curves, names, *axes, dots=True))
     return pair(drawn)
+
+
+def _load(row: Mapping[str, Any]) -> float | None:
+    return float(row["pace"]["offered"]) if "pace" in row else median_of(row, "output_tokens_per_second")
 
 
 def steps_chart(points: Sequence[Point], figure: str, names: Names) -> str:
@@ -152,20 +157,13 @@ def grid_table(points: Sequence[Point]) -> str:
     return f'<p class="note">{note}</p>{pair(drawn)}'
 
 
-def shorter(value: float | None) -> str:
-    """Three digits that count, or "none"."""
+def shorter(value: float | None, nothing: str = "none") -> str:
+    """Three digits that count, or `nothing`."""
     if value is None:
-        return "none"
+        return nothing
     size = abs(value)
-    return (
-        f"{value:,.0f}"
-        if size >= 100
-        else f"{value:.1f}"
-        if size >= 10
-        else f"{value:.2f}"
-        if size >= 0.1
-        else f"{value:.3g}"
-    )
+    digits = ",.0f" if size >= 100 else ".1f" if size >= 10 else ".2f" if size >= 0.1 else ".3g"
+    return format(value, digits)
 
 
 def _figure(title: str, curves: Mapping[str, Points], names: Names, x: Axis, y: Axis, **how: Any) -> str:

@@ -52,7 +52,23 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
         [point["schedule_sha256"] for point in json.loads(path.read_text())["points"]] for path in (output, again)
     ]
     assert hashes[0] == hashes[1]
-    capfd.readouterr()
+
+    left = output.with_name("r.json.unfinished")
+    assert not left.exists()
+    left.write_text(json.dumps(record | {"points": record["points"][:1]}))
+    limit = ["--slo-e2e", "10000", "--resume", "--output", str(output)]
+    assert run([*command, "--schedule", str(schedule), *limit]) == 0
+    assert "single, one at a time: is there already" in capfd.readouterr().err
+    resumed = json.loads(output.read_text())
+    assert resumed["points"][0] == record["points"][0] and resumed["points"][1:] != record["points"][1:]
+    assert len(resumed["points"]) == 3 and len(resumed["sessions"]) == 2 and not left.exists()
+    assert "Measured in 2 runs" in output.with_suffix(".html").read_text()
+    left.write_text(json.dumps(record | {"manifest_sha256": "0"}))
+    fails([*command, "--schedule", str(schedule), *limit], 2, "of another bundle")
+    left.write_text(json.dumps(record | {"targets": []}))
+    fails([*command, "--schedule", str(schedule), *limit], 2, "other targets; delete it")
+    fails([*command, "--scenario", "single", "--resume"], 2, "--output")
+    left.unlink()
     assert run(["bench", "compare", str(output), str(again)]) == 0
     assert "too few repeats" in capfd.readouterr().out
     assert run(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=60000"]) == 0

@@ -12,10 +12,12 @@ import pytest
 
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.judge import BudgetError, changes, check_baseline, check_budgets, compare, read_record
+from benchmarks.suite.markdown import to_markdown
 from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.resume import Earlier
 from benchmarks.suite.schedule import Lengths, Planner
-from benchmarks.suite.tables import to_csv, to_markdown
+from benchmarks.suite.tables import to_csv
 from benchmarks.suite.targets.base import Answer
 from serving.errors import InputError, RuntimeMissingError
 
@@ -71,6 +73,53 @@ def test_every_figure_is_right_within_one_percent():
     assert server["requests_per_second"] == pytest.approx([20 / 2.2] * 7, rel=0.01)
     assert server["input_tokens_per_second"] == pytest.approx([80 / 2.2] * 7, rel=0.01)
     json.dumps(made, allow_nan=False)
+
+
+class Breaks(Known):
+    """Ends the whole run with its request of this number."""
+
+    def __init__(self, name, at):
+        super().__init__(name)
+        self.left = at
+
+    async def send(self, request):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return await super().send(request)
+
+
+def test_a_run_that_was_ended_goes_on_with_what_is_whole():
+    planner, lengths = Planner(range(50), 48), (Lengths(4, 4), Lengths(11, 11))
+    sweep = planner.saturation(*lengths, start=2, factor=2, seconds=2, rates=4, arrivals="constant")
+    schedules = [planner.single(5, *lengths), *sweep, planner.offline(5, *lengths)]
+    kept = []
+
+    def measured(target, repeats=5, **how):
+        return run_virtual(measure([target], schedules, CLOCK, repeats=repeats, objectives=Objectives(), **how))
+
+    # It goes in the sweep, which is begun anew, as no target may have left it by halves.
+    with pytest.raises(KeyboardInterrupt):
+        measured(Breaks("a", 100), keep=lambda made: kept.append(copy.deepcopy(made)))
+    assert [[point["point"] for point in made["points"]] for made in kept] == [["one at a time"]]
+    whole = measured(Known("a"), keep=lambda made: kept.append(copy.deepcopy(made)))
+    assert [len(made["points"]) for made in kept] == [1, 1, 6, 7]
+
+    asked = Breaks("a", 10**6)
+    again = measured(asked, earlier=Earlier(kept[2]))
+    # Only all at once was asked for, five times, behind ten or more requests to warm up.
+    assert 5 * 5 + 10 <= 10**6 - asked.left <= 5 * 5 + 60
+    assert [point["schedule_sha256"] for point in again["points"]] == [
+        point["schedule_sha256"] for point in whole["points"]
+    ]
+    assert again["points"][:6] == whole["points"][:6] and len(again["sessions"]) == 2
+    for change, words in (({"repeats": 6}, "other settings;"), ({"name": "b"}, "other targets;")):
+        target = Known(change.pop("name", "a"))
+        with pytest.raises(InputError, match=words):
+            measured(target, earlier=Earlier(kept[2]), **change)
+    elsewhere = kept[2] | {"environment": kept[2]["environment"] | {"cpu": "another", "versions": {}}}
+    with pytest.raises(InputError, match="other machine and versions; delete it, or pass no --resume"):
+        measured(Known("a"), earlier=Earlier(elsewhere))
 
 
 def test_two_alike_have_no_winner_and_ten_percent_have_one():

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 from benchmarks.decode import step_bytes
+from benchmarks.suite.answers import answers, differing
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.cold import ColdStart
 from benchmarks.suite.machine import Machine
+from benchmarks.suite.markdown import to_markdown
 from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.page import to_page
 from benchmarks.suite.roofline import prompt_flops, token_flops
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.summary import needs, rankings
-from benchmarks.suite.tables import to_markdown
 from benchmarks.suite.targets.base import TargetError
 from tests.benchmarks.suite.test_roofline import GEOMETRY
 from tests.benchmarks.suite.test_sweep import Queue
@@ -86,7 +87,7 @@ def record():
 
 def test_every_scenario_is_on_the_page_and_it_stands_alone(record):
     page = to_page(record).decode()
-    for heading in ("In short", "The graph alone, by batch", "Latency and throughput",
+    for heading in ("In short", "Question by question", "The graph alone, by batch", "Latency and throughput",
                     "One request at a time", "All at once", "Requests that wait for nobody",
                     "Several clients: 4 clients", "Rising rates", "Prompt and output lengths", "Cold starts",
                     "How far from the machine"):  # fmt: skip
@@ -134,6 +135,45 @@ def test_steps_are_of_graphs_here_with_floors_of_the_whole_batch(record):
     )
     assert slow["roofline"]["decode"]["intensity"] == pytest.approx(2 * token_flops(GEOMETRY, 5.5) / read)
     assert slow["floor_inter_token_ms"] > one["rows"][1]["floor_inter_token_ms"]
+
+
+def test_the_page_begins_with_what_to_take_and_its_figures(record):
+    found = {each.use: each for each in answers(record)}
+    # Nobody else has a cold start or a process of its own, so that nothing is best in those.
+    assert [use.split(":")[0] for use in found] == [
+        "one at a time",
+        "4 a second, poisson",
+        "most tokens",
+        "highest rate kept up with",
+    ]
+    alone, kept = found["one at a time"], found["highest rate kept up with"]
+    assert alone.targets == ("<quick> (stand-in)",) and alone.others == ""
+    assert (alone.value, alone.first_token_ms, alone.between_tokens_ms) == pytest.approx((10, 2, 2))
+    assert alone.tokens_per_second == pytest.approx(500) and alone.memory_bytes == 64 << 20
+    assert alone.over_floor == pytest.approx(2 / record["points"][2]["rows"][0]["floor_inter_token_ms"])
+    # One of 0.01 s keeps up with 64 a second and not with 128.
+    assert (kept.value, kept.unit) == (64, "requests/s")
+    assert differing(record) == "OUTPUTS DIFFER at steps, batch 1; steps, batch 2"
+    page, text = to_page(record).decode(), to_markdown(record)
+    assert page.index("10.0&nbsp;ms a request") < page.index("Question by question")
+    assert text.index("10.00 ms a request") < text.index("### steps")
+
+
+def test_what_is_not_told_apart_from_the_best_is_named_with_it():
+    def row(name, values):
+        empty = {figure: [1.0] * 5 for figure in ("p50_ttft_ms", "p50_inter_token_ms", "output_tokens_per_second")}
+        return {
+            "target": name, "stand_in": name == "d", "errors": [], "all_counted": True, "peak_rss_bytes": None,
+            "floor_inter_token_ms": None, "differing_requests": {}, "figures": empty | {"p50_e2e_ms": values},
+        }  # fmt: skip
+
+    noisy = [10.0, 12.0, 9.0, 11.0, 10.5]
+    rows = [row("worst", [30.0] * 5)] + [row(name, noisy[place:] + noisy[:place]) for place, name in enumerate("abcde")]
+    point = {"scenario": "single", "point": "one at a time", "rows": rows}
+    targets = [{"name": each["target"], "stand_in": each["stand_in"], "precision": "fp32"} for each in rows]
+    (found,) = answers({"points": [point], "targets": targets})
+    assert sorted(found.targets) == ["a", "b", "c", "d (stand-in)", "e"]
+    assert found.others.endswith(", and 1 more") and found.memory_bytes is None
 
 
 def test_the_summary_names_the_best_and_is_silent_within_the_noise(record):

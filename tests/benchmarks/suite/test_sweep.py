@@ -10,11 +10,13 @@ import pytest
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.events import Response
 from benchmarks.suite.judge import BudgetError, check_budgets
-from benchmarks.suite.measure import SUSTAINED, measure
+from benchmarks.suite.markdown import to_markdown
+from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
+from benchmarks.suite.resume import SUSTAINED
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.sweep import Pace, Standing, best, pace
-from benchmarks.suite.tables import to_csv, to_markdown
+from benchmarks.suite.tables import to_csv
 from benchmarks.suite.targets.base import Answer, TargetError
 from serving.errors import InputError
 
@@ -86,7 +88,7 @@ def test_the_highest_rate_below_the_capacity_is_found(arrivals):
     there = [{row["target"] for row in point["rows"]} for point in record["points"][:-1]]
     assert there == [{"a", "b"}] * 6 + [{"a"}] * 3
     text = to_markdown(record)
-    assert text.count("###") == 1 and f"| a (stand-in) | **{8:.2f}** | 11.31 |" in text
+    assert text.count("### saturation") == 1 and f"| a (stand-in) | **{8:.2f}** | 11.31 |" in text
     assert "highest rate sustained,a,True,sustained_requests_per_second,0,8" in to_csv(record)
 
 
