@@ -63,6 +63,11 @@ class LogprobsWriter:
         self._pieces.append((name, own, top, self.offset))
         self.offset += len(self._decoder.decode(data)) if data or not in_prompt else len(name)
 
+    @property
+    def pending(self) -> bool:
+        """Whether `take` has anything to give."""
+        return bool(self._pieces)
+
     def take(self) -> dict[str, Any]:
         """What was added, as the field `logprobs` of a choice."""
         pieces, self._pieces = self._pieces, []

@@ -49,13 +49,12 @@ class Run:
         ]
         self.cached = 0
         self.eos_token_id = engine.eos_token_id
-        identity = self.model.bundle.manifest.tokenizer.id.removeprefix("sha256:")[:8]
         self.frame: dict[str, Any] = {
             "id": f"cmpl-{self.request_id}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": self.model.name,
-            "system_fingerprint": f"v{self.model.version}-{identity}",
+            "system_fingerprint": f"v{self.model.version}-{self.model.fingerprint}",
         }
 
     def take(self, batch: list[tuple[int, Event]]) -> list[ChoiceState]:
@@ -122,12 +121,16 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
     chunk's JSON from scratch takes several times as long as the rest of a token's way.
     """
     head = b"data: " + json.dumps(run.frame)[:-1].encode() + b', "choices": ['
-    with_usage = run.body.stream_options is not None and bool(run.body.stream_options.include_usage)
+    options = run.body.stream_options
+    with_usage = options is not None and bool(options.include_usage)
+    continuous = with_usage and options is not None and bool(options.continuous_usage_stats)
     tail = b'], "usage": null}\n\n' if with_usage else b"]}\n\n"
     ended_by: BaseException | None = None
     try:
         while changed:
             pieces = [_chunk(choice) for choice in changed if _has_news(choice)]
+            if continuous:
+                tail = b'], "usage": ' + json.dumps(run.usage()).encode() + b"}\n\n"
             if pieces:
                 yield b"".join(part for piece in pieces for part in (head, piece, tail))
             changed = run.take(await run.generation.next())
@@ -149,7 +152,8 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
 
 def _has_news(choice: ChoiceState) -> bool:
     """Whether there is anything to send: a token may have no text yet, or none at all."""
-    return bool(choice.text or choice.writer or choice.finish_reason or choice.ids)
+    scored = choice.writer is not None and choice.writer.pending
+    return bool(choice.text or choice.finish_reason or choice.ids or scored)
 
 
 def _chunk(choice: ChoiceState) -> bytes:

@@ -69,6 +69,9 @@ class StreamOptions(RequestBody):
     """What a stream carries beside its text."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that has no choices but the usage.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: each chunk has the usage up to it, as with vLLM."
+    )
 
 
 class CompletionRequest(RequestBody):
@@ -184,7 +187,7 @@ class Completion(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: str = Field(description="The version and the first digits of the bundle's identity.")
+    system_fingerprint: str = Field(description="The version, and a hash of the bundle's files.")
     choices: list[Choice]
     usage: Usage | None = None
 

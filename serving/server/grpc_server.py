@@ -51,6 +51,7 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
     try:
         import grpc
 
+        from serving.protocols import grpc_health
         from serving.protocols.open_inference_grpc import OpenInference
         from serving.protocols.open_inference_messages import INFERENCE_SERVICE
         from serving.protocols.tf_grpc import TensorFlowServing
@@ -94,6 +95,12 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
             )
             handlers[name] = grpc.stream_stream_rpc_method_handler(streaming, None, _serialize)
         listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    check = grpc_health.Health(server, services).check
+    probe = unary(
+        server, f"{grpc_health.HEALTH_SERVICE}/Check", check, grpc_health.MESSAGES["HealthCheckRequest"], None
+    )
+    health = {"Check": grpc.unary_unary_rpc_method_handler(probe, None, _serialize)}
+    listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(grpc_health.HEALTH_SERVICE, health),))
     # gRPC itself says to the log, and not in its error, why an address cannot be had.
     Address(host, port, option="--grpc-port").bind().close()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

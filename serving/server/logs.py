@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 Format = Literal["text", "json"]
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
@@ -34,18 +38,25 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people: time, level, message, then name=value; a newline inside a message is written as \\n."""
+    """The same for people: time, level, message, then name=value; control characters in them are written out.
+
+    A path that a client asks for may hold orders to a terminal.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
-        message = record.getMessage().replace("\n", "\\n")
+        message = record.getMessage()
         beside = "".join(
             f" {name}={value}" for name, value in _extra(record).items() if name not in ("method", "path", "status")
         )
-        line = f"{time} {record.levelname.lower():<7} {message}{beside}"
+        line = f"{time} {record.levelname.lower():<7} {_CONTROL.sub(_written_out, message + beside)}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+def _written_out(character: re.Match[str]) -> str:
+    return "\\n" if character[0] == "\n" else f"\\x{ord(character[0]):02x}"
 
 
 class _StandardError(logging.Handler):

@@ -67,11 +67,14 @@ HISTOGRAMS = {
     "inter_token_latency_seconds": ("From one token of a continuation to its next.", INTER_TOKEN_BUCKETS),
     "e2e_request_latency_seconds": ("From a request's arrival to its last token.", REQUEST_BUCKETS),
     "request_queue_time_seconds": ("From a request's arrival to the first work on it.", REQUEST_BUCKETS),
+    "request_prefill_time_seconds": ("From the first work on a request to its first token.", REQUEST_BUCKETS),
+    "request_decode_time_seconds": ("From a request's first token to its end.", REQUEST_BUCKETS),
+    "request_inference_time_seconds": ("From the first work on a request to its end.", REQUEST_BUCKETS),
     "request_prompt_tokens": ("Prompt tokens of a request.", COUNT_BUCKETS),
     "request_generation_tokens": ("Generated tokens of a request.", COUNT_BUCKETS),
     "step_seconds": ("How long a step of the engine takes.", INTER_TOKEN_BUCKETS),
     "step_batch_size": ("Rows that a step decodes.", COUNT_BUCKETS),
-    "iteration_tokens": ("Tokens that a step works on, prompt tokens included.", COUNT_BUCKETS),
+    "iteration_tokens_total": ("Tokens that a step works on, prompt tokens included.", COUNT_BUCKETS),
 }
 Value = Callable[[EngineStats], float]
 GAUGES: dict[str, tuple[str, Value]] = {
@@ -83,6 +86,7 @@ GAUGES: dict[str, tuple[str, Value]] = {
 COUNTERS: dict[str, tuple[str, Value]] = {
     "prompt_tokens": ("Prompt tokens taken in.", lambda stats: stats.prompt_tokens),
     "prefix_cache_hits": ("Prompt tokens found in the cache.", lambda stats: stats.cached_prompt_tokens),
+    "prefix_cache_queries": ("Prompt tokens that might have been in the cache.", lambda stats: stats.prompt_tokens),
     "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens),
     "steps": ("Steps of the engine.", lambda stats: stats.steps),
 }
@@ -129,7 +133,7 @@ class EngineMetrics:
             self.histograms["step_seconds"].observe(record.seconds)
             if record.decoded_rows:
                 self.histograms["step_batch_size"].observe(record.decoded_rows)
-            self.histograms["iteration_tokens"].observe(record.decoded_rows + record.prompt_tokens)
+            self.histograms["iteration_tokens_total"].observe(record.decoded_rows + record.prompt_tokens)
 
     def on_finish(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
@@ -139,14 +143,18 @@ class EngineMetrics:
             self.outcomes[record.reason] = self.outcomes.get(record.reason, 0) + 1
             self.seconds[record.reason] = self.seconds.get(record.reason, 0.0) + record.finished - record.arrived
             self.last_finished = time.time()
+            arrived, scheduled, first, finished = record.arrived, record.scheduled, record.first_token, record.finished
             times = {
-                "time_to_first_token_seconds": record.first_token,
-                "request_queue_time_seconds": record.scheduled,
-                "e2e_request_latency_seconds": record.finished,
+                "time_to_first_token_seconds": (arrived, first),
+                "request_queue_time_seconds": (arrived, scheduled),
+                "e2e_request_latency_seconds": (arrived, finished),
+                "request_prefill_time_seconds": (scheduled, first),
+                "request_decode_time_seconds": (first, finished),
+                "request_inference_time_seconds": (scheduled, finished),
             }
-            for name, moment in times.items():
-                if moment is not None:
-                    self.histograms[name].observe(moment - record.arrived)
+            for name, (began, ended) in times.items():
+                if began is not None and ended is not None:
+                    self.histograms[name].observe(ended - began)
             self.histograms["request_prompt_tokens"].observe(record.prompt_tokens)
             self.histograms["request_generation_tokens"].observe(record.generated_tokens)
 

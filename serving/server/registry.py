@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 from serving.bundle import Bundle
 from serving.engine.api import Engine
@@ -40,6 +42,12 @@ class ServedModel:
     created: int
     state: State = State.START
     message: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits of all files' hashes, by which answers of different bundles can be told apart."""
+        hashes = sorted(f"{artifact.path} {artifact.sha256}\n" for artifact in self.bundle.manifest.artifacts)
+        return hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 @dataclass

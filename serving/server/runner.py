@@ -126,7 +126,8 @@ class Runner:
             server_header=False,
             ssl_certfile=_given(self._address.certificate),
             ssl_keyfile=_given(self._address.key),
-            timeout_graceful_shutdown=FLUSH_SECONDS,
+            # What `_leave` does comes before, and says what it does.
+            timeout_graceful_shutdown=FLUSH_SECONDS + 2,
             timeout_keep_alive=75,
         )
         try:
@@ -200,7 +201,7 @@ class Runner:
         work = [asyncio.to_thread(self._versions.drain, 0), *(companion.stop(0) for companion in self._companions)]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*work), FLUSH_SECONDS)
-        self._uvicorn.should_exit = True
+        await self._leave()
 
     async def _drain(self) -> None:
         if self._loading is not None and self._still_loading():
@@ -212,7 +213,17 @@ class Runner:
         done, *_ = await asyncio.gather(asyncio.to_thread(self._versions.drain, timeout), *stops)
         in_time = done and not self._hurried
         log.info("every accepted request has ended" if in_time else "the time is over; what was left got an error")
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """Let uvicorn end, and close the connections of clients that neither take their answer nor send their body."""
         self._uvicorn.should_exit = True
+        await asyncio.sleep(FLUSH_SECONDS)
+        stuck = list(self._uvicorn.server_state.connections)
+        if stuck:
+            log.warning("closed %d connections whose clients did not send or take what was left", len(stuck))
+        for connection in stuck:
+            connection.transport.abort()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,4 +1,6 @@
-"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN_SECONDS [LOADING]."""
+"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN [LOADING [FLUSH]].
+
+Times are in seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from serving.bundle import Bundle
 from serving.engine.api import Engine, Observer
-from serving.server import logs
+from serving.server import logs, runner
 from serving.server.app import build_app
 from serving.server.registry import ModelRegistry
 from serving.server.runner import Address, Runner
@@ -33,6 +35,8 @@ class Loader:
 
 if __name__ == "__main__":
     logs.configure("json", access=False)
+    if len(sys.argv) > 5:
+        runner.FLUSH_SECONDS = float(sys.argv[5])
     app = build_app(ModelRegistry(), Settings(drain_timeout=float(sys.argv[3])))
     versions = Versions(Path(sys.argv[1]), app.state.server, Loader(), None, None)
     Runner(app, versions, Address(port=0), 0.05).run(lambda url, model: print(url, flush=True))

@@ -242,6 +242,8 @@ def test_metrics_count_requests_tokens_and_errors(tmp_path: Path) -> None:
     assert value("generation_tokens_total") == 12
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
         assert value(name + "_count") == value(name + "_bucket", le="+Inf") == 3
+    for name in ("request_prefill_time_seconds", "request_decode_time_seconds", "request_inference_time_seconds"):
+        assert value(name + "_count") == value(name + "_bucket", le="+Inf") == 3
     assert value("request_generation_tokens_bucket", le="2.0") == 0
     assert value("request_generation_tokens_bucket", le="4.0") == 3
     assert value("inter_token_latency_seconds_bucket", le="0.001") == value("inter_token_latency_seconds_count") > 0
@@ -260,6 +262,11 @@ def test_logs_are_one_line_of_json_or_text_each() -> None:
     line = JsonFormatter().format(record)
     assert "\n" not in line and json.loads(line)["request_id"] == "r1" and json.loads(line)["message"] == "a\n1"
     assert TextFormatter().format(record).endswith("a\\n1 request_id=r1")
+
+
+def test_a_line_of_text_gives_the_terminal_no_orders() -> None:
+    record = logging.makeLogRecord({"levelname": "INFO", "msg": "GET /\x1b]0;a\x07\u009b2J", "folder": "b\x1b[2J"})
+    assert TextFormatter().format(record).endswith("GET /\\x1b]0;a\\x07\\x9b2J folder=b\\x1b[2J")
 
 
 def test_the_access_log_has_the_request(engine: DoubleEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

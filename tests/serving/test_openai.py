@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from serving.server.app import build_app
+from serving.server.registry import ServedModel
 from serving.server.settings import Settings
 from tests.closed_form import byte_tokenizer, greedy, logits_after
-from tests.serving.double_engine import DoubleEngine, registry_of
+from tests.serving.double_engine import DoubleEngine, bundle_of, registry_of
 from tests.serving.live_server import running
 
 TOKENIZER = byte_tokenizer()
@@ -101,6 +105,49 @@ def test_a_stream_is_server_sent_events_and_ends_with_done(raw: Any) -> None:
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(event.removeprefix("data: "))["id"] for event in events[:-2])
+
+
+def test_no_chunk_of_a_stream_with_logprobs_is_empty(tmp_path: Path) -> None:
+    class Late(DoubleEngine):
+        """Has read a prompt some time before its first token."""
+
+        def _advance(self, row: Any) -> None:
+            time.sleep(0.02)
+            super()._advance(row)
+
+    engine = Late()
+    body = {"prompt": "A", "max_tokens": 3, "stream": True, "temperature": 0, "logprobs": 0}
+    with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as client:
+        events = client.post("/v1/completions", json=body).text.split("\n\n")[:-2]
+    engine.close()
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert all(choice["logprobs"]["tokens"] or choice["finish_reason"] for choice in choices)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_usage_goes_with_each_chunk_where_asked_for(raw: Any, continuous: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": continuous}
+    body = {"prompt": "Ab", "max_tokens": 3, "stream": True, "temperature": 0, "stream_options": options}
+    events = raw.post("/v1/completions", json=body).text.split("\n\n")[:-2]
+    usages = [json.loads(event.removeprefix("data: "))["usage"] for event in events]
+    assert usages[-1]["completion_tokens"] == 3
+    counts = [usage and usage["completion_tokens"] for usage in usages[:-1]]
+    assert counts == ([*range(1, len(counts)), 3] if continuous else [None] * len(counts))
+
+
+def test_the_fingerprint_is_that_of_every_file(tmp_path: Path) -> None:
+    engine = DoubleEngine()
+    bundle = bundle_of(tmp_path / "tiny", "tiny")
+    first = bundle.manifest.artifacts[0]
+
+    def fingerprint(content: bytes) -> str:
+        changed = replace(
+            bundle.manifest, artifacts=(first, replace(first, path="w", sha256=sha256(content).hexdigest()))
+        )
+        return ServedModel("tiny", 1, replace(bundle, manifest=changed), engine, 0).fingerprint
+
+    engine.close()
+    assert fingerprint(b"1") == fingerprint(b"1") != fingerprint(b"2")
 
 
 def test_stop_texts_and_ids(client: openai.OpenAI) -> None:

@@ -69,6 +69,7 @@ def test_a_browser_generates_stops_and_shows_probabilities(url: str, tmp_path: P
         ids = greedy(byte_tokenizer().encode("<b>A", add_special_tokens=False).ids, 40, 257)
         expected = byte_tokenizer().decode(ids)
         assert page.run("document.getElementById('output').textContent").replace("<|endoftext|>", "") == expected
+        assert page.run("getComputedStyle(document.getElementById('output'), '::before').content") == '"<b>A"'
         assert page.run("document.getElementById('output').children.length") == 40
         assert page.run("document.getElementById('count').textContent") == "40"
         assert float(page.run("document.getElementById('rate').textContent")) > 1
@@ -129,7 +130,11 @@ def test_nothing_is_wider_than_the_screen(url: str, tmp_path: Path, width: int, 
         )
         assert page.run("document.documentElement.scrollWidth") <= width
         box = page.run("JSON.stringify(document.getElementById('card').getBoundingClientRect())")
-        assert json.loads(box)["left"] >= 0 and json.loads(box)["right"] <= width
+        assert json.loads(box)["left"] >= 0 and json.loads(box)["right"] <= page.run(
+            "document.documentElement.clientWidth"
+        )
+        shares = page.run("[...document.querySelectorAll('#card i')].map((share) => share.textContent).join()")
+        assert "e" not in shares and "%" in shares
         if PICTURES:
             page.picture(Path(PICTURES) / f"playground-{width}{'-dark' if dark else ''}.png")
 

@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def process(folder: Path, pace: float, drain: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of doubles over `folder`, and its URL."""
-    command = [sys.executable, "-m", "tests.serving.serve_double", str(folder), str(pace), str(drain)]
+def process(folder: Path, *times: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of doubles over `folder`, and its URL; `times` are pace, drain, loading and flush in seconds."""
+    command = [sys.executable, "-m", "tests.serving.serve_double", str(folder), *map(str, times)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -123,6 +123,23 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         log = server.stderr.read()
     assert sorted(status for status, _ in answers) == [200, 504] and all('"timeout"' in text for _, text in answers)
     assert "Traceback" not in log and "what was left got an error" in log
+
+
+def test_clients_that_are_stuck_do_not_hold_up_the_end(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "1", "tiny")
+    body = json.dumps({"prompt": [[1]] * 64, "max_tokens": 100, "ignore_eos": True, "stream": True, "logprobs": 9})
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with process(tmp_path, 0, 5, 0, 0.3) as (server, url), socket.socket() as deaf, socket.socket() as mute:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        for client, sent in (deaf, head + body), (mute, head + body[:9]):
+            client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            client.sendall(sent.encode())
+        time.sleep(1)
+        server.terminate()
+        assert server.wait(10) == 0
+        assert server.stderr is not None
+        log = server.stderr.read()
+    assert "Traceback" not in log and "closed 2 connections" in log, log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -157,6 +157,7 @@ async function generate() {
     $("output").replaceChildren();
     const { signal } = running;
     const body = await request(signal);
+    $("output").dataset.prompt = body.prompt; // Shown by the style sheet, since it is not part of the text.
     began = performance.now();
     const answer = await complete(body, signal);
     let reason = "…";
@@ -195,7 +196,7 @@ const visible = (token) => token.replace(/ /g, "·").replace(/\n/g, "⏎").repla
 function line(token, logprob, own) {
   const percent = Math.exp(logprob) * 100;
   const row = element("div", { className: own ? "own" : "" });
-  row.append(element("b", {}, visible(token)), element("i", {}, `${percent < 0.1 ? percent.toExponential(0) : percent.toFixed(1)} %`));
+  row.append(element("b", {}, visible(token)), element("i", {}, `${percent < 0.1 ? "< 0.1" : percent.toFixed(1)} %`));
   row.style.setProperty("--p", (percent / 100).toFixed(4));
   return row;
 }
@@ -208,8 +209,9 @@ function showCard(span) {
   $("card").hidden = false;
   const box = [...span.getClientRects()].at(-1) ?? span.getBoundingClientRect();
   const card = $("card").getBoundingClientRect();
-  const above = box.bottom + 6 + card.height > innerHeight;
-  $("card").style.left = `${Math.max(8, Math.min(box.left, innerWidth - card.width - 8))}px`;
+  const { clientWidth: width, clientHeight: height } = document.documentElement; // Without scroll bars.
+  const above = box.bottom + 6 + card.height > height;
+  $("card").style.left = `${Math.max(8, Math.min(box.left, width - card.width - 8))}px`;
   $("card").style.top = `${above ? Math.max(8, box.top - card.height - 6) : box.bottom + 6}px`;
 }
 
