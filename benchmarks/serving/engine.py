@@ -43,7 +43,12 @@ from serving.sampling import SamplingParams
 @click.option("--new-tokens", default=48, show_default=True)
 @click.option("--long-prompt", default=900, show_default=True, help="Tokens of the prompt that arrives; 0 is none.")
 @click.option("--max-length", type=int, help="Positions of a slot; the model's context by default.")
-@click.option("--chunks", default=str(EngineConfig().prefill_chunk), show_default=True, help="Chunks to compare.")
+@click.option(
+    "--chunks",
+    default=f"{EngineConfig().prefill_slowdown}x",
+    show_default=True,
+    help="What to compare: tokens beside a step (16), or how much slower a step may be (2.5x).",
+)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 def main(
@@ -65,10 +70,11 @@ def main(
     record |= {"decode": [], "arrival": []}
     long_prompt = sizes.pop("long_prompt")
     counts = [int(count) for count in streams.split(",")]
-    for number, chunk in enumerate(map(int, chunks.split(","))):
+    for number, chunk in enumerate(chunks.split(",")):
         observer = Observer()
         fresh = itertools.count()
-        config = EngineConfig(prefill_chunk=chunk, max_length=max_length)
+        pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
+        config = EngineConfig(max_length=max_length, **pace or {"prefill_slowdown": float(chunk.removesuffix("x"))})
         engine = open_engine(opened, graph, device, config, observer)
         for count in counts:
             # A chunk makes no difference to a step that reads no prompt.
@@ -188,8 +194,10 @@ def _arrival(
     room = engine.n_positions - len(prompts[0])
     streams = Batch(engine, prompts, room)
     streams.wait(streams.begun)
+    # Where many streams have begun one after another, the first one has long passed 32.
+    wanted = len(streams.tokens[0]) + 32
     observer.steps.clear()
-    while len(streams.tokens[0]) < 32:
+    while len(streams.tokens[0]) < wanted:
         time.sleep(0.01)
     steps_before = len(observer.steps)
     began = time.perf_counter()
@@ -202,8 +210,10 @@ def _arrival(
     streams.wait()
     quiet = [gap * 1e3 for one in steps[1:steps_before] for gap in one.inter_token]
     busy = [gap * 1e3 for one in steps[steps_before:] if one.prompt_tokens for gap in one.inter_token]
+    pieces = [one.prompt_tokens for one in steps[steps_before:] if one.prompt_tokens]
     return {
         "first_token_ms": seconds * 1e3,
+        "pieces": {"count": len(pieces), "most": max(pieces), "least": min(pieces)},
         "quiet_ms": _percentiles(quiet),
         "while_read_ms": _percentiles(busy),
         "p99_over_quiet_median": float(np.percentile(busy, 99) / np.median(quiet)),

@@ -23,7 +23,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)?\Z"
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Options that decide how the ONNX runtime works; the SavedModel's slots were decided at export.
-_ONNX_OPTIONS = ("graph", "device", "max_length", "prefill_chunk", "threads")
+_ONNX_OPTIONS = ("graph", "device", "max_length", "prefill_slowdown", "prefill_chunk", "threads")
 
 
 class Size(click.ParamType[int]):
@@ -58,8 +58,11 @@ _OPTIONS = [
     click.option("--max-length", type=click.IntRange(2), help="Positions of a slot.  [default: the model's context]"),
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
                  help="Requests that may wait, for each replica; more get 429."),
+    click.option("--prefill-slowdown", type=click.FloatRange(1, 1000), metavar="TIMES",
+                 help="How many times as long as without it a step of running texts may take that reads a prompt too.  "
+                      "[default: 2.25]"),
     click.option("--prefill-chunk", type=click.IntRange(1, 4096),
-                 help="Prompt tokens read beside one step of running texts.  [default: 16]"),
+                 help="Read so many tokens of a prompt beside each step instead, however long that takes."),
     click.option("--threads", type=click.IntRange(1, 1024), help="Of each replica.  [default: the cores, shared out]"),
     click.option("--name", metavar="NAME", help="The model's name.  [default: the bundle's]"),
     click.option("--host", default="127.0.0.1", show_default=True,
@@ -163,10 +166,13 @@ def _loader(options: dict[str, Any]) -> EngineLoader:
         for name in _ONNX_OPTIONS:
             if options[name] not in (None, ()):
                 raise InputError(f"--{name.replace('_', '-')} is for --runtime onnx; leave it out")
+    if options["prefill_slowdown"] and options["prefill_chunk"]:
+        raise InputError("--prefill-slowdown and --prefill-chunk exclude each other; leave one out")
     config = EngineConfig(
         slots=options["slots"] or EngineConfig.slots,
         max_length=options["max_length"],
-        prefill_chunk=options["prefill_chunk"] or EngineConfig.prefill_chunk,
+        prefill_chunk=options["prefill_chunk"],
+        prefill_slowdown=options["prefill_slowdown"] or EngineConfig.prefill_slowdown,
         queue_limit=options["queue"],
         threads=options["threads"],
     )
