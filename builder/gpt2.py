@@ -66,8 +66,9 @@ class Block(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, hidden: Any, kernels: Kernels, training: bool = False) -> Any:
         qkv = kernels.dense(self.c_attn, kernels.layer_norm(self.ln_1, hidden))
-        attended = kernels.dense(self.attn_c_proj, kernels.attention(self.index, qkv, training))
-        hidden = hidden + self.dropout(attended, training=training)
+        context = kernels.wanted(self.index, kernels.attention(self.index, qkv, training))
+        attended = kernels.dense(self.attn_c_proj, context)
+        hidden = kernels.wanted(self.index, hidden) + self.dropout(attended, training=training)
         inner = kernels.gelu(kernels.dense(self.c_fc, kernels.layer_norm(self.ln_2, hidden)))
         return hidden + self.dropout(kernels.dense(self.mlp_c_proj, inner), training=training)
 

@@ -61,6 +61,10 @@ class Kernels:
             probabilities = self.attn_dropout(probabilities, training=training)
         return ops.matmul(probabilities, value)
 
+    def wanted(self, layer: int, rows: Any) -> Any:
+        """Those of [batch, sequence, n_embd] that block `layer` goes on with behind its attention: here all."""
+        return rows
+
     def embed(self, layer: Any, ids: Any) -> Any:
         """Look up rows of a Keras Embedding: integers [batch, sequence] to [batch, sequence, n_embd]."""
         return layer(ids)

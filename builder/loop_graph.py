@@ -119,8 +119,8 @@ def _take_newest(graph: Any) -> None:
 
     The shapes are the host's; on a device they would have to be copied there in every step.
     """
-    (gather,) = (node for node in graph.node if node.op_type == "GatherND")
-    gather.input[1] = "newest"
+    for gather in (node for node in graph.node if node.op_type == "GatherND"):
+        gather.input[1] = "newest"
     nodes = list(graph.node)
     while True:
         used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}

@@ -24,6 +24,8 @@ class Rewriter:
         self.dims: dict[str, tuple[int, ...]] = {}
         self.gelus: set[str] = set()
         self.zeros: set[str] = set()
+        self.last: set[str] = set()
+        """Tensors of each row's last token alone."""
         self.calibration: Calibration | None = None
         self.int8_caches = False
         self.widened: dict[str, str] = {}

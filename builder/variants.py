@@ -70,6 +70,8 @@ class _Int8(Rewriter):
                     value.type.tensor_type.elem_type = TensorProto.INT8
 
     def take(self, node: Any) -> None:
+        if node.op_type == "GatherND" or not self.last.isdisjoint(node.input):
+            self.last.update(node.output)
         if node.op_type == "Gemm":
             self.product(node)
         elif node.op_type == "Gather" and node.input[0] == TOKEN_TABLE:
@@ -119,7 +121,7 @@ class _Int8(Rewriter):
         (output,) = node.output
         transposed: bool = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         matrix, scales = self.matrix(node.input[1], axis=int(transposed))
-        values, row_scales = self.by_row(node.input[0], transposed)
+        values, row_scales = self.by_row(node.input[0])
         left = [values, self.constant("one", np.float32(1)), self.constant("zero_point", np.uint8(128))]
         zeros = f"{matrix}_zero"
         if zeros not in self.dims:
@@ -137,7 +139,7 @@ class _Int8(Rewriter):
         if has_bias:
             self.node("Add", [product, node.input[2]], output)
 
-    def by_row(self, name: str, head: bool) -> tuple[str, str]:
+    def by_row(self, name: str) -> tuple[str, str]:
         """Quantise [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
         Behind GELU the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
@@ -152,12 +154,13 @@ class _Int8(Rewriter):
         else:
             largest = self.node("ReduceMax", [self.node("Abs", [name], f"{name}_abs"), last], f"{name}_max", keepdims=0)
         scale = self.node("Mul", [largest, self.constant("one_over_127", np.float32(1 / 127))], f"{name}_scale")
-        values = self.node("QuantizeLinear", [name, scale, self.zero_points(scale, head)], f"{name}_uint8", axis=0)
+        zero_points = self.zero_points(scale, name in self.last)
+        values = self.node("QuantizeLinear", [name, scale, zero_points], f"{name}_uint8", axis=0)
         return values, self.node("Unsqueeze", [scale, last], f"{name}_column")
 
-    def zero_points(self, scale: str, head: bool) -> str:
-        """128 for each row. All blocks' products have the same rows and so share one tensor; the head's has fewer."""
-        name = "head_zero_points" if head else "zero_points"
+    def zero_points(self, scale: str, few: bool) -> str:
+        """128 for each row. Products share one tensor where they have the same rows; the last ones have fewer."""
+        name = "last_zero_points" if few else "zero_points"
         if name not in self.zeros:
             self.zeros.add(name)
             around = numpy_helper.from_array(np.array([128], np.uint8))

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
 from tests.oracles.fixtures import FOLDER, NAMES, keras_model, max_difference, read_cases
@@ -128,6 +129,20 @@ def test_the_optimised_graph_has_the_nodes_that_were_asked_for(name: str, graph_
     assert counts["Transpose"] == counts["MatMul"] == 0
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 18), ("com.microsoft", 1)}
     assert {node.op_type for node in model.graph.node if node.domain} == {"GroupQueryAttention", "FastGelu"}
+
+
+@pytest.mark.parametrize("name", OPTIMISED)
+def test_the_last_block_goes_on_with_each_rows_last_token_alone(name: str, graph_path: GraphPath) -> None:
+    model = onnx.load(graph_path(name, "optimised"))
+    widest = [node.output[0] for node in model.graph.node if node.op_type == "FastGelu"]
+    model.graph.output.extend(helper.make_tensor_value_info(each, TensorProto.FLOAT, None) for each in widest)
+    session = ort.InferenceSession(model.SerializeToString())
+    case = read_cases(name)["right"]
+    feeds = {"input_ids": case.ids, "attention_mask": case.mask, "position_ids": case.positions}
+    shape = (len(case.ids), keras_model(name).geometry.n_head, case.ids.shape[1], keras_model(name).geometry.head_dim)
+    cache = {value.name: np.zeros(shape, np.float32) for value in session.get_inputs() if "past" in value.name}
+    rows = [len(each) for each in session.run(widest, feeds | cache)]
+    assert rows == [case.ids.size] * (len(widest) - 1) + [len(case.ids)]
 
 
 @pytest.mark.parametrize(("name", "kind"), BOTH)
