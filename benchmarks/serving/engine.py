@@ -2,7 +2,8 @@
 
 Both run in this process on the same prompts, greedily, in turns. `loop` is a decode step of `serving.generation` and
 the choice of its tokens; `engine` is what lies between two tokens of one stream while all streams decode. Then a long
-prompt arrives while the streams run, and the time between tokens is measured until it has been read.
+prompt arrives while the streams run, and the time between tokens is measured until it has been read. At last each
+stream asks anew whenever its text is complete, which shows what reading prompts beside others costs all in all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks.decode import cut_prompts
 from benchmarks.hardware import environment
+from benchmarks.serving.bare import bare
 from benchmarks.statistics import summarise
 from benchmarks.targets import read_text
 from serving.backends.base import Backend
@@ -42,6 +44,7 @@ from serving.sampling import SamplingParams
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--new-tokens", default=48, show_default=True)
 @click.option("--long-prompt", default=900, show_default=True, help="Tokens of the prompt that arrives; 0 is none.")
+@click.option("--seconds", default=5, show_default=True, help="Of streams that ask again and again; 0 is none.")
 @click.option("--max-length", type=int, help="Positions of a slot; the model's context by default.")
 @click.option(
     "--chunks",
@@ -67,8 +70,8 @@ def main(
     loop = load_backend(opened, "onnx", graph, device)
     record: dict[str, Any] = {"environment": environment(), "graph": graph, "device": device, "max_length": max_length}
     record |= sizes
-    record |= {"decode": [], "arrival": []}
-    long_prompt = sizes.pop("long_prompt")
+    record |= {"decode": [], "arrival": [], "closed": []}
+    long_prompt, seconds = sizes.pop("long_prompt"), sizes.pop("seconds")
     counts = [int(count) for count in streams.split(",")]
     for number, chunk in enumerate(chunks.split(",")):
         observer = Observer()
@@ -95,6 +98,10 @@ def main(
                 row = {"prefill_chunk": chunk, "streams": len(prompts), "p99_over_quiet_median": ratio, "runs": runs}
                 record["arrival"].append(row)
                 click.echo(json.dumps(row), err=True)
+            if seconds:
+                figures = bare(engine, count, seconds, sizes["prompt_tokens"], sizes["new_tokens"], count)
+                record["closed"].append({"prefill_chunk": chunk, "streams": count, **figures})
+                click.echo(json.dumps(record["closed"][-1]), err=True)
         engine.close()
     text_record = json.dumps(record, indent=2)
     click.echo(text_record)
