@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-LEAST = 4
-"""Tokens of a piece: with fewer, prompts take ever longer and steps hardly less (docs/benchmarks.md)."""
+LEAST = 16
+"""Tokens of a piece: with fewer, prompts take ever longer and steps hardly less (docs/decisions.md)."""
 _WEIGHTS = 24
 """Tokens that cost as much as reading all weights, keys and values once. Measured; what is far from it converges more
 slowly, since each piece's cost is measured as a whole."""

@@ -35,7 +35,7 @@ def test_the_same_loop_over_an_engine_counts_as_much() -> None:
     engine = DoubleEngine(pace=0.001)
     result = bare(engine, 3, 0.3, prompt_tokens=5, new_tokens=8, seed=0)
     complete = result["outcomes"]["length"]
-    assert 0 < complete and engine.generated == 8 * complete == result["tokens"]
+    assert complete > 0 and engine.generated == 8 * complete == result["tokens"]
     engine.close()
 
 

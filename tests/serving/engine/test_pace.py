@@ -70,17 +70,17 @@ PROMPT = list(range(225)) * 4
 
 @pytest.mark.parametrize("slowdown", [2.5, 4.0])
 def test_a_step_stays_within_the_bound_however_long_the_prompt_is_by_now(slowdown: float) -> None:
-    engine = Timed(measured, 6.0, prefill_slowdown=slowdown)
+    engine = Timed(measured, 9.0, prefill_slowdown=slowdown)
     stream = engine.stream()
     pieces, steps = engine.read(PROMPT)
     # All that the bound leaves is used, but for the first piece, which finds out what a piece costs, and the last.
-    assert pieces[0] == (0, LEAST) and max(steps) <= slowdown * 6.0 * 1.06
-    assert min(steps[3:-1]) >= slowdown * 6.0 * 0.9
+    assert pieces[0] == (0, LEAST) and max(steps) <= slowdown * 9.0 * 1.11
+    assert min(steps[3:-1]) >= slowdown * 9.0 * 0.9
     sizes = [tokens for _, tokens in pieces]
     assert sizes[2] > 1.5 * sizes[-2] > LEAST
     # The next one begins where this one began, and with what is known by now.
     again, steps = engine.read(PROMPT[::-1])
-    assert max(steps) <= slowdown * 6.0 * 1.1 and again[0][1] > 0.7 * sizes[2]
+    assert max(steps) <= slowdown * 9.0 * 1.1 and again[0][1] > 0.7 * sizes[2]
     engine.run_until(stream)
     assert stream.ids() == greedy([7], 900, 257)
 
@@ -89,14 +89,14 @@ def test_where_no_piece_is_short_enough_the_least_is_read() -> None:
     engine = Timed(measured, 2.0, prefill_slowdown=2.5)
     engine.stream()
     pieces, _ = engine.read(PROMPT)
-    assert {tokens for _, tokens in pieces} == {LEAST}
+    assert {tokens for _, tokens in pieces[:-1]} == {LEAST}
 
 
 def test_a_step_that_costs_nothing_leaves_the_budget() -> None:
     engine = Timed(lambda tokens, start: 0.001, 6.0, prefill_budget=300)
     engine.stream()
     pieces, _ = engine.read(PROMPT)
-    assert [tokens for _, tokens in pieces] == [LEAST, 300, 300, 296]
+    assert [tokens for _, tokens in pieces] == [LEAST, 300, 300, 300 - LEAST]
 
 
 def test_another_load_is_noticed_and_a_single_disturbance_is_not() -> None:
@@ -108,17 +108,17 @@ def test_another_load_is_noticed_and_a_single_disturbance_is_not() -> None:
             pace.stepped(tokens, 100, piece(tokens, 100), plain)
         return pace.tokens(100)
 
-    usual = run(30, measured, 6.0)
-    assert measured(usual, 100) <= 1.5 * 6.0 < measured(usual + 1, 100) * 1.02
-    assert run(1, lambda tokens, start: 60.0, 6.0) >= 0.8 * usual
+    usual = run(30, measured, 12.0)
+    assert measured(usual, 100) <= 1.5 * 12.0 < measured(usual + 1, 100) * 1.02
+    assert run(1, lambda tokens, start: 90.0, 12.0) >= 0.8 * usual
     # Twice as slow, piece and step alike: the same pieces. Pieces alone: shorter ones.
-    assert run(60, lambda tokens, start: 2 * measured(tokens, start), 12.0) == pytest.approx(usual, abs=2)
-    assert run(60, lambda tokens, start: 2 * measured(tokens, start), 6.0) == 6
+    assert run(60, lambda tokens, start: 2 * measured(tokens, start), 24.0) == pytest.approx(usual, rel=0.04)
+    assert run(60, lambda tokens, start: 2 * measured(tokens, start), 12.0) == pytest.approx(38, abs=1)
     # What a piece of another shape may have is found too.
-    flat = run(500, lambda tokens, start: 5.0 + 0.01 * tokens, 6.0)
-    assert flat == pytest.approx(400, rel=0.05)
-    steep = run(100, lambda tokens, start: 0.5 * tokens, 6.0)
-    assert steep == pytest.approx(18, abs=1)
+    flat = run(500, lambda tokens, start: 5.0 + 0.03 * tokens, 12.0)
+    assert flat == pytest.approx(433, rel=0.05)
+    steep = run(100, lambda tokens, start: 0.5 * tokens, 12.0)
+    assert steep == pytest.approx(36, abs=1)
 
 
 @pytest.mark.parametrize("slowdown", [1.0, 1.3, 2.0, 5.0])
