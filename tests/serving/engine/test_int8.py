@@ -52,7 +52,7 @@ def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[SlotEngin
 
     length = bundle.manifest.model.n_positions
     backend = OnnxSlotBackend(bundle, "ort/int8", slots=SLOTS, max_length=length, threads=1)
-    config = EngineConfig(slots=SLOTS, prefill_chunk=request.param, prefill_slowdown=1.5)
+    config = EngineConfig(slots=SLOTS, prefill_chunk=request.param, prefill_slowdown=1.75)
     seconds, time = random.Random(4), itertools.count()
     made = SlotEngine(backend, TOKENIZER, EOS, config, clock=lambda: next(time) + 0.5 * seconds.random(), start=False)
     yield made
