@@ -20,8 +20,9 @@ from serving.protocols.open_inference import Answer, infer, open_stream
 from serving.protocols.open_inference_messages import CONFIG_TYPES, MESSAGES
 from serving.protocols.open_inference_signatures import GENERATE, InferRequest, refuse_parameters
 from serving.protocols.open_inference_tensors import TYPES, from_raw, to_raw
-from serving.protocols.tf_grpc import Timeout, headers_of, request_id_of
+from serving.protocols.tf_grpc import Timeout
 from serving.server.errors import failure_of
+from serving.server.grpc_calls import headers_of, request_id
 from serving.server.state import Server
 
 _CONTENTS: dict[str, tuple[str, Any]] = {
@@ -151,7 +152,7 @@ class OpenInference:
         except Exception as error:
             failure = failure_of(error)
             if failure.internal:
-                log.error("a request of a stream failed", exc_info=error)
+                log.error("a request of a stream failed", exc_info=error, extra={"request_id": request_id()})
             refused = wrapped(error_message=failure.message)
             refused.infer_response.model_name, refused.infer_response.id = request.model_name, request.id
             await write(refused)
@@ -167,7 +168,7 @@ class OpenInference:
             {name: _value(name, parameter) for name, parameter in request.parameters.items()},
             outputs,
             self._timeout(context),
-            request_id_of(context),
+            request_id(),
             headers_of(context),
         )
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,8 +13,9 @@ from serving.errors import InputError
 from serving.protocols.tf_messages import MESSAGES, MODEL_SERVICE, PREDICTION_SERVICE, SIGNATURE_MAP_URL
 from serving.protocols.tf_rest import model_status
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Tensor, find, run
-from serving.server.gate import REQUEST_ID
+from serving.server.errors import UnsupportedCallError
 from serving.server.generation import with_model
+from serving.server.grpc_calls import headers_of, request_id
 from serving.server.registry import ServedModel, State
 from serving.server.state import Server
 from serving.server.tracing import COMPLETION, start_span
@@ -78,11 +77,11 @@ class TensorFlowServing:
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        limit, request_id, headers = self._timeout(context), request_id_of(context), headers_of(context)
+        limit, headers = self._timeout(context), headers_of(context)
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
             span = functools.partial(start_span, COMPLETION, headers, model.name)
-            return run(name, Call(model.engine, limit, request_id, self._server.settings.max_prompts, span), inputs)
+            return run(name, Call(model.engine, limit, request_id(), self._server.settings.max_prompts, span), inputs)
 
         model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()
@@ -123,20 +122,9 @@ class TensorFlowServing:
 
 def _unimplemented(name: str) -> Any:
     async def refuse(request: Any, context: Any) -> Any:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not offered here; use Predict")
+        raise UnsupportedCallError(f"{name} is not offered here; use Predict")
 
     return refuse
-
-
-def request_id_of(context: Any) -> str:
-    """What the caller named its request by `x-request-id`, or a new name."""
-    name = headers_of(context).get("x-request-id", "")
-    return name if REQUEST_ID.match(name.encode()) else uuid.uuid4().hex
-
-
-def headers_of(context: Any) -> dict[str, str]:
-    """The call's metadata that is text."""
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _version(spec: Any) -> int | None:

@@ -51,6 +51,10 @@ class ClientGoneError(GPT2BundleError):
     """The client closed its connection; nobody reads the answer."""
 
 
+class UnsupportedCallError(GPT2BundleError):
+    """A call of a protocol that this server does not offer."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a type of error is in each protocol. `openai_type` and `openai_code` are OpenAI's error fields."""
@@ -99,6 +103,7 @@ TABLE: dict[type[BaseException], Kind] = {
     QueueFullError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "queue_full"),
     RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
     ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),
+    UnsupportedCallError: Kind(501, "UNIMPLEMENTED", "invalid_request_error"),
     DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),
     GenerationEndedError: Kind(503, "UNAVAILABLE", "server_error", "draining"),

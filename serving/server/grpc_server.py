@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serving.engine.api import DrainingError
 from serving.errors import GPT2BundleError, RuntimeMissingError
-from serving.server.errors import failure_of
+from serving.server.grpc_calls import guarded, unary
 from serving.server.runner import Address
 from serving.server.state import Server
 
@@ -68,6 +67,10 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
         ]
     )
     v2 = OpenInference(server, lambda context: _timeout(server, context), lambda context: _admit(server, context))
+
+    def admit(context: Any) -> None:
+        _admit(server, context)
+
     services = {
         service: {name: (handler, asked) for name, (handler, asked, _) in methods.items()}
         for service, methods in TensorFlowServing(server, lambda context: _timeout(server, context)).methods().items()
@@ -75,15 +78,21 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
     services[INFERENCE_SERVICE] = v2.methods()
     for service, methods in services.items():
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(_unary(server, handler, asked), None, _serialize)
+            name: grpc.unary_unary_rpc_method_handler(
+                unary(server, f"{service}/{name}", handler, asked, admit), None, _serialize
+            )
             for name, (handler, asked) in methods.items()
         }
         if service == INFERENCE_SERVICE:
             for name, (handler, asked) in v2.open_methods().items():
-                unary = _unary(server, handler, asked, needs_key=False)
-                handlers[name] = grpc.unary_unary_rpc_method_handler(unary, None, _serialize)
-            streaming = _guarded(server, v2.stream, lambda context: _admit(server, context, counted=False))
-            handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(streaming, None, _serialize)
+                probe = unary(server, f"{service}/{name}", handler, asked, None)
+                handlers[name] = grpc.unary_unary_rpc_method_handler(probe, None, _serialize)
+            name = "ModelStreamInfer"
+            # Each request of a stream counts for the rate limit, and not the stream.
+            streaming = guarded(
+                server, f"{service}/{name}", v2.stream, lambda context: _admit(server, context, counted=False)
+            )
+            handlers[name] = grpc.stream_stream_rpc_method_handler(streaming, None, _serialize)
         listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     # gRPC itself says to the log, and not in its error, why an address cannot be had.
     Address(host, port, option="--grpc-port").bind().close()
@@ -118,39 +127,3 @@ def _admit(server: Server, context: Any, counted: bool = True) -> None:
         server.limiter.take(caller or context.peer().rpartition(":")[0])
     if server.draining:
         raise DrainingError("the server is shutting down; ask another one or try again")
-
-
-def _unary(server: Server, handler: Any, asked: Any, needs_key: bool = True) -> Callable[..., Awaitable[Any]]:
-    """`handler` of a message `asked`, which is read here, since what cannot be read is the caller's fault."""
-    from serving.protocols.messages import read_message
-
-    async def unary(data: bytes, context: Any) -> Any:
-        request = asked()
-        read_message(data, request)
-        return await handler(request, context)
-
-    return _guarded(server, unary, (lambda context: _admit(server, context)) if needs_key else None)
-
-
-def _guarded(
-    server: Server, handler: Callable[..., Awaitable[Any]], admit: Callable[[Any], None] | None
-) -> Callable[..., Awaitable[Any]]:
-    """`handler` behind key, rate limit and drain, its errors as gRPC statuses by the one table."""
-    import grpc
-
-    async def guarded(request: Any, context: Any) -> Any:
-        try:
-            if admit is not None:
-                admit(context)
-            return await handler(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            failure = failure_of(error)
-            if failure.internal:
-                log.error("a call failed", exc_info=error)
-            if failure.retry_after is not None:
-                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(1000 * failure.retry_after)),))
-            await context.abort(grpc.StatusCode[failure.kind.grpc_code], failure.message)
-
-    return guarded

@@ -175,6 +175,7 @@ class Metrics:
         self._models: dict[tuple[str, str], EngineMetrics] = {}
         self._http: dict[tuple[str, str, str], int] = {}
         self._http_seconds: dict[str, Histogram] = {}
+        self._grpc: dict[tuple[str, str], int] = {}
 
     def model(self, name: str, version: int) -> EngineMetrics:
         """The counts of one version, made when first asked for."""
@@ -186,6 +187,10 @@ class Metrics:
         key = (method, path, str(status))
         self._http[key] = self._http.get(key, 0) + 1
         self._http_seconds.setdefault(path, Histogram(REQUEST_BUCKETS)).observe(seconds)
+
+    def on_grpc(self, method: str, code: str) -> None:
+        """Count an answered gRPC call; a stream is one. Called in the event loop."""
+        self._grpc[method, code] = self._grpc.get((method, code), 0) + 1
 
     def collect(self) -> Iterator[Metric]:
         """Every metric as it is now; called by the registry."""
@@ -230,6 +235,10 @@ class Metrics:
         for labels, count in list(self._http.items()):
             requests.add_metric(labels, count)
         yield requests
+        calls = CounterMetricFamily(PREFIX + "grpc_requests", "Answered gRPC calls.", labels=("method", "code"))
+        for pair, count in list(self._grpc.items()):
+            calls.add_metric(pair, count)
+        yield calls
         seconds = HistogramMetricFamily(
             PREFIX + "http_request_duration_seconds", "From a request's head to its answer's end.", labels=("path",)
         )
