@@ -161,8 +161,9 @@ def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
 class ClosedFormSlotBackend:
     """A `SlotBackend` over `logits_after` that holds the engine to the protocol.
 
-    Every position remembers the piece that it was read in, so that a prompt on top of positions that a cut at other
-    places, or a decode step, has made is found out; and so is whatever looks at a position that was never written.
+    Every position remembers whether it was read beside others, so that a prompt on top of positions that a piece of a
+    single token, or a decode step, has made is found out; and so is whatever looks at a position that was never
+    written. A piece of a single token must be the only one of its chunk.
     """
 
     name = "closed-form"
@@ -182,14 +183,9 @@ class ClosedFormSlotBackend:
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         self._call("prefill", len(tokens))
         end = start + len(tokens)
-        assert tokens and start % self._chunk == 0
-        assert len(tokens) == 1 or end % self._chunk != 1, "a single last token that is not read alone"
-        assert self._read[slot, :start].all(), "positions that no whole chunk of a prompt has made"
-        place = slice(start, end)
-        self._tokens[slot, place], self._read[slot, place] = (
-            tokens,
-            np.arange(start, end) < end // self._chunk * self._chunk,
-        )
+        assert tokens and (len(tokens) > 1 or start % self._chunk == 0)
+        assert self._read[slot, :start].all(), "positions that no piece of several tokens of a prompt has made"
+        self._tokens[slot, start:end], self._read[slot, start:end] = tokens, len(tokens) > 1 or self._chunk == 1
         return self._logits(slot, end)
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:

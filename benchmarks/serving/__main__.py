@@ -9,24 +9,20 @@ that grows.
 from __future__ import annotations
 
 import json
-import random
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.hardware import environment
+from benchmarks.serving.bare import bare
 from benchmarks.serving.faults import disconnects, overload, termination
-from benchmarks.serving.load import Results
 from benchmarks.serving.server import load, serving
 from benchmarks.serving.soak import soak
 from serving.bundle import open_bundle
-from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, RequestRecord, StepRecord, TokenEvent
+from serving.engine.api import RequestRecord, StepRecord
 from serving.engine.config import EngineConfig
 from serving.engine.engine import open_engine
-from serving.sampling import SamplingParams
 
 
 class _Silent:
@@ -37,48 +33,6 @@ class _Silent:
 
     def on_finish(self, record: RequestRecord) -> None:
         """Nothing."""
-
-
-def bare(
-    engine: Engine, clients: int, seconds: float, prompt_tokens: int, new_tokens: int, seed: int
-) -> dict[str, Any]:
-    """What the load generator does, without a server: each of `clients` submits again when its text is complete."""
-    results, draw = Results(), random.Random(seed)
-    params = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
-    lock, open_clients = threading.Lock(), threading.Semaphore(0)
-    ended = [threading.Semaphore(0) for _ in range(clients)]
-    began = time.perf_counter()
-
-    def client(number: int) -> None:
-        while time.perf_counter() < began + seconds:
-            with lock:
-                prompt = tuple(draw.randrange(256) for _ in range(prompt_tokens))
-            sent, last = time.perf_counter(), 0.0
-
-            def listen(event: Event) -> None:
-                nonlocal last
-                if isinstance(event, TokenEvent):
-                    now = time.perf_counter()
-                    if last:
-                        results.gaps.append(now - last)
-                    else:
-                        results.first.append(now - sent)  # noqa: B023
-                    last = now
-                    results.arrivals.append((now, 1))
-                elif isinstance(event, FinishEvent):
-                    results.outcomes[event.reason] += 1
-                    ended[number].release()
-
-            engine.submit(GenerationRequest(prompt, params, logprobs=0), listen)
-            ended[number].acquire()
-        open_clients.release()
-
-    for number in range(clients):
-        threading.Thread(target=client, args=(number,), daemon=True).start()
-    for _ in range(clients):
-        open_clients.acquire()
-    results.tokens = len(results.arrivals)
-    return results.summary(began, seconds)
 
 
 @click.command()

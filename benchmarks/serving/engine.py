@@ -2,7 +2,8 @@
 
 Both run in this process on the same prompts, greedily, in turns. `loop` is a decode step of `serving.generation` and
 the choice of its tokens; `engine` is what lies between two tokens of one stream while all streams decode. Then a long
-prompt arrives while the streams run, and the time between tokens is measured until it has been read.
+prompt arrives while the streams run, and the time between tokens is measured until it has been read. At last each
+stream asks anew whenever its text is complete, which shows what reading prompts beside others costs all in all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks.decode import cut_prompts
 from benchmarks.hardware import environment
+from benchmarks.serving.bare import bare
 from benchmarks.statistics import summarise
 from benchmarks.targets import read_text
 from serving.backends.base import Backend
@@ -42,8 +44,14 @@ from serving.sampling import SamplingParams
 @click.option("--prompt-tokens", default=128, show_default=True)
 @click.option("--new-tokens", default=48, show_default=True)
 @click.option("--long-prompt", default=900, show_default=True, help="Tokens of the prompt that arrives; 0 is none.")
+@click.option("--seconds", default=5, show_default=True, help="Of streams that ask again and again; 0 is none.")
 @click.option("--max-length", type=int, help="Positions of a slot; the model's context by default.")
-@click.option("--chunks", default=str(EngineConfig().prefill_chunk), show_default=True, help="Chunks to compare.")
+@click.option(
+    "--chunks",
+    default=f"{EngineConfig().prefill_slowdown}x",
+    show_default=True,
+    help="What to compare: tokens beside a step (16), or how much slower a step may be (2.5x).",
+)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 def main(
@@ -62,13 +70,14 @@ def main(
     loop = load_backend(opened, "onnx", graph, device)
     record: dict[str, Any] = {"environment": environment(), "graph": graph, "device": device, "max_length": max_length}
     record |= sizes
-    record |= {"decode": [], "arrival": []}
-    long_prompt = sizes.pop("long_prompt")
+    record |= {"decode": [], "arrival": [], "closed": []}
+    long_prompt, seconds = sizes.pop("long_prompt"), sizes.pop("seconds")
     counts = [int(count) for count in streams.split(",")]
-    for number, chunk in enumerate(map(int, chunks.split(","))):
+    for number, chunk in enumerate(chunks.split(",")):
         observer = Observer()
         fresh = itertools.count()
-        config = EngineConfig(prefill_chunk=chunk, max_length=max_length)
+        pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
+        config = EngineConfig(max_length=max_length, **pace or {"prefill_slowdown": float(chunk.removesuffix("x"))})
         engine = open_engine(opened, graph, device, config, observer)
         for count in counts:
             # A chunk makes no difference to a step that reads no prompt.
@@ -89,6 +98,10 @@ def main(
                 row = {"prefill_chunk": chunk, "streams": len(prompts), "p99_over_quiet_median": ratio, "runs": runs}
                 record["arrival"].append(row)
                 click.echo(json.dumps(row), err=True)
+            if seconds:
+                figures = bare(engine, count, seconds, sizes["prompt_tokens"], sizes["new_tokens"], count)
+                record["closed"].append({"prefill_chunk": chunk, "streams": count, **figures})
+                click.echo(json.dumps(record["closed"][-1]), err=True)
         engine.close()
     text_record = json.dumps(record, indent=2)
     click.echo(text_record)
@@ -188,8 +201,10 @@ def _arrival(
     room = engine.n_positions - len(prompts[0])
     streams = Batch(engine, prompts, room)
     streams.wait(streams.begun)
+    # Where many streams have begun one after another, the first one has long passed 32.
+    wanted = len(streams.tokens[0]) + 32
     observer.steps.clear()
-    while len(streams.tokens[0]) < 32:
+    while len(streams.tokens[0]) < wanted:
         time.sleep(0.01)
     steps_before = len(observer.steps)
     began = time.perf_counter()
@@ -202,8 +217,10 @@ def _arrival(
     streams.wait()
     quiet = [gap * 1e3 for one in steps[1:steps_before] for gap in one.inter_token]
     busy = [gap * 1e3 for one in steps[steps_before:] if one.prompt_tokens for gap in one.inter_token]
+    pieces = [one.prompt_tokens for one in steps[steps_before:] if one.prompt_tokens]
     return {
         "first_token_ms": seconds * 1e3,
+        "pieces": {"count": len(pieces), "most": max(pieces), "least": min(pieces)},
         "quiet_ms": _percentiles(quiet),
         "while_read_ms": _percentiles(busy),
         "p99_over_quiet_median": float(np.percentile(busy, 99) / np.median(quiet)),

@@ -12,14 +12,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.serving.server import ServerProcess, end_load, load, start_load
+from serving.errors import GPT2BundleError
 
 _CONNECTIONS = 1000
 
 
 def overload(server: ServerProcess, sizes: list[str], seconds: float, overload_seconds: float) -> dict[str, Any]:
-    """Requests at 10 times the rate that 16 closed-loop clients get through, and memory once a second meanwhile."""
+    """Requests at 10 times the rate that 16 closed-loop clients get through, and memory once a second meanwhile.
+
+    Raises GPT2BundleError if those get nothing through.
+    """
     calm = load(server.url, ["--clients", "16", "--seconds", str(seconds), *sizes])
-    capacity = calm["outcomes"]["complete"] / seconds
+    capacity = calm["outcomes"].get("complete", 0) / seconds
+    if not capacity:
+        raise GPT2BundleError(
+            f"no request was completed in {seconds:g} s, but {calm['outcomes']}; ask for less or wait longer"
+        )
     process = start_load(
         server.url, ["--rate", str(10 * capacity), "--seconds", str(overload_seconds), "--seed", "1", *sizes]
     )

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from serving.server.settings import Settings
     from serving.server.state import Server
 
-# Options that decide how the ONNX runtime works; the SavedModel's slots were decided at export.
 _GRPC_LIMIT = 2**31 - 1
-_ONNX_OPTIONS = ("graph", "device", "max_length", "prefill_chunk", "threads")
+# Options that decide how the ONNX runtime works; the SavedModel's slots were decided at export.
+_ONNX_OPTIONS = ("graph", "device", "max_length", "prefill_slowdown", "prefill_chunk", "threads")
 
 
 _FILE = click.Path(path_type=Path)
@@ -43,8 +43,11 @@ _OPTIONS = [
     click.option("--max-length", type=click.IntRange(2), help="Positions of a slot.  [default: the model's context]"),
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
                  help="Requests that may wait, for each replica; more get 429."),
+    click.option("--prefill-slowdown", type=click.FloatRange(1, 1000), metavar="TIMES",
+                 help="How many times as long as without it a step of running texts may take that reads a prompt too.  "
+                      "[default: 2.25]"),
     click.option("--prefill-chunk", type=click.IntRange(1, 4096),
-                 help="Prompt tokens read beside one step of running texts.  [default: 16]"),
+                 help="Read so many tokens of a prompt beside each step instead, however long that takes."),
     click.option("--threads", type=click.IntRange(1, 1024), help="Of each replica.  [default: the cores, shared out]"),
     click.option("--name", type=ModelName(), metavar="NAME", help="The model's name.  [default: the bundle's]"),
     click.option("--host", type=Host(), default="127.0.0.1", show_default=True,
@@ -151,10 +154,13 @@ def _loader(options: dict[str, Any]) -> EngineLoader:
         for name in _ONNX_OPTIONS:
             if options[name] not in (None, ()):
                 raise InputError(f"--{name.replace('_', '-')} is for --runtime onnx; leave it out")
+    if options["prefill_slowdown"] and options["prefill_chunk"]:
+        raise InputError("--prefill-slowdown and --prefill-chunk exclude each other; leave one out")
     config = EngineConfig(
         slots=options["slots"] or EngineConfig.slots,
         max_length=options["max_length"],
-        prefill_chunk=options["prefill_chunk"] or EngineConfig.prefill_chunk,
+        prefill_chunk=options["prefill_chunk"],
+        prefill_slowdown=options["prefill_slowdown"] or EngineConfig.prefill_slowdown,
         queue_limit=options["queue"],
         threads=options["threads"],
     )

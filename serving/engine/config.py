@@ -8,6 +8,9 @@ from serving.bundle import Bundle
 from serving.engine.slots import cache_bytes
 from serving.errors import InputError
 
+SHARED_CHUNK = 16
+"""Tokens in whose multiples beginnings of prompts are shared, unless a chunk is set."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -17,8 +20,13 @@ class EngineConfig:
     """Continuations that run at once; from 1 to 1024."""
     max_length: int | None = None
     """Positions of a slot, prompt and continuation together; from 2 to the model's context, which is the default."""
-    prefill_chunk: int = 16
-    """Prompt tokens read beside one decode step; from 1 to 4096. Decides the rounding of a prompt's numbers."""
+    prefill_chunk: int | None = None
+    """Prompt tokens read beside one decode step, in whose multiples beginnings of prompts are shared; from 1 to 4096.
+
+    None is as many as `prefill_slowdown` allows, and multiples of 16.
+    """
+    prefill_slowdown: float = 2.25
+    """How many times as long as without it a step may take that reads a prompt beside others; from 1 to 1000."""
     prefill_budget: int = 512
     """Prompt tokens read in one step while nothing decodes; from 1 to 65536, and at least one chunk is read."""
     queue_limit: int = 256
@@ -38,10 +46,13 @@ class EngineConfig:
             ("threads", 1, 1024),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_length", "threads"):
+            if value is None and name in ("max_length", "prefill_chunk", "threads"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+        slowdown = self.prefill_slowdown
+        if isinstance(slowdown, bool) or not 1 <= slowdown <= 1000:
+            raise InputError(f"prefill_slowdown is {slowdown!r}; it must be a number from 1 to 1000")
         timeout = self.default_timeout
         if timeout is not None and (isinstance(timeout, bool) or not timeout > 0):
             raise InputError(f"default_timeout is {timeout!r}; it must be a number of seconds above 0")

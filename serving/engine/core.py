@@ -53,16 +53,17 @@ class Core:
         self._inter_token: list[float] = []
 
     def step(self, arrived: Iterable[Task] = (), cancelled: Iterable[Task] = ()) -> None:
-        """Take `arrived` in and drop `cancelled`; then one chunk of a prompt, one token for every row, or both."""
+        """Take `arrived` in and drop `cancelled`; then one piece of a prompt, one token for every row, or both."""
         began = self._clock()
         self._add(arrived, cancelled, began)
         read, finished = self._read_prompts(began)
+        read_at = self._clock()
         owners, logits = self._decode(may_move=not read)
         if logits is not None:
             self._score(owners, logits)
         sampled = self._sample(owners, logits) + [each for task in finished for each in self._begin(task)]
         self._emit(sampled)
-        self._end_step(began, read, sum(owner is not None for owner in owners))
+        self._end_step(began, read_at, read, sum(owner is not None for owner in owners))
 
     def adopt(self, arrived: Iterable[Task]) -> None:
         """Take `arrived` into the queue."""
@@ -111,7 +112,7 @@ class Core:
         """Schedule and run work on prompts: the tokens read, and whose prompt was read to its end."""
         budget, read, finished = self.scheduler.budget(), 0, []
         while budget > 0 and (work := self.scheduler.next(now, budget)) is not None:
-            budget -= self.scheduler.cost(work)
+            budget = self.scheduler.left(work, budget)
             try:
                 self._flush()
                 logits = work.run(self._backend)
@@ -292,8 +293,9 @@ class Core:
         for flush in flushes:
             flush()
 
-    def _end_step(self, began: float, read: int, rows: int) -> None:
+    def _end_step(self, began: float, read_at: float, read: int, rows: int) -> None:
         ended = self._clock()
+        self.scheduler.stepped(rows, read_at - began, ended - read_at)
         inter_token, self._inter_token = self._inter_token, []
         if read or rows:
             self._steps += 1

@@ -23,8 +23,9 @@ from serving.engine.api import (
     Observer,
     QueueFullError,
 )
-from serving.engine.config import EngineConfig
+from serving.engine.config import SHARED_CHUNK, EngineConfig
 from serving.engine.core import Core
+from serving.engine.pace import BoundedPace, Pace
 from serving.engine.scheduler import Scheduler
 from serving.engine.slots import SlotBackend
 from serving.engine.tasks import Task, open_task
@@ -95,8 +96,7 @@ class SlotEngine:
         self.eos_token_id, self.tokenizer = eos_token_id, tokenizer
         self._token_bytes = TokenBytes(tokenizer)
         self._backend, self._clock = backend, clock
-        scheduler = Scheduler(backend, self.config.prefill_chunk, self.config.prefill_budget)
-        self._core = Core(backend, scheduler, observer, clock)
+        self._core = Core(backend, _scheduler(backend, self.config), observer, clock)
         # Guards what follows; the thread waits on it for work, and drain for the end of work.
         self._changed = threading.Condition()
         self._inbox: deque[Task] = deque()
@@ -220,6 +220,12 @@ class SlotEngine:
         rate = self._core.tokens_per_second
         seconds = self._core.scheduler.backlog / rate if rate > 0 else 1
         return min(max(1, math.ceil(seconds)), _LONGEST_RETRY)
+
+
+def _scheduler(backend: SlotBackend, config: EngineConfig) -> Scheduler:
+    chunk, budget = config.prefill_chunk, config.prefill_budget
+    pace = Pace(chunk) if chunk else BoundedPace(config.prefill_slowdown, budget)
+    return Scheduler(backend, chunk or SHARED_CHUNK, budget, pace)
 
 
 class _Handle:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.backends.base import FloatArray, IntArray
+from serving.engine.pace import Pace
 from serving.engine.slot_table import Copy, SlotTable
 from serving.engine.slots import SlotBackend
 from serving.engine.tasks import Continuation, Slot, Task
@@ -35,21 +36,24 @@ class Work:
 class Scheduler:
     """Requests in the order of their arrival, on the slots of one backend.
 
-    Prompts are read one at a time. While continuations decode, each step reads one chunk, [0, C), [C, 2C), ..., or
+    Prompts are read one at a time. While continuations decode, each step reads one piece, as long as `pace` says, or
     makes one copy, beside them; otherwise as many chunks as `prefill_budget` tokens hold, in one piece. Numbers do not
-    depend on the load: a product's row is the same among any number of rows but one, so only a last chunk of a single
-    token is always a piece of its own (docs/decisions.md).
+    depend on the load: a product's row is the same among any number of rows but one, so wherever prompts are cut, no
+    piece is a single token but the last one, and that if it is alone in its chunk of `chunk` (docs/decisions.md).
     """
 
-    def __init__(self, backend: SlotBackend, prefill_chunk: int, prefill_budget: int) -> None:
-        self.table = SlotTable(backend.slots, prefill_chunk, backend.copies)
+    def __init__(self, backend: SlotBackend, chunk: int, prefill_budget: int, pace: Pace) -> None:
+        self.table = SlotTable(backend.slots, chunk, backend.copies)
         self.waiting: deque[Task] = deque()
         self.reading: deque[Task] = deque()
         self.running: list[Continuation] = []
         self.backlog = 0
         """Tokens that waiting requests will take at most, prompts included."""
-        self._chunk, self._prefill_budget, self._copies = prefill_chunk, prefill_budget, backend.copies
+        self._chunk, self._prefill_budget, self._copies = chunk, prefill_budget, backend.copies
+        self._pace = pace
         self._pending: tuple[Copy, ...] = ()
+        self._piece: Work | None = None
+        """What was last read of a prompt in this step."""
 
     def add(self, task: Task) -> None:
         """Queue `task`."""
@@ -57,12 +61,12 @@ class Scheduler:
         self.backlog += _size(task)
 
     def budget(self) -> int:
-        """How many prompt tokens this step may read; a copy counts as a chunk."""
-        return self._chunk if self.running else max(self._prefill_budget, self._chunk)
+        """How many prompt tokens this step may read where nothing decodes; a copy counts as a chunk."""
+        return max(self._prefill_budget, self._chunk)
 
     def next(self, now: float, budget: int) -> Work | None:
-        """The next piece of work on prompts, of `budget` tokens if that is more than a chunk; `done` or `release` must
-        follow before it is asked again."""
+        """The next piece of work on prompts, of at most `budget` tokens; `done` or `release` must follow before it is
+        asked again."""
         while not self.reading and self._admit(now):
             pass
         if not self.reading:
@@ -79,13 +83,31 @@ class Scheduler:
 
     def _end(self, task: Task, budget: int) -> int:
         """How far the next piece of a prompt goes."""
-        chunks = max(1, budget // self._chunk) if self._chunk > 1 else 1
-        end = min(len(task.prompt), task.read + chunks * self._chunk)
-        return end - 1 if end % self._chunk == 1 and end > task.read + 1 else end
+        length = len(task.prompt)
+        if self._chunk == 1:
+            return task.read + 1
+        last = length - (length % self._chunk == 1)
+        if task.read >= last:
+            return length
+        tokens = self._pace.tokens(task.read) if self.running else budget
+        end = min(last, task.read + max(tokens, 2))
+        return last if last - end == 1 else end
 
-    def cost(self, work: Work) -> int:
-        """What `work` takes of a step's budget."""
-        return self._chunk if work.copies else len(work.tokens)
+    def left(self, work: Work, budget: int) -> int:
+        """What `work` leaves of a step's budget: nothing beside continuations, since each call reads all weights."""
+        if self.running:
+            return 0
+        return budget - (self._chunk if work.copies else len(work.tokens))
+
+    def stepped(self, rows: int, reading: float, other: float) -> None:
+        """Take note of the end of a step in which `rows` decoded: seconds for the work on prompts, and for all else."""
+        piece, self._piece = self._piece, None
+        if not rows:
+            return
+        if piece is None:
+            self._pace.stepped(0, 0, reading, other)
+        else:
+            self._pace.stepped(len(piece.tokens), piece.start, reading, other)
 
     def done(self, work: Work) -> bool:
         """Take note that `work` was done; True if with it all continuations hold the prompt, and may `begin`."""
@@ -96,6 +118,7 @@ class Scheduler:
             self._pending = ()
             return False
         if work.slot is not None:
+            self._piece = work
             task.read += len(work.tokens)
             work.slot.filled = task.read
             work.slot.tokens = task.prompt[: task.read // self._chunk * self._chunk]

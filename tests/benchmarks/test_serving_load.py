@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.bare import bare
 from benchmarks.serving.load import quantiles, run
 from serving.server.app import build_app
 from serving.server.settings import Settings
@@ -27,6 +28,14 @@ def test_a_closed_loop_counts_tokens_and_outcomes(tmp_path: Path, usage: bool) -
     if usage:
         assert result["tokens"] == pytest.approx(8 * outcomes["complete"])
     assert engine.generated == 8 * outcomes["complete"]
+    engine.close()
+
+
+def test_the_same_loop_over_an_engine_counts_as_much() -> None:
+    engine = DoubleEngine(pace=0.001)
+    result = bare(engine, 3, 0.3, prompt_tokens=5, new_tokens=8, seed=0)
+    complete = result["outcomes"]["length"]
+    assert complete > 0 and engine.generated == 8 * complete == result["tokens"]
     engine.close()
 
 

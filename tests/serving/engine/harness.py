@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from serving.engine.api import Event, FinishEvent, GenerationRequest, PromptEvent, RequestRecord, StepRecord, TokenEvent
-from serving.engine.config import EngineConfig
+from serving.engine.config import SHARED_CHUNK, EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.generation import generate
 from serving.sampling import SamplingParams
@@ -69,8 +69,10 @@ class Observed:
 class Stepped:
     """The engine over a closed-form backend."""
 
-    def __init__(self, *, slots: int = 4, chunk: int = 8, copies: bool = True, length: int = 64, **config: Any) -> None:
-        self.backend = ClosedFormSlotBackend(slots, length, chunk, copies)
+    def __init__(
+        self, *, slots: int = 4, chunk: int | None = 8, copies: bool = True, length: int = 64, **config: Any
+    ) -> None:
+        self.backend = ClosedFormSlotBackend(slots, length, chunk or SHARED_CHUNK, copies)
         self.now = 0.0
         self.observed = Observed()
         settings = EngineConfig(slots=slots, prefill_chunk=chunk, **config)

@@ -48,9 +48,11 @@ ACTIONS = st.lists(
 )
 
 
-@given(ACTIONS, st.booleans(), st.sampled_from([2, 8]), st.sampled_from([8, 64]))
+@given(ACTIONS, st.booleans(), st.sampled_from([2, 8, None]), st.sampled_from([8, 64]))
 @settings(derandomize=True, deadline=None, max_examples=150)
-def test_everybody_gets_what_they_would_get_alone(actions: list[Any], copies: bool, chunk: int, budget: int) -> None:
+def test_everybody_gets_what_they_would_get_alone(
+    actions: list[Any], copies: bool, chunk: int | None, budget: int
+) -> None:
     engine = Stepped(slots=4, chunk=chunk, copies=copies, prefill_budget=budget)
     requests: list[tuple[Heard, Any]] = []
     cancelled = set()

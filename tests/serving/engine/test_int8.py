@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,14 +45,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return open_bundle(folder)
 
 
-@pytest.fixture
-def engine(bundle: Bundle) -> Iterator[SlotEngine]:
-    """One whose steps the test makes."""
+@pytest.fixture(params=[CHUNK, None])
+def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[SlotEngine]:
+    """One whose steps the test makes, and whose time it draws, so that a pace by time cuts prompts anywhere."""
     from serving.engine.onnx_slots import OnnxSlotBackend
 
     length = bundle.manifest.model.n_positions
     backend = OnnxSlotBackend(bundle, "ort/int8", slots=SLOTS, max_length=length, threads=1)
-    made = SlotEngine(backend, TOKENIZER, EOS, EngineConfig(slots=SLOTS, prefill_chunk=CHUNK), start=False)
+    config = EngineConfig(slots=SLOTS, prefill_chunk=request.param, prefill_slowdown=1.75)
+    seconds, time = random.Random(4), itertools.count()
+    made = SlotEngine(backend, TOKENIZER, EOS, config, clock=lambda: next(time) + 0.5 * seconds.random(), start=False)
     yield made
     made.close()
 

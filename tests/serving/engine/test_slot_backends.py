@@ -121,7 +121,7 @@ def test_where_a_prompt_is_cut_does_not_show(case: Case) -> None:
     text = case.texts[1][:45]
     whole = case.backend.prefill_chunk(0, text[:40], 0).copy(), case.backend.prefill_chunk(0, text[40:], 40).copy()
     assert max_difference(whole[1], case.logits(1, 45)) <= case.tolerance
-    for sizes in ((8, 8, 8, 8, 8), (16, 24), (32, 8)):
+    for sizes in ((8, 8, 8, 8, 8), (16, 24), (32, 8), (2, 3, 5, 7, 11, 12), (4, 4, 4, 6, 9, 13)):
         start = 0
         for size in sizes:
             logits = case.backend.prefill_chunk(1, text[start : start + size], start)
