@@ -54,16 +54,18 @@ serve-tfserving: $(INSTALLED) ## Serve the bundle's SavedModel by TensorFlow Ser
 			"install one to serve $$folder" >&2; exit 1; \
 	fi
 
-bench: $(INSTALLED) ## Measure the bundle: steps beside this machine's floor, then requests as clients see them (BUNDLE=).
+bench: $(INSTALLED) ## Measure the bundle by every runtime in it: steps, requests, limits; a page in runs/bench/ (BUNDLE=).
 	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
-	$(BIN)/gpt2-bundle bench "$(BUNDLE)"
-	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario single --scenario offline --scenario server --rate 16 \
-		--scenario concurrency --scenario saturation --sweep-from 32 --sweep-factor 1.5 --sweep-seconds 1.5 \
-		--sweep-limit 90 --scenario cold-start --output runs/bench/$$(basename "$(BUNDLE)").json
+	$(BIN)/gpt2-bundle bench "$(BUNDLE)" --scenario all --rate 16 --sweep-from 32 --sweep-factor 1.5 --sweep-seconds 1.5 \
+		--sweep-limit 90 --output runs/bench/$$(basename "$(BUNDLE)").json
 
-bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights.
+# Fewer requests and targets, and lower rates: all of it is to end in ten minutes on two cores.
+bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights; a page in runs/bench/.
 	$(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
-	$(BIN)/gpt2-bundle bench "$(OUTPUT)/gpt2-geometry"
+	$(BIN)/gpt2-bundle bench "$(OUTPUT)/gpt2-geometry" --target ort/fp32 --target ort/int8 --target ort/int4 --target savedmodel \
+		--target server=ort/int8 --scenario steps --scenario single --scenario offline --scenario concurrency --clients 4 \
+		--scenario saturation --sweep-from 2 --sweep-factor 2 --sweep-seconds 4 --sweep-limit 110 --scenario cold-start \
+		--requests 8 --output runs/bench/gpt2-geometry.json
 
 bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
 	$(BIN)/python -m benchmarks.prepare --work runs/bench-prepare --memory 100 --memory 500
@@ -145,14 +147,14 @@ test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and ru
 test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis in an environment of its own, and run it on a server.
 	SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_schemathesis.py
 
-test-ecosystem: $(INSTALLED) .venv-schemathesis/installed ## Install ONNX Runtime GenAI, Optimum and Schemathesis in environments of their own, and run them on a bundle.
+test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed ## Install GenAI, Optimum, KerasHub and Schemathesis in environments of their own, and run them on a bundle.
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
 	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
 		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
 	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python \
-		SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
+		KERAS_HUB_PYTHON=.venv-peer-keras_hub/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .

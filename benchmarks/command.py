@@ -10,7 +10,7 @@ import click
 
 from benchmarks.suite_command import compare_records, gate, run_scenarios, selftest
 
-_SCENARIOS = ("single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
+_SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
 _ARRIVALS = ("poisson", "gamma", "constant", "trace")
 
 
@@ -40,8 +40,8 @@ def bench() -> None:
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of each prompt; 128 by default, or what fits.")
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Decode steps a repeat.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True, help="Rounds over the targets.")
-@click.option("--scenario", "scenarios", multiple=True, type=click.Choice(_SCENARIOS),
-              help="Play requests instead of measuring prefill and decode; repeatable.")  # fmt: skip
+@click.option("--scenario", "scenarios", multiple=True, type=click.Choice((*_SCENARIOS, "all")),
+              help="Play requests, and not only measure prefill and decode, which is steps; repeatable.")  # fmt: skip
 @click.option("--schedule", type=click.Path(path_type=Path), metavar="FILE", help="Play schedules that were saved.")
 @click.option("--save-schedule", type=click.Path(path_type=Path), metavar="FILE", help="Save the schedules.")
 @click.option("--requests", type=click.IntRange(1), default=16, show_default=True, help="Requests of each schedule.")
@@ -99,7 +99,9 @@ def run(
 
     opened = open_bundle(bundle, check="sizes")
     if scenarios or schedule is not None:
-        asked |= {"scenarios": scenarios, "schedule": schedule, "repeats": repeats}
+        named = _SCENARIOS if "all" in scenarios else scenarios
+        steps = {"batch_sizes": batch_sizes, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        asked |= {"scenarios": named, "schedule": schedule, "repeats": repeats, **steps}
         run_scenarios(opened, targets, output, as_json, **asked)
         return
     from benchmarks.decode import measure

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 _PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy", "tokenizers", "rensa")
+_CORES = Path("/sys/devices/system/cpu")
 # Far larger than any cache, so that every pass comes from memory.
 _BYTES = 512 << 20
 # Large enough that a product is arithmetic and not reading.
@@ -106,7 +107,7 @@ def own_seconds(processes: Iterable[int] = ()) -> float:
 def last_level_cache_bytes() -> int | None:
     """Size of the largest cache that the first core sees, or None where the system does not say."""
     sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+    for path in (_CORES / "cpu0/cache").glob("index*/size"):
         text = path.read_text(encoding="utf-8").strip()
         unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:])
         if unit and text[:-1].isdigit():
@@ -115,7 +116,7 @@ def last_level_cache_bytes() -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """Date, processor, cores, memory, load, and versions of what runs."""
+    """Date, processor, cores, memory, clocks, load, and versions of what runs; GPUs are told by `Meters.describe`."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -129,6 +130,8 @@ def environment() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "kernel": platform.release(),
+        "clock_mhz": _clock_mhz(),
+        "governor": _governor(),
         "load_average": list(os.getloadavg()),
         "versions": versions,
     }
@@ -144,6 +147,24 @@ def _cpu_model() -> str:
     family, model = fields.get("cpu family"), fields.get("model")
     name = fields.get("model name", platform.machine())
     return f"{name} (family {family}, model {model})" if family and model else name
+
+
+def _clock_mhz() -> list[float] | None:
+    """Lowest and highest clock of the cores now, in MHz, or None where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return [min(clocks), max(clocks)] if clocks else None
+
+
+def _governor() -> str | None:
+    """What decides on the first core's clock; None where that is not told, as in most virtual machines."""
+    try:
+        return (_CORES / "cpu0/cpufreq/scaling_governor").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def _memory_bytes() -> int | None:

@@ -28,13 +28,16 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.calibrate import client_overhead
     from benchmarks.suite.clock import WallClock
     from benchmarks.suite.cold import ColdStart, cold_start
-    from benchmarks.suite.measure import Machine, measure
+    from benchmarks.suite.machine import Machine
+    from benchmarks.suite.measure import measure
     from benchmarks.suite.meters import Meters
     from benchmarks.suite.metrics import Objectives
     from benchmarks.suite.page import to_page
     from benchmarks.suite.schedule import save_schedules
+    from benchmarks.suite.steps import is_static
     from benchmarks.suite.tables import to_csv, to_markdown
     from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
+    from serving.text_stream import load_tokenizer
 
     schedules = _schedules(bundle, asked)
     if asked["save_schedule"] is not None:
@@ -50,9 +53,12 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         opened = [open_target(bundle, name, batch=batch, stand_in=name in marked) for name in names]
     else:
         opened, missing = open_defaults(bundle, names, batch=asked["max_batch"], stand_ins=asked["stand_ins"])
+    if {schedule.scenario for schedule in schedules} == {"steps"} and not any(is_static(each) for each in opened):
+        raise InputError("steps are measured of a graph in this process; name one, such as ort/fp32 or savedmodel")
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
     objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
 
+    tokenizer = load_tokenizer(bundle)
     machine = Machine(BandwidthProbe(), ComputeProbe(), Meters(), asked["price_per_hour"])
 
     async def start(target: Target, request: Planned) -> ColdStart | None:
@@ -73,6 +79,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
             starter=start,
             cold_starts=asked["cold_starts"],
             sweep_seconds=asked["sweep_limit"],
+            decode=lambda ids: str(tokenizer.decode(list(ids))),
             say=lambda line: click.echo(line, err=True),
         )
         return record | {"client_overhead_ms": overhead}
@@ -106,7 +113,11 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
     made = Lengths.parse(asked["output_lengths"] or str(min(32, model.n_positions // 4)))
     count, found = asked["requests"], []
     for scenario in asked["scenarios"]:
-        if scenario == "single":
+        if scenario == "steps":
+            new = min(asked["new_tokens"], model.n_positions - 1)
+            tokens = asked["prompt_tokens"] or max(1, min(128, model.n_positions - new))
+            found += [planner.steps(batch, tokens, new) for batch in asked["batch_sizes"]]
+        elif scenario == "single":
             found.append(planner.single(count, prompt, made))
         elif scenario == "offline":
             found.append(planner.offline(count, prompt, made))
@@ -161,11 +172,20 @@ def selftest() -> None:
 
 @click.command("gate")
 @click.argument("record", type=click.Path(path_type=Path))
-@click.option("--budget", "budgets", multiple=True, required=True, metavar="TEXT",
+@click.option("--budget", "budgets", multiple=True, metavar="TEXT",
               help="Such as 'p99_inter_token_ms<=30'; repeatable.")  # fmt: skip
-def gate(record: Path, budgets: tuple[str, ...]) -> None:
-    """End with code 1 if any target in RECORD does not keep a budget."""
-    from benchmarks.suite.judge import check_budgets, read_record
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
+              help="An earlier record of the same scenarios: nothing may be worse, beyond the noise.")  # fmt: skip
+@click.option("--allow", type=click.FloatRange(0, 1000), default=5.0, show_default=True, metavar="PERCENT",
+              help="How much worse than the baseline a figure may be.")  # fmt: skip
+def gate(record: Path, budgets: tuple[str, ...], baseline: Path | None, allow: float) -> None:
+    """End with code 1 if any target in RECORD does not keep a budget, or is worse than in the baseline."""
+    from benchmarks.suite.judge import check_baseline, check_budgets, read_record
 
-    for line in check_budgets(read_record(record), list(budgets)):
+    if not budgets and baseline is None:
+        raise InputError("there is nothing to hold the record to; pass --budget, --baseline or both")
+    read = read_record(record)
+    earlier = read_record(baseline) if baseline is not None else None
+    lines = check_budgets(read, list(budgets))
+    for line in [*lines, *(check_baseline(read, earlier, allow / 100) if earlier is not None else ())]:
         click.echo(line)

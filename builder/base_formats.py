@@ -135,12 +135,15 @@ def _reader(path: Path, name: str, read: Reader) -> Reader:
 def _safetensors(path: Path) -> Iterator[tuple[str, Reader]]:
     from safetensors import safe_open
 
-    with _readable(path):
-        file: Any = safe_open(path, framework="np")
+    def read(name: str) -> Any:
+        # What was read of a mapped file counts as this process's memory until the file is closed.
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(name)
+
+    with _readable(path), safe_open(path, framework="np") as file:
         names = list(file.keys())
-    with file:
-        for name in names:
-            yield name, _reader(path, name, partial(file.get_tensor, name))
+    for name in names:
+        yield name, _reader(path, name, partial(read, name))
 
 
 def _h5(path: Path) -> Iterator[tuple[str, Reader]]:

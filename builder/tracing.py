@@ -60,8 +60,9 @@ def trace(
         tf.TensorSpec([None, None], tf.int64, name="attention_mask"),
         tf.TensorSpec([None, None], tf.int64, name="position_ids"),
         *[tf.TensorSpec(cache_shape, tf.float32, name=f"past_{index}") for index in range(n_cache)],
+        # TensorFlow's graph optimiser makes zeros for every argument of a known size, so the sizes are told inside.
         *[
-            tf.TensorSpec(variable.shape, tf.float32, name=f"weight_{index}")
+            tf.TensorSpec([None] * len(variable.shape), tf.float32, name=f"weight_{index}")
             for index, (_, variable) in enumerate(named)
         ],
     ]
@@ -69,7 +70,7 @@ def trace(
 
     def step(input_ids: Any, attention_mask: Any, position_ids: Any, *rest: Any) -> list[Any]:
         past = [(rest[2 * layer], rest[2 * layer + 1]) for layer in range(geometry.n_layer)]
-        weights = [rest[n_cache + index] for index in weight_order]
+        weights = [tf.ensure_shape(rest[n_cache + index], named[index][1].shape) for index in weight_order]
         kernels = make_kernels(geometry, markers, past, attention_mask)
         logits, _ = model.stateless_call(weights, [], input_ids, position_ids=position_ids, kernels=kernels)
         present = [tensor for pair in kernels.present for tensor in pair]
@@ -93,6 +94,7 @@ def trace(
     present = cache_names("present", geometry.n_layer)
     axes |= {name: ["batch_size", geometry.n_head, past_axis, geometry.head_dim] for name in past}
     inputs = [*axes, *[name for name, _ in named]]
+    axes |= {name: list(variable.shape) for name, variable in named}
     axes |= {name: ["batch_size", geometry.n_head, present_axis, geometry.head_dim] for name in present}
     axes["logits"] = list(logits_shape)
     _rename(converted.graph, inputs, ["logits", *present])

@@ -14,7 +14,7 @@ from builder.masked_tokens import Shard, open_shard
 from builder.metrics_log import MetricsLog, read_metrics
 from builder.ngram import trigram_perplexity, unigram_perplexity
 from builder.progress import Reporter
-from builder.recipe import Recipe
+from builder.recipe import ModelRecipe, Recipe
 from builder.rows import counted_targets, first_prompts, is_plain
 from builder.run_report import REPORT_PAGE, write_report
 from builder.tokenizer import end_token_id, load_tokenizer, vocabulary_size
@@ -25,8 +25,11 @@ WEIGHTS = "model.safetensors"
 REPORT = "training.json"
 
 
-def hf_config(geometry: Geometry) -> dict[str, Any]:
-    """The model's config.json as Hugging Face's GPT2Config reads it."""
+def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
+    """The model's config.json as Hugging Face's GPT2Config reads it, with the dropouts that it was trained with.
+
+    GPT2Config takes a dropout that is not there as 0.1; KerasHub refuses to read a folder without them.
+    """
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -39,6 +42,9 @@ def hf_config(geometry: Geometry) -> dict[str, Any]:
         "n_inner": geometry.n_inner,
         "activation_function": geometry.activation_function,
         "layer_norm_epsilon": geometry.layer_norm_epsilon,
+        "embd_pdrop": recipe.embd_pdrop,
+        "attn_pdrop": recipe.attn_pdrop,
+        "resid_pdrop": recipe.resid_pdrop,
         "bos_token_id": geometry.bos_token_id,
         "eos_token_id": geometry.eos_token_id,
         "tie_word_embeddings": True,
@@ -164,7 +170,8 @@ def _train(
         report |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
     _say_how_it_compares(report, reporter)
     write_safetensors(model, folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(hf_config(geometry), indent=2) + "\n", encoding="utf-8")
+    config = hf_config(geometry, recipe.model)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure a bundle's perplexity on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "deploy": ("serving.commands.deploy:deploy", "Write a folder that TensorFlow Serving serves a bundle from."),
-    "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving, by REST or gRPC."),
+    "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving or 'serve', by REST or gRPC."),
     "bench": ("benchmarks.command:bench", "Measure latency: steps against the floor, requests as clients see them."),
 }
 

@@ -26,7 +26,8 @@ DType = Literal["bool", "int8", "uint8", "int32", "int64", "float16", "bfloat16"
 MAX_PATH_BYTES = 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z", re.ASCII)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+NAME_PROBLEM = "must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit"
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 
 
@@ -162,9 +163,7 @@ class Manifest:
     """The whole of `manifest.json`. `quality` holds figures by name; `parity` sums up verification.json."""
 
     schema_version: int
-    name: Annotated[
-        str, _matches(_NAME, "must be 1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit")
-    ]
+    name: Annotated[str, _matches(NAME, NAME_PROBLEM)]
     created: Annotated[str, _created]
     model: Geometry
     tokenizer: TokenizerFiles

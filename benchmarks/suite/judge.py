@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from benchmarks.suite.measure import SCHEMA
 from benchmarks.suite.rows import HIGHER_IS_BETTER
-from benchmarks.suite.statistics import unpaired
+from benchmarks.suite.statistics import Verdict, unpaired
 from serving.errors import GPT2BundleError, InputError
 from serving.suggest import did_you_mean
 
@@ -27,17 +29,42 @@ class BudgetError(GPT2BundleError):
     """A record does not keep a budget."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """One figure of one row in two records. `word` is better, WORSE, equal or "too few repeats"."""
+
+    where: str
+    figure: str
+    before: float
+    after: float
+    verdict: Verdict
+    word: str
+
+    def __str__(self) -> str:
+        ratio, low, high = (value - 1 for value in (self.verdict.ratio, self.verdict.low, self.verdict.high) if value)
+        moved = f"{ratio:+.1%}, {low:+.1%} to {high:+.1%}"
+        return f"{self.word:>15}  {self.where}, {self.figure}: {self.before:.3f} -> {self.after:.3f} ({moved})"
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a record of the suite. Raises InputError for anything else."""
+    """Read a record of the suite. Raises InputError for anything else, and for one that measured nothing."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {record['schema']!r}, not {SCHEMA!r}")
-        for _, row in rows(record):
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            schema = record.get("schema") if isinstance(record, dict) else None
+            raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}" if schema else f"it has no schema {SCHEMA!r}")
+        for point, row in rows(record):
+            _ = point["schedule_sha256"], point["point"], dict(point["winners"]), row["target"], row["errors"]
             for values in row["figures"].values():
                 if not all(value is None or isinstance(value, (int, float)) for value in values):
                     raise ValueError("a figure is not a number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if row["summary"] is not None:
+                _ = row["summary"]["failed"]
+        if not any(True for _ in rows(record)):
+            raise ValueError("nothing was measured in it")
+    except KeyError as error:
+        raise InputError(f"{path}: not a whole record of 'gpt2-bundle bench' (it lacks {error})") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a record of 'gpt2-bundle bench' with a scenario ({error})") from None
     found: dict[str, Any] = record
     return found
@@ -50,16 +77,16 @@ def rows(record: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping
             yield point, row
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """A line for each judged figure of each row that both records have: what it was, is, and what may be said of it.
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Each judged figure of each row that both records have.
 
     The records were taken at different times, so their repeats are no pairs. Rows of other schedules are not compared.
-    Where the machine's own rates were others, a last line says so: what looks like the target's may be the machine's.
+    Raises InputError where nothing is left to compare.
     """
-    earlier = {(point["schedule_sha256"], row["target"]): row for point, row in rows(before)}
-    lines = []
+    earlier = {_key(point, row): row for point, row in rows(before)}
+    found = []
     for point, row in rows(after):
-        match = earlier.get((point["schedule_sha256"], row["target"]))
+        match = earlier.get(_key(point, row))
         if match is None:
             continue
         for figure in point["winners"]:
@@ -67,17 +94,71 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
                 [value for value in each["figures"].get(figure, ()) if value is not None] for each in (match, row)
             )
             verdict = unpaired(new, old)
-            if verdict.ratio is None or verdict.low is None or verdict.high is None:
+            if verdict.ratio is None:
                 continue
             better = "higher" if figure in HIGHER_IS_BETTER else "lower"
             word = {better: "better", "equal": "equal", "unknown": "too few repeats"}.get(verdict.call, "WORSE")
-            lines.append(
-                f"{word:>15}  {row['target']}, {point['point']}, {figure}: {np.median(old):.3f} -> "
-                f"{np.median(new):.3f} ({verdict.ratio - 1:+.1%}, {verdict.low - 1:+.1%} to {verdict.high - 1:+.1%})"
-            )
-    if not lines:
-        raise InputError("the records have no target and schedule in common, so there is nothing to compare")
+            where = f"{row['target']}, {point['point']}"
+            found.append(Change(where, figure, float(np.median(old)), float(np.median(new)), verdict, word))
+    if not found:
+        raise InputError(
+            "the records have no target and schedule in common, so there is nothing to compare; measure both with the "
+            "same scenarios and options, on bundles of the same text, or play one's --save-schedule with --schedule"
+        )
+    return found
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A line for each of `changes`, the worse ones last, and for what else there is to know.
+
+    That is how many there are of each word (of those with too few repeats nothing else), what one of the records has
+    alone, what failed, and whether bundle or machine was another, to which a target may owe as much.
+    """
+    found = changes(before, after)
+    counts = Counter(change.word for change in found)
+    told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    lines = [str(change) for word in ("equal", "better", "WORSE") for change in found if change.word == word]
+    lines.append(f"{'in all':>15}  {told}")
+    lines += [f"{'failed':>15}  {sentence}" for sentence in _failed(after)]
+    for name, one, other in (("before", before, after), ("after", after, before)):
+        alone = _alone(one, other)
+        lines += [f"{'only ' + name:>15}  {'; '.join(alone)}"] if alone else []
+    if before.get("bundle") != after.get("bundle"):
+        lines.append(f"{'the bundle':>15}  was {before.get('bundle')}, is {after.get('bundle')}")
     return lines + _machine(before, after)
+
+
+def check_baseline(record: Mapping[str, Any], baseline: Mapping[str, Any], allowed: float) -> list[str]:
+    """What `compare` says, if no figure is worse than in `baseline` by more than the share `allowed`.
+
+    Raises BudgetError with those that are beyond the noise, and with rows that failed or that only the baseline has.
+    """
+    broken = [str(change).strip() for change in changes(baseline, record) if _is_past(change, allowed)]
+    broken += [*_failed(record), *(f"{where}: not in the record" for where in _alone(baseline, record))]
+    if broken:
+        raise BudgetError("; ".join(broken))
+    return compare(baseline, record)
+
+
+def _is_past(change: Change, allowed: float) -> bool:
+    ratio = change.verdict.ratio
+    if change.word != "WORSE" or ratio is None:
+        return False
+    return (1 / ratio if change.figure in HIGHER_IS_BETTER else ratio) > 1 + allowed
+
+
+def _key(point: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return point["schedule_sha256"], row["target"]
+
+
+def _alone(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The rows of one record that the other lacks."""
+    theirs = {_key(point, row) for point, row in rows(other)}
+    return [f"{row['target']}, {point['point']}" for point, row in rows(one) if _key(point, row) not in theirs]
+
+
+def _failed(record: Mapping[str, Any]) -> list[str]:
+    return [f"{row['target']}, {point['point']}: {row['errors'][0]}" for point, row in rows(record) if row["errors"]]
 
 
 def _machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

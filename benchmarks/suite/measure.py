@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from benchmarks.hardware import BandwidthProbe, ComputeProbe, busy_seconds, environment, own_seconds, usable_cores
+from benchmarks.hardware import environment
 from benchmarks.suite.clock import Clock
 from benchmarks.suite.cold import ColdStart
 from benchmarks.suite.driver import play
 from benchmarks.suite.events import Response
-from benchmarks.suite.meters import Meters, Reading
+from benchmarks.suite.machine import Machine, Others
+from benchmarks.suite.meters import Reading
 from benchmarks.suite.metrics import Objectives
-from benchmarks.suite.rows import COLD, Repeat, add_limits, blank_row, make_point, point_of, winner
+from benchmarks.suite.rows import COLD, Repeat, add_limits, blank_row, make_point, point_of
 from benchmarks.suite.schedule import Lengths, Planned, Planner, Schedule
 from benchmarks.suite.statistics import warm_from
+from benchmarks.suite.steps import WARM_UP_STEPS, Played, add_floors, backend_of, run_batch, steps_point
 from benchmarks.suite.sweep import best, sweep
 from benchmarks.suite.targets.base import Target, TargetError
 from serving.bundle import Geometry
@@ -28,29 +30,10 @@ SUSTAINED = "sustained_requests_per_second"
 _WARM_UP_ROUND, _WARM_UP_MOST = 10, 60
 # A request of a sweep: what takes longer is far behind already, and the sweep must end.
 _SWEEP_TIMEOUT = 30.0
+# A runtime's threads go on spinning for a while after its last call, and would take the cores from the next one.
+_PAUSE = 0.1
 Say = Callable[[str], None]
-
-
-@dataclass
-class Machine:
-    """What is measured of the machine between and beside the repeats; each may be left out."""
-
-    bandwidth: BandwidthProbe | None = None
-    compute: ComputeProbe | None = None
-    meters: Meters | None = None
-    price_per_hour: float | None = None
-
-    def sample(self) -> None:
-        """Measure its rates once more; the best of all samples counts."""
-        if self.bandwidth is not None:
-            self.bandwidth.sample(passes=3)
-        if self.compute is not None:
-            self.compute.sample(passes=1)
-
-    def rates(self) -> tuple[float | None, float | None]:
-        """Bytes and float32 operations a second."""
-        found = [max(probe.samples) if probe and probe.samples else None for probe in (self.bandwidth, self.compute)]
-        return found[0], found[1]
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass
@@ -64,17 +47,29 @@ class _Run:
     machine: Machine
     say: Say
     points: list[dict[str, Any]] = field(default_factory=list)
-    played: list[dict[str, list[Repeat]]] = field(default_factory=list)
+    played: list[tuple[Schedule, dict[str, list[Repeat]]]] = field(default_factory=list)
     plays: int = 0
+    decode: Decode | None = None
 
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
+        await self.rest()
         window = self.machine.meters.begin() if self.machine.meters and self.machine.meters.sources else None
         reading: Reading | None = None
         try:
             responses = await play(schedule, target, self.clock, timeout or self.timeout)
         finally:
             reading = window.end() if window is not None else None
-        return Repeat(responses, reading)
+        return Repeat([self._with_text(each) for each in responses], reading)
+
+    def _with_text(self, response: Response) -> Response:
+        """Servers that give text alone are compared by it, so those that give ids alone need theirs."""
+        if self.decode is None or response.text is not None or response.tokens is None:
+            return response
+        return replace(response, text=self.decode(response.tokens))
+
+    async def rest(self) -> None:
+        """Wait until the target before is still."""
+        await self.clock.until(self.clock.now() + _PAUSE)
 
     def next_number(self) -> int:
         """Another one for each time that all targets are asked the same, so that no prompt comes twice."""
@@ -82,8 +77,14 @@ class _Run:
         return self.plays - 1
 
     def add(self, schedule: Schedule, targets: Sequence[Target], played: dict[str, list[Repeat]]) -> None:
-        self.points.append(make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour))
-        self.played.append(played)
+        point = make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour)
+        self.add_point(schedule, point, played)
+
+    def add_point(
+        self, schedule: Schedule, point: dict[str, Any], played: dict[str, list[Repeat]] | None = None
+    ) -> None:
+        self.points.append(point)
+        self.played.append((schedule, played or {}))
 
 
 Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
@@ -103,6 +104,7 @@ async def measure(
     starter: Starter | None = None,
     cold_starts: int = 3,
     sweep_seconds: float = 120.0,
+    decode: Decode | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
@@ -110,12 +112,12 @@ async def measure(
     A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
     The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
-    `machine` give the floors and the roofline.
+    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone.
     """
     machine = machine or Machine()
     idle = machine.meters.idle(5.0) if machine.meters is not None else None
     entries = []
-    run = _Run(targets, clock, objectives, timeout, machine, say)
+    run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
     try:
         for target in list(targets):
             say(f"{target.name}: loading")
@@ -128,13 +130,16 @@ async def measure(
                 "name": target.name, "label": target.label, "precision": target.precision,
                 "stand_in": target.stand_in, "load_seconds": loaded, **warm,
             })  # fmt: skip
-        others = _Others(targets)
+        others = Others([process for process in (target.pid() for target in targets) if process is not None])
         for scenario, group in itertools.groupby(schedules, key=lambda schedule: schedule.scenario):
             if scenario == "saturation":
                 await _sweep(run, list(group), sweep_seconds)
             elif scenario == "cold-start":
                 for schedule in group:
                     await _cold(run, schedule, starter, cold_starts)
+            elif scenario == "steps":
+                for schedule in group:
+                    await _steps(run, schedule, repeats)
             else:
                 for schedule in group:
                     await _repeat(run, schedule, repeats)
@@ -145,8 +150,11 @@ async def measure(
     bandwidth, rate = machine.rates()
     if geometry is not None:
         precisions = {target.name: target.precision for target in targets}
-        for point, played in zip(run.points, run.played, strict=True):
-            add_limits(point, played, precisions, geometry, bandwidth, rate)
+        for point, (schedule, played) in zip(run.points, run.played, strict=True):
+            if point["scenario"] == "steps":
+                add_floors(point, schedule.requests, precisions, geometry, bandwidth, rate)
+            else:
+                add_limits(point, played, precisions, geometry, bandwidth, rate)
     return {
         "schema": SCHEMA,
         "environment": environment(),
@@ -157,7 +165,7 @@ async def measure(
         "read_bandwidth_bytes_per_second": bandwidth,
         "fp32_flops_per_second": rate,
         "others_cpu_share": share,
-        "energy": _energy(machine.meters, idle),
+        "energy": machine.energy(idle),
         "targets": entries,
         "not_measured": missing or {},
         "points": run.points,
@@ -211,6 +219,26 @@ async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
     run.add(schedule, run.targets, played)
 
 
+async def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
+    """A batch size, for those targets that are a graph in this process."""
+    backends = {target.name: backend for target in run.targets if (backend := backend_of(target)) is not None}
+    if not backends:
+        run.say(f"{schedule.scenario}, {schedule.point}: left out, no target is a graph in this process")
+        return
+    played: dict[str, list[Played]] = {name: [] for name in backends}
+    for backend in backends.values():
+        run_batch(backend, schedule, WARM_UP_STEPS)
+    for repeat in range(repeats):
+        run.machine.sample()
+        run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
+        asked, names = schedule.varied(run.next_number()), list(backends)
+        for place in range(len(names)):
+            name = names[(place + repeat) % len(names)]
+            await run.rest()
+            played[name].append(run_batch(backends[name], asked))
+    run.add_point(schedule, steps_point(schedule, played, run.targets))
+
+
 async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> None:
     named = {target.name: target for target in run.targets}
     asked = [schedule.varied(run.next_number()) for schedule in schedules]
@@ -239,8 +267,7 @@ async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> No
     ]
     # All that was offered, in one hash, so that only sweeps of the same rates are compared.
     whole = Schedule("saturation", "highest rate sustained", {"rates": [each.sha256 for each in schedules]}, ())
-    run.points.append(point_of(whole, rows, {SUSTAINED: best(summaries)}))
-    run.played.append({})
+    run.add_point(whole, point_of(whole, rows, ()) | {"winners": {SUSTAINED: best(summaries)}})
 
 
 async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: int) -> None:
@@ -259,31 +286,4 @@ async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: i
                 row["figures"][name].append(None if seconds is None else seconds * 1e3)
             if found and found.peak_rss_bytes:
                 row["peak_rss_bytes"] = max(row["peak_rss_bytes"] or 0, found.peak_rss_bytes)
-    clean = {name: row["figures"] for name, row in rows.items() if not row["errors"]}
-    winners = {name: winner(clean, name) for name in COLD}
-    run.points.append(point_of(schedule, list(rows.values()), winners))
-    run.played.append({})
-
-
-class _Others:
-    """What part of the cores' time went to programs that are none of this run's, since it was made."""
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._processes = [process for process in (target.pid() for target in targets) if process is not None]
-        self._before = self._now()
-
-    def share(self) -> float | None:
-        """From 0 to 1, or None where the system does not say."""
-        wall, busy, own = (after - before for after, before in zip(self._now(), self._before, strict=True))
-        return min(1.0, max(0.0, busy - own) / (wall * usable_cores())) if busy and wall else None
-
-    def _now(self) -> tuple[float, float, float]:
-        return time.monotonic(), busy_seconds(), own_seconds(self._processes)
-
-
-def _energy(meters: Meters | None, idle: Reading | None) -> dict[str, Any] | None:
-    """What was read, and what the machine drew before anything was loaded; None where nothing is read."""
-    if meters is None or not meters.sources or idle is None:
-        return None
-    found = meters.describe()
-    return found | {"idle_seconds": idle.seconds, "idle_cpu_watts": idle.cpu_watts, "idle_gpu_watts": idle.gpu_watts}
+    run.add_point(schedule, point_of(schedule, list(rows.values()), COLD))

@@ -111,6 +111,10 @@ class Nvml:
             int(sum(used)) if used else None,
         )
 
+    def clocks_mhz(self) -> list[float] | None:
+        """The multiprocessors' clock of each GPU now."""
+        return self._each(lambda device: float(self._nvml.nvmlDeviceGetClockInfo(device, self._nvml.NVML_CLOCK_SM)))
+
     def _each(self, ask: Callable[[Any], float]) -> list[float] | None:
         try:
             return [ask(device) for device in self._devices]
@@ -129,8 +133,11 @@ class Meters:
 
     def describe(self) -> dict[str, Any]:
         """What is read, for the record."""
-        gpus = self._nvml.names if self._nvml is not None else []
-        return {"sources": self.sources, "gpus": gpus, "driver": self._nvml.driver if self._nvml is not None else None}
+        found: dict[str, Any] = {"sources": self.sources, "gpus": [], "driver": None, "gpu_clocks_mhz": None}
+        if self._nvml is not None:
+            clocks = self._nvml.clocks_mhz()
+            found |= {"gpus": self._nvml.names, "driver": self._nvml.driver, "gpu_clocks_mhz": clocks}
+        return found
 
     def begin(self) -> Window:
         """Start a window."""

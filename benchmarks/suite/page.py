@@ -6,30 +6,24 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from benchmarks.suite.parts import SHORT, cell, details, remarks_of, static_batches, summary, table
 from benchmarks.suite.pictures import Names, cdf, grid_table, latency_throughput, roofline, shorter, timelines
 from benchmarks.suite.tables import (
-    HEADS,
     Point,
     at_sustained,
+    client_overhead,
     columns,
     groups,
     median_of,
     name_of,
-    remarks,
+    over_floor,
     sweep_of,
 )
 from serving.charts import legend
 from serving.page import page, section
 
-_SHORT = HEADS | {
-    "p50_ttft_ms": "first token p50",
-    "p50_inter_token_ms": "inter-token p50",
-    "p99_inter_token_ms": "inter-token p99",
-    "p50_e2e_ms": "end to end p50",
-    "cold_load_ms": "until ready",
-    "cold_first_token_ms": "until the first token",
-}
 _TITLES = {
+    "steps": "The graph alone, by batch",
     "single": "One request at a time",
     "offline": "All at once",
     "server": "Requests that wait for nobody",
@@ -38,7 +32,6 @@ _TITLES = {
     "grid": "Prompt and output lengths",
     "cold-start": "Cold starts",
 }
-_TEXTS = ("why it fails", "what it is")
 _STYLE = """
 body { max-width: 62rem; }
 table { border-collapse: separate; border-spacing: 0; }
@@ -46,15 +39,18 @@ table { border-collapse: separate; border-spacing: 0; }
 th, td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, .text { text-align: left; }
 th { font-weight: 600; color: var(--soft); white-space: normal; vertical-align: bottom; min-width: 3.2rem; }
-td.win { background: var(--win); font-weight: 600; } .note { font-size: 13px; color: var(--soft); }
+td.win { background: var(--win); font-weight: 600; }
+.none { color: var(--soft); } .note { font-size: 13px; color: var(--soft); }
 .legend { background: var(--paper); padding: .4rem 0; font-size: 13px; }
 @media (min-width: 40rem) { .legend { position: sticky; top: 0; z-index: 1; } }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .5rem 1.5rem; }
+.asked td, .asked th { vertical-align: top; white-space: normal; }
 .heat td, .heat th { text-align: center; } td.text { white-space: normal; min-width: 12rem; }
 tr > :first-child { position: sticky; left: 0; background: var(--paper); }
 summary { cursor: pointer; color: var(--soft); }
 figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; margin-bottom: .2rem; }
-@media (max-width: 40rem) { th, td { padding: .2rem .4rem; font-size: 13px; } body { margin: 1rem auto; } }
+@media (max-width: 40rem) { th, td { padding: .2rem .4rem; font-size: 13px; } body { margin: 1rem auto; }
+  .asked td:first-child { min-width: 6.5rem; } .asked td.text { min-width: 5.5rem; } }
 """
 
 
@@ -62,19 +58,22 @@ def to_page(record: Mapping[str, Any]) -> bytes:
     """The whole page, UTF-8."""
     names: Names = {target["name"]: place for place, target in enumerate(record["targets"])}
     parts = [_opening(record), legend([name_of(each | {"target": each["name"]}) for each in record["targets"]])]
+    parts.append(section("In short", summary(record)))
     parts.append(section("Latency and throughput", latency_throughput(record, names)))
     for scenario, points in groups(record):
         title = _TITLES.get(scenario, scenario)
-        if scenario == "saturation":
+        if scenario == "steps":
+            parts.append(section(title, static_batches(points, names)))
+        elif scenario == "saturation":
             parts.append(section(title, _sweep(points)))
         elif scenario == "grid":
-            parts.append(section(title, grid_table(points) + _remarks(points)))
+            parts.append(section(title, grid_table(points) + remarks_of(points)))
         else:
             what = "" if scenario in ("single", "cold-start") else f": {points[0]['point']}"
             parts.append(section(f"{title}{what}", _point(points[0], names)))
     parts.append(section("How far from the machine's limits", roofline(record, names)))
     parts.append(section("Targets", _targets(record)))
-    return page(f"{record['bundle']}: what a client sees", "\n".join(parts), _STYLE)
+    return page(f"{record['bundle']}: what it takes to run it", "\n".join(parts), _STYLE)
 
 
 def _opening(record: Mapping[str, Any]) -> str:
@@ -92,6 +91,7 @@ def _opening(record: Mapping[str, Any]) -> str:
     sentences = [
         "" if others is None else f"Other programs took {others:.0%} of the cores meanwhile.",
         drawn,
+        client_overhead(record),
         f"A request is good with {good}." if good else "",
         f"Cost is at {price:g} an hour." if price else "",
         f"{versions}.",
@@ -108,23 +108,25 @@ def _opening(record: Mapping[str, Any]) -> str:
 def _point(point: Point, names: Names) -> str:
     shown = columns(point)
     floors = point["scenario"] != "cold-start"
-    memory = any(row["peak_rss_bytes"] for row in point["rows"])
-    heads = [_SHORT[figure] for figure in shown] + ["floor", "/ floor"] * floors + ["peak memory, MiB"] * memory
+    # What runs in this process has none of its own; "In short" has that of a fresh one.
+    known = [row["peak_rss_bytes"] is not None for row in point["rows"]]
+    memory = all(known) or (not floors and any(known))
+    heads = [SHORT[figure] for figure in shown] + ["floor", "/ floor"] * floors + ["peak memory, MiB"] * memory
     rows = []
     for row in point["rows"]:
-        cells = [_cell(point, row, figure) for figure in shown]
+        cells = [cell(point, row, figure) for figure in shown]
         if floors:
-            floor, step = row["floor_inter_token_ms"], median_of(row, "p50_inter_token_ms")
-            cells += [f"<td>{shorter(floor)}</td>", f"<td>{shorter(step / floor if floor and step else None)}</td>"]
+            floors_of = row["floor_inter_token_ms"], over_floor(row, "p50_inter_token_ms")
+            cells += [f"<td>{shorter(each)}</td>" for each in floors_of]
         if memory:
             held = row["peak_rss_bytes"]
             cells.append(f"<td>{shorter(held / 2**20 if held else None)}</td>")
         rows.append((name_of(row), cells))
-    found = table(heads, rows) + _remarks([point])
+    found = table(heads, rows) + remarks_of([point])
     if not floors:
         return f"{found}<p class='note'>From the start of a process, its files in the page cache, in ms.</p>"
     charts = "".join(cdf(point, latency, names) for latency in ("ttft", "inter_token"))
-    return f'{found}<div class="pair">{charts}</div>{timelines(point)}'
+    return f'{found}<div class="pair">{charts}</div>{details(point)}{timelines(point)}'
 
 
 def _sweep(points: Sequence[Point]) -> str:
@@ -138,7 +140,7 @@ def _sweep(points: Sequence[Point]) -> str:
         figures = [
             median_of(there, figure) if there else None for figure in ("p50_e2e_ms", "p99_e2e_ms", "p99_ttft_ms")
         ]
-        cells = [_cell(result, row, "sustained_requests_per_second"), f"<td>{shorter(row['sweep']['failed_at'])}</td>"]
+        cells = [cell(result, row, "sustained_requests_per_second"), f"<td>{shorter(row['sweep']['failed_at'])}</td>"]
         cells += [f"<td>{shorter(figure)}</td>" for figure in figures]
         cells.append(f'<td class="text">{escape(row["sweep"]["why"] or "not seen to fail")}</td>')
         rows.append((name_of(row), cells))
@@ -147,7 +149,7 @@ def _sweep(points: Sequence[Point]) -> str:
         "or more and as many are good. Latencies are those at the rate that it sustains. Neighbouring rates are not "
         "told apart: the best is shaded only where every other failed below it."
     )
-    return f"{table(heads, rows)}<p class='note'>{note}</p>{_remarks(points)}"
+    return f"{table(heads, rows)}<p class='note'>{note}</p>{remarks_of(points)}"
 
 
 def _targets(record: Mapping[str, Any]) -> str:
@@ -171,21 +173,3 @@ def _targets(record: Mapping[str, Any]) -> str:
         for name, why in record.get("not_measured", {}).items()
     )
     return table(["what it is", "weights", "load, s", "warm after"], rows) + missing + note
-
-
-def table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], first: str = "target") -> str:
-    """Rows of a name and finished cells, which scrolls by itself where it is too wide."""
-    kinds = {True: ' class="text"', False: ""}
-    marked = "".join(f"<th{kinds[head in _TEXTS]}>{escape(head)}</th>" for head in heads)
-    lines = [f"<tr><th>{first}</th>{marked}</tr>"]
-    lines += [f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>" for name, cells in rows]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _cell(point: Point, row: Mapping[str, Any], figure: str) -> str:
-    won = ' class="win"' if point["winners"].get(figure) == row["target"] else ""
-    return f"<td{won}>{shorter(median_of(row, figure))}</td>"
-
-
-def _remarks(points: Sequence[Point]) -> str:
-    return "".join(f'<p class="note">{escape(remark)}</p>' for remark in remarks(points))

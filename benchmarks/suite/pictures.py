@@ -40,7 +40,21 @@ def latency_throughput(record: Mapping[str, Any], names: Names) -> str:
                 curves[name] = [(x, y) for x, y in pairs if x is not None and y is not None]
             axes = Axis("tokens a second", is_log=True), Axis(is_log=True)
             drawn.append(_figure(f"{across}: {latency}, ms", curves, names, *axes, dots=True))
-    return _pair(drawn)
+    return pair(drawn)
+
+
+def steps_chart(points: Sequence[Point], figure: str, names: Names) -> str:
+    """A figure of static batches over their size, a curve a target; nothing for one size."""
+    curves: dict[str, Points] = {name: [] for name in names}
+    for point in points:
+        for row in point["rows"]:
+            if (value := median_of(row, figure)) is not None:
+                curves[row["target"]] = [*curves[row["target"]], (float(point["settings"]["requests"]), value)]
+    if len(points) < 2:
+        return ""
+    title = {"step_ms": "A step of all rows, ms", "step_tokens_per_second": "Tokens a second"}[figure]
+    axes = Axis("rows", is_log=True), Axis(is_log=True)
+    return _figure(title, {name: curve for name, curve in curves.items() if curve}, names, *axes, dots=True)
 
 
 def cdf(point: Point, latency: str, names: Names) -> str:
@@ -68,7 +82,7 @@ def timelines(point: Point) -> str:
         drawn.append(f"<figure>{caption}{bars(f'requests of {name_of(row)}', lines, 'ms', last)}</figure>")
     marks = " ".join(f'<b style="color: {fill}">&#9632;</b> {phase}' for phase, fill in _PHASES)
     note = f'<p class="note">{marks}; where the start of work is not told, waiting is in the reading.</p>'
-    return f"<details><summary>Timeline of the first repeat</summary>{note}{_pair(drawn)}</details>"
+    return f"<details><summary>Timeline of the first repeat</summary>{note}{pair(drawn)}</details>"
 
 
 def _bar(
@@ -105,7 +119,7 @@ def roofline(record: Mapping[str, Any], names: Names) -> str:
         "weights read once for all requests that are in the phase together. Weights that fit the caches may lie above "
         "the slope, and products of fewer bits above the level."
     )
-    return f'<p class="note">{note}</p>{_pair(drawn)}'
+    return f'<p class="note">{note}</p>{pair(drawn)}'
 
 
 def grid_table(points: Sequence[Point]) -> str:
@@ -135,7 +149,7 @@ def grid_table(points: Sequence[Point]) -> str:
         caption = f"<figcaption>{escape(name)}</figcaption>"
         drawn.append(f'<figure>{caption}<div class="wide"><table class="heat">{"".join(lines)}</table></div></figure>')
     note = "End to end p50 in ms, by tokens of the prompt (down) and of the output (across); bold is the best of all."
-    return f'<p class="note">{note}</p>{_pair(drawn)}'
+    return f'<p class="note">{note}</p>{pair(drawn)}'
 
 
 def shorter(value: float | None) -> str:
@@ -159,5 +173,6 @@ def _figure(title: str, curves: Mapping[str, Points], names: Names, x: Axis, y: 
     return f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>" if drawn else ""
 
 
-def _pair(drawn: Sequence[str]) -> str:
+def pair(drawn: Sequence[str]) -> str:
+    """Figures side by side where there is room."""
     return f'<div class="pair">{"".join(drawn)}</div>' if any(drawn) else ""

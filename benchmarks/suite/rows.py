@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from benchmarks.suite.targets.base import Target
 from serving.bundle import Geometry
 
 THROUGHPUTS = ("output_tokens_per_second", "input_tokens_per_second", "requests_per_second", "goodput")
-HIGHER_IS_BETTER = frozenset({*THROUGHPUTS, "sustained_requests_per_second"})
+HIGHER_IS_BETTER = frozenset({*THROUGHPUTS, "sustained_requests_per_second", "step_tokens_per_second"})
 # What a winner is named in.
 JUDGED = ("p50_ttft_ms", "p50_inter_token_ms", "p99_inter_token_ms", "p50_e2e_ms", "output_tokens_per_second")
 COLD = ("cold_load_ms", "cold_first_token_ms")
+STEPS = ("prefill_ms", "step_ms")
 _CURVE = 101
 _BARS = 24
 
@@ -52,19 +53,29 @@ def figures(repeat: Repeat, objectives: Objectives, price_per_hour: float | None
     return found
 
 
-def winner(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> str | None:
-    """The target whose repeats of `figure` are better than every other's beyond the noise, or None.
+def judge(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
+    """The best of a figure and each other target beside it, or None for fewer than two that have it in every repeat.
 
-    `rows` is target to its figures, repeat by repeat. One target alone has won nothing.
+    `rows` is target to its figures, repeat by repeat. `best` has the best median; `winner` is it if it is better than
+    every other beyond the noise, else null; `over_best` maps each other target to the median of its ratios to the best,
+    pair by pair, with the 95 % interval, the ratios' noise and what is to be said of them (`statistics.Verdict`).
     """
     series = {name: [value for value in values[figure] if value is not None] for name, values in rows.items()}
     series = {name: values for name, values in series.items() if values and len(values) == len(rows[name][figure])}
     if len(series) < 2:
         return None
-    better, pick = ("higher", max) if figure in HIGHER_IS_BETTER else ("lower", min)
+    worse, pick = ("lower", max) if figure in HIGHER_IS_BETTER else ("higher", min)
     best = pick(series, key=lambda name: float(np.median(series[name])))
-    others = [values for name, values in series.items() if name != best]
-    return best if all(paired(series[best], values).call == better for values in others) else None
+    verdicts = {name: paired(values, series[best]) for name, values in series.items() if name != best}
+    won = all(verdict.call == worse for verdict in verdicts.values())
+    over = {name: asdict(verdict) for name, verdict in verdicts.items()}
+    return {"best": best, "winner": best if won else None, "over_best": over}
+
+
+def winner(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> str | None:
+    """The target whose repeats of `figure` are better than every other's beyond the noise, or None."""
+    found = judge(rows, figure)
+    return None if found is None else found["winner"]
 
 
 def make_point(
@@ -91,14 +102,7 @@ def make_point(
             "errors": sorted({response.error for response in every if response.error is not None}),
             "peak_rss_bytes": peak_rss(target.pid()),
         })  # fmt: skip
-    clean: dict[str, Any] = {str(row["target"]): row["figures"] for row in rows if not row["errors"]}
-    # Between tokens of which several came at once there is no time to be better in.
-    counted = {str(row["target"]): row["figures"] for row in rows if not row["errors"] and row["all_counted"]}
-    return point_of(
-        schedule,
-        rows,
-        {figure: winner(counted if "inter_token" in figure else clean, figure) for figure in JUDGED},
-    )
+    return point_of(schedule, rows, JUDGED)
 
 
 def blank_row(target: Target, values: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
@@ -121,8 +125,9 @@ def blank_row(target: Target, values: Mapping[str, Sequence[float | None]]) -> d
     }
 
 
-def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], winners: dict[str, str | None]) -> dict[str, Any]:
-    """A point of the record."""
+def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], judged: Sequence[str]) -> dict[str, Any]:
+    """A point of the record, with what may be said of the `judged` figures of its rows."""
+    found = {figure: judge(comparable(rows, figure), figure) for figure in judged}
     return {
         "scenario": schedule.scenario,
         "point": schedule.point,
@@ -130,7 +135,20 @@ def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], winners: dict[s
         "concurrency": schedule.concurrency,
         "schedule_sha256": schedule.sha256,
         "rows": list(rows),
-        "winners": winners,
+        "winners": {figure: None if each is None else each["winner"] for figure, each in found.items()},
+        "judged": found,
+    }
+
+
+def comparable(rows: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Any]:
+    """Target to figures, of the rows that may be compared in this one: without failed requests, and counted.
+
+    Between tokens of which several came at once there is no time to be better in.
+    """
+    return {
+        str(row["target"]): row["figures"]
+        for row in rows
+        if not row["errors"] and ("inter_token" not in figure or row["all_counted"])
     }
 
 

@@ -17,7 +17,7 @@ from serving.errors import InputError
 from serving.suggest import did_you_mean
 
 FORMAT = "gpt2-bundle-schedule/1"
-SCENARIOS = ("single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
+SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
 ARRIVALS = ("poisson", "gamma", "constant", "trace")
 # Coefficient of variation of gamma arrivals: burstier than Poisson's 1.
 GAMMA_VARIATION = 2.0
@@ -143,6 +143,11 @@ class Planner:
         """One client, and one prompt and output length."""
         lengths = Lengths(prompt, prompt), Lengths(output, output)
         return self._draw("grid", f"{prompt} in, {output} out", count, *lengths, concurrency=1)
+
+    def steps(self, batch: int, prompt: int, output: int) -> Schedule:
+        """One static batch of prompts, for the graph alone: no scheduler and no client between."""
+        lengths = Lengths(prompt, prompt), Lengths(output, output)
+        return self._draw("steps", f"batch {batch}", batch, *lengths, moments=[0.0] * batch)
 
     def cold_start(self, prompt: Lengths, output: Lengths) -> Schedule:
         """One request, for a process that has just been started."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.suite.rows import COLD, JUDGED
+from benchmarks.suite.rows import COLD, JUDGED, STEPS
 
 HEADS = {
     "p50_ttft_ms": "TTFT p50, ms",
@@ -19,6 +19,9 @@ HEADS = {
     "p50_e2e_ms": "end to end p50, ms",
     "output_tokens_per_second": "tokens/s",
     "goodput": "good requests/s",
+    "prefill_ms": "prompts read, ms",
+    "step_ms": "a step, ms",
+    "step_tokens_per_second": "tokens/s",
     "cold_load_ms": "until ready, ms",
     "cold_first_token_ms": "until the first token, ms",
     "joules_per_token": "J/token",
@@ -28,10 +31,10 @@ HEADS = {
     "cost_per_million_tokens": "cost of 1M tokens",
 }
 # Shown where anything is known of them.
-_FURTHER = ("goodput", "joules_per_token", "gpu_watts", "gpu_utilisation_percent", "peak_gpu_memory_bytes",
-            "cost_per_million_tokens")  # fmt: skip
+_FURTHER = ("step_tokens_per_second", "goodput", "joules_per_token", "gpu_watts", "gpu_utilisation_percent",
+            "peak_gpu_memory_bytes", "cost_per_million_tokens")  # fmt: skip
 # Several points that are one thing to a reader.
-TOGETHER = ("saturation", "grid")
+TOGETHER = ("steps", "saturation", "grid")
 Point = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -49,7 +52,7 @@ def median_of(row: Row, figure: str) -> float | None:
 
 def columns(point: Point) -> list[str]:
     """The figures to show of a point: those that are judged, and of the others those that a row has."""
-    judged = [figure for figure in (*JUDGED, *COLD) if figure in point["winners"]]
+    judged = [figure for figure in (*JUDGED, *COLD, *STEPS) if figure in point["winners"]]
     known = [figure for figure in _FURTHER if any(median_of(row, figure) is not None for row in point["rows"])]
     return judged + known
 
@@ -122,8 +125,11 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     """A table a point, a sweep or a grid; bold is better than all others beyond the noise."""
     others = record["others_cpu_share"]
     lines = [] if others is None else [f"Other programs took {others:.1%} of the cores meanwhile.", ""]
+    lines += [sentence, ""] if (sentence := client_overhead(record)) else []
     for scenario, points in groups(record):
-        if scenario == "saturation":
+        if scenario == "steps":
+            lines += _steps(points)
+        elif scenario == "saturation":
             lines += _sweep(points)
         elif scenario == "grid":
             lines += _grid(points)
@@ -145,6 +151,41 @@ def _point(point: Point) -> list[str]:
             cells.append("none" if floor is None else f"{floor:.3f}")
         lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def client_overhead(record: Mapping[str, Any]) -> str:
+    """What this suite's own client adds to the latencies of a server, as a sentence; nothing where there is none."""
+    found = record.get("client_overhead_ms")
+    if not found:
+        return ""
+    first, gap, whole = (found[name] for name in ("ttft_ms", "inter_token_ms", "e2e_ms"))
+    return (
+        f"Against a server that has nothing to do the client itself takes {first[0]:.2f} ms to the first token "
+        f"(p99 {first[2]:.2f}), {gap[0]:.2f} between tokens ({gap[2]:.2f}) and {whole[0]:.2f} in all ({whole[2]:.2f})."
+    )
+
+
+def _steps(points: Sequence[Point]) -> list[str]:
+    shown = columns(points[0])
+    heads = ["batch", *(HEADS[each] for each in shown), "floor of a step, ms", "step / floor"]
+    lines = _head("steps: the graph alone, in static batches", heads)
+    for point in points:
+        for row in point["rows"]:
+            cells = [batch_of(point), *(_cell(point, row, figure) for figure in shown)]
+            cells += [_number(row["floor_inter_token_ms"]), _number(over_floor(row, "step_ms"))]
+            lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def batch_of(point: Point) -> str:
+    """The batch size of a point of steps."""
+    return str(point["settings"]["requests"])
+
+
+def over_floor(row: Row, figure: str) -> float | None:
+    """How many times its floor a time between tokens takes, or None."""
+    floor, value = row["floor_inter_token_ms"], median_of(row, figure)
+    return value / floor if floor and value is not None else None
 
 
 def _sweep(points: Sequence[Point]) -> list[str]:

@@ -72,7 +72,7 @@ class TFServingClient:
         ServerError with the server's own sentence.
         """
         codes = _PASSING if idempotent else frozenset()
-        return self._call(lambda left: self._transport.predict(signature, inputs, left), codes)
+        return self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
 
     def repeat(self, signature: str, inputs: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
         """Run a signature that may be run again with the same inputs, as those of slots may.
@@ -80,7 +80,7 @@ class TFServingClient:
         It is sent again after an answer was lost too: each try but the last has half of the time that is left.
         `timeout` replaces the client's.
         """
-        return self._call(lambda left: self._transport.predict(signature, inputs, left), _LOST, timeout)
+        return self.attempt(lambda left: self._transport.predict(signature, inputs, left), _LOST, timeout)
 
     def jitter(self, pause: float) -> float:
         """`pause` shortened by a random part of at most a half."""
@@ -88,11 +88,11 @@ class TFServingClient:
 
     def metadata(self) -> dict[str, Any]:
         """The signatures, as `Transport.metadata` gives them."""
-        return self._call(self._transport.metadata)
+        return self.attempt(self._transport.metadata)
 
     def status(self) -> list[dict[str, Any]]:
         """The model's versions, as `Transport.status` gives them."""
-        return self._call(self._transport.status)
+        return self.attempt(self._transport.status)
 
     def stream(
         self,
@@ -167,7 +167,10 @@ class TFServingClient:
             made.append(Continuation(tokenizer.decode(ids, skip_special_tokens=True), len(ids), reason))
         return made
 
-    def _call(self, send: Callable[[float], _T], codes: frozenset[str] = _PASSING, timeout: float | None = None) -> _T:
+    def attempt(
+        self, send: Callable[[float], _T], codes: frozenset[str] = _PASSING, timeout: float | None = None
+    ) -> _T:
+        """What `send`, told how many seconds are left, gives, tried again after errors of `codes`."""
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         pause = _FIRST_PAUSE
         for again in range(self._retries, -1, -1):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from serving.errors import RuntimeMissingError, ServerError
+from serving.clients.tf_serving_rest import bearer
+from serving.errors import InputError, RuntimeMissingError, ServerError
 
 # tensorflow/core/framework/types.proto
 _DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_}
@@ -21,9 +22,12 @@ _STATES = {0: "UNKNOWN", 10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOA
 
 
 class GrpcTransport:
-    """One model at `address`, such as 127.0.0.1:8500. Raises RuntimeMissingError without the extra `client`."""
+    """One model at `address`, such as 127.0.0.1:8500.
 
-    def __init__(self, address: str, model: str) -> None:
+    Raises RuntimeMissingError without the extra `client`, and InputError for what is no address.
+    """
+
+    def __init__(self, address: str, model: str, api_key: str | None = None) -> None:
         try:
             import grpc
 
@@ -32,7 +36,11 @@ class GrpcTransport:
             raise RuntimeMissingError(
                 f"gRPC needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]', or use --url"
             ) from None
+        host, _, port = address.rpartition(":")
+        if not (host and host.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise InputError(f"{address!r} is no address of a gRPC server; write it as 127.0.0.1:8500")
         self._grpc, self._address, self._model = grpc, address, model
+        self._call_metadata = None if api_key is None else (("authorization", bearer(api_key)),)
         self._messages = tf_messages.MESSAGES
         self._dtypes = {number: f"DT_{name}" for number, name in tf_messages.DTYPES.items()}
         # A long answer may pass gRPC's default of 4 MiB.
@@ -105,7 +113,7 @@ class GrpcTransport:
 
     def _ask(self, method: Callable[..., Any], request: Any, timeout: float) -> Any:
         try:
-            return method(request, timeout=timeout)
+            return method(request, timeout=timeout, metadata=self._call_metadata)
         except self._grpc.RpcError as error:
             code = error.code().name
             raise ServerError(f"{self._address}: {code}: {error.details()}", code) from None

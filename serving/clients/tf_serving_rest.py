@@ -14,8 +14,9 @@ import numpy as np
 
 from serving.errors import InputError, ServerError
 
-_CODES = {
+CODES = {
     400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
     404: "NOT_FOUND",
     408: "DEADLINE_EXCEEDED",
     412: "FAILED_PRECONDITION",
@@ -26,10 +27,13 @@ _CODES = {
 }
 
 
-class RestTransport:
-    """One model below `url`, such as http://127.0.0.1:8501; `layout` "row" sends instances, "column" inputs."""
+class Origin:
+    """A server that `url` names, such as http://127.0.0.1:8501, and the API key that it is given, if any.
 
-    def __init__(self, url: str, model: str, layout: Literal["row", "column"] = "column") -> None:
+    Raises InputError for what is no address of a server, and for a key that no header can hold.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -37,10 +41,40 @@ class RestTransport:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise InputError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8501")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._kind, self._host, self._port = kind, parts.hostname, port
-        self._url, self._layout = url, layout
-        self._path = f"{parts.path.rstrip('/')}/v1/models/{quote(model, safe='')}"
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._host, self._port, self._path = parts.hostname, port, parts.path.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = bearer(api_key)
+
+    def connection(self, timeout: float) -> http.client.HTTPConnection:
+        """A new connection, whose reads wait `timeout` seconds."""
+        return self._kind(self._host, self._port, timeout=timeout)
+
+    def ask(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any
+    ) -> http.client.HTTPResponse:
+        """Send `body` as JSON, or nothing where it is None; the head of the answer."""
+        data = None if body is None else json.dumps(body).encode("utf-8")
+        connection.request(method, self._path + path, data, self._headers)
+        return connection.getresponse()
+
+
+def bearer(api_key: str) -> str:
+    """The value of the header Authorization. Raises InputError for what no header can hold."""
+    if not api_key or not api_key.isascii() or not api_key.isprintable():
+        raise InputError("the API key must be printable ASCII characters")
+    return f"Bearer {api_key}"
+
+
+class RestTransport:
+    """One model below `url`, such as http://127.0.0.1:8501; `layout` "row" sends instances, "column" inputs."""
+
+    def __init__(
+        self, url: str, model: str, layout: Literal["row", "column"] = "column", api_key: str | None = None
+    ) -> None:
+        self._origin, self._layout = Origin(url, api_key), layout
+        self._url, self._path = url, f"/v1/models/{quote(model, safe='')}"
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         columns = {name: _plain(value) for name, value in inputs.items()}
@@ -82,11 +116,9 @@ class RestTransport:
 
     def _ask(self, method: str, suffix: str, body: Any, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
-        connection = self._kind(self._host, self._port, timeout=timeout)
+        connection = self._origin.connection(timeout)
         try:
-            data = None if body is None else json.dumps(body).encode("utf-8")
-            connection.request(method, self._path + suffix, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
+            response = self._origin.ask(connection, method, self._path + suffix, body)
             parts = []
             while part := response.read1(1 << 16):
                 if time.monotonic() > deadline:
@@ -103,7 +135,7 @@ class RestTransport:
         except ValueError:
             answer = None
         if response.status != 200:
-            code = _CODES.get(response.status, "INTERNAL")
+            code = CODES.get(response.status, "INTERNAL")
             said = answer.get("error") if isinstance(answer, dict) else None
             raise ServerError(f"{self._url}: {code}: {said or f'HTTP status {response.status}'}", code)
         if not isinstance(answer, dict):

@@ -1,4 +1,4 @@
-"""`gpt2-bundle client`: talk to a running TensorFlow Serving."""
+"""`gpt2-bundle client`: talk to a running TensorFlow Serving, or to `gpt2-bundle serve`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.commands.values import Seconds
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from serving.clients.completions import Completions
     from serving.clients.tf_serving import TFServingClient
     from serving.clients.tf_serving_slots import Piece
 
@@ -23,7 +27,7 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 
 @click.group()
 def client() -> None:
-    """Talk to a TensorFlow Serving that serves a bundle: by REST (--url) or by gRPC (--grpc).
+    """Talk to a TensorFlow Serving that serves a bundle, or to 'gpt2-bundle serve': by REST (--url) or gRPC (--grpc).
 
     A call is tried again while the server is busy or away, within --timeout.
     """
@@ -33,8 +37,10 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--url", metavar="URL", help="REST, such as http://127.0.0.1:8501."),
         click.option("--grpc", "grpc_address", metavar="HOST:PORT", help="gRPC, such as 127.0.0.1:8500."),
+        click.option("--api-key", envvar="GPT2_BUNDLE_API_KEY", metavar="KEY", show_envvar=True,
+                     help="For a server that wants one; in the variable, other users of this machine do not see it."),
         click.option("--model", required=True, metavar="NAME", help="The model's name on the server."),
-        click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+        click.option("--timeout", type=Seconds(zero=False), default=60.0, show_default=True,
                      metavar="SECONDS", help="For a call with all its tries."),
         click.option("--retries", type=click.IntRange(0, 100), default=4, show_default=True,
                      help="Tries after the first."),
@@ -45,7 +51,9 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _open(url: str | None, grpc_address: str | None, model: str, timeout: float, retries: int) -> TFServingClient:
+def _open(
+    url: str | None, grpc_address: str | None, api_key: str | None, model: str, timeout: float, retries: int
+) -> TFServingClient:
     from serving.clients.tf_serving import TFServingClient, Transport
 
     if (url is None) == (grpc_address is None):
@@ -54,11 +62,11 @@ def _open(url: str | None, grpc_address: str | None, model: str, timeout: float,
     if url is not None:
         from serving.clients.tf_serving_rest import RestTransport
 
-        transport = RestTransport(url, model)
+        transport = RestTransport(url, model, api_key=api_key)
     else:
         from serving.clients.tf_serving_grpc import GrpcTransport
 
-        transport = GrpcTransport(grpc_address or "", model)
+        transport = GrpcTransport(grpc_address or "", model, api_key)
     return TFServingClient(transport, timeout=timeout, retries=retries)
 
 
@@ -116,10 +124,14 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 @click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
 @click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
 @click.option("--stop", multiple=True, metavar="TEXT",
-              help="End before this text, over slots; may be given several times.")  # fmt: skip
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token, over slots, at temperature 0.")
+              help="End before this text, where streams are; may be given several times.")  # fmt: skip
+@click.option(
+    "--ignore-eos",
+    is_flag=True,
+    help="Go on after the end-of-text token; over slots, at temperature 0.",
+)
 @click.option("--stream/--no-stream", "streamed", default=None,
-              help="Print as it comes, over slots; by default on a terminal, if the model has slots.")  # fmt: skip
+              help="Print as it comes, over slots or from 'gpt2-bundle serve'; by default on a terminal.")  # fmt: skip
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="BUNDLE",
               help="A bundle whose tokenizer is used here instead of the server's.")  # fmt: skip
 @_server_options
@@ -130,6 +142,7 @@ def generate(
     as_json: bool,
     url: str | None,
     grpc_address: str | None,
+    api_key: str | None,
     model: str,
     timeout: float,
     retries: int,
@@ -150,23 +163,50 @@ def generate(
         from serving.text_stream import load_tokenizer
 
         loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
-    server = _open(url, grpc_address, model, timeout, retries)
-    if (streamed or params.stop or params.ignore_eos) and not server.has_slots():
+    server = _open(url, grpc_address, api_key, model, timeout, retries)
+    special = streamed or params.stop or params.ignore_eos
+    perhaps = streamed is None and not as_json and sys.stdout.isatty()
+    slots, completions = False, None
+    if special or perhaps:
+        slots = server.has_slots()
+        completions = None if slots else _completions(server, url, model, api_key)
+    there = slots or completions is not None
+    if special and not there:
         wanted = "--stream" if streamed else "--stop" if params.stop else "--ignore-eos"
         raise InputError(
             f"{wanted} needs a served model with slots, and {model!r} has none; leave it out, "
-            "or, if 'gpt2-bundle serve' is behind it, ask its POST /v1/completions"
+            "or, if 'gpt2-bundle serve' is behind it, name it by --url"
         )
-    if streamed is None:
-        streamed = not as_json and sys.stdout.isatty() and server.has_slots()
+    streamed = there and perhaps if streamed is None else streamed
+    given = texts if completions is None or loaded is None else _token_ids(texts, loaded)
     if streamed and not as_json:
         from serving.commands.generate import write
 
-        for text in _in_order(server.stream(texts, params, loaded), len(texts)):
+        pieces = server.stream(texts, params, loaded) if completions is None else completions.stream(given, params)
+        for text in _in_order(pieces, len(texts)):
             write(text)
         return
-    for made in server.generate(texts, params, loaded, slots=streamed or None):
-        click.echo(json.dumps(dataclasses.asdict(made)) if as_json else made.text)
+    if completions is None:
+        made = server.generate(texts, params, loaded, slots=streamed or None)
+    else:
+        made = completions.generate(given, params)
+    for each in made:
+        click.echo(json.dumps(dataclasses.asdict(each)) if as_json else each.text)
+
+
+def _completions(server: TFServingClient, url: str | None, model: str, api_key: str | None) -> Completions | None:
+    """The completions of `gpt2-bundle serve`, if it is what answers at `url`."""
+    if url is None:
+        return None
+    from serving.clients.completions import Completions
+
+    completions = Completions(server, url, model, api_key)
+    return completions if completions.offered() else None
+
+
+def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[str | list[int]]:
+    """Texts by the tokenizer here; an empty one, which has no tokens, is left to the server."""
+    return [tokenizer.encode(text, add_special_tokens=False).ids or text for text in texts]
 
 
 def _lines() -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.commands.values import Host, ModelName, Number, Origin, Seconds, Size
 from serving.errors import InputError, RuntimeMissingError
 
 if TYPE_CHECKING:
@@ -19,25 +20,9 @@ if TYPE_CHECKING:
     from serving.server.settings import Settings
     from serving.server.state import Server
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)?\Z")
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Options that decide how the ONNX runtime works; the SavedModel's slots were decided at export.
+_GRPC_LIMIT = 2**31 - 1
 _ONNX_OPTIONS = ("graph", "device", "max_length", "prefill_chunk", "threads")
-
-
-class Size(click.ParamType[int]):
-    """Bytes, as in 512MiB or 16GiB."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = _SIZE.match(str(value))
-        if not match or not float(match[1]):
-            self.fail(f"{value!r} is no size; write it as 512MiB or 16GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or "B"])
 
 
 _FILE = click.Path(path_type=Path)
@@ -61,29 +46,29 @@ _OPTIONS = [
     click.option("--prefill-chunk", type=click.IntRange(1, 4096),
                  help="Prompt tokens read beside one step of running texts.  [default: 16]"),
     click.option("--threads", type=click.IntRange(1, 1024), help="Of each replica.  [default: the cores, shared out]"),
-    click.option("--name", metavar="NAME", help="The model's name.  [default: the bundle's]"),
-    click.option("--host", default="127.0.0.1", show_default=True,
+    click.option("--name", type=ModelName(), metavar="NAME", help="The model's name.  [default: the bundle's]"),
+    click.option("--host", type=Host(), default="127.0.0.1", show_default=True,
                  help="Address to listen on; 0.0.0.0 is every interface."),
     click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."),
     click.option("--grpc-port", type=click.IntRange(0, 65535),
                  help="gRPC beside, on the same host; 0 takes a free one."),
-    click.option("--watch", default=0.0, show_default=True, type=click.FloatRange(0), metavar="SECONDS",
+    click.option("--watch", default=0.0, show_default=True, type=Seconds(), metavar="SECONDS",
                  help="Look for new versions this often; 0 never does."),
     click.option("--memory-budget", type=Size(),
                  help="For all loaded versions together.  [default: what the machine has available]"),
-    click.option("--request-timeout", default=600.0, show_default=True, type=click.FloatRange(0), metavar="SECONDS",
+    click.option("--request-timeout", default=600.0, show_default=True, type=Seconds(), metavar="SECONDS",
                  help="For a whole request; 0 is without end."),
-    click.option("--drain-timeout", default=30.0, show_default=True, type=click.FloatRange(0), metavar="SECONDS",
+    click.option("--drain-timeout", default=30.0, show_default=True, type=Seconds(), metavar="SECONDS",
                  help="For accepted requests to end after SIGTERM."),
     click.option("--max-body", default="4MiB", show_default=True, type=Size(), help="A larger request body gets 413."),
     click.option("--max-prompt-tokens", type=click.IntRange(1),
                  help="A longer prompt gets 400.  [default: the context's room]"),
     click.option("--api-key-file", type=_FILE, help="One key a line; GPT2_BUNDLE_API_KEYS adds more, with commas."),
-    click.option("--rate-limit", type=click.FloatRange(0, min_open=True), metavar="N",
+    click.option("--rate-limit", type=Number(0, 1_000_000_000, min_open=True), metavar="N",
                  help="Requests a minute for each key, or client address."),
     click.option("--tls-cert", type=_FILE, help="Certificate chain in PEM; makes it HTTPS."),
     click.option("--tls-key", type=_FILE, help="The certificate's private key in PEM."),
-    click.option("--cors-origin", multiple=True, metavar="ORIGIN",
+    click.option("--cors-origin", type=Origin(), multiple=True, metavar="ORIGIN",
                  help="Whose pages may call this server; may be given several times."),
     click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"])),
     click.option("--no-access-log", is_flag=True, help="No line for each request."),
@@ -107,6 +92,8 @@ def serve(bundle: Path, **options: Any) -> None:
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):
         raise InputError("--tls-cert and --tls-key belong together; give both")
+    if options["grpc_port"] is not None and options["max_body"] > _GRPC_LIMIT:
+        raise InputError("--max-body is over 2 GiB, and gRPC takes at most that; lower it or leave out --grpc-port")
     loader = _loader(options)
     _check_packages()
     from serving.protocols import open_inference_http, tf_rest
@@ -129,7 +116,8 @@ def serve(bundle: Path, **options: Any) -> None:
     companions = _companions(server, options)
 
     def announce(url: str, model: ServedModel) -> None:
-        click.echo(f"serving {model.name} version {model.version} at {url}")
+        with contextlib.suppress(OSError):  # Nobody reads it, which keeps nobody from being served.
+            click.echo(f"serving {model.name} version {model.version} at {url}")
 
     address = Address(options["host"], options["port"], certificate, key)
     Runner(app, versions, address, options["watch"], companions).run(announce)

@@ -46,15 +46,18 @@ def open_slot_engine(
     """Serve `bundle`'s model by the server behind `transport`, which must hold the same model.
 
     `slots` is how many streams run at once at most, by default what the bundle's recipe exported; `timeout` (seconds)
-    and `retries` are a call's, as of `TFServingClient`. Raises InputError if the served model has no slots.
+    and `retries` are a call's, as of `TFServingClient`. Raises InputError if the served model has no slots,
+    or fewer than `slots`.
     """
     client = TFServingClient(transport, timeout=timeout, retries=retries)
     if not client.has_slots():
         raise InputError(f"the served model of {bundle.folder} has no slots; export it with export.slots above 0")
-    if slots is None:
-        exported = bundle.manifest.provenance.recipe.get("export")
-        found = exported.get("slots") if isinstance(exported, dict) else None
-        slots = found if isinstance(found, int) and found > 0 else DEFAULT_SLOTS
+    exported = bundle.manifest.provenance.recipe.get("export")
+    found = exported.get("slots") if isinstance(exported, dict) else None
+    there = found if isinstance(found, int) and found > 0 else None
+    if slots is not None and there is not None and slots > there:
+        raise InputError(f"{slots} slots were asked for, and the model was exported with {there}; ask for fewer")
+    slots = slots or there or DEFAULT_SLOTS
     tokenizer = load_tokenizer(bundle)
     return SignatureEngine(
         client, tokenizer, bundle.manifest.model, slots, steps=steps, max_waiting=max_waiting, observer=observer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,6 +31,7 @@ from serving.server.errors import error_of
 from serving.server.generation import Generation, with_model
 from serving.server.registry import ServedModel
 from serving.server.state import Server
+from serving.server.tracing import COMPLETION, Span, start_span
 
 _T = TypeVar("_T")
 
@@ -49,9 +51,10 @@ async def infer(server: Server, request: InferRequest) -> Answer:
     check(request)
 
     async def work(model: ServedModel) -> Arrays:
+        open_span = functools.partial(start_span, COMPLETION, request.headers, model.name)
         if request.signature == GENERATE:
             prepared = await _prepare(server, model, request)
-            rows = await complete(model.engine, [each for each, _ in prepared])
+            rows = await complete(model.engine, [each for each, _ in prepared], open_span)
             return _made(
                 [row.text for row in rows],
                 [row.token_ids for row in rows],
@@ -59,7 +62,7 @@ async def infer(server: Server, request: InferRequest) -> Answer:
                 [row.finish.reason for row in rows],
                 model.engine.eos_token_id,
             )
-        call = Call(model.engine, request.limit(), request.request_id, server.settings.max_prompts)
+        call = Call(model.engine, request.limit(), request.request_id, server.settings.max_prompts, open_span)
         return await tf_signatures.run(request.signature, call, filled(request))
 
     model, outputs = await _on_model(server, request, work)
@@ -76,7 +79,8 @@ async def open_stream(server: Server, request: InferRequest) -> Stream:
 
     async def work(model: ServedModel) -> Stream:
         ((prepared, prompt_tokens),) = await _prepare(server, model, request)
-        return Stream(model, Generation(model.engine, [prepared]), request, prompt_tokens)
+        generation = Generation(model.engine, [prepared])
+        return Stream(model, generation, request, prompt_tokens, start_span(COMPLETION, request.headers, model.name))
 
     _, stream = await _on_model(server, request, work)
     return stream
@@ -90,6 +94,7 @@ class Stream:
     generation: Generation
     request: InferRequest
     prompt_tokens: int
+    span: Span
     finish_reason: str = ""
 
     async def pieces(self) -> AsyncGenerator[Answer, None]:
@@ -97,15 +102,18 @@ class Stream:
 
         Raises the error that an ending stands for.
         """
-        text, token_ids = "", []
+        text, token_ids, generated = "", list[int](), 0
+        ended_by: BaseException | None = None
         try:
             while batch := await self.generation.next():
                 for _, event in batch:
                     if isinstance(event, PromptEvent):
+                        self.span.event("prompt_read")
                         continue
                     text += event.text
                     if isinstance(event, TokenEvent):
                         token_ids.append(event.token_id)
+                        generated += 1
                         continue
                     error = error_of(event)
                     if error is not None:
@@ -122,8 +130,12 @@ class Stream:
                     outputs = selected(self.request, made)
                     yield Answer(self.model, outputs, SPECS[GENERATE][1], final=bool(self.finish_reason))
                     text, token_ids = "", []
+        except BaseException as error:
+            ended_by = error
+            raise
         finally:
             self.generation.close()
+            self.span.end(self.prompt_tokens, generated, [self.finish_reason or "unfinished"], ended_by)
 
 
 async def _on_model(

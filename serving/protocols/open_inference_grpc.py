@@ -20,7 +20,7 @@ from serving.protocols.open_inference import Answer, infer, open_stream
 from serving.protocols.open_inference_messages import CONFIG_TYPES, MESSAGES
 from serving.protocols.open_inference_signatures import GENERATE, InferRequest, refuse_parameters
 from serving.protocols.open_inference_tensors import TYPES, from_raw, to_raw
-from serving.protocols.tf_grpc import Timeout, request_id_of
+from serving.protocols.tf_grpc import Timeout, headers_of, request_id_of
 from serving.server.errors import failure_of
 from serving.server.state import Server
 
@@ -168,6 +168,7 @@ class OpenInference:
             outputs,
             self._timeout(context),
             request_id_of(context),
+            headers_of(context),
         )
 
 

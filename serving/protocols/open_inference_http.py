@@ -226,7 +226,9 @@ def _asked(
     request: Request, inputs: dict[str, Any], parameters: dict[str, Any], outputs: tuple[str, ...] = ()
 ) -> InferRequest:
     limit = time_limit(request, _server(request).settings.request_timeout)
-    return InferRequest(*_model_of(request), inputs, parameters, outputs, limit, request.state.request_id)
+    name, version = _model_of(request)
+    request_id = request.state.request_id
+    return InferRequest(name, version, inputs, parameters, outputs, limit, request_id, request.headers)
 
 
 def _model_of(request: Request) -> tuple[str, str]:

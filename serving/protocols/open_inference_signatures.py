@@ -73,7 +73,10 @@ SPECS: dict[str, tuple[Specs, Specs]] = {
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A request, whatever it came by; `version` is "" for the newest one, `outputs` empty for all of them."""
+    """A request, whatever it came by; `version` is "" for the newest one, `outputs` empty for all of them.
+
+    `headers` are HTTP's, or gRPC's metadata, which may name the span that the request is a child of.
+    """
 
     model: str
     version: str
@@ -82,6 +85,7 @@ class InferRequest:
     outputs: tuple[str, ...] = ()
     timeout: float | None = None
     request_id: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def signature(self) -> str:

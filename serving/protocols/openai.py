@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import secrets
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -26,11 +28,12 @@ from serving.server.errors import FieldError
 from serving.server.generation import submit, time_limit
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.state import Server
-from serving.server.tracing import start_span
+from serving.server.tracing import COMPLETION, start_span
 
 DEFAULT_MAX_TOKENS = 16
 LONG_TEXT = 2048
 """Characters from which on a text is encoded in another thread, so that streams under way do not wait."""
+_ENGINE_FIELDS = {"prompt", "n", "logprobs"} | {each.name for each in fields(SamplingParams)}
 _Result = TypeVar("_Result")
 
 
@@ -49,11 +52,16 @@ async def completions(request: Request) -> Response:
             await asyncio.to_thread(token_names, model.engine)
         return make_requests(body, prompts, model, limit, request_id)
 
-    model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
+    try:
+        model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
+    except FieldError:
+        raise
+    except InputError as error:  # The engine's own.
+        raise _named(error) from None
     run: Run | None = None
     try:
         generation.watch(request)
-        span = start_span("text_completion", request.headers, model.name)
+        span = start_span(COMPLETION, request.headers, model.name)
         run = Run(body, model, prompts, generation, request_id, span, request.state)
         first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
         if body.stream:
@@ -79,6 +87,12 @@ def model_name(registry: ModelRegistry, name: str | None) -> str:
     if not names:
         raise ModelNotReadyError("no model is loaded yet; try again when /health/ready says so")
     return names[0]
+
+
+def _named(error: InputError) -> FieldError:
+    """`error` with the field that its sentence names first."""
+    words = re.findall(r"[a-z_]+", str(error))
+    return FieldError(str(error), next((word for word in words if word in _ENGINE_FIELDS), None))
 
 
 def _check(body: CompletionRequest, server: Server) -> None:
@@ -158,8 +172,7 @@ def make_requests(
     try:
         params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except InputError as error:
-        name = str(error).split(" ", 1)[0]
-        raise FieldError(str(error), name if name in CompletionRequest.model_fields else None) from None
+        raise _named(error) from None
     return [
         GenerationRequest(
             prompt=prompt.ids,

@@ -90,6 +90,8 @@ class ChoiceState:
     prompt: Prompt
     writer: LogprobsWriter | None
     keep_generated: bool = True
+    ids: list[int] | None = None
+    """Ids of the tokens since the last call of `take`, where they are asked for."""
     text: str = ""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -112,6 +114,8 @@ class ChoiceState:
             return
         self.tokens += 1
         self.text += event.text
+        if self.ids is not None:
+            self.ids.append(event.token_id)
         if self.writer is not None:
             self.writer.add(event.token_id, event.logprobs)
 
@@ -128,10 +132,13 @@ class ChoiceState:
     def take(self) -> dict[str, Any]:
         """What came since the last call, as one entry of `choices`."""
         text, self.text = self.text, ""
-        return {
+        found = {
             "index": self.index,
             "text": text,
             "logprobs": None if self.writer is None else self.writer.take(),
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
         }
+        if self.ids is not None:
+            found["token_ids"], self.ids = self.ids, []
+        return found

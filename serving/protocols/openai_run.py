@@ -42,6 +42,7 @@ class Run:
                 prompt=prompt,
                 writer=None if body.logprobs is None else LogprobsWriter(token_names(engine), body.logprobs),
                 keep_generated=body.max_tokens != 0,
+                ids=[] if body.return_token_ids else None,
             )
             for index, prompt in enumerate(self.prompts)
             for continuation in range(self.n)
@@ -126,7 +127,7 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
     ended_by: BaseException | None = None
     try:
         while changed:
-            pieces = [_chunk(choice) for choice in changed if choice.text or choice.writer or choice.finish_reason]
+            pieces = [_chunk(choice) for choice in changed if _has_news(choice)]
             if pieces:
                 yield b"".join(part for piece in pieces for part in (head, piece, tail))
             changed = run.take(await run.generation.next())
@@ -146,12 +147,20 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
         run.close(ended_by)
 
 
+def _has_news(choice: ChoiceState) -> bool:
+    """Whether there is anything to send: a token may have no text yet, or none at all."""
+    return bool(choice.text or choice.writer or choice.finish_reason or choice.ids)
+
+
 def _chunk(choice: ChoiceState) -> bytes:
     """What came for `choice`, as JSON; the common case, text alone, by hand."""
     if choice.writer is not None or choice.finish_reason is not None:
         return json.dumps(choice.take()).encode()
     text, choice.text = choice.text, ""
+    more = ""
+    if choice.ids is not None:
+        more, choice.ids = f', "token_ids": {choice.ids}', []
     return (
         f'{{"index": {choice.index}, "text": {json.dumps(text)}, "logprobs": null, "finish_reason": null, '
-        '"stop_reason": null}'
+        f'"stop_reason": null{more}}}'
     ).encode()

@@ -139,6 +139,7 @@ class CompletionRequest(RequestBody):
     min_tokens: int | None = Field(None, ge=0, le=_INT)
     ignore_eos: bool | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0, le=_INT)]] | None = None
+    return_token_ids: bool | None = Field(None, description="Give each choice's token ids too, as they come.")
 
 
 class Logprobs(BaseModel):
@@ -158,6 +159,7 @@ class Choice(BaseModel):
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = Field(description="The stop text or token id that ended it; null at its end token.")
+    token_ids: list[int] | None = Field(None, description="Where asked for; without those of the prompt.")
 
 
 class PromptTokensDetails(BaseModel):

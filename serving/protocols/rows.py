@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, Handle, PromptEvent, TokenEvent
 from serving.server.errors import error_of
+from serving.server.tracing import OpenSpan, Span
 
 # Above so many characters the tokenizer works beside the event loop and not in it.
 _LONG_TEXT = 4096
@@ -26,38 +27,64 @@ class Row:
     prompt: PromptEvent | None
 
 
-async def complete(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Row]:
-    """Run `requests`, each with n = 1, side by side; their rows in order.
+async def complete(engine: Engine, requests: Sequence[GenerationRequest], open_span: OpenSpan = Span) -> list[Row]:
+    """Run `requests`, each with n = 1, side by side; their rows in order. The engine's work on them is one span.
 
     Raises what `Engine.submit` raises, or the error of the first row that did not end by itself; the other rows are
     then cancelled, as they are when the caller is.
     """
     loop = asyncio.get_running_loop()
-    ended: list[asyncio.Future[list[Event]]] = [loop.create_future() for _ in requests]
+    ended: list[asyncio.Future[None]] = [loop.create_future() for _ in requests]
+    heard: list[list[Event]] = [[] for _ in requests]
     handles: list[Handle] = []
+    span: Span | None = None
     try:
-        for request, future in zip(requests, ended, strict=True):
-            handles.append(_submit(engine, request, loop, future))
-        return [_row(events) for events in await asyncio.gather(*ended)]
-    except BaseException:
+        for request, events, future in zip(requests, heard, ended, strict=True):
+            handles.append(_submit(engine, request, loop, events, future))
+        span = open_span() if requests else None
+        await asyncio.gather(*ended)
+        rows = [_row(events) for events in heard]
+    except BaseException as error:
         for handle in handles:
             handle.cancel()
         for future in ended:
             future.cancel()
+        _end(span, requests, heard, error)
         raise
+    _end(span, requests, heard)
+    return rows
+
+
+def _end(
+    span: Span | None,
+    requests: Sequence[GenerationRequest],
+    heard: Sequence[Sequence[Event]],
+    error: BaseException | None = None,
+) -> None:
+    if span is None:
+        return
+    events = [event for each in heard for event in list(each)]
+    reasons: set[str] = {event.reason for event in events if isinstance(event, FinishEvent)}
+    if sum(isinstance(event, FinishEvent) for event in events) < len(requests):
+        reasons.add("unfinished")
+    generated = sum(isinstance(event, TokenEvent) for event in events)
+    span.end(sum(len(request.prompt) for request in requests), generated, sorted(reasons), error)
 
 
 def _submit(
-    engine: Engine, request: GenerationRequest, loop: asyncio.AbstractEventLoop, ended: asyncio.Future[list[Event]]
+    engine: Engine,
+    request: GenerationRequest,
+    loop: asyncio.AbstractEventLoop,
+    events: list[Event],
+    ended: asyncio.Future[None],
 ) -> Handle:
-    """Submit; `ended` gets all events at once, so that the event loop wakes once a row and not once a token."""
-    events: list[Event] = []
+    """Submit, and collect `events`; `ended` is set once a row, so that the event loop does not wake for each token."""
 
     def finish() -> None:
         if not ended.done():
             error = error_of(events[-1]) if isinstance(events[-1], FinishEvent) else None
             if error is None:
-                ended.set_result(events)
+                ended.set_result(None)
             else:
                 ended.set_exception(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -18,6 +19,7 @@ from serving.server.gate import REQUEST_ID
 from serving.server.generation import with_model
 from serving.server.registry import ServedModel, State
 from serving.server.state import Server
+from serving.server.tracing import COMPLETION, start_span
 
 # tensorflow/core/framework/types.proto
 _NUMBERS = {"DT_FLOAT": 1, "DT_INT32": 3, "DT_STRING": 7, "DT_INT64": 9}
@@ -76,10 +78,11 @@ class TensorFlowServing:
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        limit, request_id = self._timeout(context), request_id_of(context)
+        limit, request_id, headers = self._timeout(context), request_id_of(context), headers_of(context)
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
-            return run(name, Call(model.engine, limit, request_id, self._server.settings.max_prompts), inputs)
+            span = functools.partial(start_span, COMPLETION, headers, model.name)
+            return run(name, Call(model.engine, limit, request_id, self._server.settings.max_prompts, span), inputs)
 
         model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()
@@ -127,10 +130,13 @@ def _unimplemented(name: str) -> Any:
 
 def request_id_of(context: Any) -> str:
     """What the caller named its request by `x-request-id`, or a new name."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id" and isinstance(value, str) and REQUEST_ID.match(value.encode()):
-            return value
-    return uuid.uuid4().hex
+    name = headers_of(context).get("x-request-id", "")
+    return name if REQUEST_ID.match(name.encode()) else uuid.uuid4().hex
+
+
+def headers_of(context: Any) -> dict[str, str]:
+    """The call's metadata that is text."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _version(spec: Any) -> int | None:

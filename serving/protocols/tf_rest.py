@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import reprlib
 from collections.abc import Coroutine
 from typing import Any
@@ -24,6 +25,7 @@ from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Signature,
 from serving.server.generation import time_limit, with_model
 from serving.server.registry import ModelNotFoundError, ModelRegistry, ServedModel
 from serving.server.settings import Settings
+from serving.server.tracing import COMPLETION, start_span
 
 _MAX_VERSION = 2**63 - 1
 
@@ -96,7 +98,8 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         limit = time_limit(request, settings.request_timeout)
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
-            return run(name, Call(model.engine, limit, request_id, settings.max_prompts), inputs)
+            span = functools.partial(start_span, COMPLETION, request.headers, model.name)
+            return run(name, Call(model.engine, limit, request_id, settings.max_prompts, span), inputs)
 
         _, outputs = await while_connected(request, with_model(registry, model_name, version, work))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})

@@ -19,6 +19,7 @@ from serving.engine.api import Engine, GenerationRequest
 from serving.errors import InputError
 from serving.protocols.rows import Row, complete, encode
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
+from serving.server.tracing import OpenSpan, Span
 from serving.text_stream import TokenBytes
 
 Arrays = dict[str, NDArray[Any]]
@@ -45,12 +46,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """What a request's rows share: the engine, seconds from now to the end, an id; and how many rows there may be."""
+    """What a request's rows share: the engine, seconds from now to the end, an id; how many rows there may be; its
+    span."""
 
     engine: Engine
     timeout: float | None = None
     request_id: str = ""
     max_rows: int = 128
+    open_span: OpenSpan = Span
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ async def _score(call: Call, inputs: Arrays) -> Arrays:
     scored = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
     one = SamplingParams(max_new_tokens=1)
     requests = [_request(call, prompts[index], one, prompt_logprobs=0, prompt_only=True) for index in scored]
-    for index, row in zip(scored, await complete(call.engine, requests), strict=True):
+    for index, row in zip(scored, await complete(call.engine, requests, call.open_span), strict=True):
         assert row.prompt is not None and row.prompt.logprobs is not None
         for place, logprobs in enumerate(row.prompt.logprobs):
             log_probs[index, place] = 0.0 if logprobs is None else logprobs.own
@@ -163,7 +166,8 @@ async def _continue(
     """Each prompt's continuation; None for one that fills the context, which the graph continues by nothing."""
     roomy = [index for index, prompt in enumerate(prompts) if len(prompt) < call.engine.n_positions]
     requests = [_request(call, prompts[index], parameters[index]) for index in roomy]
-    made: dict[int, Row] = dict(zip(roomy, await complete(call.engine, requests), strict=True))
+    rows = await complete(call.engine, requests, call.open_span)
+    made: dict[int, Row] = dict(zip(roomy, rows, strict=True))
     return [made.get(index) for index in range(len(prompts))]
 
 

@@ -149,7 +149,8 @@ def _guarded(receive: Receive, headers: dict[bytes, bytes], server: Server) -> R
 
 def openai_shaped(path: str) -> bool:
     """Whether errors on `path` look as OpenAI's do; TensorFlow Serving and Open Inference say {"error": "..."}."""
-    return not (path.startswith("/v2") or ":" in path or "/versions/" in path or path.endswith("/metadata"))
+    apart = (":", "/versions/", "/labels/")
+    return not (path.startswith("/v2") or path.endswith("/metadata") or any(part in path for part in apart))
 
 
 def openai_error(failure: Failure) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -47,9 +48,24 @@ class TextFormatter(logging.Formatter):
         return line
 
 
+class _StandardError(logging.Handler):
+    """Writes lines to whatever standard error is now. One that is closed, full or has no reader stops no request."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"
+        except Exception:
+            self.handleError(record)
+            return
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+
+
 def configure(form: Format, access: bool = True) -> None:
     """Send the server's logs to standard error; without `access`, not a line for each request."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     for name, level in (("gpt2_bundle", logging.INFO), ("serving", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)

@@ -10,6 +10,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -17,6 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from serving.engine.api import Engine, EngineStats, RequestRecord, StepRecord
 
 PREFIX = "gpt2_bundle_"
+WARM_UP = "warm-up"
+"""The id of requests that are not counted."""
+_TOTALS = ("prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps")
 _MODEL_LABELS = ("model_name", "version")
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -100,10 +104,24 @@ class EngineMetrics:
         """When a request ended last, in seconds since the epoch; 0 if none has."""
         self.engine: Engine | None = None
         self.last: EngineStats | None = None
+        self.warming = False
+        """While it is true, nothing is counted: a warm-up is nobody's request."""
+        self._offset = dict.fromkeys(_TOTALS, 0)
+        """What engines of this version did before this one, without what its warm-up did."""
         self._lock = threading.Lock()
+
+    def begin(self, engine: Engine) -> None:
+        """Count what `engine`, which is warm, does from now on."""
+        before, warm = self.last, engine.stats()
+        self._offset = {
+            name: (0 if before is None else getattr(before, name)) - getattr(warm, name) for name in _TOTALS
+        }
+        self.engine, self.warming = engine, False
 
     def on_step(self, record: StepRecord) -> None:
         """Count a step. Replicas share these counts, hence the lock, once a step."""
+        if self.warming:
+            return
         with self._lock:
             observe = self.histograms["inter_token_latency_seconds"].observe
             for seconds in record.inter_token:
@@ -115,6 +133,8 @@ class EngineMetrics:
 
     def on_finish(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
+        if self.warming or record.request_id == WARM_UP:
+            return
         with self._lock:
             self.outcomes[record.reason] = self.outcomes.get(record.reason, 0) + 1
             self.seconds[record.reason] = self.seconds.get(record.reason, 0.0) + record.finished - record.arrived
@@ -131,24 +151,18 @@ class EngineMetrics:
             self.histograms["request_generation_tokens"].observe(record.generated_tokens)
 
     def stats(self) -> EngineStats | None:
-        """The engine's own counts; the last ones after `release`."""
-        return self.engine.stats() if self.engine is not None else self.last
+        """The engine's own counts and those of the engines before it; the last ones after `release`."""
+        if self.engine is None:
+            return self.last
+        now = self.engine.stats()
+        return replace(now, **{name: getattr(now, name) + self._offset[name] for name in _TOTALS})
 
     def release(self) -> None:
         """Keep the last counts, so that counters stay, and let the engine go."""
-        if self.engine is not None:
-            stats = self.engine.stats()
-            self.last = EngineStats(
-                slots=0,
-                active_slots=0,
-                waiting_requests=0,
-                cache_tokens=0,
-                cache_capacity=0,
-                prompt_tokens=stats.prompt_tokens,
-                cached_prompt_tokens=stats.cached_prompt_tokens,
-                generated_tokens=stats.generated_tokens,
-                steps=stats.steps,
-            )
+        stats = self.stats()
+        if self.engine is not None and stats is not None:
+            totals = {name: getattr(stats, name) for name in _TOTALS}
+            self.last = EngineStats(0, 0, 0, 0, 0, **totals)
             self.engine = None
 
 

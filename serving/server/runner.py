@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -17,6 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serving.errors import GPT2BundleError, InputError
+from serving.server.http_protocol import LimitedProtocol
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 from serving.server.versions import Versions
@@ -103,17 +105,23 @@ class Runner:
         self._server: Server = app.state.server
         self._error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._hurried = False
+        self._loading: asyncio.Task[None] | None = None
 
     def run(self, announce: Callable[[str, ServedModel], None]) -> None:
         """Serve until a signal; `announce` is called with the URL once the model answers.
 
         The first signal drains: new requests get 503, accepted ones end or run into the drain's timeout. A second one
-        does not wait. Raises what keeps the server from starting.
+        does not wait: what is left gets an error. Raises what keeps the server from starting.
         """
         listener = self._address.bind()
         config = uvicorn.Config(
             self._app,
             log_config=None,
+            # Nothing here needs it, and a second signal would have it log a traceback.
+            lifespan="off",
+            http=LimitedProtocol,
+            ws="none",
             access_log=False,
             server_header=False,
             ssl_certfile=_given(self._address.certificate),
@@ -139,17 +147,18 @@ class Runner:
             raise self._error
 
     async def _serve(self, listener: socket.socket, announce: Callable[[str, ServedModel], None]) -> None:
-        self._spawn(self._load(self._address.url(listener), announce))
+        self._loading = self._spawn(self._load(self._address.url(listener), announce))
         try:
             await self._uvicorn.serve(sockets=[listener])
         finally:
             for companion in self._companions:
                 await companion.stop(0)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _load(self, url: str, announce: Callable[[str, ServedModel], None]) -> None:
         try:
@@ -161,24 +170,48 @@ class Runner:
             self._error = error
             self._uvicorn.should_exit = True
             return
+        if self._server.draining:
+            return
         if self._watch:
             self._versions.watch(self._watch)
-        if not self._server.draining:
-            announce(url, model)
+        announce(url, model)
 
     def _on_signal(self) -> None:
         if self._server.draining:
-            self._uvicorn.force_exit = self._uvicorn.should_exit = True
+            if self._still_loading():
+                # A thread inside a runtime's own code cannot be ended, and nothing was accepted yet.
+                log.info("a second signal: left while the model was loading")
+                logging.shutdown()
+                os._exit(0)
+            if self._hurried:
+                self._uvicorn.force_exit = self._uvicorn.should_exit = True
+                return
+            self._hurried = True
+            self._spawn(self._hurry())
             return
         self._server.draining = True
         self._spawn(self._drain())
 
+    def _still_loading(self) -> bool:
+        return self._loading is not None and not self._loading.done()
+
+    async def _hurry(self) -> None:
+        """End what is left with an error of its own, so that clients see one and not a cut connection."""
+        work = [asyncio.to_thread(self._versions.drain, 0), *(companion.stop(0) for companion in self._companions)]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*work), FLUSH_SECONDS)
+        self._uvicorn.should_exit = True
+
     async def _drain(self) -> None:
+        if self._loading is not None and self._still_loading():
+            log.info("the model is still loading; the server ends once it has, or at a second signal")
+            await self._loading
         timeout = self._server.settings.drain_timeout
         log.info("draining: nothing new is taken, and what was accepted has %g s to end", timeout)
         stops = [companion.stop(timeout) for companion in self._companions]
         done, *_ = await asyncio.gather(asyncio.to_thread(self._versions.drain, timeout), *stops)
-        log.info("every accepted request has ended" if done else "the time is over; what was left got an error")
+        in_time = done and not self._hurried
+        log.info("every accepted request has ended" if in_time else "the time is over; what was left got an error")
         self._uvicorn.should_exit = True
 
 

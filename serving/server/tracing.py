@@ -8,7 +8,7 @@ or OTEL_EXPORTER_OTLP_ENDPOINT makes `configure` set one from the exporters that
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +16,8 @@ from serving import __version__
 from serving.errors import InputError, RuntimeMissingError
 
 _SCOPE = "gpt2_bundle"
+COMPLETION = "text_completion"
+"""The operation of every request that the model works on."""
 
 
 class Span:
@@ -51,6 +53,8 @@ class _RealSpan(Span):
         self._span.end()
 
 
+OpenSpan = Callable[[], Span]
+"""Begins the span of one request, once the model has taken it."""
 _NOTHING = Span()
 _enabled = False
 

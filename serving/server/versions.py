@@ -25,6 +25,7 @@ from serving.engine.api import (
 )
 from serving.errors import GPT2BundleError
 from serving.sampling import SamplingParams
+from serving.server.metrics import WARM_UP
 from serving.server.registry import ModelNotReadyError, ServedModel, State
 from serving.server.replicas import Replicas
 from serving.server.sources import Candidate, check_source, find
@@ -142,6 +143,7 @@ class Versions:
         registry, metrics = self._server.registry, self._server.metrics.model(name, version)
         registry.add(model)
         engine: Engine | None = None
+        metrics.warming = True
         try:
             engine = self._loader.open(bundle, metrics)
             warm(engine)
@@ -150,7 +152,8 @@ class Versions:
             if engine is not None:
                 engine.close()
             raise
-        metrics.engine = model.engine = engine
+        metrics.begin(engine)
+        model.engine = engine
         self.name = name
         self._estimates[version] = estimate
         before, self._current = self._current, (candidate, model)
@@ -229,12 +232,20 @@ def warm(engine: Engine) -> None:
         events: Queue[Event] = Queue()
         params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
         each.submit(
-            GenerationRequest((each.eos_token_id,), params, timeout=WARM_SECONDS, request_id="warm-up"), events.put
+            GenerationRequest((each.eos_token_id,), params, timeout=WARM_SECONDS, request_id=WARM_UP), events.put
         )
         while not isinstance(event := events.get(), FinishEvent):
             pass
         if event.reason not in ("length", "stop"):
             raise GPT2BundleError(f"it does not generate: {event.message or event.reason}")
+        _settle(each)
+
+
+def _settle(engine: Engine) -> None:
+    """Wait until the step that ended the last request is over, as its measurements come behind its events."""
+    deadline = time.monotonic() + 1
+    while engine.stats().active_slots and time.monotonic() < deadline:
+        time.sleep(1e-3)
 
 
 def _available_memory() -> int | None:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from builder.base import geometry_of, load_weights, read_geometry
 from builder.gpt2 import GPT2, named_variables
 from builder.recipe import ModelRecipe
+from builder.train import hf_config
 from serving.bundle import Geometry
 from serving.errors import InputError
 from tests.oracles.fixtures import FOLDER, keras_model, read_cases
@@ -231,3 +232,9 @@ def test_heads_that_cannot_be_exported_are_refused_before_the_training() -> None
     for model in (ModelRecipe(n_embd=60, n_head=5), ModelRecipe(base=str(FOLDER / "odd_heads"))):
         with pytest.raises(InputError, match=r"makes heads of (12|5); .* takes multiples of 8 only"):
             geometry_of(model, 300, 5)
+
+
+def test_the_configuration_names_the_dropouts_of_its_training(checkpoint):
+    recipe = ModelRecipe(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
+    config = hf_config(read_geometry(checkpoint), recipe)
+    assert [config[f"{name}_pdrop"] for name in ("embd", "attn", "resid")] == [0.1, 0.2, 0.3]

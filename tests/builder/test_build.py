@@ -93,6 +93,8 @@ def test_the_configuration_is_hugging_faces(bundle: Bundle) -> None:
     config = json.loads(bundle.path("config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
     assert (config["n_embd"], config["n_layer"], config["n_head"], config["n_positions"]) == (32, 2, 2, 48)
+    # transformers takes 0.1 where they are not named, and KerasHub reads no folder without resid_pdrop.
+    assert [config[f"{name}_pdrop"] for name in ("embd", "attn", "resid")] == [0.0, 0.0, 0.0]
     assert config["vocab_size"] == 300 and config["eos_token_id"] == bundle.manifest.model.eos_token_id
     generation = json.loads(bundle.path("generation_config.json").read_text())
     assert generation["eos_token_id"] == config["eos_token_id"]

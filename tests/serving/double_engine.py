@@ -78,6 +78,8 @@ class DoubleEngine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, listener: Callable[[Event], None]) -> Running:
+        if request.logprobs is not None and "logprobs" in self.unsupported:
+            raise InputError("logprobs is not done here; leave it out")
         if any(not 0 <= token < self.vocab_size for token in request.prompt):
             raise InputError(f"a prompt has a token outside the vocabulary of {self.vocab_size}")
         if len(request.prompt) + (not request.prompt_only) > self.n_positions:

@@ -11,13 +11,24 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.applications import Starlette
 
+from serving.server.http_protocol import LimitedProtocol
+
 
 @contextlib.contextmanager
 def running(app: Starlette) -> Iterator[str]:
     """The base URL of `app` while the block runs."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http=LimitedProtocol,
+        ws="none",
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -1,8 +1,10 @@
-"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN_SECONDS."""
+"""Serves doubles as a process of its own: python -m tests.serving.serve_double FOLDER PACE DRAIN_SECONDS [LOADING]."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from pathlib import Path
 
 from serving.bundle import Bundle
@@ -23,6 +25,9 @@ class Loader:
         return 0
 
     def open(self, bundle: Bundle, observer: Observer) -> Engine:
+        if len(sys.argv) > 4:
+            logging.getLogger("gpt2_bundle").info("loading")
+            time.sleep(float(sys.argv[4]))
         return DoubleEngine(slots=4, queue=64, pace=float(sys.argv[2]), observer=observer)
 
 

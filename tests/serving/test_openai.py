@@ -116,6 +116,23 @@ def test_stop_texts_and_ids(client: openai.OpenAI) -> None:
     assert choice.finish_reason == "stop" and choice.model_dump()["stop_reason"] == ids[3]
 
 
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_are_given_where_asked_for(raw: Any, stream: bool, logprobs: int | None) -> None:
+    # Halves of characters are among them, which are no text until the other half has come.
+    ids = greedy([65], 30, 257)
+    body = {"prompt": [[65], [66]], "max_tokens": 30, "temperature": 0, "ignore_eos": True, "logprobs": logprobs}
+    answer = raw.post("/v1/completions", json={**body, "stream": stream, "return_token_ids": True})
+    events = answer.text.split("\n\n")[:-2] if stream else [answer.text]
+    choices = [choice for event in events for choice in json.loads(event.removeprefix("data: "))["choices"]]
+    found: dict[int, list[int]] = {0: [], 1: []}
+    for choice in choices:
+        found[choice["index"]] += choice["token_ids"]
+    assert found == {0: ids, 1: greedy([66], 30, 257)}
+    plain = raw.post("/v1/completions", json=body).json()["choices"]
+    assert all("token_ids" not in choice for choice in plain)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("max_tokens", [0, 6])
 def test_echo_with_logprobs_scores_the_prompt_too(client: openai.OpenAI, stream: bool, max_tokens: int) -> None:
@@ -184,7 +201,7 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
         ({"max_tokens": "4"}, "max_tokens", "integer"),
         ({"max_tokens": 1024}, "max_tokens", "context"),
         ({"n": 0}, "n", "greater"),
-        ({"n": 5}, None, "slots"),
+        ({"n": 5}, "n", "slots"),
         ({"temperature": -1}, "temperature", "greater"),
         ({"top_p": 0}, "top_p", "greater"),
         ({"logprobs": 21}, "logprobs", "20"),
@@ -195,7 +212,7 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
         ({"prompt": [1, "a"]}, "prompt", "list"),
         ({"prompt": [[]]}, "prompt", "list"),
         ({"prompt": {"a": 1}}, "prompt", "string"),
-        ({"prompt": [300]}, None, "vocabulary"),
+        ({"prompt": [300]}, "prompt", "vocabulary"),
         ({"prompt": ["a"] * 6}, "prompt", "at most 5"),
         ({"seed": 2**70}, "seed", "less"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),

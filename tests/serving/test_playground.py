@@ -87,10 +87,30 @@ def test_a_browser_generates_stops_and_shows_probabilities(url: str, tmp_path: P
         assert page.run("document.getElementById('error').hidden")
 
         assert page.complaints() == []
-        generate(page, "A" * 1000, temperature=0, max_tokens=1000)
+        generate(page, "A" * 1000, temperature=0, max_tokens=63)  # Together over the context: it ends there.
+        page.wait("document.getElementById('ended').textContent === 'length'")
+        assert page.run("document.getElementById('count').textContent") == "24"
+        generate(page, "A" * 1024, temperature=0, max_tokens=1000)
         page.wait("!document.getElementById('error').hidden")
         assert "context" in page.run("document.getElementById('error').textContent")
         assert all(address.startswith((url, "data:")) for address in page.requested())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")
+def test_a_runtime_without_probabilities_streams_text_alone(tmp_path: Path) -> None:
+    engine = DoubleEngine()
+    engine.unsupported = frozenset({"logprobs"})
+    registry = registry_of(engine, tmp_path / "tiny")
+    with running(build_app(registry, Settings())) as url, browser(tmp_path / "profile") as page:
+        page.open(url)
+        page.wait("document.getElementById('model').value === 'tiny'")
+        generate(page, "A", temperature=0, max_tokens=40)
+        page.wait("document.getElementById('ended').textContent === 'length'")
+        expected = byte_tokenizer().decode(greedy(byte_tokenizer().encode("A", add_special_tokens=False).ids, 40, 257))
+        assert page.run("document.getElementById('output').textContent") == expected
+        assert page.run("document.getElementById('count').textContent") == "40"
+        assert page.run("document.getElementById('error').hidden")
+    engine.close()
 
 
 @pytest.mark.slow

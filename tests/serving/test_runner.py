@@ -104,15 +104,51 @@ def test_what_does_not_end_in_time_is_told_so(tmp_path: Path) -> None:
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     write_bundle(tmp_path / "1", "tiny")
     with process(tmp_path, 0.05, 100) as (server, url):
-        client = threading.Thread(target=post, args=(url,), kwargs={"max_tokens": 1000})
-        client.start()
+        answers: list[tuple[int, str]] = []
+        clients = [
+            threading.Thread(target=lambda stream=stream: answers.append(post(url, max_tokens=1000, stream=stream)))
+            for stream in (True, False)
+        ]
+        for client in clients:
+            client.start()
         time.sleep(0.3)
         server.terminate()
         time.sleep(0.2)
         assert server.poll() is None
         server.terminate()
         assert server.wait(10) == 0
-        client.join(10)
+        for client in clients:
+            client.join(10)
+        assert server.stderr is not None
+        log = server.stderr.read()
+    assert sorted(status for status, _ in answers) == [200, 504] and all('"timeout"' in text for _, text in answers)
+    assert "Traceback" not in log and "what was left got an error" in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_while_the_model_loads_is_a_clean_end(tmp_path: Path, number: signal.Signals, signals: int) -> None:
+    write_bundle(tmp_path / "1", "tiny")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.serving.serve_double",
+        str(tmp_path),
+        "0",
+        "30",
+        str(1 if signals == 1 else 60),
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stderr is not None
+        lines = [server.stderr.readline()]
+        assert "loading" in lines[0]
+        for _ in range(signals):
+            server.send_signal(number)
+            time.sleep(0.3)
+        assert server.wait(20) == 0
+        lines += server.stderr.readlines()
+        assert not server.stdout.read()
+    assert all(json.loads(line)["level"] == "info" for line in lines), lines
 
 
 def test_a_new_version_is_found_by_itself(tmp_path: Path) -> None:

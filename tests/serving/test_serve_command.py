@@ -18,7 +18,7 @@ import tritonclient.grpc as triton_grpc
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.clients.tf_serving_grpc import GrpcTransport
-from serving.commands.serve import Size
+from serving.commands.values import Size
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.closed_form import byte_tokenizer
@@ -107,6 +107,17 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--max-length", "4000"], 2, "the model's context is"),
         (["--graph", "ort/fp23"], 2, "did you mean 'ort/fp32'"),
         (["--api-key-file", "none"], 2, "cannot be read"),
+        (["--host", ""], 2, "127.0.0.1, or 0.0.0.0 for every interface"),
+        (["--name", "a:b"], 2, "'a:b' must be 1 to 100 letters"),
+        (["--watch", "nan"], 2, "'nan' is no number"),
+        (["--watch", "inf"], 2, "not in the range"),
+        (["--drain-timeout", "1e300"], 2, "not in the range"),
+        (["--request-timeout", "nan"], 2, "'nan' is no number"),
+        (["--rate-limit", "inf"], 2, "not in the range"),
+        (["--cors-origin", "https://example.org/"], 2, "is no origin"),
+        (["--cors-origin", "example.org"], 2, "is no origin"),
+        (["--max-body", "3GiB", "--grpc-port", "0"], 2, "gRPC takes at most"),
+        (["--tf-serving", "grpc:", "--runtime", "tf-serving"], 2, "is no address of a gRPC server"),
         (["--device", "cuda:x"], 2, "no device 'cuda:x'"),
         (["--device", "cud"], 2, "did you mean 'cuda'"),
         (["--device", "cpu,"], 2, "no device ''"),

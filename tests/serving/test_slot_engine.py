@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import sys
 import threading
@@ -124,6 +125,14 @@ def engine(real_bundle: Path, transport: Blocking) -> Iterator[SignatureEngine]:
         free.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=2)), each)
     assert all(each.wait() for each in ends), "slots were not given back"
     free.close()
+
+
+def test_more_slots_than_were_exported_are_refused(transport: Blocking, real_bundle: Path) -> None:
+    bundle = open_bundle(real_bundle)
+    provenance = dataclasses.replace(bundle.manifest.provenance, recipe={"export": {"slots": SLOTS}})
+    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, provenance=provenance))
+    with pytest.raises(InputError, match="9 slots were asked for, and the model was exported with 8; ask for fewer"):
+        open_slot_engine(bundle, transport, slots=SLOTS + 1)
 
 
 def mixed() -> list[GenerationRequest]:

@@ -100,6 +100,36 @@ def test_taking_the_version_away_goes_back_to_the_one_before(served: Served) -> 
     assert served.states() == {1: State.AVAILABLE}, "what is loaded stays when nothing is left"
 
 
+def test_metrics_know_no_warm_up_and_count_on_after_a_rollback(served: Served) -> None:
+    def values() -> list[float]:
+        names = ("request_success", "e2e_request_latency_seconds", "generation_tokens", "steps")
+        metrics = served.app.state.server.metrics.registry.collect()
+        found = {
+            sample.name.removeprefix("gpt2_bundle_"): sample.value
+            for metric in metrics
+            for sample in metric.samples
+            if sample.labels.get("version") == "1"
+        }
+        return [found.get(f"{name}_total", found.get(f"{name}_count", 0.0)) for name in names]
+
+    served.versions.start()
+    assert values() == [0, 0, 0, 0]
+    with TestClient(served.app) as client:
+        assert client.post("/v1/completions", json={"prompt": "AB", "max_tokens": 3}).status_code == 200
+        wait_for(lambda: values()[:3] == [1, 1, 3])
+        served.put(2)
+        served.versions.poll()
+        shutil.rmtree(served.folder / "2")
+        wait_for(lambda: served.states() == {2: State.AVAILABLE})
+        assert values()[:3] == [1, 1, 3]
+        served.versions.poll()
+        assert (
+            client.post("/v1/completions", json={"prompt": "AB", "max_tokens": 3}).json()["system_fingerprint"][:3]
+            == "v1-"
+        )
+        wait_for(lambda: values()[:3] == [2, 2, 6])
+
+
 def test_a_broken_version_is_refused_once_and_again_when_it_changes(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -42,10 +42,12 @@ class BatchTarget:
         self.label = f"{label}, static batches of at most {most}"
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self.backend: Backend | None = None
+        """What it runs, between `start` and `stop`; of use to others while no request waits."""
 
     async def start(self) -> None:
-        backend = await asyncio.to_thread(self._open)
-        self._thread = threading.Thread(target=self._work, args=(backend,), name=self.name, daemon=True)
+        self.backend = await asyncio.to_thread(self._open)
+        self._thread = threading.Thread(target=self._work, args=(self.backend,), name=self.name, daemon=True)
         self._thread.start()
 
     async def send(self, request: Planned) -> Answer:
@@ -55,7 +57,7 @@ class BatchTarget:
         if self._thread is not None:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
-            self._thread = None
+            self._thread = self.backend = None
 
     def pid(self) -> int | None:
         return None

@@ -135,7 +135,7 @@ def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target
 
     def client(url: str, grpc_address: str, process: int) -> Target:
         if kind == "server":
-            return OpenAITarget(text, url, process=process)
+            return OpenAITarget(text, url, process=process, ids=True)
         if kind == "server-openinference":
             return GenerateTarget(text, "gpt2-bundle serve", url, bundle, model=model, process=process)
         if kind == "server-openinference-grpc":

@@ -17,12 +17,13 @@ class OpenAITarget:
     Prompts are sent as token ids with `temperature` 0 and, as an extension that many servers know, `ignore_eos`. With
     `stream_options.include_usage` the server says how many tokens it made: where that is not the number of pieces of
     text, each piece has its share of them and the response is marked as not counted. Text is compared, as the
-    protocol gives no token ids.
+    protocol gives no token ids, but where the server is asked for them.
 
     Args:
         model: its name at the server; the first of `/v1/models` if None.
         api_key: sent as a bearer token.
         process: the server's process id, if it is on this machine.
+        ids: ask for token ids by `return_token_ids`, which our server knows: tokens without a text come then too.
     """
 
     precision = None
@@ -37,11 +38,12 @@ class OpenAITarget:
         label: str | None = None,
         stand_in: bool = False,
         process: int | None = None,
+        ids: bool = False,
     ) -> None:
         self._http = HttpClient(url, (("Authorization", f"Bearer {api_key}"),) if api_key is not None else ())
         self._http.path = self._http.path.removesuffix("/v1")
         self.name, self.label, self.stand_in = name, label or f"OpenAI API at {self._http.place}", stand_in
-        self._model, self._process = model, process
+        self._model, self._process, self._ids = model, process, ids
 
     async def start(self) -> None:
         try:
@@ -64,7 +66,10 @@ class OpenAITarget:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self._ids:
+            body["return_token_ids"] = True
         pieces: list[str] = []
+        tokens: list[int] = []
         times: list[float] = []
         usage: int | None = None
         async for event, moment in self._http.events("/v1/completions", body):
@@ -72,13 +77,20 @@ class OpenAITarget:
                 raise TargetError(shorten(json.dumps(event["error"])))
             if event.get("usage"):
                 usage = int(event["usage"]["completion_tokens"])
-            text = "".join(choice.get("text") or "" for choice in event.get("choices", ()))
-            if text:
+            choices = event.get("choices", ())
+            made = [token for choice in choices for token in choice.get("token_ids") or ()]
+            tokens += made
+            text = "".join(choice.get("text") or "" for choice in choices)
+            if self._ids:
+                pieces.append(text)
+                times += [moment] * len(made)
+            elif text:
                 pieces.append(text)
                 times.append(moment)
         finished = time.monotonic()
         shared = times if usage is None else share(times, usage, finished)
-        return Answer(tuple(shared), finished, counted=len(times) == usage, text="".join(pieces))
+        known = tuple(tokens) if self._ids else None
+        return Answer(tuple(shared), finished, counted=len(times) == usage, tokens=known, text="".join(pieces))
 
     async def stop(self) -> None:
         """Nothing is held between requests."""

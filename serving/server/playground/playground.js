@@ -54,7 +54,8 @@ async function ask(path, options = {}) {
   }
   const body = await answer.json().catch(() => ({}));
   const retry = answer.headers.get("Retry-After");
-  throw new Error((body.error?.message || `the server answered ${answer.status}`) + (retry ? ` (try again in ${retry} s)` : ""));
+  const sentence = (body.error?.message || `the server answered ${answer.status}`) + (retry ? ` (try again in ${retry} s)` : "");
+  throw Object.assign(new Error(sentence), { param: body.error?.param });
 }
 
 async function loadModels() {
@@ -68,10 +69,16 @@ async function loadModels() {
   if (!data.length) throw new Error("no model is loaded yet; try again in a moment");
 }
 
-function request() {
-  const body = { model: $("model").value, prompt: $("prompt").value, stream: true, logprobs: ALTERNATIVES };
+const post = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+// The request, with as many tokens as the context has room for behind the prompt.
+async function request(signal) {
+  const body = { model: $("model").value, prompt: $("prompt").value, stream: true, stream_options: { include_usage: true }, logprobs: ALTERNATIVES };
   for (const field of FIELDS) body[field.name] = Number($(field.name).value);
   if ($("seed").value !== "") body.seed = Number($("seed").value);
+  const { count, max_model_len: context } = await (await ask("tokenize", { ...post({ model: body.model, prompt: body.prompt }), signal })).json();
+  const room = context - Math.max(count, 1);
+  if (room > 0) body.max_tokens = Math.min(body.max_tokens, room); // Else the server says what is wrong.
   return body;
 }
 
@@ -111,6 +118,21 @@ function addTokens(logprobs) {
   if (below) output.scrollTop = output.scrollHeight;
 }
 
+function addText(text) {
+  if (text) $("output").append(element("span", {}, text));
+}
+
+// The stream of completions; a runtime that knows no probabilities streams text alone.
+async function complete(body, signal) {
+  try {
+    return await ask("v1/completions", { ...post(body), signal });
+  } catch (error) {
+    if (error.param !== "logprobs") throw error;
+    delete body.logprobs;
+    return await ask("v1/completions", { ...post(body), signal });
+  }
+}
+
 async function generate() {
   if (running) return;
   running = new AbortController();
@@ -119,7 +141,7 @@ async function generate() {
   say("");
   hideCard();
   decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  const began = performance.now();
+  let began = 0;
   let first = 0;
   let tokens = 0;
   const show = (ended) => {
@@ -133,8 +155,10 @@ async function generate() {
   try {
     if (!$("model").value) await loadModels();
     $("output").replaceChildren();
-    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request()) };
-    const answer = await ask("v1/completions", { ...options, signal: running.signal });
+    const { signal } = running;
+    const body = await request(signal);
+    began = performance.now();
+    const answer = await complete(body, signal);
     let reason = "…";
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message);
@@ -143,9 +167,14 @@ async function generate() {
           first ||= performance.now();
           tokens += choice.logprobs.tokens.length;
           addTokens(choice.logprobs);
+        } else if (choice.text) {
+          first ||= performance.now();
+          tokens += 1; // A piece is a token or more; the usage at the end says how many.
+          addText(choice.text);
         }
         reason = choice.finish_reason ?? reason;
       }
+      tokens = event.usage?.completion_tokens ?? tokens;
       show(reason);
     }
     $("output").lastElementChild?.append(decoder.decode());
@@ -200,7 +229,7 @@ function step(event) {
   if (!way) return;
   const chosen = $("output").querySelector(".chosen");
   const next = chosen ? chosen[way] : $("output").firstElementChild;
-  if (next) {
+  if (next?.alternatives) {
     next.scrollIntoView({ block: "nearest" });
     showCard(next);
   }

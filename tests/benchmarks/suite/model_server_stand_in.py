@@ -1,13 +1,18 @@
-"""An executable that takes the flags of tensorflow_model_server and is none: the stand-in of the client's tests."""
+"""An executable that takes the flags of tensorflow_model_server and is none: the stand-in of the client's tests.
+
+Where MODEL_SERVER_BEHIND is `GRPC_PORT,REST_PORT`, it passes its connections on to a stand-in that listens there, and
+need not load TensorFlow by itself.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import socket
 import sys
+import threading
 from pathlib import Path
-
-from tests.serving.tf_serving_stand_in import serving
 
 
 def main() -> None:
@@ -26,11 +31,39 @@ def main() -> None:
     assert bool(given.batching_parameters_file) is (given.enable_batching == "true")
     for file in filter(None, (given.batching_parameters_file, given.monitoring_config_file)):
         Path(file).read_text(encoding="utf-8")
-    ended = []
-    signal.signal(signal.SIGTERM, lambda *_: ended.append(True) or sys.exit(0))
-    with serving(Path(given.model_base_path) / "1", given.model_name, given.rest_api_port, given.port):
+    version = Path(given.model_base_path) / "1"
+    assert (version / "saved_model.pb").is_file()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if behind := os.environ.get("MODEL_SERVER_BEHIND"):
+        for port, other in zip((given.port, given.rest_api_port), behind.split(","), strict=True):
+            listening = socket.create_server(("127.0.0.1", port))
+            threading.Thread(target=_pass_on, args=(listening, int(other)), daemon=True).start()
         while True:
             signal.pause()
+    # Only now: TensorFlow takes seconds, and --version none.
+    from tests.serving.tf_serving_stand_in import serving
+
+    with serving(version, given.model_name, given.rest_api_port, given.port):
+        while True:
+            signal.pause()
+
+
+def _pass_on(listening: socket.socket, port: int) -> None:
+    while True:
+        caller, _ = listening.accept()
+        called = socket.create_connection(("127.0.0.1", port))
+        for ends in ((caller, called), (called, caller)):
+            threading.Thread(target=_copy, args=ends, daemon=True).start()
+
+
+def _copy(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        for end in (source, sink):
+            end.close()
 
 
 if __name__ == "__main__":

@@ -57,6 +57,15 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
     assert "too few repeats" in capfd.readouterr().out
     assert run(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=60000"]) == 0
     fails(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=0.0001"], 1, "p50_e2e_ms is")
+    slow = json.loads(output.read_text())
+    for factor, path in ((1.0, output), (1.1, again)):
+        for row in (row for point in slow["points"] for row in point["rows"]):
+            row["figures"]["p50_e2e_ms"] = [factor * value for value in (99.5, 100, 100, 100, 100.5)]
+        path.write_text(json.dumps(slow))
+    assert run(["bench", "gate", str(again), "--baseline", str(output), "--allow", "15"]) == 0
+    fails(["bench", "gate", str(again), "--baseline", str(output)], 1, "p50_e2e_ms: 100.000 -> 110.000 (+10.0%")
+    fails(["bench", "gate", str(output)], 2, "nothing to hold the record to")
+    fails(["bench", "gate", str(again), "--baseline", str(tmp_path / "none.json")], 2, "none.json: not a record")
 
 
 def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatch):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.suite.clock import LoopClock, run_virtual
-from benchmarks.suite.judge import BudgetError, check_budgets, compare, read_record
+from benchmarks.suite.judge import BudgetError, changes, check_baseline, check_budgets, compare, read_record
 from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.schedule import Lengths, Planner
@@ -80,7 +82,8 @@ def test_two_alike_have_no_winner_and_ten_percent_have_one():
 
 def test_two_runs_of_the_same_are_equal_and_a_slow_down_is_worse():
     before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
-    assert {line.split()[0] for line in compare(before, again)} == {"equal"}
+    assert {change.word for change in changes(before, again)} == {"equal"}
+    assert compare(before, again)[-1].split() == ["in", "all", "10", "equal"]
     worse = [line for line in compare(before, slow) if "one at a time" in line]
     assert len(worse) == 5 and all(line.strip().startswith("WORSE") for line in worse)
     assert "+10." in worse[0] or "+9." in worse[0]
@@ -91,7 +94,34 @@ def test_a_machine_that_was_slower_is_said():
     before = record(Known("a")) | {"read_bandwidth_bytes_per_second": 50e9, "fp32_flops_per_second": 100e9}
     after = before | {"read_bandwidth_bytes_per_second": 45e9, "fp32_flops_per_second": 101e9}
     assert "memory reads -10.0%;" in compare(before, after)[-1] and "products" not in compare(before, after)[-1]
-    assert len(compare(before, before)) == 2 * 5
+    assert len(compare(before, before)) == 2 * 5 + 1
+
+
+def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
+    before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
+    assert check_baseline(again, before, 0.0) == compare(before, again)
+    with pytest.raises(BudgetError, match=r"WORSE  a, one at a time, p50_ttft_ms: .* \(\+\d"):
+        check_baseline(slow, before, 0.05)
+    assert "WORSE" in "".join(check_baseline(slow, before, 0.15))
+    assert check_baseline(before, slow, 0.0)
+
+
+def test_a_row_that_is_gone_or_fails_does_not_keep_a_baseline():
+    both, one = record(Known("a", seed=1), Known("b", seed=2)), record(Known("a", seed=1))
+    with pytest.raises(BudgetError, match=r"^b, one at a time: not in the record; b, 10 a second"):
+        check_baseline(one, both, 1.0)
+    assert "only before  b, one at a time" in "\n".join(compare(both, one))
+    assert "only after  b, one at a time" in "\n".join(compare(one, both))
+    failed = copy.deepcopy(one)
+    failed["points"][0]["rows"][0]["errors"] = ["it went away"]
+    with pytest.raises(BudgetError, match=r"^a, one at a time: it went away$"):
+        check_baseline(failed, one, 1.0)
+    assert "failed  a, one at a time: it went away" in "\n".join(compare(one, failed))
+
+
+def test_records_of_two_bundles_are_compared_and_named():
+    before, after = record(Known("a")) | {"bundle": "old"}, record(Known("a")) | {"bundle": "new"}
+    assert compare(before, after)[-1].strip() == "the bundle  was old, is new"
 
 
 def test_what_was_not_asked_for_by_name_and_does_not_start_is_named_and_left_out():
@@ -131,9 +161,31 @@ def test_other_tokens_and_stand_ins_are_said_in_the_tables():
     assert len(to_csv(made).splitlines()) == 1 + 2 * 2 * len(made["points"][0]["rows"][0]["figures"])
 
 
+def test_ids_are_compared_with_a_servers_text():
+    class Text(Known):
+        async def send(self, request):
+            return replace(await super().send(request), tokens=None, text="7" * request.new_tokens)
+
+    schedule = Planner(range(50), 48).single(2, Lengths(4, 4), Lengths(3, 3))
+    targets = [Known("a"), Text("b"), Known("c", token=8)]
+    decode = lambda ids: "".join(map(str, ids))  # noqa: E731
+    made = run_virtual(measure(targets, [schedule], CLOCK, repeats=1, objectives=Objectives(), decode=decode))
+    text = to_markdown({"bundle": "x", "client_overhead_ms": None} | made)
+    assert "alike are: a (stand-in), b (stand-in); c (stand-in)" in text
+
+
 def test_what_is_no_record_is_refused(tmp_path):
     path = tmp_path / "r.json"
-    for text in ("{", "[]", '{"schema": "other"}', '{"schema": "gpt2-bundle-bench/1", "points": [1]}'):
+    schema = '{"schema": "gpt2-bundle-bench/1", "points": '
+    for text, why in {
+        "{": "not a record", "": "not a record", "[]": "it has no schema", '{"rows": []}': "it has no schema",
+        '{"schema": "other"}': "its schema is 'other'", schema + "[1]}": "not a record",
+        schema + "[]}": "nothing was measured", schema[:-2] + " [], " + '"x": 1}': "not a record",
+        '{"schema": "gpt2-bundle-bench/1"}': "it lacks 'points'", schema + '[{"rows": [{}]}]}': "it lacks",
+    }.items():  # fmt: skip
         path.write_text(text)
-        with pytest.raises(InputError, match="not a record"):
+        with pytest.raises(InputError, match=why) as caught:
             read_record(path)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="No such file"):
+        read_record(tmp_path / "nowhere.json")

@@ -65,6 +65,11 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetHandleByIndex(self, index):
         return index
 
+    NVML_CLOCK_SM = 1
+
+    def nvmlDeviceGetClockInfo(self, device, kind):
+        return 1500 + device if kind == self.NVML_CLOCK_SM else 0
+
     def nvmlDeviceGetName(self, device):
         return f"GPU {device}"
 
@@ -88,7 +93,8 @@ def test_gpus_are_read_by_nvml(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     meters = Meters(Rapl(tmp_path))
-    assert meters.describe() == {"sources": ["nvml"], "gpus": ["GPU 0", "GPU 1"], "driver": "570.1"}
+    assert meters.describe() == {"sources": ["nvml"], "gpus": ["GPU 0", "GPU 1"], "driver": "570.1",
+                                "gpu_clocks_mhz": [1500.0, 1501.0]}  # fmt: skip
     reading = meters.begin().end()
     # The counter goes up by 15 J with each of the two devices at each of the two readings.
     assert reading.gpu_joules == pytest.approx(60)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import time
 
+import numpy as np
 import pytest
 
 from benchmarks.decode import step_bytes
 from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.cold import ColdStart
-from benchmarks.suite.measure import Machine, measure
+from benchmarks.suite.machine import Machine
+from benchmarks.suite.measure import measure
 from benchmarks.suite.metrics import Objectives
 from benchmarks.suite.page import to_page
 from benchmarks.suite.roofline import prompt_flops, token_flops
 from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.summary import needs, rankings
 from benchmarks.suite.tables import to_markdown
 from benchmarks.suite.targets.base import TargetError
 from tests.benchmarks.suite.test_roofline import GEOMETRY
@@ -33,10 +38,26 @@ class Probe:
         pass
 
 
+class Backend:
+    """A graph whose prompts and steps take a time each; token ids count up from the last."""
+
+    def __init__(self, seconds, shift=0):
+        self.seconds, self.shift = seconds, shift
+
+    def prefill(self, prompts, capacity):
+        time.sleep(3 * self.seconds)
+        return None, np.eye(64)[[(prompt[-1] + self.shift) % 64 for prompt in prompts]]
+
+    def decode(self, state, tokens):
+        time.sleep(self.seconds)
+        return np.eye(64)[(tokens + 1) % 64]
+
+
 @pytest.fixture(scope="module")
 def record():
     planner = Planner(range(50), 32)
     schedules = [
+        *(planner.steps(batch, 4, 3) for batch in (1, 2)),
         planner.single(5, *LENGTHS),
         planner.offline(5, *LENGTHS),
         planner.server(8, *LENGTHS, rate=4),
@@ -48,6 +69,7 @@ def record():
     targets = [Queue("<quick>", 0.01), Queue("slow", 0.1), Queue("elsewhere", 0.3)]
     for target in targets:
         target.precision = "fp32"
+    targets[0].backend, targets[1].backend = Backend(0.001), Backend(0.004, shift=1)
 
     async def start(target, request):
         if target.name == "slow":
@@ -64,14 +86,15 @@ def record():
 
 def test_every_scenario_is_on_the_page_and_it_stands_alone(record):
     page = to_page(record).decode()
-    for heading in ("Latency and throughput", "One request at a time", "All at once", "Requests that wait for nobody",
+    for heading in ("In short", "The graph alone, by batch", "Latency and throughput",
+                    "One request at a time", "All at once", "Requests that wait for nobody",
                     "Several clients: 4 clients", "Rising rates", "Prompt and output lengths", "Cold starts",
                     "How far from the machine"):  # fmt: skip
         assert f"<h2>{heading}" in page, heading
     assert not re.search(r"https?://|src=|@import|<script", page)
     assert "<quick>" not in page and "&lt;quick&gt;" in page
-    # Two for rates, two for clients, two a point for six points, two of the roofline; timelines of four points.
-    assert page.count('role="img"') == 2 + 2 + 2 * 6 + 2 + 3 * 4
+    # Two for batch sizes, rates and clients each, two a point for six points, two of the roofline; timelines of four.
+    assert page.count('role="img"') == 2 + 2 + 2 + 2 * 6 + 2 + 3 * 4
     assert page.count('class="heat"') == 3
     assert "slow (stand-in): it fell over" in page and "1,500" in page and "64.0" in page
 
@@ -85,7 +108,7 @@ def test_cold_starts_are_null_where_nobody_can_start_the_target(record):
 
 
 def test_the_roofline_and_floors_are_in_the_record(record):
-    row = record["points"][0]["rows"][1]
+    row = record["points"][2]["rows"][1]
     decode = row["roofline"]["decode"]
     # One at a time, 0.02 s a token, which looks at the prompt and half the output on average.
     assert decode["rows"] == pytest.approx(1)
@@ -93,6 +116,53 @@ def test_the_roofline_and_floors_are_in_the_record(record):
     assert row["floor_ttft_ms"] == pytest.approx(prompt_flops(GEOMETRY, 4) / 5e8 * 1e3)
     assert row["floor_inter_token_ms"] == pytest.approx(step_bytes(GEOMETRY, "fp32", 1, 4 + 5 / 2) / 1e9 * 1e3)
     assert record["read_bandwidth_bytes_per_second"] == 1e9 and record["fp32_flops_per_second"] == 5e8
+
+
+def test_steps_are_of_graphs_here_with_floors_of_the_whole_batch(record):
+    one, two = record["points"][:2]
+    assert [point["point"] for point in (one, two)] == ["batch 1", "batch 2"]
+    quick, slow = two["rows"]
+    assert [row["target"] for row in two["rows"]] == ["<quick>", "slow"]
+    assert two["winners"] == {"prefill_ms": "<quick>", "step_ms": "<quick>"}
+    for prefill, step, rate in zip(*(slow["figures"][name] for name in slow["figures"]), strict=True):
+        assert prefill > 12 and 4 < step < 12 and rate == pytest.approx(2 / step * 1e3)
+    # One answers from the prompt's last token on, the other from the one behind it.
+    assert quick["differing_requests"] == {"slow": [0, 1]}
+    read = step_bytes(GEOMETRY, "fp32", 2, 4 + 3 / 2)
+    assert slow["floor_inter_token_ms"] == pytest.approx(
+        max(read / 1e9, 2 * token_flops(GEOMETRY, 4 + 3 / 2) / 5e8) * 1e3
+    )
+    assert slow["roofline"]["decode"]["intensity"] == pytest.approx(2 * token_flops(GEOMETRY, 5.5) / read)
+    assert slow["floor_inter_token_ms"] > one["rows"][1]["floor_inter_token_ms"]
+
+
+def test_the_summary_names_the_best_and_is_silent_within_the_noise(record):
+    found = {each.question: each for each in rankings(record)}
+    assert found["batch 2: a step, ms"].winner == "<quick> (stand-in)"
+    order = found["batch 2: a step, ms"].order
+    assert [name for name, _ in order] == ["<quick> (stand-in)", "slow (stand-in)"]
+    assert found["one at a time: first token, ms"].winner == "<quick> (stand-in)"
+    ratio, low, high, noise = found["one at a time: first token, ms"].second
+    assert low <= ratio <= high and ratio == pytest.approx(10) and noise == pytest.approx(0, abs=1e-6)
+    judged = record["points"][2]["judged"]["p50_ttft_ms"]
+    assert (judged["best"], judged["winner"]) == ("<quick>", "<quick>")
+    assert judged["over_best"]["slow"]["ratio"] == ratio
+    rate = found["sustained, requests/s"]
+    assert rate.order[0][0] == "<quick> (stand-in)" and rate.order[0][1] > rate.order[-1][1]
+    # Nobody else has a cold start, so that nothing is ranked there.
+    assert "from the start to the first token, ms" not in found
+    again = copy.deepcopy(record)
+    again["points"][1]["winners"]["step_ms"] = None
+    assert "not told apart" in to_page(again).decode() and {each.winner for each in rankings(again)} > {None}
+    quick, *_ = needs(record)
+    assert quick.memory_bytes == 64 << 20 and quick.first_token_ms == 2500 and quick.over_floor > 1
+
+
+def test_every_latency_has_its_interval_on_the_page(record):
+    page = to_page(record).decode()
+    # Six points with clients' latencies, and none where nobody is a client.
+    assert page.count("Every latency with its interval") == 6
+    assert "between tokens" in page and re.search(r"<td>[\d.]+ \([\d.]+ to [\d.]+\)</td>", page)
 
 
 def test_the_timeline_is_of_moments_in_order(record):

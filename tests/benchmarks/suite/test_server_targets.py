@@ -118,8 +118,12 @@ def test_tensorflow_serving_is_started_driven_and_ended(bundle, schedule, expect
         finally:
             await target.stop()
 
-    agree(asyncio.run(work()), expected)
-    assert target.stand_in and "no TensorFlow ModelServer" in target.label and seen["rss"] > 50 << 20
+    with serving(bundle.folder / "savedmodel/1", bundle.manifest.name) as server:
+        ports = (server.address.rpartition(":")[2], server.url.rpartition(":")[2])
+        monkeypatch.setenv("MODEL_SERVER_BEHIND", ",".join(ports))
+        agree(asyncio.run(work()), expected)
+        assert set(server.run_calls) == {"prefill_slots", "decode_slots", "release_slots"}
+    assert target.stand_in and "no TensorFlow ModelServer" in target.label and seen["rss"] > 5 << 20
     assert target.pid() is None and not Path(f"/proc/{seen['pid']}").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["server"]
 

@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from benchmarks.suite.statistics import median_interval, noise, paired, unpaired, warm_from
 
@@ -21,6 +23,34 @@ def test_the_same_is_equal_and_a_tenth_more_is_not(compare):
     slower = [compare(draws(7, 1.1, seed=seed), draws(7, seed=seed + 1000)).call for seed in range(trials)]
     assert equal.count("equal") >= 0.97 * trials
     assert slower.count("higher") >= 0.97 * trials and "lower" not in slower
+
+
+repeats_of_two = st.integers(1, 9).flatmap(
+    lambda count: st.lists(
+        st.tuples(st.floats(1e-3, 1e3, allow_nan=False), st.floats(1e-3, 1e3, allow_nan=False)),
+        min_size=count,
+        max_size=count,
+    )
+)
+MIRRORED = {"higher": "lower", "lower": "higher", "equal": "equal", "unknown": "unknown"}
+
+
+@given(repeats_of_two, st.floats(1e-3, 1e3))
+@settings(max_examples=60, deadline=None)
+def test_a_verdict_knows_neither_unit_nor_side(pairs, unit):
+    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    verdict, mirrored = paired(ours, theirs), paired(theirs, ours)
+    scaled = paired([value * unit for value in ours], [value * unit for value in theirs])
+    least = math.log1p(max(0.01, verdict.noise or 0.0))
+    assume(not math.isclose(abs(math.log(verdict.ratio)), least, rel_tol=1e-6))
+    assert mirrored.call == MIRRORED[verdict.call]
+    assert (mirrored.ratio, mirrored.low, mirrored.high) == pytest.approx(
+        (1 / verdict.ratio, 1 / verdict.high, 1 / verdict.low)
+    )
+    assert scaled.ratio == pytest.approx(verdict.ratio) and scaled.pairs == len(pairs)
+    assert verdict.low <= verdict.ratio * (1 + 1e-9) and verdict.ratio <= verdict.high * (1 + 1e-9)
+    for compare in (paired, unpaired):
+        assert compare(ours, ours).call in ("equal", "unknown") and compare(ours, ours).ratio == 1
 
 
 def test_drift_that_hits_both_of_a_pair_hides_nothing():

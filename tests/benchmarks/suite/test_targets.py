@@ -103,6 +103,7 @@ def test_the_engine_and_our_own_server_give_the_same_text(real_bundle):
     )
     assert [each.error for each in [*engine, *server]] == [None] * 8
     assert differing(plain, engine) == [] and [each.text for each in server] == [each.text for each in engine]
+    assert [each.tokens for each in server] == [each.tokens for each in plain] and all(each.counted for each in server)
 
 
 def test_a_server_that_does_not_start_says_why(real_bundle):

@@ -106,6 +106,19 @@ def test_generate(client: httpx.Client, where: str) -> None:
     assert "id" not in several
 
 
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain", "image/png"])
+def test_a_bodys_content_type_is_not_looked_at(client: httpx.Client, content_type: str | None) -> None:
+    """As in Triton, whose own examples send what curl sends by itself."""
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    options = {"text_input": "ab", "max_tokens": 5, "temperature": 0}
+    infer = {"inputs": [tensor("text", "BYTES", ["ab"])], "parameters": {"signature_name": "tokenize"}}
+    for path, body in (("generate", options), ("generate_stream", options), ("infer", infer)):
+        answer = client.post(f"{MODEL}/{path}", content=json.dumps(body).encode(), headers=headers)
+        assert answer.status_code == 200
+        kind = "text/event-stream" if path.endswith("stream") else "application/json"
+        assert answer.headers["content-type"].startswith(kind)
+
+
 def test_stop_texts(client: httpx.Client) -> None:
     body = {"text_input": "ab", "max_tokens": 20, "temperature": 0}
     whole = client.post(f"{MODEL}/generate", json=body).json()["text_output"]

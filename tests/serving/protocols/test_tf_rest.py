@@ -124,6 +124,9 @@ def test_metadata_and_versions(url: str) -> None:
         status, answer = post(url, {"inputs": batch([[1]])}, path)
         assert status == code and words in answer["error"]
     assert post(url, {"inputs": batch([[1]])}, "/v1/models/tiny/versions/1:predict")[0] == 200
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+        urllib.request.urlopen(f"{url}/v1/models/tiny/labels/stable")
+    assert "label: stable" in json.load(refused.value)["error"]
 
 
 def test_b64_and_bare_values(url: str) -> None:
