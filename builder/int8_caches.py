@@ -73,9 +73,10 @@ class Int8Attention:
             widened.append(b.node("Mul", b.node("Cast", seen, to=TensorProto.FLOAT), scale))
         sink = self.shared.constant(np.full(self.heads, _NO_SHARE), np.float32, "no_share")
         inputs = [query, nothing, nothing, *widened, last, total]
-        context = b.node(
+        # Nobody reads the second and third output; ONNX Runtime 1.28 to 1.30 end with a fault where they are left out.
+        context, _, _ = b.node(
             "GroupQueryAttention", *inputs, *[""] * (_SINK - len(inputs)), sink,
-            domain=MICROSOFT, num_heads=self.heads, kv_num_heads=self.heads,
+            outputs=3, domain=MICROSOFT, num_heads=self.heads, kv_num_heads=self.heads,
         )  # fmt: skip
         return b.nodes, [context, *outputs]
 
