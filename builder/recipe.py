@@ -216,7 +216,9 @@ class ExportRecipe:
         ("int8", "int4"), "Further precisions of the optimised graph, under ort/.", choices=("fp16", "int8", "int4")
     )
     int8_caches: tuple[str, ...] = _key(
-        ("int4",), "Variants that keep keys and values in int8: a quarter of the memory.", choices=("int8", "int4")
+        ("int8", "int4"),
+        "Variants that keep keys and values in int8: a quarter of the memory.",
+        choices=("int8", "int4"),
     )
     slots: int = _key(8, "Generations the SavedModel keeps at once for decode_slots; 0 leaves it out.", low=0, high=256)
     slot_lease: int = _key(60, "Seconds without a call after which another may take a slot.", low=1, high=86_400)

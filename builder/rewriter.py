@@ -36,7 +36,7 @@ class Rewriter:
             self.take(node)
         del self.graph.node[:]
         self.graph.node.extend(_needed(self.nodes, self.graph.output))
-        used = {name for node in self.graph.node for name in node.input}
+        used = {name for node in self.graph.node for name in reads(node)}
         for tensor in [each for each in self.graph.initializer if each.name not in used]:
             self.graph.initializer.remove(tensor)
         inputs = list(self.graph.input)
@@ -91,12 +91,18 @@ class Rewriter:
         return output
 
 
+def reads(node: Any) -> set[str]:
+    """What a node takes as input, its branches' nodes among them."""
+    branches = (attribute.g for attribute in node.attribute if attribute.HasField("g"))
+    return {*node.input, *(name for branch in branches for inner in branch.node for name in reads(inner))}
+
+
 def _needed(nodes: Sequence[Any], outputs: Sequence[Any]) -> list[Any]:
     """The nodes that an output of the graph hangs on, in their order."""
     wanted = {value.name for value in outputs}
     kept = []
     for node in reversed(nodes):
         if wanted.intersection(node.output):
-            wanted.update(node.input)
+            wanted.update(reads(node))
             kept.append(node)
     return kept[::-1]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from builder.calibrate import Calibration
+from builder.int8_caches import OPSET, Int8Attention
 from builder.onnx_markers import MICROSOFT
 from builder.quantise import BLOCK, int4_by_block, int8_by_axis
 from builder.rewriter import Rewriter
@@ -25,7 +26,6 @@ from builder.tracing import TracedGraph
 from builder.weights import EXTERNAL_DATA, WeightFile
 
 TOKEN_TABLE = "transformer.wte.weight"
-_K_SCALE = 12  # GroupQueryAttention's place for it; v_scale is behind it.
 TABLE_DAMPING = 1.0
 """The head's table is the embedding too, whose rows are used as they are; so they may move less than other matrices."""
 GELU_DEPTH = np.float32(0.1701)
@@ -53,6 +53,10 @@ def write_variant(
         rewriter = _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data)
         rewriter.calibration, rewriter.int8_caches = calibration, int8_caches
         rewriter.rewrite()
+    if int8_caches:
+        (standard,) = (entry for entry in model.opset_import if entry.domain == "")
+        standard.version = OPSET
+        model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([standard]))
     path.write_bytes(model.SerializeToString())
     return model
 
@@ -60,11 +64,14 @@ def write_variant(
 class _Int8(Rewriter):
     """Products as QGemm and the token table in int8; everything else stays float32, but caches may be int8 too."""
 
+    attention_maker: Int8Attention | None = None
+
     def rewrite(self) -> None:
         # Logits of [rows, 1, vocabulary] come from the head as such, since a node that only widens them copies them.
         self.widened = {node.input[0]: node.output[0] for node in self.graph.node if node.output[0] == "logits"}
         super().rewrite()
-        if self.int8_caches:
+        if self.attention_maker is not None:
+            self.graph.initializer.extend(self.attention_maker.shared.constants.values())
             for value in [*self.graph.input, *self.graph.output]:
                 if value.name.startswith(("past_key_values.", "present.")):
                     value.type.tensor_type.elem_type = TensorProto.INT8
@@ -87,13 +94,15 @@ class _Int8(Rewriter):
         """GroupQueryAttention with caches in int8, and a scale for each channel of each head."""
         assert self.calibration is not None, "int8 caches need the ranges of keys and values"
         block = node.input[3].split(".")[1]
-        node.input.extend([""] * (_K_SCALE - len(node.input)))
+        names, scales = [], []
         for part, largest in zip(("key", "value"), self.calibration.largest(int(block)), strict=True):
-            scales = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127)
-            node.input.append(self.external(f"present.{block}.{part}_scale", scales[None, :, None, :]))
-        types = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        node.attribute.extend(helper.make_attribute(key, value) for key, value in types.items())
-        self.nodes.append(node)
+            scales.append(np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127))
+            names.append(self.external(f"present.{block}.{part}_scale", scales[-1][None, :, None, :]))
+        per_step = self.external(f"present.{block}.per_step", np.float32(1) / np.concatenate(scales).ravel())
+        if self.attention_maker is None:
+            self.attention_maker = Int8Attention(*scales[0].shape)
+            self.nodes.extend(self.attention_maker.shared.nodes)
+        self.nodes.append(self.attention_maker.attend(node, names[0], names[1], per_step))
 
     def matrix(self, name: str, axis: int) -> tuple[str, str]:
         """Store a weight in int8 with scales over `axis`, once; return the names of values and scales."""
