@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.suite.measure import SCHEMA
 from benchmarks.suite.rows import HIGHER_IS_BETTER
 from benchmarks.suite.statistics import Verdict, unpaired
+from benchmarks.suite.tables import name_of
 from serving.errors import GPT2BundleError, InputError
 from serving.suggest import did_you_mean
 
@@ -98,7 +99,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
                 continue
             better = "higher" if figure in HIGHER_IS_BETTER else "lower"
             word = {better: "better", "equal": "equal", "unknown": "too few repeats"}.get(verdict.call, "WORSE")
-            where = f"{row['target']}, {point['point']}"
+            where = f"{name_of(row)}, {point['point']}"
             found.append(Change(where, figure, float(np.median(old)), float(np.median(new)), verdict, word))
     if not found:
         raise InputError(
@@ -154,11 +155,11 @@ def _key(point: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, Any]:
 def _alone(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The rows of one record that the other lacks."""
     theirs = {_key(point, row) for point, row in rows(other)}
-    return [f"{row['target']}, {point['point']}" for point, row in rows(one) if _key(point, row) not in theirs]
+    return [f"{name_of(row)}, {point['point']}" for point, row in rows(one) if _key(point, row) not in theirs]
 
 
 def _failed(record: Mapping[str, Any]) -> list[str]:
-    return [f"{row['target']}, {point['point']}: {row['errors'][0]}" for point, row in rows(record) if row["errors"]]
+    return [f"{name_of(row)}, {point['point']}: {row['errors'][0]}" for point, row in rows(record) if row["errors"]]
 
 
 def _machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -185,7 +186,7 @@ def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
             if figure not in row["figures"]:
                 continue
             values = [value for value in row["figures"][figure] if value is not None]
-            where = f"{row['target']}, {point['point']}"
+            where = f"{name_of(row)}, {point['point']}"
             if not values:
                 broken.append(f"{where}: no {figure}")
                 continue

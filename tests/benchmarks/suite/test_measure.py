@@ -149,7 +149,7 @@ def test_a_machine_that_was_slower_is_said():
 def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
     before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
     assert check_baseline(again, before, 0.0) == compare(before, again)
-    with pytest.raises(BudgetError, match=r"WORSE  a, one at a time, p50_ttft_ms: .* \(\+\d"):
+    with pytest.raises(BudgetError, match=r"WORSE  a \(stand-in\), one at a time, p50_ttft_ms: .* \(\+\d"):
         check_baseline(slow, before, 0.05)
     assert "WORSE" in "".join(check_baseline(slow, before, 0.15))
     assert check_baseline(before, slow, 0.0)
@@ -157,15 +157,15 @@ def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
 
 def test_a_row_that_is_gone_or_fails_does_not_keep_a_baseline():
     both, one = record(Known("a", seed=1), Known("b", seed=2)), record(Known("a", seed=1))
-    with pytest.raises(BudgetError, match=r"^b, one at a time: not in the record; b, 10 a second"):
+    with pytest.raises(BudgetError, match=r"^b .stand-in., one at a time: not in the record; b .*, 10 a second"):
         check_baseline(one, both, 1.0)
-    assert "only before  b, one at a time" in "\n".join(compare(both, one))
-    assert "only after  b, one at a time" in "\n".join(compare(one, both))
+    assert "only before  b (stand-in), one at a time" in "\n".join(compare(both, one))
+    assert "only after  b (stand-in), one at a time" in "\n".join(compare(one, both))
     failed = copy.deepcopy(one)
     failed["points"][0]["rows"][0]["errors"] = ["it went away"]
-    with pytest.raises(BudgetError, match=r"^a, one at a time: it went away$"):
+    with pytest.raises(BudgetError, match=r"^a \(stand-in\), one at a time: it went away$"):
         check_baseline(failed, one, 1.0)
-    assert "failed  a, one at a time: it went away" in "\n".join(compare(one, failed))
+    assert "failed  a (stand-in), one at a time: it went away" in "\n".join(compare(one, failed))
 
 
 def test_records_of_two_bundles_are_compared_and_named():

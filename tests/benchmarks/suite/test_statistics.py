@@ -147,3 +147,15 @@ def test_two_records_of_a_steady_machine_are_told_apart_by_a_tenth_alone(repeats
         slower.append(unpaired(run_of(repeats, later, random, 1.1)[0], first).call)
     assert equal.count("equal") >= 0.95 * trials
     assert slower.count("higher") >= 0.97 * trials
+
+
+def test_a_machine_that_wanders_by_some_percent_between_runs_is_no_change():
+    steady = [99.5, 100.0, 100.2, 99.8, 100.1, 100.3, 99.9]
+    assert unpaired([1.04 * value for value in steady], steady).call == "equal"
+    assert paired([1.04 * value for value in steady], steady).call == "higher"
+    assert unpaired([1.1 * value for value in steady], steady).call == "higher"
+    # A twentieth of the intervals of 95 % leave out 1 by chance, and records have dozens.
+    before = [3.31, 3.53, 3.45, 3.52, 4.03, 3.72, 3.92]
+    after = [4.20, 3.83, 4.12, 4.99, 15.8, 4.54, 3.68]
+    found = unpaired(after, before)
+    assert found.low > 1 and found.call == "equal"
