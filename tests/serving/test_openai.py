@@ -132,7 +132,10 @@ def test_usage_goes_with_each_chunk_where_asked_for(raw: Any, continuous: bool) 
     usages = [json.loads(event.removeprefix("data: "))["usage"] for event in events]
     assert usages[-1]["completion_tokens"] == 3
     counts = [usage and usage["completion_tokens"] for usage in usages[:-1]]
-    assert counts == ([*range(1, len(counts)), 3] if continuous else [None] * len(counts))
+    if continuous:  # a chunk may hold several tokens: those that came while the one before was being written
+        assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 3
+    else:
+        assert counts == [None] * len(counts)
 
 
 def test_the_fingerprint_is_that_of_every_file(tmp_path: Path) -> None:
