@@ -44,8 +44,8 @@ _OPTIONS = [
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
                  help="Requests that may wait, for each replica; more get 429."),
     click.option("--prefill-slowdown", type=click.FloatRange(1, 1000), metavar="TIMES",
-                 help="How many times as long as without it a step of running texts may take that reads a prompt too.  "
-                      "[default: 2.25]"),
+                 help="How many times as long as without it a step of running texts may take that reads a prompt too; "
+                      "more where several wait.  [default: 2.25]"),
     click.option("--prefill-chunk", type=click.IntRange(1, 4096),
                  help="Read so many tokens of a prompt beside each step instead, however long that takes."),
     click.option("--threads", type=click.IntRange(1, 1024), help="Of each replica.  [default: the cores, shared out]"),

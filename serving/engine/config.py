@@ -26,7 +26,10 @@ class EngineConfig:
     None is as many as `prefill_slowdown` allows, and multiples of 16.
     """
     prefill_slowdown: float = 2.25
-    """How many times as long as without it a step may take that reads a prompt beside others; from 1 to 1000."""
+    """How many times as long as without it a step may take that reads a prompt beside others; from 1 to 1000.
+
+    What it adds counts for each prompt that waits for its turn, so steps are longer where several do.
+    """
     prefill_budget: int = 512
     """Prompt tokens read in one step while nothing decodes; from 1 to 65536, and at least one chunk is read."""
     queue_limit: int = 256

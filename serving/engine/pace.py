@@ -20,8 +20,8 @@ class Pace:
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
 
-    def tokens(self, start: int) -> int:
-        """How many tokens of a prompt the next step may read behind `start` positions."""
+    def tokens(self, start: int, prompts: int) -> int:
+        """How many tokens of a prompt the next step may read behind `start` positions, of `prompts` to be read."""
         return self._tokens
 
     def stepped(self, read: int, start: int, reading: float, other: float) -> None:
@@ -34,6 +34,9 @@ class Pace:
 class BoundedPace(Pace):
     """As many tokens as keep a step's time at about `slowdown` times that of one that reads nothing, LEAST to `most`.
 
+    Of several prompts to be read each allows as much again, and LEAST tokens more: they wait for one another, so what
+    running texts gain by shorter pieces is lost many times in front of them (docs/decisions.md).
+
     A piece of k tokens behind p positions is taken to cost (24 + k) (a + b p) seconds. a and b are fitted to the pieces
     that were read, by least squares whose weights fall by 5 % a piece, so they follow the machine and its load. What a
     step takes without its piece is the median of the last 9.
@@ -45,12 +48,12 @@ class BoundedPace(Pace):
         self._others: deque[float] = deque(maxlen=_STEPS)
         self._line = _Line()
 
-    def tokens(self, start: int) -> int:
-        unit = self._line.at(start)
+    def tokens(self, start: int, prompts: int) -> int:
+        unit, least = self._line.at(start), LEAST * prompts
         if not unit:
-            return LEAST
-        allowed = (self._slowdown - 1) * statistics.median(self._others)
-        return int(min(max(allowed / unit - _WEIGHTS, LEAST), self._most))
+            return min(least, self._most)
+        allowed = (self._slowdown - 1) * prompts * statistics.median(self._others)
+        return int(min(max(allowed / unit - _WEIGHTS, least), self._most))
 
     def stepped(self, read: int, start: int, reading: float, other: float) -> None:
         self._others.append(other)

@@ -89,7 +89,9 @@ class Scheduler:
         last = length - (length % self._chunk == 1)
         if task.read >= last:
             return length
-        tokens = self._pace.tokens(task.read) if self.running else budget
+        # Who waits for a slot waits for a text to end, and not for prompts to be read.
+        prompts = len(self.reading) + min(len(self.waiting), len(self.table.free))
+        tokens = self._pace.tokens(task.read, prompts) if self.running else budget
         end = min(last, task.read + max(tokens, 2))
         return last if last - end == 1 else end
 

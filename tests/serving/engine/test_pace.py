@@ -99,14 +99,33 @@ def test_a_step_that_costs_nothing_leaves_the_budget() -> None:
     assert [tokens for _, tokens in pieces] == [LEAST, 300, 300, 300 - LEAST]
 
 
+def test_prompts_that_wait_for_one_another_are_read_faster_but_not_those_that_wait_for_a_slot() -> None:
+    engine = Timed(measured, 9.0, prefill_slowdown=2.5)  # of 4 slots
+    engine.stream()
+    engine.read(PROMPT)  # by now it is known what a piece costs
+    prompts = [[token] * 200 for token in range(1, 9)]
+    engine.pieces.clear()
+    before = len(engine.observed.steps)
+    waiting = [engine.submit(prompt, max_new_tokens=40, ignore_eos=True)[0] for prompt in prompts]
+    for heard in waiting[:3]:
+        while heard.prompt is None:
+            engine.engine.step()
+    first, second, third = (tokens for start, tokens in engine.pieces if start == 0)
+    assert first > second > third
+    steps = [step.seconds * 1e3 for step in engine.observed.steps[before:]]
+    assert 9.0 * (1 + 1.5 * 2) < max(steps) <= 9.0 * (1 + 1.5 * 3) * 1.1
+    engine.run_until(waiting[-1])
+    assert [heard.ids() for heard in waiting] == [greedy(prompt, 40, 257) for prompt in prompts]
+
+
 def test_another_load_is_noticed_and_a_single_disturbance_is_not() -> None:
     pace = BoundedPace(2.5, 512)
 
     def run(steps: int, piece: Cost, plain: float) -> int:
         for _ in range(steps):
-            tokens = pace.tokens(100)
+            tokens = pace.tokens(100, 1)
             pace.stepped(tokens, 100, piece(tokens, 100), plain)
-        return pace.tokens(100)
+        return pace.tokens(100, 1)
 
     usual = run(30, measured, 12.0)
     assert measured(usual, 100) <= 1.5 * 12.0 < measured(usual + 1, 100) * 1.02
