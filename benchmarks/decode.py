@@ -21,6 +21,8 @@ from serving.bundle import Geometry
 from serving.errors import InputError
 
 _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+# Of a cached key's or value's number: int8 and int4 keep them in int8, unless `export.int8_caches` says otherwise.
+_CACHE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 1.0}
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,14 @@ def step_bytes(geometry: Geometry, precision: str, batch_size: int, cached: floa
     """Fewest bytes that a decode step reads: every weight once, and each row's cached keys and values.
 
     The position table is left out, of which a step reads a row; the token table is the head's matrix, read whole.
-    The cache is counted in float32.
     """
     weights = (geometry.parameters - geometry.n_positions * geometry.n_embd) * _WEIGHT_BYTES[precision]
-    return weights + batch_size * 2 * geometry.n_layer * geometry.n_embd * 4 * cached
+    return weights + batch_size * cache_bytes(geometry, precision, cached)
+
+
+def cache_bytes(geometry: Geometry, precision: str, positions: float) -> float:
+    """Bytes of one row's keys and values at so many positions."""
+    return 2 * geometry.n_layer * geometry.n_embd * _CACHE_BYTES[precision] * positions
 
 
 def _run(backend: Backend, prompts: list[list[int]], new_tokens: int, samples: _Samples) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.decode import step_bytes
+from benchmarks.decode import cache_bytes, step_bytes
 from benchmarks.suite.events import Response
 from serving.bundle import Geometry
 
@@ -32,7 +32,7 @@ def prompt_flops(geometry: Geometry, tokens: int) -> float:
 
 def prefill_bytes(geometry: Geometry, precision: str, prompts: float, tokens: float) -> float:
     """Fewest bytes: every weight read once, and each prompt's keys and values written once."""
-    return step_bytes(geometry, precision, 1, 0) + prompts * 2 * geometry.n_layer * geometry.n_embd * 4 * tokens
+    return step_bytes(geometry, precision, 1, 0) + prompts * cache_bytes(geometry, precision, tokens)
 
 
 def floor_seconds(flops: float, read: float, precision: str, bandwidth: float, rate: float | None) -> float:

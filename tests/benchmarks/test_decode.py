@@ -85,6 +85,8 @@ def test_step_bytes_count_each_weight_once_and_the_cache_a_row():
     assert step_bytes(sizes, "int8", 1, 0) == weights / 4
     cache = step_bytes(sizes, "fp32", 2, 10) - weights
     assert cache == 2 * 10 * sizes.n_layer * 2 * sizes.n_embd * 4
+    # int8 and int4 keep keys and values in int8.
+    assert step_bytes(sizes, "int8", 2, 10) - weights / 4 == step_bytes(sizes, "int4", 2, 10) - weights / 8 == cache / 4
 
 
 def test_summary_of_known_samples():
