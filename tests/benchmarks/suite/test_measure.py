@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.judge import BudgetError, changes, check_baseline, check_budgets, compare, read_record
 from benchmarks.suite.markdown import to_markdown
 from benchmarks.suite.measure import measure
@@ -20,6 +19,7 @@ from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.tables import to_csv
 from benchmarks.suite.targets.base import Answer
 from serving.errors import InputError, RuntimeMissingError
+from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
 CLOCK = LoopClock()
 
