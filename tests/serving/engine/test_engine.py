@@ -127,16 +127,31 @@ def test_a_failing_step_ends_those_it_was_for_and_nobody_else(call: str) -> None
     engine.check_idle()
 
 
+def test_what_a_failing_step_wrote_is_not_taken_over() -> None:
+    engine = Stepped(slots=1)
+    cached = []
+    for fails in ([], ["decode"], [], []):
+        engine.backend.fails = fails
+        heard, _ = engine.submit(list(range(20)), max_new_tokens=3, ignore_eos=True)
+        engine.run()
+        assert heard.prompt is not None and heard.ends[0].reason == ("error" if cached == [0] else "length")
+        cached.append(heard.prompt.cached_tokens)
+    assert cached == [0, 16, 0, 16]
+
+
 def test_a_row_that_cannot_be_moved_goes_on_where_it_is() -> None:
     engine = Stepped(slots=2, length=128)
-    first, handle = engine.submit([1], max_new_tokens=90, ignore_eos=True)
+    first, handle = engine.submit([1] * 9, max_new_tokens=90, ignore_eos=True)
     second, _ = engine.submit([2], max_new_tokens=90, ignore_eos=True)
     while not second.tokens:
         engine.engine.step()
     handle.cancel()
     engine.backend.fails = ["copy", "copy"]
+    engine.engine.step()
+    again, _ = engine.submit([1] * 9, max_new_tokens=1)
     engine.run()
     assert second.ids() == greedy([2], 90, 257) and not engine.backend.fails and first.done
+    assert again.prompt is not None and again.prompt.cached_tokens == 0, "its slot was to be written over"
 
 
 def test_logits_that_are_no_numbers_end_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +232,32 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     assert all(each.done for each in heard)
     engine.submit([9], max_new_tokens=1)
     engine.run()
+
+
+def test_when_to_come_again_is_what_waits_by_the_rate_of_late() -> None:
+    engine = Stepped(slots=2, queue_limit=0)
+    prefill, decode = engine.backend.prefill_chunk, engine.backend.decode
+
+    def slow(call: Any) -> Any:
+        def two_seconds(*arguments: Any) -> Any:
+            engine.now += 2
+            return call(*arguments)
+
+        return two_seconds
+
+    engine.backend.prefill_chunk, engine.backend.decode = slow(prefill), slow(decode)  # type: ignore[method-assign]
+    engine.submit([1], max_new_tokens=40, ignore_eos=True)
+    engine.engine.step()
+    for prompt, tokens, seconds in (([1, 2, 3], 4, 22), ([5], 2, 10)):
+        _, handle = engine.submit(prompt, n=2, max_new_tokens=tokens)
+        engine.engine.step()
+        with pytest.raises(QueueFullError) as caught:
+            engine.submit([9])
+        assert caught.value.retry_after == seconds
+        handle.cancel()
+        engine.engine.step()
+    steps = engine.observed.steps
+    assert [step.inter_token for step in steps] == [()] + [(2.0,)] * (len(steps) - 1) and len(steps) > 3
 
 
 def threaded(**config: Any) -> SlotEngine:
