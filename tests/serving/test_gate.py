@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
@@ -103,6 +104,13 @@ def test_over_the_rate_limit_is_a_429_that_says_when(engine: DoubleEngine, tmp_p
         assert client.get("/health/ready").status_code == 200
 
 
+def test_without_keys_each_address_has_a_rate_limit_of_its_own(engine: DoubleEngine, tmp_path: Path) -> None:
+    app = app_of(engine, tmp_path, rate_limit=1)
+    callers = [("10.0.0.1", 5001), ("10.0.0.1", 5002), ("10.0.0.2", 5001)]
+    statuses = [TestClient(app, client=caller).get("/v1/models").status_code for caller in callers]
+    assert statuses == [200, 429, 200]
+
+
 def test_each_key_has_a_rate_limit_of_its_own(engine: DoubleEngine, tmp_path: Path) -> None:
     keys = ("first-key", "second-key")
     with TestClient(app_of(engine, tmp_path, rate_limit=2, api_keys=keys)) as client:
@@ -123,7 +131,11 @@ def test_a_body_over_the_limit_is_a_413_declared_or_not(engine: DoubleEngine, tm
         assert (
             client.post("/v1/completions", content=iter([long[:500], long[500:]]), headers=headers).status_code == 413
         )
-        assert client.post("/v1/completions", json=BODY).status_code == 200
+        for size, status in ((1000, 200), (1001, 413)):
+            body = json.dumps(BODY).encode().ljust(size)
+            assert client.post("/v1/completions", content=body, headers=headers).status_code == status
+            halves = iter([body[:500], body[500:]])
+            assert client.post("/v1/completions", content=halves, headers=headers).status_code == status
 
 
 def test_a_slow_body_is_a_408_and_holds_nothing(engine: DoubleEngine, tmp_path: Path) -> None:
@@ -133,6 +145,10 @@ def test_a_slow_body_is_a_408_and_holds_nothing(engine: DoubleEngine, tmp_path: 
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
             connection.sendall(b"Content-Length: 50\r\n\r\n{")
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        engine.pace = 0.02
+        body = {**BODY, "max_tokens": 10, "ignore_eos": True, "stream": True}
+        answer = httpx.post(f"{url}/v1/completions", json=body)
+        assert answer.text.endswith("data: [DONE]\n\n"), "a slow answer is no slow body"
 
 
 def test_a_long_prompt_is_refused(engine: DoubleEngine, tmp_path: Path) -> None:
@@ -274,6 +290,7 @@ def test_the_access_log_has_the_request(engine: DoubleEngine, tmp_path: Path, ca
         client.post("/v1/completions", json=BODY, headers={"X-Request-Id": "r2"})
         client.get("/health/live")
     (record,) = [record for record in caplog.records if record.name == "gpt2_bundle.access"]
+    assert record.__dict__["client"] == "testclient"
     assert record.__dict__["request_id"] == "r2" and record.__dict__["status"] == 200
     assert record.__dict__["completion_tokens"] == 4 and record.__dict__["model"] == "tiny"
 

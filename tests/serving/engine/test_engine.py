@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -220,7 +221,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     heard = [engine.submit([index], max_new_tokens=60, ignore_eos=True)[0] for index in range(5)]
     with pytest.raises(QueueFullError, match="5 requests are waiting") as caught:
         engine.submit([9])
-    assert caught.value.retry_after == 1
+    assert caught.value.retry_after == 1 and engine.engine.stats().waiting_requests == 5
     for _ in range(4):
         engine.engine.step()
         engine.now += 1
@@ -248,7 +249,7 @@ def test_when_to_come_again_is_what_waits_by_the_rate_of_late() -> None:
     engine.backend.prefill_chunk, engine.backend.decode = slow(prefill), slow(decode)  # type: ignore[method-assign]
     engine.submit([1], max_new_tokens=40, ignore_eos=True)
     engine.engine.step()
-    for prompt, tokens, seconds in (([1, 2, 3], 4, 22), ([5], 2, 10)):
+    for prompt, tokens, seconds in (([1, 2, 3], 4, 22), ([5], 2, 10), ([7] * 30, 20, 60)):
         _, handle = engine.submit(prompt, n=2, max_new_tokens=tokens)
         engine.engine.step()
         with pytest.raises(QueueFullError) as caught:
@@ -311,6 +312,37 @@ def test_no_accepted_request_is_left_without_an_end(how: str) -> None:
     assert all(isinstance(each.events[-1], FinishEvent) for each in heard)
 
 
+def test_who_waits_for_the_end_hears_of_a_close() -> None:
+    backend = Held()
+    engine = SlotEngine(backend, TOKENIZER, EOS, EngineConfig(slots=4, prefill_chunk=8))
+    heard = submit(engine, [1], max_new_tokens=40)
+    results: list[bool] = []
+    waiting = threading.Thread(target=lambda: results.append(engine.drain(60)), daemon=True)
+    waiting.start()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    backend.go.release()
+    closing.join(30)
+    waiting.join(30)
+    assert results == [True] and heard.ends[0].reason == "cancelled"
+
+
+def test_an_engine_without_requests_makes_no_steps() -> None:
+    steps = []
+
+    class Counting(SlotEngine):
+        def step(self) -> bool:
+            steps.append(1)
+            return super().step()
+
+    engine = Counting(ClosedFormSlotBackend(), TOKENIZER, EOS, EngineConfig(slots=4, prefill_chunk=8))
+    submit(engine, [1], max_new_tokens=5, ignore_eos=True)
+    assert engine.drain(60)
+    time.sleep(0.05)
+    engine.close()
+    assert len(steps) == 5
+
+
 def test_requests_from_many_threads() -> None:
     engine = threaded(queue_limit=1000)
     heard: list[Heard] = []
@@ -332,7 +364,14 @@ def test_requests_from_many_threads() -> None:
 
 
 def test_settings_have_bounds() -> None:
-    for fields in ({"slots": 0}, {"prefill_chunk": 0}, {"queue_limit": -1}, {"max_length": 1}, {"default_timeout": 0}):
+    for fields in (
+        {"slots": 0},
+        {"slots": None},
+        {"prefill_chunk": 0},
+        {"queue_limit": -1},
+        {"max_length": 1},
+        {"default_timeout": 0},
+    ):
         ((name, _),) = fields.items()
         with pytest.raises(InputError, match=f"{name} is"):
             EngineConfig(**fields)
