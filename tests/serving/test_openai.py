@@ -343,7 +343,9 @@ def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
     with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings(request_timeout=9))) as client:
         client.post("/v1/completions", json=body, headers={"X-Request-Timeout": "2.5"})
         client.post("/v1/completions", json={"prompt": "A"}, headers={"X-Request-Timeout": "100"})
-        assert client.post("/v1/completions", json=body, headers={"X-Request-Timeout": "-1"}).status_code == 400
+        for wrong in ("-1", "0", "inf", "nan", "soon"):
+            answer = client.post("/v1/completions", json=body, headers={"X-Request-Timeout": wrong})
+            assert answer.status_code == 400 and f"X-Request-Timeout is '{wrong}'" in answer.text
     first, second = seen
     params = first.params
     assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 1, 0, 0.1, 0.5)
