@@ -32,6 +32,7 @@ def test_moments_are_those_of_the_layers_inputs() -> None:
     rows = np.asarray(model.ln_f(hidden)).reshape(-1, 24)
     head = calibration.moments("transformer.wte.weight")
     np.testing.assert_allclose(head, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(Calibration(model, TEXT).moments("transformer.wte.weight"), head)
     with pytest.raises(AssertionError, match="in the model's order"):
         calibration.largest(0)
 

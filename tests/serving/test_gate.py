@@ -16,10 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from serving.engine.api import RequestRecord
 from serving.errors import InputError
 from serving.server.app import build_app
 from serving.server.errors import RateLimitError, UnauthenticatedError
 from serving.server.logs import JsonFormatter, TextFormatter
+from serving.server.metrics import WARM_UP, EngineMetrics
 from serving.server.registry import State
 from serving.server.security import Keys, RateLimiter, read_keys
 from serving.server.settings import Settings
@@ -278,6 +280,25 @@ def test_metrics_count_requests_tokens_and_errors(tmp_path: Path) -> None:
     metrics.release()
     engine.close()
     assert metrics.stats() is not None and metrics.stats().generated_tokens == 12
+
+
+def test_a_requests_times_are_counted_as_far_as_it_came() -> None:
+    metrics = EngineMetrics()
+    metrics.on_finish(RequestRecord("never ran", "timeout", 3, 0, 0, 10.0, None, None, 12.5))
+    metrics.on_finish(RequestRecord("ran", "length", 5, 2, 7, 10.0, 11.0, 11.5, 14.0))
+    metrics.on_finish(RequestRecord(WARM_UP, "length", 5, 2, 7, 10.0, 11.0, 11.5, 14.0))
+    found = {name: (each.sum, sum(each.counts)) for name, each in metrics.histograms.items() if sum(each.counts)}
+    assert found == {
+        "time_to_first_token_seconds": (1.5, 1),
+        "request_queue_time_seconds": (1.0, 1),
+        "e2e_request_latency_seconds": (6.5, 2),
+        "request_prefill_time_seconds": (0.5, 1),
+        "request_decode_time_seconds": (2.5, 1),
+        "request_inference_time_seconds": (3.0, 1),
+        "request_prompt_tokens": (8, 2),
+        "request_generation_tokens": (7, 2),
+    }
+    assert metrics.outcomes == {"timeout": 1, "length": 1} and metrics.seconds == {"timeout": 2.5, "length": 4.0}
 
 
 def test_logs_are_one_line_of_json_or_text_each() -> None:
