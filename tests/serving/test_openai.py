@@ -242,6 +242,12 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
     assert raw.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Ab é"}
 
 
+def test_a_number_without_a_fraction_is_an_integer(raw: Any) -> None:
+    bodies = [{"prompt": "A", "max_tokens": tokens, "temperature": 0} for tokens in (3, 3.0)]
+    choices = [raw.post("/v1/completions", json=body).json()["choices"] for body in bodies]
+    assert choices[0] == choices[1] and choices[0][0]["finish_reason"] == "length"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
@@ -249,6 +255,8 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
         ({"best_of": 3}, "best_of", "best_of"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"max_tokens": "4"}, "max_tokens", "integer"),
+        ({"max_tokens": 2.5}, "max_tokens", "integer"),
+        ({"max_tokens": 2.0, "n": 0}, "n", "greater"),
         ({"max_tokens": 1024}, "max_tokens", "context"),
         ({"n": 0}, "n", "greater"),
         ({"n": 5}, "n", "slots"),
