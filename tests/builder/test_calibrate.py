@@ -59,3 +59,6 @@ def test_texts_are_stretches_of_the_shard(tmp_path: Path) -> None:
     texts = calibration_texts(shard, 1024, 3)
     assert texts.shape == (TEXTS, LENGTH) and (np.diff(texts) == 1).all() and len(set(texts[:, 0])) > 20
     assert calibration_texts(shard, 16, 3).shape == (TEXTS, 16)
+    np.arange(300, 320, dtype=np.uint16).tofile(shard)
+    shard.with_suffix(".json").write_text(json.dumps({"dtype": "uint16", "count": 20}))
+    assert (calibration_texts(shard, 1024, 3) == np.arange(300, 320)).all(), "all that there is"
