@@ -74,7 +74,7 @@ def test_a_client_that_goes_away_leaves_the_queue(
 
 
 def test_what_a_call_leaves_open_is_cancelled(engine: DoubleEngine) -> None:
-    engine.pace = 0.01
+    engine.pace = 0.05  # 45 seconds for all of it.
     long = GenerationRequest((1,), SamplingParams(max_new_tokens=900, ignore_eos=True))
 
     async def first_events() -> None:

@@ -149,8 +149,9 @@ def test_a_machine_that_was_slower_is_said():
 def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
     before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
     assert check_baseline(again, before, 0.0) == compare(before, again)
-    with pytest.raises(BudgetError, match=r"WORSE  a \(stand-in\), one at a time, p50_ttft_ms: .* \(\+\d"):
+    with pytest.raises(BudgetError, match=r"WORSE  a \(stand-in\), one at a time, p50_ttft_ms: .* \(\+\d") as caught:
         check_baseline(slow, before, 0.05)
+    assert "one at a time, output_tokens_per_second" in str(caught.value), "of which more is better"
     assert "WORSE" in "".join(check_baseline(slow, before, 0.15))
     assert check_baseline(before, slow, 0.0)
 
