@@ -246,6 +246,8 @@ def test_a_number_without_a_fraction_is_an_integer(raw: Any) -> None:
     bodies = [{"prompt": "A", "max_tokens": tokens, "temperature": 0} for tokens in (3, 3.0)]
     choices = [raw.post("/v1/completions", json=body).json()["choices"] for body in bodies]
     assert choices[0] == choices[1] and choices[0][0]["finish_reason"] == "length"
+    error = raw.post("/v1/completions", json={"prompt": "A", "max_tokens": 2.5}).json()["error"]
+    assert error["message"] == "max_tokens: input should be a valid integer"
 
 
 @pytest.mark.parametrize(
