@@ -7,7 +7,6 @@ a whole continuation at a time, and must give the same tokens; "default" is what
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +17,14 @@ import numpy as np
 
 from benchmarks.decode import cut_prompts
 from benchmarks.hardware import environment
+from benchmarks.program import run
 from benchmarks.statistics import summarise
 from benchmarks.targets import read_text
 from serving.backends.base import ChoosingBackend
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.choice import Chooser, DeviceSteps, HostSteps, chooses, open_steps
-from serving.errors import GPT2BundleError, InputError, ParityError
+from serving.errors import InputError, ParityError
 from serving.sampling import SamplingParams
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -130,8 +130,4 @@ def _certain(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GPT2BundleError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    run(main)

@@ -1,7 +1,8 @@
 """Clean one text: pure functions from a text to (the text cleaned, whether that changed it).
 
-None of them raises, whatever the text. Each but `strip_html` gives its own output back unchanged; so does `clean` with
-that step off. (HTML cannot: a page that shows `&lt;b&gt;` becomes a text that says `<b>`, which is to stay.)
+None of them raises, whatever the text. Each but `strip_html` gives its own output back unchanged; so do all of them
+in a row, with that step off. (HTML cannot: a page that shows `&lt;b&gt;` becomes a text that says `<b>`, which is to
+stay.)
 """
 
 from __future__ import annotations
@@ -72,14 +73,6 @@ def steps(recipe: CleaningRecipe) -> Iterator[Step]:
         yield "symbols", drop_symbols
     if recipe.white_space != "keep":
         yield "white_space", lambda text: tidy_space(text, words=recipe.white_space == "words")
-
-
-def clean(text: str, recipe: CleaningRecipe) -> Cleaned:
-    """Return a text after every switched-on step of `steps`."""
-    before = text
-    for _, step in steps(recipe):
-        text = step(text)[0]
-    return text, text != before
 
 
 def normalise(text: str, form: Literal["NFC", "NFKC"]) -> Cleaned:

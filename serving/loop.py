@@ -14,18 +14,6 @@ import numpy as np
 from serving.backends.base import FloatArray, IntArray, Request
 
 
-class LoopingBackend(Protocol):
-    """A backend with a graph that feeds itself."""
-
-    vocab_size: int
-    steps_per_fetch: int
-    """Steps of a block; 1 for none."""
-
-    def loop(self, sampled: bool) -> Any:
-        """The loop for greedy or for sampled batches, or None if the bundle has none for this graph."""
-        ...
-
-
 class BlockChooser(Protocol):
     """What `LoopSteps` needs of `serving.choice.Chooser`."""
 

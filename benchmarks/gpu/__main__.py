@@ -13,6 +13,7 @@ from benchmarks.gpu.contestants import CONTESTANTS
 from benchmarks.gpu.device import describe, measure_rates
 from benchmarks.gpu.suite import Setting, Suite
 from benchmarks.hardware import environment
+from benchmarks.program import run
 from serving.bundle import open_bundle
 from serving.errors import GPT2BundleError, InputError
 
@@ -126,8 +127,4 @@ def _sizes(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GPT2BundleError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    run(main)

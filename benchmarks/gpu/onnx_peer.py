@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.peers.bundle_peer import run_greedy
 from benchmarks.peers.protocol import Clock, Contestant, Job, Run, serve
 from serving.backends.cuda import parse_device
 from serving.backends.onnx import OnnxBackend
@@ -35,25 +36,9 @@ class OnnxContestant:
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
         """See `Contestant.run`."""
         capacity = len(prompts[0]) + new_tokens
-        return (
-            self._run_steps(prompts, new_tokens, capacity)
-            if self.loop is None
-            else self._run_loop(prompts, new_tokens, capacity)
-        )
-
-    def _run_steps(self, prompts: Sequence[Sequence[int]], new_tokens: int, capacity: int) -> Run:
-        run, clock = Run(), Clock()
-        state, logits = self.backend.prefill(prompts, capacity)
-        run.prefill = clock.lap()
-        tokens = logits.argmax(-1)
-        run.tokens.append(tokens.tolist())
-        for _ in range(new_tokens):
-            clock.lap()
-            logits = self.backend.decode(state, tokens)
-            run.steps.append(clock.lap())
-            tokens = logits.argmax(-1)
-            run.tokens.append(tokens.tolist())
-        return run
+        if self.loop is None:
+            return run_greedy(self.backend, prompts, new_tokens, capacity)
+        return self._run_loop(prompts, new_tokens, capacity)
 
     def _run_loop(self, prompts: Sequence[Sequence[int]], new_tokens: int, capacity: int) -> Run:
         run, clock = Run(), Clock()

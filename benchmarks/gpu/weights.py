@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.program import run
 from serving.bundle import MANIFEST_NAME, open_bundle
-from serving.errors import GPT2BundleError, InputError
+from serving.errors import InputError
 
 _RECIPE = "weights.json"
 _SAFETENSORS = "model.safetensors"
@@ -157,8 +157,4 @@ def _cast_spans(graph: Path, data: Path, bundle: Path, header: str) -> dict[str,
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GPT2BundleError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    run(main)

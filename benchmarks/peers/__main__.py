@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import click
 
 from benchmarks.peers.contest import OWN, PEERS, PRECISIONS, Contest, Setting, commands
 from benchmarks.peers.report import conditions, table
+from benchmarks.program import run
 from serving.bundle import open_bundle
-from serving.errors import GPT2BundleError, InputError
+from serving.errors import InputError
 
 
 @click.command()
@@ -83,8 +83,4 @@ def _place(contest: dict[str, Any]) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GPT2BundleError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    run(main)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers.protocol import Clock, Job, Run, serve
+from serving.backends.base import Backend
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 
@@ -21,18 +22,23 @@ class BundleContestant:
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
         """See `Contestant.run`."""
-        run, clock = Run(), Clock()
-        state, logits = self.backend.prefill(prompts, len(prompts[0]) + new_tokens)
-        run.prefill = clock.lap()
+        return run_greedy(self.backend, prompts, new_tokens, len(prompts[0]) + new_tokens)
+
+
+def run_greedy(backend: Backend, prompts: Sequence[Sequence[int]], new_tokens: int, capacity: int) -> Run:
+    """`new_tokens` steps of `backend` behind `prompts`, each token the likeliest, as `Contestant.run` gives them."""
+    run, clock = Run(), Clock()
+    state, logits = backend.prefill(prompts, capacity)
+    run.prefill = clock.lap()
+    tokens = logits.argmax(-1)
+    run.tokens.append(tokens.tolist())
+    for _ in range(new_tokens):
+        clock.lap()
+        logits = backend.decode(state, tokens)
+        run.steps.append(clock.lap())
         tokens = logits.argmax(-1)
         run.tokens.append(tokens.tolist())
-        for _ in range(new_tokens):
-            clock.lap()
-            logits = self.backend.decode(state, tokens)
-            run.steps.append(clock.lap())
-            tokens = logits.argmax(-1)
-            run.tokens.append(tokens.tolist())
-        return run
+    return run
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from benchmarks.hardware import environment
+from benchmarks.program import run
 from benchmarks.serving.bare import bare
 from benchmarks.serving.faults import disconnects, overload, termination
 from benchmarks.serving.server import load, serving
@@ -109,4 +110,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.decode import cut_prompts
 from benchmarks.hardware import environment
+from benchmarks.program import run
 from benchmarks.serving.bare import bare
 from benchmarks.statistics import summarise
 from benchmarks.targets import read_text
@@ -232,4 +233,4 @@ def _percentiles(samples: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

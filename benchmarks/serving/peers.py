@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from benchmarks.hardware import busy_seconds, environment, usable_cores
+from benchmarks.program import run
 from benchmarks.serving.peer_files import write_folder
 from benchmarks.serving.server import SERVE, load
 from serving.errors import GPT2BundleError
@@ -261,4 +262,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

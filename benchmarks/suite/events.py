@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,19 +29,6 @@ class Response:
     tokens: tuple[int, ...] | None = None
     text: str | None = None
     error: str | None = None
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Response:
-        """Read one of `to_record`."""
-        values = dict(record)
-        values["token_times"] = tuple(values["token_times"])
-        if values["tokens"] is not None:
-            values["tokens"] = tuple(values["tokens"])
-        return cls(**values)
-
-    def to_record(self) -> dict[str, Any]:
-        """The response as JSON values."""
-        return vars(self) | {"token_times": list(self.token_times), "tokens": self.tokens and list(self.tokens)}
 
 
 def output_hash(response: Response) -> str | None:

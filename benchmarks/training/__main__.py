@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.hardware import environment
+from benchmarks.program import run
 from benchmarks.statistics import summarise
 from benchmarks.training.contestants import CASES, LOSS, SPEED, Contest
 
@@ -134,4 +135,4 @@ def table(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

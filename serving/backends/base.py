@@ -63,18 +63,10 @@ class Request:
 
 @dataclass
 class Choice:
-    """The chosen tokens, [rows], and whether each is certainly the one that the host would choose, [rows].
-
-    Where asked for: the greatest logits after the edits and their ids, [rows, candidates], and the normaliser, [rows]:
-    the logarithm of the sum over the vocabulary of exp((logit - greatest) / temperature), at temperature 1 for a greedy
-    row, so that a candidate's log-probability is (logit - greatest) / temperature - normaliser.
-    """
+    """The chosen tokens, [rows], and whether each is certainly the one that the host would choose, [rows]."""
 
     tokens: IntArray
     exact: BoolArray
-    candidate_logits: FloatArray | None = None
-    candidate_ids: IntArray | None = None
-    normaliser: FloatArray | None = None
 
 
 class ChoosingBackend(Backend, Protocol):
@@ -96,8 +88,8 @@ class ChoosingBackend(Backend, Protocol):
         """Append one token id a row as `decode` does."""
         ...
 
-    def choose(self, state: Any, request: Request, candidates: bool = False) -> Choice:
-        """Choose each row's next token from its last logits; with `candidates`, fetch those and the normaliser too."""
+    def choose(self, state: Any, request: Request) -> Choice:
+        """Choose each row's next token from its last logits."""
         ...
 
     def logits(self, state: Any) -> FloatArray:

@@ -204,7 +204,7 @@ class OnnxBackend:
         logits: FloatArray = state.values["logits"].numpy() if state.logits is None else state.logits
         return logits[:, 0]
 
-    def choose(self, state: State, request: Request, candidates: bool = False) -> Choice:
+    def choose(self, state: State, request: Request) -> Choice:
         """See `ChoosingBackend.choose`."""
         assert self.chooses, "asked to choose without a graph for it; look at `chooses` first"
         if state.choice is None:
@@ -214,14 +214,12 @@ class OnnxBackend:
         bind_request(state.choice, request)
         state.choice.clear_binding_outputs()
         state.choice.bind_ortvalue_output("token", state.values["token"])
-        names = ["exact", "candidate_logits", "candidate_ids", "normaliser"] if candidates else ["exact"]
-        for name in names:
-            state.choice.bind_output(name, "cpu")
+        state.choice.bind_output("exact", "cpu")
         self._choose_session.run_with_iobinding(state.choice)
         # A copy, since the next choice is written into the same memory.
         state.chosen = state.values["token"].numpy()[:, 0].copy()
-        _, *fetched = state.choice.get_outputs()
-        return Choice(state.chosen, *(value.numpy() for value in fetched))
+        _, exact = state.choice.get_outputs()
+        return Choice(state.chosen, exact.numpy())
 
     def _run(self, state: State, positions: IntArray, total: int) -> None:
         """One pass over the bound `input_ids`; leaves `state.values["logits"]`."""

@@ -88,21 +88,13 @@ class Completions:
     @contextlib.contextmanager
     def _open(self, method: str, path: str, body: Any, timeout: float) -> Iterator[http.client.HTTPResponse]:
         """The answer, of status 200, while the block runs. Raises ServerError, also for what fails in the block."""
-        connection = self._origin.connection(timeout)
-        try:
-            answer = self._origin.ask(connection, method, path, body)
+        with self._origin.ask(method, path, body, timeout) as answer:
             if answer.status != 200:
                 code = CODES.get(answer.status, "INTERNAL")
                 error = _object(answer.read()).get("error")
                 said = error.get("message") if isinstance(error, dict) else error
                 raise ServerError(f"{self._url}: {code}: {said or f'HTTP status {answer.status}'}", code)
             yield answer
-        except TimeoutError:
-            raise ServerError(f"{self._url}: no answer within the deadline", "DEADLINE_EXCEEDED") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"{self._url}: {error or type(error).__name__}; is it running?", "UNAVAILABLE") from None
-        finally:
-            connection.close()
 
     def _events(self, answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         """The data of each event, until the last. Raises ServerError for an error among them, and for a broken end."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
@@ -42,22 +43,29 @@ class Origin:
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise InputError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8501")
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._path = parts.hostname, port, parts.path.rstrip("/")
+        self._url, self._host, self._port, self._path = url, parts.hostname, port, parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = bearer(api_key)
 
-    def connection(self, timeout: float) -> http.client.HTTPConnection:
-        """A new connection, whose reads wait `timeout` seconds."""
-        return self._kind(self._host, self._port, timeout=timeout)
+    @contextlib.contextmanager
+    def ask(self, method: str, path: str, body: Any, timeout: float) -> Iterator[http.client.HTTPResponse]:
+        """Send `body` as JSON, or nothing where it is None; the answer, whatever its status, while the block runs.
 
-    def ask(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any
-    ) -> http.client.HTTPResponse:
-        """Send `body` as JSON, or nothing where it is None; the head of the answer."""
+        Each read waits `timeout` seconds. Raises ServerError where no answer comes, or TimeoutError, OSError or
+        HTTPException is raised in the block.
+        """
         data = None if body is None else json.dumps(body).encode("utf-8")
-        connection.request(method, self._path + path, data, self._headers)
-        return connection.getresponse()
+        connection = self._kind(self._host, self._port, timeout=timeout)
+        try:
+            connection.request(method, self._path + path, data, self._headers)
+            yield connection.getresponse()
+        except TimeoutError:
+            raise ServerError(f"{self._url}: no answer within the deadline", "DEADLINE_EXCEEDED") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{self._url}: {error or type(error).__name__}; is it running?", "UNAVAILABLE") from None
+        finally:
+            connection.close()
 
 
 def bearer(api_key: str) -> str:
@@ -116,20 +124,12 @@ class RestTransport:
 
     def _ask(self, method: str, suffix: str, body: Any, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
-        connection = self._origin.connection(timeout)
-        try:
-            response = self._origin.ask(connection, method, self._path + suffix, body)
-            parts = []
+        parts = []
+        with self._origin.ask(method, self._path + suffix, body, timeout) as response:
             while part := response.read1(1 << 16):
                 if time.monotonic() > deadline:
                     raise TimeoutError
                 parts.append(part)
-        except TimeoutError:
-            raise ServerError(f"{self._url}: no answer within the deadline", "DEADLINE_EXCEEDED") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"{self._url}: {error or type(error).__name__}; is it running?", "UNAVAILABLE") from None
-        finally:
-            connection.close()
         try:
             answer = json.loads(b"".join(parts))
         except ValueError:

@@ -50,6 +50,7 @@ class Scheduler:
         self.backlog = 0
         """Tokens that waiting requests will take at most, prompts included."""
         self._chunk, self._prefill_budget, self._copies = chunk, prefill_budget, backend.copies
+        self._last_position = backend.max_length - 1
         self._pace = pace
         self._pending: tuple[Copy, ...] = ()
         self._piece: Work | None = None
@@ -164,7 +165,8 @@ class Scheduler:
     def rows(self) -> tuple[list[Continuation | None], IntArray, IntArray]:
         """Who decodes in each of the leading rows, the tokens to append, and the positions held by now.
 
-        A row of nobody's gets a token behind what its slot holds, where it disturbs nothing.
+        A row of nobody's gets a token behind what its slot holds, where it disturbs nothing; or in the last position of
+        a slot that one prompt fills, which no other prompt takes over, as its own last token is always read.
         """
         owners: list[Continuation | None] = []
         for continuation in self.running:
@@ -174,7 +176,7 @@ class Scheduler:
             owners[slot.index] = continuation
         tokens = np.array([0 if owner is None else owner.last for owner in owners], np.int64)
         lengths = np.array([slot.filled for slot in self.table.slots[: len(owners)]], np.int64)
-        return owners, tokens, lengths
+        return owners, tokens, np.minimum(lengths, self._last_position)
 
     def decoded(self) -> None:
         """Take note that all who decode have a position more."""

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -20,7 +21,6 @@ from serving.server.errors import (
     BodyTooLargeError,
     ClientGoneError,
     Failure,
-    Kind,
     failure_of,
 )
 from serving.server.playground import PATHS as PLAYGROUND_PATHS
@@ -36,7 +36,6 @@ OPEN_PATHS = (
 )
 """What needs no key, so that probes and scrapers need none, and the page can ask for one; no prompt, no text."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
-_STATUSES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
 log = logging.getLogger("gpt2_bundle.server")
 access = logging.getLogger("gpt2_bundle.access")
 
@@ -177,7 +176,7 @@ async def on_http_exception(request: Any, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     sentences = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
-    kind = Kind(error.status_code, _STATUSES.get(error.status_code, INVALID.grpc_code), INVALID.openai_type)
+    kind = replace(INVALID, status=error.status_code)
     response = error_response(Failure(kind, sentences.get(error.status_code, error.detail)), path)
     response.headers.update(error.headers or {})
     return response

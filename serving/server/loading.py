@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from serving.backends.loader import runtime_errors
+from serving.backends.loader import load_slot_transport
 from serving.bundle import Bundle
 from serving.engine.api import Engine, Observer
 from serving.engine.config import EngineConfig, estimate_memory
@@ -93,10 +93,7 @@ class EngineLoader:
     def _transport(self, bundle: Bundle) -> Transport:
         address, model = self.tf_serving, bundle.manifest.name
         if address is None:
-            with runtime_errors("tensorflow"):
-                from serving.backends.tensorflow_session import SessionTransport
-
-                return SessionTransport(bundle)
+            return load_slot_transport(bundle)
         if address.startswith(_GRPC):
             from serving.clients.tf_serving_grpc import GrpcTransport
 

@@ -99,6 +99,9 @@ def test_summary_of_known_samples():
     assert summary.low < summary.median < summary.high
     # The median's standard error of a normal sample is 1.2533 s / sqrt(n); the interval is about four of them wide.
     assert summary.high - summary.low == pytest.approx(3.92 * 1.2533 / np.sqrt(400), rel=0.35)
+    # Of 101 ranks it reaches 1.96 sqrt(101) / 2 to either side of the middle one, as the sign test's does.
+    ranks = summarise(range(101))
+    assert (ranks.low, ranks.high) == pytest.approx((50 - 9.85, 50 + 9.85), abs=1)
 
 
 def test_the_probe_keeps_its_samples():

@@ -32,6 +32,7 @@ def test_moments_are_those_of_the_layers_inputs() -> None:
     rows = np.asarray(model.ln_f(hidden)).reshape(-1, 24)
     head = calibration.moments("transformer.wte.weight")
     np.testing.assert_allclose(head, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(Calibration(model, TEXT).moments("transformer.wte.weight"), head)
     with pytest.raises(AssertionError, match="in the model's order"):
         calibration.largest(0)
 
@@ -58,3 +59,6 @@ def test_texts_are_stretches_of_the_shard(tmp_path: Path) -> None:
     texts = calibration_texts(shard, 1024, 3)
     assert texts.shape == (TEXTS, LENGTH) and (np.diff(texts) == 1).all() and len(set(texts[:, 0])) > 20
     assert calibration_texts(shard, 16, 3).shape == (TEXTS, 16)
+    np.arange(300, 320, dtype=np.uint16).tofile(shard)
+    shard.with_suffix(".json").write_text(json.dumps({"dtype": "uint16", "count": 20}))
+    assert (calibration_texts(shard, 1024, 3) == np.arange(300, 320)).all(), "all that there is"

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.cleaning import (
-    clean,
     collapse_symbols,
     drop_symbols,
     normalise,
     remove_invisible,
     remove_lines,
+    steps,
     strip_html,
     tidy_space,
     trim,
@@ -84,6 +84,14 @@ RECIPES = [
         (False, True), ("none", "NFC", "NFKC"), ("keep", "collapse", "drop"), ("keep", "lines", "words")
     )
 ]
+
+
+def clean(text: str, recipe: CleaningRecipe) -> tuple[str, bool]:
+    """A text after every step that `recipe` switches on, and whether that changed it."""
+    cleaned = text
+    for _, step in steps(recipe):
+        cleaned, _ = step(cleaned)
+    return cleaned, cleaned != text
 
 
 @given(TEXTS, st.sampled_from(RECIPES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from builder.quantise import BLOCK, INT8_LARGEST, _spread, int4_by_block, int8_by_axis
+from builder.quantise import BLOCK, INT8_LARGEST, SHRINKINGS, _scale, _spread, int4_by_block, int8_by_axis
 from tests.unpack import unpack_int4
 
 
@@ -81,6 +81,20 @@ def test_int4_for_known_inputs_is_nearer_on_them(inputs: int) -> None:
         return float(((x @ unpack_int4(packed, scales, inputs) - x @ values) ** 2).mean())
 
     assert error(x.T @ x / len(x)) < 0.3 * error()
+
+
+def test_a_blocks_scale_is_the_one_of_the_least_error_by_importance() -> None:
+    random = np.random.default_rng(6)
+    weights = random.standard_normal((BLOCK, 200)).astype(np.float32)
+    importance = (random.random((BLOCK, 1)) ** 6).astype(np.float32)
+    largest = np.take_along_axis(weights, np.abs(weights).argmax(0)[None], 0)[0]
+
+    def errors(scale: np.ndarray) -> np.ndarray:
+        return (importance * (np.rint(weights / scale).clip(-8, 7) * scale - weights) ** 2).sum(0)
+
+    for shrinkings in ((1,), SHRINKINGS):
+        least = np.min([errors(largest / end * shrinking) for shrinking in shrinkings for end in (-8, 7)], axis=0)
+        np.testing.assert_allclose(errors(_scale(weights, importance, shrinkings)), least, rtol=1e-4)
 
 
 def test_int4_for_inputs_that_are_always_zero_is_the_nearest() -> None:

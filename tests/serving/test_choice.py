@@ -95,21 +95,6 @@ def test_the_device_chooses_where_it_pays(backend: Any, bundle: Bundle, monkeypa
     assert isinstance(choice.open_steps(portable, prompts, params, 4), HostSteps)
 
 
-def test_candidates_come_when_asked_for(backend: Any) -> None:
-    state = backend.open([[5, 9, 200]], 8)
-    edits = History([[5, 9, 200]], [SamplingParams()]).edits
-    one, none = np.ones(1, np.float32), np.zeros(1, np.float32)
-    request = Request(none, np.zeros(1, np.int64), one, none, none, edits, 3)
-    assert backend.choose(state, request).candidate_logits is None
-    found = backend.choose(state, request, candidates=True)
-    logits = backend.logits(state)
-    order = np.argsort(-logits[0], kind="stable")[:3]
-    assert found.tokens.tolist() == [order[0]] and found.exact.tolist() == [True]
-    assert found.candidate_ids.tolist() == [order.tolist()]
-    np.testing.assert_array_equal(found.candidate_logits[0], logits[0, order])
-    assert found.normaliser[0] == pytest.approx(np.log(np.exp(logits[0] - logits[0].max()).sum()), rel=1e-5)
-
-
 def test_the_chosen_tokens_are_the_next_input_in_place(backend: Any) -> None:
     """What was chosen needs no upload: the buffer it lies in is the next step's input, until someone feeds another."""
     edits = History(PROMPTS, [SamplingParams()] * 4).edits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import random
 import socket
 import time
@@ -11,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from serving.engine.api import GenerationRequest
+from serving.sampling import SamplingParams
 from serving.server.app import build_app
+from serving.server.generation import Generation
 from serving.server.settings import Settings
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.live_server import running
@@ -53,13 +58,33 @@ def test_a_client_that_goes_away_frees_its_slots(engine: DoubleEngine, tmp_path:
         assert engine.stats().generated_tokens - before < 60 * n
 
 
-def test_a_client_that_goes_away_leaves_the_queue(engine: DoubleEngine, tmp_path: Path) -> None:
+def test_a_client_that_goes_away_leaves_the_queue(
+    engine: DoubleEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine.paused.set()
-    with running(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as url:
+    with (
+        caplog.at_level(logging.INFO, "gpt2_bundle.access"),
+        running(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as url,
+    ):
         connection = ask(url)
         wait_for(lambda: engine.stats().waiting_requests == 1)
         connection.close()
         wait_for(lambda: engine.stats().waiting_requests == 0)
+        wait_for(lambda: [vars(record)["status"] for record in caplog.records if "status" in vars(record)] == [499])
+
+
+def test_what_a_call_leaves_open_is_cancelled(engine: DoubleEngine) -> None:
+    engine.pace = 0.05  # 45 seconds for all of it.
+    long = GenerationRequest((1,), SamplingParams(max_new_tokens=900, ignore_eos=True))
+
+    async def first_events() -> None:
+        generation = Generation(engine, [long, long])
+        assert await generation.next()
+        generation.close()
+        generation.close()
+
+    asyncio.run(first_events())
+    wait_for(lambda: engine.stats().active_slots == 0)
 
 
 def test_a_thousand_clients_that_come_and_go_leak_no_slot(engine: DoubleEngine, tmp_path: Path) -> None:

@@ -10,15 +10,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from serving.engine.api import RequestRecord
 from serving.errors import InputError
 from serving.server.app import build_app
 from serving.server.errors import RateLimitError, UnauthenticatedError
 from serving.server.logs import JsonFormatter, TextFormatter
+from serving.server.metrics import WARM_UP, EngineMetrics
 from serving.server.registry import State
 from serving.server.security import Keys, RateLimiter, read_keys
 from serving.server.settings import Settings
@@ -57,11 +60,19 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file.write_text("# ours\nkey-number-1  # for the team\n\nkey-number-2\n")
     assert read_keys(file, "key-number-3, key-number-1,") == ("key-number-1", "key-number-2", "key-number-3")
     assert read_keys(None, None) == ()
-    for text, words in (("# none\n", "no key"), ("short\n", "8 or more"), ("schlüssel-1\n", "ASCII")):
-        file.write_text(text)
-        with pytest.raises(InputError, match=words) as caught:
+    file.write_text("# none\n")
+    with pytest.raises(InputError, match="no key"):
+        read_keys(file, None)
+    for key, words in (
+        ("short", "8 or more"),
+        ("schlüssel-1", "ASCII"),
+        ("a\x1bkey-of-1", "print"),
+        ("two words", "spaces"),
+    ):
+        file.write_text(f"long-enough\n{key}\n")
+        with pytest.raises(InputError, match=f"^API key 2 .*{words}") as caught:
             read_keys(file, None)
-        assert text.strip("# \n") not in str(caught.value) or text.startswith("#"), "the key itself is not shown"
+        assert key not in str(caught.value), "the key itself is not shown"
     with pytest.raises(InputError, match="cannot be read"):
         read_keys(tmp_path / "none", None)
 
@@ -103,6 +114,13 @@ def test_over_the_rate_limit_is_a_429_that_says_when(engine: DoubleEngine, tmp_p
         assert client.get("/health/ready").status_code == 200
 
 
+def test_without_keys_each_address_has_a_rate_limit_of_its_own(engine: DoubleEngine, tmp_path: Path) -> None:
+    app = app_of(engine, tmp_path, rate_limit=1)
+    callers = [("10.0.0.1", 5001), ("10.0.0.1", 5002), ("10.0.0.2", 5001)]
+    statuses = [TestClient(app, client=caller).get("/v1/models").status_code for caller in callers]
+    assert statuses == [200, 429, 200]
+
+
 def test_each_key_has_a_rate_limit_of_its_own(engine: DoubleEngine, tmp_path: Path) -> None:
     keys = ("first-key", "second-key")
     with TestClient(app_of(engine, tmp_path, rate_limit=2, api_keys=keys)) as client:
@@ -123,7 +141,11 @@ def test_a_body_over_the_limit_is_a_413_declared_or_not(engine: DoubleEngine, tm
         assert (
             client.post("/v1/completions", content=iter([long[:500], long[500:]]), headers=headers).status_code == 413
         )
-        assert client.post("/v1/completions", json=BODY).status_code == 200
+        for size, status in ((1000, 200), (1001, 413)):
+            body = json.dumps(BODY).encode().ljust(size)
+            assert client.post("/v1/completions", content=body, headers=headers).status_code == status
+            halves = iter([body[:500], body[500:]])
+            assert client.post("/v1/completions", content=halves, headers=headers).status_code == status
 
 
 def test_a_slow_body_is_a_408_and_holds_nothing(engine: DoubleEngine, tmp_path: Path) -> None:
@@ -133,6 +155,10 @@ def test_a_slow_body_is_a_408_and_holds_nothing(engine: DoubleEngine, tmp_path: 
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
             connection.sendall(b"Content-Length: 50\r\n\r\n{")
             assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        engine.pace = 0.02
+        body = {**BODY, "max_tokens": 10, "ignore_eos": True, "stream": True}
+        answer = httpx.post(f"{url}/v1/completions", json=body)
+        assert answer.text.endswith("data: [DONE]\n\n"), "a slow answer is no slow body"
 
 
 def test_a_long_prompt_is_refused(engine: DoubleEngine, tmp_path: Path) -> None:
@@ -256,6 +282,25 @@ def test_metrics_count_requests_tokens_and_errors(tmp_path: Path) -> None:
     assert metrics.stats() is not None and metrics.stats().generated_tokens == 12
 
 
+def test_a_requests_times_are_counted_as_far_as_it_came() -> None:
+    metrics = EngineMetrics()
+    metrics.on_finish(RequestRecord("never ran", "timeout", 3, 0, 0, 10.0, None, None, 12.5))
+    metrics.on_finish(RequestRecord("ran", "length", 5, 2, 7, 10.0, 11.0, 11.5, 14.0))
+    metrics.on_finish(RequestRecord(WARM_UP, "length", 5, 2, 7, 10.0, 11.0, 11.5, 14.0))
+    found = {name: (each.sum, sum(each.counts)) for name, each in metrics.histograms.items() if sum(each.counts)}
+    assert found == {
+        "time_to_first_token_seconds": (1.5, 1),
+        "request_queue_time_seconds": (1.0, 1),
+        "e2e_request_latency_seconds": (6.5, 2),
+        "request_prefill_time_seconds": (0.5, 1),
+        "request_decode_time_seconds": (2.5, 1),
+        "request_inference_time_seconds": (3.0, 1),
+        "request_prompt_tokens": (8, 2),
+        "request_generation_tokens": (7, 2),
+    }
+    assert metrics.outcomes == {"timeout": 1, "length": 1} and metrics.seconds == {"timeout": 2.5, "length": 4.0}
+
+
 def test_logs_are_one_line_of_json_or_text_each() -> None:
     record = logging.makeLogRecord({"name": "gpt2_bundle.access", "levelname": "INFO", "msg": "a\n%d", "args": (1,)})
     record.request_id = "r1"
@@ -274,6 +319,7 @@ def test_the_access_log_has_the_request(engine: DoubleEngine, tmp_path: Path, ca
         client.post("/v1/completions", json=BODY, headers={"X-Request-Id": "r2"})
         client.get("/health/live")
     (record,) = [record for record in caplog.records if record.name == "gpt2_bundle.access"]
+    assert record.__dict__["client"] == "testclient"
     assert record.__dict__["request_id"] == "r2" and record.__dict__["status"] == 200
     assert record.__dict__["completion_tokens"] == 4 and record.__dict__["model"] == "tiny"
 

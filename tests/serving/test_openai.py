@@ -242,6 +242,14 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
     assert raw.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Ab é"}
 
 
+def test_a_number_without_a_fraction_is_an_integer(raw: Any) -> None:
+    bodies = [{"prompt": "A", "max_tokens": tokens, "temperature": 0} for tokens in (3, 3.0)]
+    choices = [raw.post("/v1/completions", json=body).json()["choices"] for body in bodies]
+    assert choices[0] == choices[1] and choices[0][0]["finish_reason"] == "length"
+    error = raw.post("/v1/completions", json={"prompt": "A", "max_tokens": 2.5}).json()["error"]
+    assert error["message"] == "max_tokens: input should be a valid integer"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
@@ -249,6 +257,8 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
         ({"best_of": 3}, "best_of", "best_of"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"max_tokens": "4"}, "max_tokens", "integer"),
+        ({"max_tokens": 2.5}, "max_tokens", "integer"),
+        ({"max_tokens": 2.0, "n": 0}, "n", "greater"),
         ({"max_tokens": 1024}, "max_tokens", "context"),
         ({"n": 0}, "n", "greater"),
         ({"n": 5}, "n", "slots"),
@@ -343,7 +353,9 @@ def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
     with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings(request_timeout=9))) as client:
         client.post("/v1/completions", json=body, headers={"X-Request-Timeout": "2.5"})
         client.post("/v1/completions", json={"prompt": "A"}, headers={"X-Request-Timeout": "100"})
-        assert client.post("/v1/completions", json=body, headers={"X-Request-Timeout": "-1"}).status_code == 400
+        for wrong in ("-1", "0", "inf", "nan", "soon"):
+            answer = client.post("/v1/completions", json=body, headers={"X-Request-Timeout": wrong})
+            assert answer.status_code == 400 and f"X-Request-Timeout is '{wrong}'" in answer.text
     first, second = seen
     params = first.params
     assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 1, 0, 0.1, 0.5)

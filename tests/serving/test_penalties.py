@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -50,6 +52,23 @@ def test_edits_are_the_definitions(rows: list[tuple[list[int], list[int], Sampli
         np.testing.assert_array_equal(history.edits.apply(logits[[row]], np.array([row]))[0], edited[row])
     if history.empty:
         np.testing.assert_array_equal(edited, logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "empty"),
+    [
+        ({}, True),
+        ({"min_tokens": 3}, False),
+        ({"min_tokens": 3, "ignore_eos": True}, True),
+        ({"repetition_penalty": 1.5}, False),
+        ({"presence_penalty": 1.0}, False),
+        ({"frequency_penalty": 1.0}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+    ],
+)
+def test_a_history_is_empty_where_nothing_it_may_say_changes_a_logit(fields: dict[str, Any], empty: bool) -> None:
+    assert History([[1, 2]], [SamplingParams(**fields)], eos_token_id=0).empty == empty
+    assert History([[1], [2]], [SamplingParams(), SamplingParams(**fields)], eos_token_id=0).empty == empty
 
 
 @pytest.mark.oracle

@@ -183,12 +183,14 @@ def test_choice_is_its_documented_order_of_operations(rows: list[tuple[Any, ...]
     ("field", "value"),
     [
         ("max_new_tokens", 0),
+        ("max_new_tokens", 2**31),
         ("max_new_tokens", 1.5),
         ("max_new_tokens", True),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", "hot"),
+        ("temperature", 1000.5),
         ("top_k", -1),
         ("top_k", 2.0),
         ("top_p", 0.0),
@@ -209,6 +211,13 @@ def test_choice_is_its_documented_order_of_operations(rows: list[tuple[Any, ...]
         ("logit_bias", 7),
         ("seed", -1),
         ("seed", 2**63),
+        ("min_tokens", -1),
+        ("min_tokens", 1.0),
+        ("stop_token_ids", 7),
+        ("stop_token_ids", (-1,)),
+        ("stop_token_ids", (2**31,)),
+        ("stop_token_ids", (1.0,)),
+        ("stop_token_ids", (True,)),
         ("stop", "text"),
         ("stop", ("",)),
         ("stop", ("\ud800",)),
@@ -220,6 +229,13 @@ def test_params_name_the_field(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"^{field} ") as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_params_take_their_bounds() -> None:
+    lowest = SamplingParams(1, 0, 0, 1e-9, 0, 0.01, -2, -2, ((0, -100),), 0, (), (0,), 0)
+    top = 2**31 - 1
+    highest = SamplingParams(top, 1000, top, 1, 1, 100, 2, 2, ((top, 100),), 2**63 - 1, (), (top,), top)
+    assert lowest.end_ids(None) == {0} and highest.logit_bias == ((top, 100.0),)
 
 
 def test_params_take_numpy_numbers() -> None:

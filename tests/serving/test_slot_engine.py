@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serving.backends.loader import load_backend, load_slot_transport
@@ -259,6 +260,29 @@ def test_a_failing_server_ends_texts_with_its_words_and_not_the_engine(
     third = Ends()
     engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=3)), third)
     assert third.wait()[0].reason in ("length", "stop")
+
+
+def test_a_prompt_that_the_server_refuses_ends_alone(
+    engine: SignatureEngine, transport: Blocking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transport.inner.predict
+
+    def refuses(signature: str, inputs: Any, timeout: float) -> dict[str, Any]:
+        if signature == "prefill_slots" and (np.asarray(inputs["token_ids"]) == 200).any():
+            raise ServerError("there is something about token 200", "INVALID_ARGUMENT")
+        outputs: dict[str, Any] = original(signature, inputs, timeout)
+        return outputs
+
+    monkeypatch.setattr(transport.inner, "predict", refuses)
+    transport.open.clear()
+    listeners = [Ends() for _ in range(3)]
+    for prompt, listener in zip((1, 200, 3), listeners, strict=True):
+        engine.submit(GenerationRequest((prompt,), SamplingParams(max_new_tokens=3, ignore_eos=True)), listener)
+    transport.open.set()
+    ends = [listener.wait()[0] for listener in listeners]
+    assert [end.reason for end in ends] == ["length", "error", "length"]
+    assert "something about token 200" in ends[1].message
+    assert max(rows for signature, rows in transport.calls if signature == "prefill_slots") > 1
 
 
 def test_a_slot_that_is_lost(engine: SignatureEngine, transport: Blocking, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from benchmarks import hardware
 from benchmarks.hardware import own_seconds, usable_cores
 from benchmarks.suite import selftest
 from benchmarks.suite.calibrate import client_overhead, fake_process, lateness
-from benchmarks.suite.clock import LoopClock, WallClock, run_virtual
+from benchmarks.suite.clock import WallClock
 from benchmarks.suite.driver import play
 from benchmarks.suite.meters import energy_figures
 from benchmarks.suite.metrics import Objectives
@@ -23,6 +23,7 @@ from benchmarks.suite.rows import Repeat, figures
 from benchmarks.suite.selftest import FIRST, PRICE, STEP, Check, expected, schedules
 from benchmarks.suite.targets.base import Answer
 from serving.cli import run
+from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
 
 @pytest.fixture(autouse=True)

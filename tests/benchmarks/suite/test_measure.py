@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.judge import BudgetError, changes, check_baseline, check_budgets, compare, read_record
 from benchmarks.suite.markdown import to_markdown
 from benchmarks.suite.measure import measure
@@ -20,6 +19,7 @@ from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.tables import to_csv
 from benchmarks.suite.targets.base import Answer
 from serving.errors import InputError, RuntimeMissingError
+from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
 CLOCK = LoopClock()
 
@@ -149,8 +149,9 @@ def test_a_machine_that_was_slower_is_said():
 def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
     before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
     assert check_baseline(again, before, 0.0) == compare(before, again)
-    with pytest.raises(BudgetError, match=r"WORSE  a \(stand-in\), one at a time, p50_ttft_ms: .* \(\+\d"):
+    with pytest.raises(BudgetError, match=r"WORSE  a \(stand-in\), one at a time, p50_ttft_ms: .* \(\+\d") as caught:
         check_baseline(slow, before, 0.05)
+    assert "one at a time, output_tokens_per_second" in str(caught.value), "of which more is better"
     assert "WORSE" in "".join(check_baseline(slow, before, 0.15))
     assert check_baseline(before, slow, 0.0)
 

@@ -119,16 +119,24 @@ def test_no_samples_are_null_and_one_has_no_width():
     assert one["p99"] == {"value": 2.0, "low": 2.0, "high": 2.0}
 
 
+def test_one_token_has_no_time_behind_it_that_could_be_too_long():
+    limit = Objectives(tpot=0.1)
+    assert metrics.is_good(response(5.0), limit) and metrics.is_good(response(5.0, 5.05), limit)
+    assert not metrics.is_good(response(5.0, 5.2), limit) and not metrics.is_good(response(), limit)
+    assert not metrics.is_good(response(5.0, streamed=False), limit)
+    assert not metrics.is_good(response(5.0, error="broke off"), limit)
+
+
+def test_tokens_of_failed_responses_are_not_counted():
+    record = metrics.summarise([[response(1.0, 2.0), response(1.0, 2.0, 3.0, error="broke off")]], Objectives())
+    assert (record["requests"], record["failed"], record["output_tokens"]) == (2, 1, 2)
+
+
 def test_the_interval_of_tokens_is_that_of_whole_responses():
     """Fifty tokens of one response are one draw: intervals by tokens would be far too narrow."""
     many = [response(*np.cumsum([1.0, *[gap] * 50]).tolist()) for gap in (0.01, 0.02, 0.03, 0.04)]
     found = metrics.summarise([many], Objectives())["latency"]["inter_token"]["mean"]
     assert found["low"] < 0.018 and found["high"] > 0.032
-
-
-def test_a_response_survives_json():
-    sent = response(1.0, 2.0, tokens=(4, 5), text="ab")
-    assert Response.from_record(json.loads(json.dumps(sent.to_record()))) == sent
 
 
 def test_outputs_are_compared_by_ids_then_by_text():

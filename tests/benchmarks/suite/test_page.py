@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks.decode import step_bytes
 from benchmarks.suite.answers import answers, differing
-from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.cold import ColdStart
 from benchmarks.suite.machine import Machine
 from benchmarks.suite.markdown import to_markdown
@@ -24,6 +23,7 @@ from benchmarks.suite.summary import needs, rankings
 from benchmarks.suite.targets.base import TargetError
 from tests.benchmarks.suite.test_roofline import GEOMETRY
 from tests.benchmarks.suite.test_sweep import Queue
+from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 from tests.serving.chromium import CHROMIUM, browser
 
 LENGTHS = Lengths(4, 4), Lengths(5, 5)

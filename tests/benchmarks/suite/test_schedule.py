@@ -116,7 +116,17 @@ def test_a_varied_schedule_has_other_first_tokens_that_the_model_knows():
         assert one.prompt[0] != other.prompt[0] and other.prompt[0] in known
 
 
+@pytest.mark.parametrize("arrivals", ["poisson", "gamma", "constant"])
+def test_the_requests_of_a_sweep_come_at_its_rates(arrivals):
+    made = planner().saturation(FIXED, FIXED, start=2, factor=2, seconds=20, rates=3, arrivals=arrivals)
+    assert [len(each.requests) for each in made] == [40, 80, 160]
+    for each, rate in zip(made, (2, 4, 8), strict=True):
+        assert each.requests[0].at == 0
+        assert each.requests[-1].at == pytest.approx((len(each.requests) - 1) / rate)
+
+
 def test_what_cannot_be_drawn_is_refused():
+    assert planner().single(1, Lengths(40, 40), Lengths(8, 8)).requests
     with pytest.raises(InputError, match="context of 48"):
         planner().single(1, Lengths(40, 40), Lengths(9, 9))
     with pytest.raises(InputError, match="rate"):
@@ -126,3 +136,5 @@ def test_what_cannot_be_drawn_is_refused():
             planner().saturation(FIXED, FIXED, **{"start": 1, "factor": 2, "seconds": 1, "rates": 9} | wrong)
     with pytest.raises(InputError, match="poisson"):
         planner().server(1, FIXED, FIXED, rate=1, arrivals="poison")
+    with pytest.raises(InputError, match="write poisson, gamma or constant"):
+        planner().saturation(FIXED, FIXED, start=1, factor=2, seconds=1, rates=9, arrivals="file")

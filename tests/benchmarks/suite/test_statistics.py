@@ -70,7 +70,8 @@ def test_too_few_repeats_say_nothing():
     verdict = paired([2.0] * 4, [1.0] * 4)
     assert (verdict.call, verdict.ratio, verdict.pairs) == ("unknown", 2.0, 4)
     assert paired([], []).ratio is None
-    assert unpaired([], [1.0]).call == "unknown"
+    for verdict in (unpaired([], [1.0]), unpaired([1.0], [])):
+        assert (verdict.call, verdict.ratio) == ("unknown", None)
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
@@ -87,12 +88,17 @@ def test_noise_is_the_spread_between_two_medians():
     assert found == pytest.approx(math.expm1(1.96 * math.sqrt(2) * 1.2533 * spread / 3), rel=0.25)
     assert noise([[1.0]]) is None and noise([]) is None
     assert noise([[1.0, 1.0, 1.0]]) == 0
+    # Of an odd series the middle one is left out, of an even one none is.
+    odd, even = [math.log(1.1), math.log(1.3 / 1.1)], [math.log(2) / 2] * 2
+    for series, deviations in (([1.0, 1.3, 1.1], odd), ([1.0, 2.0], even)):
+        spread = 1.4826 * np.median(deviations) / math.sqrt(len(series))
+        assert noise([series]) == pytest.approx(math.expm1(1.96 * math.sqrt(2) * 1.2533 * spread))
 
 
 def test_warm_up_is_cut_where_it_ends():
     random = np.random.default_rng(0)
     steady = 1 + 0.01 * random.normal(size=60)
-    assert warm_from(steady[:15]) is None
+    assert warm_from([1.0] * 19) is None and warm_from([1.0] * 20) == 0
     assert warm_from(steady) is not None
     slow = np.concatenate([np.linspace(5, 1.5, 12), steady])
     # It may cut more than the slow start, never less.

@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from benchmarks.suite.clock import LoopClock, run_virtual
 from benchmarks.suite.events import Response
 from benchmarks.suite.judge import BudgetError, check_budgets
 from benchmarks.suite.markdown import to_markdown
@@ -19,6 +18,7 @@ from benchmarks.suite.sweep import Pace, Standing, best, pace
 from benchmarks.suite.tables import to_csv
 from benchmarks.suite.targets.base import Answer, TargetError
 from serving.errors import InputError
+from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
 CLOCK = LoopClock()
 LENGTHS = Lengths(4, 4), Lengths(5, 5)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.suite.clock import WallClock
 from benchmarks.suite.driver import play
 from benchmarks.suite.events import differing, outputs_hash
-from benchmarks.suite.fake_server import serve_in_thread
+from benchmarks.suite.fake_server import FakeServer
 from benchmarks.suite.schedule import Lengths, Planner
 from benchmarks.suite.targets.base import TargetError
 from benchmarks.suite.targets.http import share
@@ -115,7 +115,8 @@ def test_a_server_that_does_not_start_says_why(real_bundle):
 
 @contextlib.contextmanager
 def fake(first=0.0, step=0.0):
-    server = serve_in_thread(first, step)
+    server = FakeServer(first, step)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -127,16 +128,31 @@ def test_a_failing_step_ends_those_it_was_for_and_nobody_else(call: str) -> None
     engine.check_idle()
 
 
+def test_what_a_failing_step_wrote_is_not_taken_over() -> None:
+    engine = Stepped(slots=1)
+    cached = []
+    for fails in ([], ["decode"], [], []):
+        engine.backend.fails = fails
+        heard, _ = engine.submit(list(range(20)), max_new_tokens=3, ignore_eos=True)
+        engine.run()
+        assert heard.prompt is not None and heard.ends[0].reason == ("error" if cached == [0] else "length")
+        cached.append(heard.prompt.cached_tokens)
+    assert cached == [0, 16, 0, 16]
+
+
 def test_a_row_that_cannot_be_moved_goes_on_where_it_is() -> None:
     engine = Stepped(slots=2, length=128)
-    first, handle = engine.submit([1], max_new_tokens=90, ignore_eos=True)
+    first, handle = engine.submit([1] * 9, max_new_tokens=90, ignore_eos=True)
     second, _ = engine.submit([2], max_new_tokens=90, ignore_eos=True)
     while not second.tokens:
         engine.engine.step()
     handle.cancel()
     engine.backend.fails = ["copy", "copy"]
+    engine.engine.step()
+    again, _ = engine.submit([1] * 9, max_new_tokens=1)
     engine.run()
     assert second.ids() == greedy([2], 90, 257) and not engine.backend.fails and first.done
+    assert again.prompt is not None and again.prompt.cached_tokens == 0, "its slot was to be written over"
 
 
 def test_logits_that_are_no_numbers_end_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +221,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     heard = [engine.submit([index], max_new_tokens=60, ignore_eos=True)[0] for index in range(5)]
     with pytest.raises(QueueFullError, match="5 requests are waiting") as caught:
         engine.submit([9])
-    assert caught.value.retry_after == 1
+    assert caught.value.retry_after == 1 and engine.engine.stats().waiting_requests == 5
     for _ in range(4):
         engine.engine.step()
         engine.now += 1
@@ -217,6 +233,32 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     assert all(each.done for each in heard)
     engine.submit([9], max_new_tokens=1)
     engine.run()
+
+
+def test_when_to_come_again_is_what_waits_by_the_rate_of_late() -> None:
+    engine = Stepped(slots=2, queue_limit=0)
+    prefill, decode = engine.backend.prefill_chunk, engine.backend.decode
+
+    def slow(call: Any) -> Any:
+        def two_seconds(*arguments: Any) -> Any:
+            engine.now += 2
+            return call(*arguments)
+
+        return two_seconds
+
+    engine.backend.prefill_chunk, engine.backend.decode = slow(prefill), slow(decode)  # type: ignore[method-assign]
+    engine.submit([1], max_new_tokens=40, ignore_eos=True)
+    engine.engine.step()
+    for prompt, tokens, seconds in (([1, 2, 3], 4, 22), ([5], 2, 10), ([7] * 30, 20, 60)):
+        _, handle = engine.submit(prompt, n=2, max_new_tokens=tokens)
+        engine.engine.step()
+        with pytest.raises(QueueFullError) as caught:
+            engine.submit([9])
+        assert caught.value.retry_after == seconds
+        handle.cancel()
+        engine.engine.step()
+    steps = engine.observed.steps
+    assert [step.inter_token for step in steps] == [()] + [(2.0,)] * (len(steps) - 1) and len(steps) > 3
 
 
 def threaded(**config: Any) -> SlotEngine:
@@ -270,6 +312,44 @@ def test_no_accepted_request_is_left_without_an_end(how: str) -> None:
     assert all(isinstance(each.events[-1], FinishEvent) for each in heard)
 
 
+def test_who_waits_for_the_end_hears_of_a_close() -> None:
+    backend = Held()
+    engine = SlotEngine(backend, TOKENIZER, EOS, EngineConfig(slots=4, prefill_chunk=8))
+    ends: list[str] = []
+
+    def listener(event: Event) -> None:
+        if isinstance(event, FinishEvent):
+            time.sleep(0.05)  # Whoever waits looks once more before it is over.
+            ends.append(event.reason)
+
+    engine.submit(GenerationRequest((1,), SamplingParams(max_new_tokens=40)), listener)
+    results: list[bool] = []
+    waiting = threading.Thread(target=lambda: results.append(engine.drain(60)), daemon=True)
+    waiting.start()
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    backend.go.release()
+    closing.join(30)
+    waiting.join(30)
+    assert results == [True] and ends == ["cancelled"]
+
+
+def test_an_engine_without_requests_makes_no_steps() -> None:
+    steps = []
+
+    class Counting(SlotEngine):
+        def step(self) -> bool:
+            steps.append(1)
+            return super().step()
+
+    engine = Counting(ClosedFormSlotBackend(), TOKENIZER, EOS, EngineConfig(slots=4, prefill_chunk=8))
+    submit(engine, [1], max_new_tokens=5, ignore_eos=True)
+    assert engine.drain(60)
+    time.sleep(0.05)
+    engine.close()
+    assert len(steps) == 5
+
+
 def test_requests_from_many_threads() -> None:
     engine = threaded(queue_limit=1000)
     heard: list[Heard] = []
@@ -291,7 +371,14 @@ def test_requests_from_many_threads() -> None:
 
 
 def test_settings_have_bounds() -> None:
-    for fields in ({"slots": 0}, {"prefill_chunk": 0}, {"queue_limit": -1}, {"max_length": 1}, {"default_timeout": 0}):
+    for fields in (
+        {"slots": 0},
+        {"slots": None},
+        {"prefill_chunk": 0},
+        {"queue_limit": -1},
+        {"max_length": 1},
+        {"default_timeout": 0},
+    ):
         ((name, _),) = fields.items()
         with pytest.raises(InputError, match=f"{name} is"):
             EngineConfig(**fields)

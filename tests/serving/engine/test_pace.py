@@ -90,6 +90,11 @@ def test_where_no_piece_is_short_enough_the_least_is_read() -> None:
     engine.stream()
     pieces, _ = engine.read(PROMPT)
     assert {tokens for _, tokens in pieces[:-1]} == {LEAST}
+    # Of several prompts each allows as much again, before anything is known and after.
+    pace = BoundedPace(2.5, 512)
+    for _ in range(2):
+        assert [pace.tokens(0, prompts) for prompts in (1, 2, 3, 40)] == [LEAST, 2 * LEAST, 3 * LEAST, 512]
+        pace.stepped(LEAST, 0, 9.0, 0.1)
 
 
 def test_a_step_that_costs_nothing_leaves_the_budget() -> None:

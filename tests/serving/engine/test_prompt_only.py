@@ -34,3 +34,22 @@ def test_a_prompt_alone_may_fill_the_context_and_adds_nothing(scored: int | None
         engine.submit([1] * 65, prompt_only=True)
     with pytest.raises(InputError, match=r"64 tokens.*shorten it to 63"):
         engine.submit([1] * 64)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_prompt_that_fills_its_slot_disturbs_nobody_who_decodes_above_it(copies: bool) -> None:
+    """Behind it is no place for the token that a row of nobody's gets."""
+    engine = Stepped(slots=3, copies=copies)
+    below, handle = engine.submit([1], max_new_tokens=60, ignore_eos=True)
+    above, _ = engine.submit([9, 9], max_new_tokens=62, ignore_eos=True)
+    while not above.tokens:
+        engine.engine.step()
+    handle.cancel()
+    full, _ = engine.submit([(7 * place) % 250 for place in range(64)], n=2, prompt_only=True)
+    engine.run()
+    assert below.done and above.ids() == greedy([9, 9], 62, 257)
+    assert [end.reason for end in full.ends.values()] == ["length"] * 2
+    again, _ = engine.submit([*full.request.prompt[:62], 1], max_new_tokens=1, ignore_eos=True)
+    engine.run()
+    assert again.prompt is not None and again.prompt.cached_tokens == 56
+    assert again.ids() == greedy(list(again.request.prompt), 1, 257)

@@ -66,6 +66,16 @@ def test_with_nothing_to_decode_chunks_are_one_piece_but_for_a_single_last_token
         assert heard.ids() == greedy(prompt, 2, 257)
 
 
+def test_chunks_of_one_token_are_read_one_by_one() -> None:
+    engine = Stepped(chunk=1)
+    for cached in (0, 4):
+        heard, _ = engine.submit([5, 6, 7, 8, 9], max_new_tokens=3, ignore_eos=True)
+        engine.run()
+        assert heard.prompt is not None and heard.prompt.cached_tokens == cached
+        assert heard.ids() == greedy([5, 6, 7, 8, 9], 3, 257)
+    assert names(engine, "prefill") == [1] * 6
+
+
 def test_first_come_first_served_and_nobody_overtakes_one_who_waits_for_more_slots() -> None:
     engine = Stepped(slots=4)
     streams = running(engine, 2, tokens=20)
@@ -190,6 +200,67 @@ def test_rows_stay_dense_by_moving_one_a_step(copies: bool) -> None:
     # The older of the two prefixes gave way; the other was moved to the slot that became free.
     assert again.prompt is not None and again.prompt.cached_tokens == 16
     engine.check_idle()
+
+
+def test_a_row_moves_to_an_empty_hole_before_one_that_holds_a_prefix() -> None:
+    engine = Stepped(slots=4, length=256)
+    streams = [engine.submit([10 + index] * size, max_new_tokens=100, ignore_eos=True)
+               for index, size in enumerate((17, 5, 5))]  # fmt: skip
+    while not all(heard.tokens for heard, _ in streams):
+        engine.engine.step()
+    for _, handle in streams[:2]:
+        handle.cancel()
+    engine.backend.calls.clear()
+    engine.engine.step()
+    ((_, moved),) = [call for call in engine.backend.calls if call[0] == "copy"]
+    assert moved >= 5 and names(engine, "decode") == [2]
+
+
+def test_no_row_moves_while_there_are_prompts_to_read() -> None:
+    engine = Stepped(slots=4, length=256)
+    prompts = [[10], [11], [12] * 17]
+    streams = [engine.submit(prompt, max_new_tokens=100, ignore_eos=True) for prompt in prompts]
+    while not all(heard.tokens for heard, _ in streams):
+        engine.engine.step()
+    for _, handle in streams[:2]:
+        handle.cancel()
+    # Its beginning is copied from the row that might move.
+    engine.submit([*prompts[2], 1], max_new_tokens=9, ignore_eos=True)
+    engine.backend.calls.clear()
+    engine.engine.step()
+    assert engine.backend.calls == [("copy", 16), ("decode", 3)]
+
+
+def test_a_slot_says_no_more_of_a_copy_than_was_copied() -> None:
+    engine = Stepped(slots=3, length=256)
+    below, handle = engine.submit([1], max_new_tokens=99, ignore_eos=True)
+    prompt = list(range(100, 120))
+    source, _ = engine.submit(prompt, max_new_tokens=99, ignore_eos=True)
+    while not source.tokens:
+        engine.engine.step()
+    handle.cancel()
+    _, part = engine.submit([*prompt[:8], *range(20)], max_new_tokens=9)
+    engine.backend.calls.clear()
+    engine.engine.step()
+    assert below.done and engine.backend.calls == [("copy", 8), ("decode", 2)]
+    part.cancel()
+    whole, _ = engine.submit([*prompt, 5], max_new_tokens=9, ignore_eos=True)
+    engine.run()
+    assert whole.prompt is not None and whole.prompt.cached_tokens == 16
+    assert whole.ids() == greedy([*prompt, 5], 9, 257)
+
+
+def test_what_another_slot_begins_with_is_not_saved() -> None:
+    engine = Stepped(slots=3, chunk=8)
+    short, long = [1] * 9, [1] * 17
+    engine.submit(long, max_new_tokens=9, ignore_eos=True)
+    engine.submit(short, max_new_tokens=2, ignore_eos=True)
+    engine.run()
+    engine.backend.calls.clear()
+    for start in (20, 40, 60):
+        engine.submit([start] * 9, max_new_tokens=2, ignore_eos=True)
+    engine.run()
+    assert names(engine, "copy") == [16], "of the two only the longer is kept, and it once"
 
 
 def test_a_row_that_ends_soon_is_not_moved() -> None:
