@@ -169,6 +169,8 @@ def make_requests(
     for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
         values[name] = getattr(body, name)
     values["ignore_eos"] = body.ignore_eos
+    if (body.min_tokens or 0) > (tokens := DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens):
+        raise FieldError(f"min_tokens is {body.min_tokens}, over max_tokens, {tokens}; lower it", "min_tokens")
     try:
         params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except InputError as error:

@@ -22,6 +22,8 @@ from starlette.routing import Route
 from serving.errors import InputError
 from serving.protocols.http_requests import parse_object, while_connected
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Signature, Tensor, find, run
+from serving.server.bodies import read_bytes
+from serving.server.errors import UnsupportedCallError
 from serving.server.generation import time_limit, with_model
 from serving.server.registry import ModelNotFoundError, ModelRegistry, ServedModel
 from serving.server.settings import Settings
@@ -84,7 +86,7 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
     async def predict(request: Request) -> Response:
         model_name, version = request.path_params["name"], _version(request)
         registry.get(model_name, version)  # A missing model is said before a wrong body.
-        body = parse_object(await request.body())
+        body = parse_object(await read_bytes(request))
         name = body.get("signature_name", "serving_default")
         if not isinstance(name, str):
             raise InputError("signature_name must be text")
@@ -104,6 +106,10 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         _, outputs = await while_connected(request, with_model(registry, model_name, version, work))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})
 
+    async def refused(request: Request) -> Response:
+        method = request.url.path.rpartition(":")[2]
+        raise UnsupportedCallError(f"{method} is not offered here; use predict")
+
     async def post_only(request: Request) -> Response:
         raise HTTPException(405, headers={"Allow": "POST"})
 
@@ -114,6 +120,8 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
             made.append(Route(path, status, methods=["GET"], include_in_schema=described))
         made.append(Route(f"{path}/metadata", metadata, methods=["GET"], include_in_schema=described))
         made.append(Route(f"{path}:predict", predict, methods=["POST"], include_in_schema=described))
+        for method in ("classify", "regress"):
+            made.append(Route(f"{path}:{method}", refused, methods=["POST"], include_in_schema=False))
         # Else a GET would be for a version, or a model, of that name.
         made.append(Route(f"{path}:predict", post_only, include_in_schema=False))
     # A version may hold a colon as far as the router knows, so the longer paths come first.

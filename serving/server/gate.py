@@ -167,6 +167,8 @@ def error_response(failure: Failure, path: str) -> Response:
     headers: dict[str, str] = {}
     if failure.retry_after is not None:
         headers["Retry-After"] = str(failure.retry_after)
+    if failure.kind.status == 415:
+        headers["Accept-Encoding"] = "gzip, deflate"
     if failure.kind.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, failure.kind.status, headers)
