@@ -88,7 +88,8 @@ class TensorFlowServing:
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
             span = functools.partial(start_span, COMPLETION, headers, model.name)
-            return run(name, Call(model.engine, limit, request_id(), self._server.settings.max_prompts, span), inputs)
+            most = (self._server.settings.max_prompts, self._server.settings.max_prompt_tokens)
+            return run(name, Call(model.engine, limit, request_id(), *most, span), inputs)
 
         model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()

@@ -101,7 +101,8 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
             span = functools.partial(start_span, COMPLETION, request.headers, model.name)
-            return run(name, Call(model.engine, limit, request_id, settings.max_prompts, span), inputs)
+            most = (settings.max_prompts, settings.max_prompt_tokens)
+            return run(name, Call(model.engine, limit, request_id, *most, span), inputs)
 
         _, outputs = await while_connected(request, with_model(registry, model_name, version, work))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})
