@@ -20,7 +20,7 @@ from serving.protocols.open_inference_signatures import GENERATE, InferRequest, 
 from serving.protocols.open_inference_tensors import from_raw, from_values, plain, to_raw, to_values
 from serving.protocols.openai import EventStream
 from serving.protocols.tf_signatures import objects
-from serving.server.bodies import parse_body, read_bytes
+from serving.server.bodies import parse_body, read_bytes, reading
 from serving.server.errors import failure_of
 from serving.server.gate import log
 from serving.server.generation import time_limit
@@ -147,7 +147,8 @@ def _generated(body: GenerateBody, answer: Answer) -> dict[str, Any]:
 
 
 async def _generate_request(request: Request) -> tuple[GenerateBody, InferRequest]:
-    body = parse_body(await read_bytes(request), GenerateBody)
+    data = await read_bytes(request)
+    body = await reading(data, lambda: parse_body(data, GenerateBody))
     parameters = {**body.parameters, **(body.model_extra or {})}
     if signature_name(parameters.get("signature_name", GENERATE)) != GENERATE:
         raise InputError("generate has one signature; ask infer for another")
@@ -158,7 +159,15 @@ async def _generate_request(request: Request) -> tuple[GenerateBody, InferReques
 
 async def _infer_request(request: Request) -> tuple[InferBody, InferRequest]:
     data = await read_bytes(request)
-    length = request.headers.get(HEADER_LENGTH)
+    body, inputs = await reading(data, lambda: _read_infer(data, request.headers.get(HEADER_LENGTH)))
+    outputs = tuple(output.name for output in body.outputs)
+    for each in (*body.inputs, *body.outputs):
+        refuse_parameters(each.name, each.parameters)
+    return body, _asked(request, inputs, body.parameters, outputs)
+
+
+def _read_infer(data: bytes, length: str | None) -> tuple[InferBody, dict[str, Any]]:
+    """The JSON, which has `length` bytes where a header says so, and the inputs in it and behind it."""
     size = len(data)
     if length is not None:
         if not (length.isascii() and length.isdigit() and len(length) < 12 and int(length) <= len(data)):
@@ -173,10 +182,7 @@ async def _infer_request(request: Request) -> tuple[InferBody, InferRequest]:
         inputs[tensor.name], binary = _array(tensor, binary)
     if len(binary):
         raise InputError(f"the body has {len(binary)} bytes behind those that the inputs say they have")
-    outputs = tuple(output.name for output in body.outputs)
-    for each in (*body.inputs, *body.outputs):
-        refuse_parameters(each.name, each.parameters)
-    return body, _asked(request, inputs, body.parameters, outputs)
+    return body, inputs
 
 
 def _array(tensor: InputTensor, binary: memoryview) -> tuple[Any, memoryview]:

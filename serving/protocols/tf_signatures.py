@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from serving.engine.api import Engine, GenerationRequest
 from serving.errors import InputError
-from serving.protocols.rows import Row, complete, encode
+from serving.protocols.rows import Row, complete, decode, encode
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
 from serving.server.tracing import OpenSpan, Span
 from serving.text_stream import TokenBytes
@@ -115,7 +115,7 @@ async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
     if not all(texts):
         raise InputError("text may not be empty; <|endoftext|> alone starts a new text")
     # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
-    if max(map(len, texts)) > engine.n_positions * _longest_token(engine.tokenizer):
+    if max(map(len, texts)) > engine.n_positions * longest_token(engine.tokenizer):
         raise InputError(too_long)
     prompts = await encode(engine.tokenizer, [_text(text) for text in texts])
     longest = max(map(len, prompts))
@@ -144,7 +144,7 @@ async def _detokenize(call: Call, inputs: Arrays) -> Arrays:
     if lengths.min() < 0 or lengths.max() > token_ids.shape[1]:
         raise InputError("lengths must be 0 to the width of token_ids")
     rows = [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
-    texts = call.engine.tokenizer.decode_batch(rows, skip_special_tokens=True)
+    texts = await decode(call.engine.tokenizer, rows)
     return {"text": objects([text.encode("utf-8") for text in texts])}
 
 
@@ -254,7 +254,7 @@ def _text(value: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _longest_token(tokenizer: Tokenizer) -> int:
+def longest_token(tokenizer: Tokenizer) -> int:
     """Bytes of the longest token's text, special tokens included."""
     pieces = TokenBytes(tokenizer)
     ids = tokenizer.get_vocab(with_added_tokens=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +16,9 @@ from serving.server.errors import BodyEncodingError, BodyTooLargeError, FieldErr
 from serving.server.state import Server
 
 Body = TypeVar("Body", bound=BaseModel)
+_Result = TypeVar("_Result")
+_LONG_BODY = 65_536
+"""Bytes from which on a body is read in another thread, so that streams under way do not wait for it."""
 _GZIP = 16 + zlib.MAX_WBITS
 _WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 
@@ -32,7 +35,13 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     if media_type != "application/json":
         # Also what keeps other sites' pages from posting here: a browser asks before it sends this type elsewhere.
         raise FieldError("the body must be JSON; send the header 'Content-Type: application/json'", None)
-    return parse_body(await read_bytes(request), kind)
+    data = await read_bytes(request)
+    return await reading(data, lambda: parse_body(data, kind))
+
+
+async def reading(data: bytes, work: Callable[[], _Result]) -> _Result:
+    """The result of `work`, which reads `data`; it runs beside the event loop if that is long."""
+    return await asyncio.to_thread(work) if len(data) > _LONG_BODY else work()
 
 
 async def read_bytes(request: Request) -> bytes:

@@ -260,6 +260,8 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
         ({"logit_bias": {"1": 101}}, "logit_bias", "100"),
         ({"stop": ["x"] * 17}, "stop", "16"),
         ({"stop": ""}, "stop", "non-empty"),
+        ({"stop": ["x", "y" * 1025]}, "stop", "1024 characters"),
+        ({"logit_bias": {str(index): 1 for index in range(258)}}, "logit_bias", "more ids than the vocabulary, 257"),
         ({"prompt": [1, "a"]}, "prompt", "list"),
         ({"prompt": [[]]}, "prompt", "list"),
         ({"prompt": {"a": 1}}, "prompt", "string"),
@@ -354,6 +356,19 @@ def test_packed_bodies_are_unpacked_or_refused_by_name(raw: Any) -> None:
         assert answer.headers["accept-encoding"] == "gzip, deflate"
     bomb = {"content": gzip.compress(bytes(10_000_000)), "headers": {**headers, "Content-Encoding": "gzip"}}
     assert raw.post("/v1/completions", **bomb).status_code == 413
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def encode(tokenizer: Any, text: str) -> list[int]:
+        raise AssertionError("encoded")
+
+    # 1024 positions; the longest token is "<|endoftext|>" with 13 bytes.
+    monkeypatch.setattr("serving.protocols.openai.encode", encode)
+    answer = raw.post("/v1/completions", json={"prompt": "a" * (13 * 1024 + 1)})
+    assert answer.status_code == 400 and "longer than the model's context of 1024" in answer.json()["error"]["message"]
+    monkeypatch.undo()
+    answer = raw.post("/v1/completions", json={"prompt": "a" * 13 * 1024})
+    assert answer.status_code == 400 and f"a prompt of {13 * 1024}" in answer.json()["error"]["message"]
 
 
 def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
