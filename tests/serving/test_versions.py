@@ -104,8 +104,9 @@ def test_taking_the_version_away_goes_back_to_the_one_before(served: Served) -> 
 def test_a_folder_that_goes_away_is_logged_once_and_when_it_is_back(
     served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO", "gpt2_bundle.versions")
     served.versions.start()
-    caplog.set_level("INFO")
+    caplog.clear()
     away = served.folder.with_name("away")
 
     def lines() -> list[str]:
