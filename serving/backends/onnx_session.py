@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from serving.errors import BundleError, RuntimeMissingError
 from serving.strict_json import ADVICE, shown
 
 CHOOSE_GRAPH = "ort/choose"
+INT8_CACHES = (1, 28)
+"""The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions.md."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -26,13 +29,30 @@ def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> A
 def open_graph(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
     """A session of one of the manifest's graphs, such as "ort/int8"; see `open_session`.
 
-    Raises BundleError too if the file's tensors are not those that the manifest says.
+    Raises BundleError too if the file's tensors are not those that the manifest says, and RuntimeMissingError if ONNX
+    Runtime is too old for the graph.
     """
+    _check_version(bundle, graph_name)
     session = open_session(bundle, bundle.graph(graph_name).path, device, threads)
     problem = _tensor_problem(bundle, graph_name, session)
     if problem:
         raise BundleError(f"{bundle.folder}: the graph {graph_name!r} {problem}; {ADVICE}")
     return session
+
+
+def _check_version(bundle: Bundle, graph_name: str) -> None:
+    """Refuse a graph with caches in int8 where they fail at load or in the first step, or, in 1.27, come out wrong."""
+    version = re.match(r"(\d+)\.(\d+)", ort.__version__)
+    caches = (spec for name, spec in bundle.graph(graph_name).inputs.items() if name.startswith("past_key_values."))
+    if version is None or not any(spec.dtype == "int8" for spec in caches):
+        return
+    if tuple(map(int, version.groups())) < INT8_CACHES:
+        least = ".".join(map(str, INT8_CACHES))
+        raise RuntimeMissingError(
+            f"the graph {graph_name!r} keeps its caches in int8, which takes ONNX Runtime {least} or newer, and "
+            f"{ort.__version__} is installed here; run: pip install --upgrade 'onnxruntime>={least}', or ask for "
+            "'ort/fp32'"
+        )
 
 
 def open_session(bundle: Bundle, path: str, device: str, threads: int | None, captured: bool = False) -> Any:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import Request
 
 from serving.errors import InputError
@@ -26,6 +28,23 @@ def parse_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("the body must be a JSON object")
     return value
+
+
+def number_array(values: list[Any], kind: Any) -> NDArray[Any] | None:
+    """JSON's numbers as an array of `kind`, all at once; None where one is of another type or too large for it."""
+    integers = issubclass(kind, np.integer)
+    if not set(map(type, values)) <= ({int} if integers else {int, float}):
+        return None
+    try:
+        array = np.array(values, np.int64 if integers else np.float64)
+    except OverflowError:
+        return None
+    if not integers:
+        with np.errstate(over="ignore"):  # What is beyond `kind` becomes infinite.
+            return array.astype(kind)
+    limits = np.iinfo(kind)
+    fits = not array.size or (array.min() >= limits.min and array.max() <= limits.max)
+    return array.astype(kind) if fits else None
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

@@ -62,7 +62,8 @@ async def infer(server: Server, request: InferRequest) -> Answer:
                 [row.finish.reason for row in rows],
                 model.engine.eos_token_id,
             )
-        call = Call(model.engine, request.limit(), request.request_id, server.settings.max_prompts, open_span)
+        most = (server.settings.max_prompts, server.settings.max_prompt_tokens)
+        call = Call(model.engine, request.limit(), request.request_id, *most, open_span)
         return await tf_signatures.run(request.signature, call, filled(request))
 
     model, outputs = await _on_model(server, request, work)

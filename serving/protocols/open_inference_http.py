@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import zlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -21,14 +20,13 @@ from serving.protocols.open_inference_signatures import GENERATE, InferRequest, 
 from serving.protocols.open_inference_tensors import from_raw, from_values, plain, to_raw, to_values
 from serving.protocols.openai import EventStream
 from serving.protocols.tf_signatures import objects
-from serving.server.bodies import parse_body
-from serving.server.errors import BodyTooLargeError, failure_of
+from serving.server.bodies import parse_body, read_bytes, reading
+from serving.server.errors import failure_of
 from serving.server.gate import log
 from serving.server.generation import time_limit
 from serving.server.state import Server
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
 def _server(request: Request) -> Server:
@@ -76,7 +74,7 @@ async def statistics(request: Request) -> Response:
 
 async def repository_index(request: Request) -> Response:
     """All models and versions with their states."""
-    data = await request.body()
+    data = await read_bytes(request)
     asked = parse_object(data).get("ready", False) if data else False
     return JSONResponse(models.repository_index(_server(request), asked is True))
 
@@ -149,7 +147,8 @@ def _generated(body: GenerateBody, answer: Answer) -> dict[str, Any]:
 
 
 async def _generate_request(request: Request) -> tuple[GenerateBody, InferRequest]:
-    body = parse_body(await _body(request), GenerateBody)
+    data = await read_bytes(request)
+    body = await reading(data, lambda: parse_body(data, GenerateBody))
     parameters = {**body.parameters, **(body.model_extra or {})}
     if signature_name(parameters.get("signature_name", GENERATE)) != GENERATE:
         raise InputError("generate has one signature; ask infer for another")
@@ -159,8 +158,16 @@ async def _generate_request(request: Request) -> tuple[GenerateBody, InferReques
 
 
 async def _infer_request(request: Request) -> tuple[InferBody, InferRequest]:
-    data = await _body(request)
-    length = request.headers.get(HEADER_LENGTH)
+    data = await read_bytes(request)
+    body, inputs = await reading(data, lambda: _read_infer(data, request.headers.get(HEADER_LENGTH)))
+    outputs = tuple(output.name for output in body.outputs)
+    for each in (*body.inputs, *body.outputs):
+        refuse_parameters(each.name, each.parameters)
+    return body, _asked(request, inputs, body.parameters, outputs)
+
+
+def _read_infer(data: bytes, length: str | None) -> tuple[InferBody, dict[str, Any]]:
+    """The JSON, which has `length` bytes where a header says so, and the inputs in it and behind it."""
     size = len(data)
     if length is not None:
         if not (length.isascii() and length.isdigit() and len(length) < 12 and int(length) <= len(data)):
@@ -175,10 +182,7 @@ async def _infer_request(request: Request) -> tuple[InferBody, InferRequest]:
         inputs[tensor.name], binary = _array(tensor, binary)
     if len(binary):
         raise InputError(f"the body has {len(binary)} bytes behind those that the inputs say they have")
-    outputs = tuple(output.name for output in body.outputs)
-    for each in (*body.inputs, *body.outputs):
-        refuse_parameters(each.name, each.parameters)
-    return body, _asked(request, inputs, body.parameters, outputs)
+    return body, inputs
 
 
 def _array(tensor: InputTensor, binary: memoryview) -> tuple[Any, memoryview]:
@@ -241,27 +245,6 @@ def _asked_signature(request: Request) -> str:
 
 def _note(request: Request, name: str, version: int) -> None:
     request.state.log = {"model": name, "version": version}
-
-
-async def _body(request: Request) -> bytes:
-    """The body, unpacked if it came as gzip or deflate, with the same limit. Raises InputError, BodyTooLargeError."""
-    data = await request.body()
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("", "identity"):
-        return data
-    if encoding not in _WINDOWS:
-        raise InputError(f"the body comes as {encoding[:40]!r}; send it as it is, or as gzip or deflate")
-    most = _server(request).settings.max_body_bytes
-    unpacking = zlib.decompressobj(_WINDOWS[encoding])
-    try:
-        unpacked = unpacking.decompress(data, most + 1)
-    except zlib.error:
-        raise InputError(f"the body says that it is {encoding}, and cannot be unpacked") from None
-    if len(unpacked) > most:
-        raise BodyTooLargeError(f"the body has more than {most} bytes when it is unpacked")
-    if not unpacking.eof:
-        raise InputError(f"the body says that it is {encoding}, and ends too early")
-    return unpacked
 
 
 def routes() -> list[Route]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
+from serving.protocols.http_requests import number_array
 
 TYPES: dict[str, Any] = {
     "BOOL": np.bool_,
@@ -74,7 +75,11 @@ def from_values(name: str, datatype: str, shape: Sequence[int], data: Any) -> ND
         raise InputError(f"data of {name} must be a list")
     if len(values) != size:
         raise InputError(f"{name} has {len(values)} values, and its shape {list(shape)} needs {size}")
-    array = np.empty(size, TYPES[datatype])
+    kind = TYPES[datatype]
+    numbers = number_array(values, kind) if issubclass(kind, np.number) else None
+    if numbers is not None:
+        return _shaped(name, numbers, shape)
+    array = np.empty(size, kind)
     array[:] = [_element(name, datatype, value) for value in values]
     return _shaped(name, array, shape)
 

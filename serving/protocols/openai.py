@@ -21,7 +21,9 @@ from serving.errors import InputError
 from serving.protocols.openai_choices import Prompt, token_names
 from serving.protocols.openai_run import Run, stream
 from serving.protocols.openai_schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serving.protocols.rows import encode_beside
 from serving.protocols.tf_rest import model_status
+from serving.protocols.tf_signatures import longest_token
 from serving.sampling import MAX_SEED, SamplingParams
 from serving.server.bodies import read_body
 from serving.server.errors import FieldError
@@ -115,6 +117,13 @@ async def read_prompts(body: CompletionRequest, model: ServedModel, most: int | 
     tokenizer, engine = model.engine.tokenizer, model.engine
     prompts = []
     for given in body.prompt:
+        if isinstance(given, str) and len(given) > LONG_TEXT:
+            # No text of more bytes can have few enough tokens, and encoding it would take its time.
+            longest = await asyncio.to_thread(longest_token, tokenizer)
+            if len(given.encode()) > engine.n_positions * longest:
+                raise FieldError(
+                    f"a prompt is longer than the model's context of {engine.n_positions} tokens; shorten it", "prompt"
+                )
         ids = tuple(await encode(tokenizer, given) if isinstance(given, str) else given)
         echo = None
         if body.echo:
@@ -142,12 +151,11 @@ def _prompt_only(body: CompletionRequest, model: ServedModel) -> bool:
 
 async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The token ids of `text`."""
-
-    def run() -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(text) > LONG_TEXT:
+        (ids,) = await encode_beside(tokenizer, [text])
         return ids
-
-    return await _elsewhere_if(len(text) > LONG_TEXT, run)
+    short: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return short
 
 
 async def _elsewhere_if(long: bool, function: Callable[[], _Result]) -> _Result:
@@ -157,6 +165,8 @@ async def _elsewhere_if(long: bool, function: Callable[[], _Result]) -> _Result:
 def make_requests(
     body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
 ) -> list[GenerationRequest]:
+    if len(body.logit_bias) > model.engine.vocab_size:
+        raise FieldError(f"logit_bias has more ids than the vocabulary, {model.engine.vocab_size}", "logit_bias")
     values: dict[str, Any] = {
         "max_new_tokens": max(1, body.max_tokens) if body.max_tokens is not None else DEFAULT_MAX_TOKENS,
         "temperature": 1.0 if body.temperature is None else body.temperature,
@@ -169,6 +179,8 @@ def make_requests(
     for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
         values[name] = getattr(body, name)
     values["ignore_eos"] = body.ignore_eos
+    if (body.min_tokens or 0) > (tokens := DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens):
+        raise FieldError(f"min_tokens is {body.min_tokens}, over max_tokens, {tokens}; lower it", "min_tokens")
     try:
         params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     except InputError as error:
@@ -231,8 +243,14 @@ async def tokenize(request: Request) -> Response:
     registry: ModelRegistry = request.app.state.server.registry
     engine = registry.get(model_name(registry, body.model)).engine
     ids = await encode(engine.tokenizer, body.prompt)
-    strings = [engine.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
-    return JSONResponse({"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings})
+
+    def answer() -> Response:
+        strings = [engine.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings}
+        )
+
+    return await _elsewhere_if(len(ids) > LONG_TEXT, answer)
 
 
 async def detokenize(request: Request) -> Response:

@@ -11,8 +11,12 @@ from serving.sampling import MAX_BIAS, MAX_TEMPERATURE
 from serving.server.bodies import RequestBody
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
+"""Characters of one; each continuation has an automaton of as many states."""
 _INT = 2**31 - 1
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _INT}, "minItems": 1}
+
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 Prompts = list[str] | list[list[int]]
 
@@ -46,6 +50,8 @@ def _stops(value: Any) -> list[str]:
         raise ValueError("must be a non-empty string or a list of them")
     if len(stops) > MAX_STOPS:
         raise ValueError(f"must have at most {MAX_STOPS} strings")
+    if any(len(text) > MAX_STOP_LENGTH for text in stops):
+        raise ValueError(f"must be of at most {MAX_STOP_LENGTH} characters")
     return stops
 
 
@@ -104,8 +110,8 @@ class CompletionRequest(RequestBody):
         WithJsonSchema(
             {
                 "anyOf": [
-                    {"type": "string", "minLength": 1},
-                    {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+                    _STOP,
+                    {"type": "array", "items": _STOP, "maxItems": MAX_STOPS},
                     {"type": "null"},
                 ]
             }

@@ -24,16 +24,16 @@ _REF = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 # By method and path: the body, the answer, and the statuses beside 200, 401, 429 and 500.
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel], tuple[int, ...]]] = {
-    "POST /v1/completions": (schema.CompletionRequest, schema.Completion, (400, 404, 408, 413, 503, 504)),
+    "POST /v1/completions": (schema.CompletionRequest, schema.Completion, (400, 404, 408, 413, 415, 503, 504)),
     "GET /v1/models": (None, schema.ModelList, ()),
     "GET /v1/models/{model}": (None, schema.ModelCard, (404,)),
-    "POST /tokenize": (schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 503)),
-    "POST /detokenize": (schema.DetokenizeRequest, schema.Text, (400, 404, 408, 413, 503)),
+    "POST /tokenize": (schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 415, 503)),
+    "POST /detokenize": (schema.DetokenizeRequest, schema.Text, (400, 404, 408, 413, 415, 503)),
 }
 for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
     for _name in ("generate", "generate_stream"):
-        _BODIES[f"POST {_path}/{_name}"] = (v2.GenerateBody, v2.Generated, (400, 404, 408, 413, 503, 504))
-    _BODIES[f"POST {_path}/infer"] = (v2.InferBody, v2.InferAnswer, (400, 404, 408, 413, 503, 504))
+        _BODIES[f"POST {_path}/{_name}"] = (v2.GenerateBody, v2.Generated, (400, 404, 408, 413, 415, 503, 504))
+    _BODIES[f"POST {_path}/infer"] = (v2.InferBody, v2.InferAnswer, (400, 404, 408, 413, 415, 503, 504))
 EXAMPLES: dict[str, dict[str, Any]] = {
     "POST /v1/completions": {"prompt": "Return the", "max_tokens": 16, "temperature": 0.8, "seed": 7},
     "POST /tokenize": {"prompt": "Return the"},
@@ -50,6 +50,7 @@ _SENTENCES = {
     404: "No such model or version.",
     408: "The body did not come in time.",
     413: "The body is over the limit.",
+    415: "The body is packed in a way that is not unpacked here.",
     429: "The queue is full, or the caller asks too often; Retry-After is in seconds.",
     500: "A failure of the server's own; its log has it under the request's id.",
     503: "Draining, or not ready yet; Retry-After is in seconds.",
@@ -133,7 +134,7 @@ def _parameter(name: str, names: Sequence[str]) -> dict[str, Any]:
 def _usual(path: str, method: str) -> tuple[int, ...]:
     """Statuses of a route that has no models of its own."""
     if method == "POST":
-        return (400, 404, 408, 413, 503, 504)
+        return (400, 404, 408, 413, 415, 503, 504)
     return (400, 404) if "{" in path else ()
 
 

@@ -50,7 +50,10 @@ class TensorFlowServing:
     def methods(self) -> dict[str, dict[str, tuple[Any, Any, Any]]]:
         """For each service its methods: (handler, request class, response class)."""
         empty = MESSAGES["Empty"]
-        refused = {name: (_unimplemented(name), empty, empty) for name in ("Classify", "Regress", "MultiInference")}
+        refused = {
+            name: (_unimplemented(name, "use Predict"), empty, empty)
+            for name in ("Classify", "Regress", "MultiInference")
+        }
         return {
             PREDICTION_SERVICE: {
                 "Predict": (self.predict, MESSAGES["PredictRequest"], MESSAGES["PredictResponse"]),
@@ -63,7 +66,11 @@ class TensorFlowServing:
             },
             MODEL_SERVICE: {
                 "GetModelStatus": (self.status, MESSAGES["GetModelStatusRequest"], MESSAGES["GetModelStatusResponse"]),
-                "HandleReloadConfigRequest": (_unimplemented("HandleReloadConfigRequest"), empty, empty),
+                "HandleReloadConfigRequest": (
+                    _unimplemented("HandleReloadConfigRequest", "the server follows its folder with --watch"),
+                    empty,
+                    empty,
+                ),
             },
         }
 
@@ -81,7 +88,8 @@ class TensorFlowServing:
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
             span = functools.partial(start_span, COMPLETION, headers, model.name)
-            return run(name, Call(model.engine, limit, request_id(), self._server.settings.max_prompts, span), inputs)
+            most = (self._server.settings.max_prompts, self._server.settings.max_prompt_tokens)
+            return run(name, Call(model.engine, limit, request_id(), *most, span), inputs)
 
         model, outputs = await with_model(self._server.registry, model_name, version, work)
         response = MESSAGES["PredictResponse"]()
@@ -120,9 +128,9 @@ class TensorFlowServing:
         return response
 
 
-def _unimplemented(name: str) -> Any:
+def _unimplemented(name: str, instead: str) -> Any:
     async def refuse(request: Any, context: Any) -> Any:
-        raise UnsupportedCallError(f"{name} is not offered here; use Predict")
+        raise UnsupportedCallError(f"{name} is not offered here; {instead}")
 
     return refuse
 

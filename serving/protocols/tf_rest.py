@@ -20,8 +20,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.errors import InputError
-from serving.protocols.http_requests import parse_object, while_connected
+from serving.protocols.http_requests import number_array, parse_object, while_connected
 from serving.protocols.tf_signatures import SIGNATURES, Arrays, Call, Signature, Tensor, find, run
+from serving.server.bodies import read_bytes, reading
+from serving.server.errors import UnsupportedCallError
 from serving.server.generation import time_limit, with_model
 from serving.server.registry import ModelNotFoundError, ModelRegistry, ServedModel
 from serving.server.settings import Settings
@@ -84,25 +86,22 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
     async def predict(request: Request) -> Response:
         model_name, version = request.path_params["name"], _version(request)
         registry.get(model_name, version)  # A missing model is said before a wrong body.
-        body = parse_object(await request.body())
-        name = body.get("signature_name", "serving_default")
-        if not isinstance(name, str):
-            raise InputError("signature_name must be text")
-        signature = find(name)
-        by_rows = "instances" in body
-        if by_rows == ("inputs" in body):
-            raise InputError('the body must have either "instances", a list of rows, or "inputs", columns by name')
-        columns = _columns(signature, body["instances"]) if by_rows else _named(signature, body["inputs"])
-        inputs = {key: _array(key, signature.inputs.get(key), value) for key, value in columns.items()}
+        data = await read_bytes(request)
+        name, by_rows, inputs = await reading(data, lambda: _read_predict(data))
         request_id = getattr(request.state, "request_id", "")
         limit = time_limit(request, settings.request_timeout)
 
         def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
             span = functools.partial(start_span, COMPLETION, request.headers, model.name)
-            return run(name, Call(model.engine, limit, request_id, settings.max_prompts, span), inputs)
+            most = (settings.max_prompts, settings.max_prompt_tokens)
+            return run(name, Call(model.engine, limit, request_id, *most, span), inputs)
 
         _, outputs = await while_connected(request, with_model(registry, model_name, version, work))
         return JSONResponse({"predictions": _as_rows(outputs)} if by_rows else {"outputs": _as_columns(outputs)})
+
+    async def refused(request: Request) -> Response:
+        method = request.url.path.rpartition(":")[2]
+        raise UnsupportedCallError(f"{method} is not offered here; use predict")
 
     async def post_only(request: Request) -> Response:
         raise HTTPException(405, headers={"Allow": "POST"})
@@ -114,10 +113,26 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
             made.append(Route(path, status, methods=["GET"], include_in_schema=described))
         made.append(Route(f"{path}/metadata", metadata, methods=["GET"], include_in_schema=described))
         made.append(Route(f"{path}:predict", predict, methods=["POST"], include_in_schema=described))
+        for method in ("classify", "regress"):
+            made.append(Route(f"{path}:{method}", refused, methods=["POST"], include_in_schema=False))
         # Else a GET would be for a version, or a model, of that name.
         made.append(Route(f"{path}:predict", post_only, include_in_schema=False))
     # A version may hold a colon as far as the router knows, so the longer paths come first.
     return sorted(made, key=lambda route: -len(route.path))
+
+
+def _read_predict(data: bytes) -> tuple[str, bool, Arrays]:
+    """The signature's name, whether the body has rows, and the inputs. Raises InputError."""
+    body = parse_object(data)
+    name = body.get("signature_name", "serving_default")
+    if not isinstance(name, str):
+        raise InputError("signature_name must be text")
+    signature = find(name)
+    by_rows = "instances" in body
+    if by_rows == ("inputs" in body):
+        raise InputError('the body must have either "instances", a list of rows, or "inputs", columns by name')
+    columns = _columns(signature, body["instances"]) if by_rows else _named(signature, body["inputs"])
+    return name, by_rows, {key: _array(key, signature.inputs.get(key), value) for key, value in columns.items()}
 
 
 def _version(request: Request) -> int | None:
@@ -163,6 +178,9 @@ def _array(name: str, tensor: Tensor | None, value: Any) -> NDArray[Any]:
         return np.empty(0)
     shape = _shape(name, tensor, value)
     flat = _flat(value, len(shape))
+    numbers = None if tensor.kind == "string" else number_array(flat, tensor.dtype)
+    if numbers is not None:
+        return numbers.reshape(shape)
     array: NDArray[Any] = np.empty(len(flat), tensor.dtype)
     for index, element in enumerate(flat):
         array[index] = _element(name, tensor, element)

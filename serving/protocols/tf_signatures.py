@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from serving.engine.api import Engine, GenerationRequest
 from serving.errors import InputError
-from serving.protocols.rows import Row, complete, encode
+from serving.protocols.rows import Row, complete, decode, encode
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
 from serving.server.tracing import OpenSpan, Span
 from serving.text_stream import TokenBytes
@@ -46,13 +46,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """What a request's rows share: the engine, seconds from now to the end, an id; how many rows there may be; its
-    span."""
+    """What a request's rows share: the engine, seconds from now to the end, an id; how many rows there may be, and
+    tokens in the prompt of one; its span."""
 
     engine: Engine
     timeout: float | None = None
     request_id: str = ""
     max_rows: int = 128
+    max_prompt_tokens: int | None = None
     open_span: OpenSpan = Span
 
 
@@ -100,7 +101,7 @@ def find(name: str) -> Signature:
 
 
 async def _serving_default(call: Call, inputs: Arrays) -> Arrays:
-    prompts = _prompts(call.engine, inputs["token_ids"], inputs["lengths"])
+    prompts = _prompts(call, inputs["token_ids"], inputs["lengths"])
     rows = await _continue(call, prompts, _parameters(inputs))
     token_ids, lengths = padded([row.token_ids if row else () for row in rows], call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
@@ -114,12 +115,13 @@ async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
     if not all(texts):
         raise InputError("text may not be empty; <|endoftext|> alone starts a new text")
     # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
-    if max(map(len, texts)) > engine.n_positions * _longest_token(engine.tokenizer):
+    if max(map(len, texts)) > engine.n_positions * longest_token(engine.tokenizer):
         raise InputError(too_long)
     prompts = await encode(engine.tokenizer, [_text(text) for text in texts])
     longest = max(map(len, prompts))
     if longest > engine.n_positions:
         raise InputError(f"{too_long}; the longest one has {longest}")
+    _check_length(call, longest)
     rows = await _continue(call, prompts, parameters)
     stopped = [bool(row and row.token_ids and row.token_ids[-1] == engine.eos_token_id) for row in rows]
     return {
@@ -142,12 +144,12 @@ async def _detokenize(call: Call, inputs: Arrays) -> Arrays:
     if lengths.min() < 0 or lengths.max() > token_ids.shape[1]:
         raise InputError("lengths must be 0 to the width of token_ids")
     rows = [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
-    texts = call.engine.tokenizer.decode_batch(rows, skip_special_tokens=True)
+    texts = await decode(call.engine.tokenizer, rows)
     return {"text": objects([text.encode("utf-8") for text in texts])}
 
 
 async def _score(call: Call, inputs: Arrays) -> Arrays:
-    prompts = _prompts(call.engine, inputs["token_ids"], inputs["lengths"])
+    prompts = _prompts(call, inputs["token_ids"], inputs["lengths"])
     log_probs = np.zeros(inputs["token_ids"].shape, np.float32)
     # A row of one token has nothing before it: its log-probability is 0 by definition.
     scored = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
@@ -175,16 +177,23 @@ def _request(call: Call, prompt: Sequence[int], params: SamplingParams, **more: 
     return GenerationRequest(tuple(prompt), params, timeout=call.timeout, request_id=call.request_id, **more)
 
 
-def _prompts(engine: Engine, token_ids: NDArray[Any], lengths: NDArray[Any]) -> list[list[int]]:
+def _check_length(call: Call, longest: int) -> None:
+    """Refuse prompts over what this server takes, which may be less than the model's context."""
+    if call.max_prompt_tokens is not None and longest > call.max_prompt_tokens:
+        raise InputError(f"a prompt has {longest} tokens; this server takes at most {call.max_prompt_tokens}")
+
+
+def _prompts(call: Call, token_ids: NDArray[Any], lengths: NDArray[Any]) -> list[list[int]]:
     """The rows without their padding, checked as the graph checks them."""
-    _check_ids(engine, token_ids)
+    _check_ids(call.engine, token_ids)
     width = token_ids.shape[1]
-    if width > engine.n_positions:
-        raise InputError(f"the prompt is longer than the context of {engine.n_positions} tokens")
+    if width > call.engine.n_positions:
+        raise InputError(f"the prompt is longer than the context of {call.engine.n_positions} tokens")
     if lengths.min() < 1:
         raise InputError("lengths must be at least 1: a prompt may not be empty")
     if lengths.max() > width:
         raise InputError("lengths must not pass the end of token_ids")
+    _check_length(call, int(lengths.max()))
     return [row[:length].tolist() for row, length in zip(token_ids, lengths, strict=True)]
 
 
@@ -245,7 +254,7 @@ def _text(value: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _longest_token(tokenizer: Tokenizer) -> int:
+def longest_token(tokenizer: Tokenizer) -> int:
     """Bytes of the longest token's text, special tokens included."""
     pieces = TokenBytes(tokenizer)
     ids = tokenizer.get_vocab(with_added_tokens=True)

@@ -1,17 +1,26 @@
-"""Request bodies: JSON into a pydantic model, or one sentence that names the field."""
+"""Request bodies: unpacked, and JSON into a pydantic model, or one sentence that names the field."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
-from serving.server.errors import FieldError
+from serving.errors import InputError
+from serving.server.errors import BodyEncodingError, BodyTooLargeError, FieldError
+from serving.server.state import Server
 
 Body = TypeVar("Body", bound=BaseModel)
+_Result = TypeVar("_Result")
+_LONG_BODY = 65_536
+"""Bytes from which on a body is read in another thread, so that streams under way do not wait for it."""
+_GZIP = 16 + zlib.MAX_WBITS
+_WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 
 
 class RequestBody(BaseModel):
@@ -26,7 +35,44 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     if media_type != "application/json":
         # Also what keeps other sites' pages from posting here: a browser asks before it sends this type elsewhere.
         raise FieldError("the body must be JSON; send the header 'Content-Type: application/json'", None)
-    return parse_body(await request.body(), kind)
+    data = await read_bytes(request)
+    return await reading(data, lambda: parse_body(data, kind))
+
+
+async def reading(data: bytes, work: Callable[[], _Result]) -> _Result:
+    """The result of `work`, which reads `data`; it runs beside the event loop if that is long."""
+    return await asyncio.to_thread(work) if len(data) > _LONG_BODY else work()
+
+
+async def read_bytes(request: Request) -> bytes:
+    """The body of `request`, unpacked if it came as gzip or deflate, with the same limit on its size.
+
+    Raises InputError for what cannot be unpacked, BodyEncodingError and BodyTooLargeError.
+    """
+    data = await request.body()
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return data
+    server: Server = request.app.state.server
+    # In another thread, as a short body may become a long one.
+    return await asyncio.to_thread(_unpacked, data, encoding, server.settings.max_body_bytes)
+
+
+def _unpacked(data: bytes, encoding: str, most: int) -> bytes:
+    if encoding not in _WINDOWS:
+        raise BodyEncodingError(f"the body comes as {encoding[:40]!r}; send it as it is, or as gzip or deflate")
+    unpacking = zlib.decompressobj(_WINDOWS[encoding])
+    try:
+        unpacked = unpacking.decompress(data, most + 1)
+    except zlib.error:
+        raise InputError(f"the body says that it is {encoding}, and cannot be unpacked") from None
+    if len(unpacked) > most:
+        raise BodyTooLargeError(f"the body has more than {most} bytes when it is unpacked")
+    if not unpacking.eof:
+        raise InputError(f"the body says that it is {encoding}, and ends too early")
+    if unpacking.unused_data:
+        raise InputError(f"the body says that it is {encoding}, and goes on behind its end")
+    return unpacked
 
 
 def parse_body(data: bytes, kind: type[Body]) -> Body:

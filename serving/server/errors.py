@@ -31,6 +31,10 @@ class BodyTooLargeError(GPT2BundleError):
     """A request's body is over the limit."""
 
 
+class BodyEncodingError(GPT2BundleError):
+    """A request's body is packed in a way that is not unpacked here."""
+
+
 class BodyTimeoutError(GPT2BundleError):
     """A request's body did not come in time."""
 
@@ -100,6 +104,7 @@ TABLE: dict[type[BaseException], Kind] = {
     ModelNotFoundError: Kind(404, "NOT_FOUND", "invalid_request_error", "model_not_found"),
     BodyTimeoutError: Kind(408, "DEADLINE_EXCEEDED", "invalid_request_error"),
     BodyTooLargeError: Kind(413, "RESOURCE_EXHAUSTED", "invalid_request_error"),
+    BodyEncodingError: Kind(415, "INVALID_ARGUMENT", "invalid_request_error"),
     QueueFullError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "queue_full"),
     RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
     ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -88,8 +89,7 @@ class Gate:
             return
         authorization = headers.get(b"authorization")
         caller = self._server.keys.check(None if authorization is None else authorization.decode("latin-1"))
-        client = scope.get("client")
-        self._server.limiter.take(caller or (client[0] if client else ""))
+        self._server.limiter.take(caller or caller_address(scope))
         if self._server.draining and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             raise DrainingError("the server is shutting down; ask another one or try again")
 
@@ -97,7 +97,6 @@ class Gate:
         route = scope.get("route")
         path = getattr(route, "path", "") or "unmatched"
         self._server.metrics.on_http(scope["method"], path, status, seconds)
-        client = scope.get("client")
         access.log(
             logging.DEBUG if scope["path"] in OPEN_PATHS and status < 400 else logging.INFO,
             "%s %s %d",
@@ -110,7 +109,7 @@ class Gate:
                 "path": scope["path"],
                 "status": status,
                 "seconds": round(seconds, 6),
-                "client": client[0] if client else "",
+                "client": caller_address(scope),
                 **state.get("log", {}),
             },
         )
@@ -146,6 +145,12 @@ def _guarded(receive: Receive, headers: dict[bytes, bytes], server: Server) -> R
     return guarded
 
 
+def caller_address(scope: Mapping[str, Any]) -> str:
+    """Whence a request comes; an IPv4 address as itself, also where the listening socket takes both kinds."""
+    client = scope.get("client")
+    return client[0].removeprefix("::ffff:") if client else ""
+
+
 def openai_shaped(path: str) -> bool:
     """Whether errors on `path` look as OpenAI's do; TensorFlow Serving and Open Inference say {"error": "..."}."""
     apart = (":", "/versions/", "/labels/")
@@ -166,6 +171,8 @@ def error_response(failure: Failure, path: str) -> Response:
     headers: dict[str, str] = {}
     if failure.retry_after is not None:
         headers["Retry-After"] = str(failure.retry_after)
+    if failure.kind.status == 415:
+        headers["Accept-Encoding"] = "gzip, deflate"
     if failure.kind.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body, failure.kind.status, headers)

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import unquote
 
 from serving.server.errors import failure_of
 from serving.server.gate import REQUEST_ID, access, log
@@ -25,6 +26,12 @@ def request_id() -> str:
 def headers_of(context: Any) -> dict[str, str]:
     """The call's metadata that is text."""
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def client_of(context: Any) -> str:
+    """Whence a call comes, as HTTP has it; gRPC writes "ipv4:127.0.0.1:5" and "ipv6:%5B::1%5D:5"."""
+    address: str = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
+    return address.strip("[]")
 
 
 def _named(context: Any) -> str:
@@ -76,12 +83,12 @@ def guarded(
                 context.set_trailing_metadata(((_KEY, name), pushback))
             await context.abort(grpc.StatusCode[code], failure.message)
         finally:
-            _note(server, method, code, time.perf_counter() - began, name, context.peer(), probe=admit is None)
+            _note(server, method, code, time.perf_counter() - began, name, client_of(context), probe=admit is None)
 
     return call
 
 
-def _note(server: Server, method: str, code: str, seconds: float, name: str, peer: str, probe: bool) -> None:
+def _note(server: Server, method: str, code: str, seconds: float, name: str, client: str, probe: bool) -> None:
     server.metrics.on_grpc(method, code)
-    beside = {"request_id": name, "method": method, "code": code, "seconds": round(seconds, 6), "client": peer}
+    beside = {"request_id": name, "method": method, "code": code, "seconds": round(seconds, 6), "client": client}
     access.log(logging.DEBUG if probe and code == "OK" else logging.INFO, "gRPC %s %s", method, code, extra=beside)

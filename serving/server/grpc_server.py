@@ -7,7 +7,7 @@ from typing import Any
 
 from serving.engine.api import DrainingError
 from serving.errors import GPT2BundleError, RuntimeMissingError
-from serving.server.grpc_calls import guarded, unary
+from serving.server.grpc_calls import client_of, guarded, unary
 from serving.server.runner import Address
 from serving.server.state import Server
 
@@ -131,6 +131,6 @@ def _admit(server: Server, context: Any, counted: bool = True) -> None:
     metadata = dict(context.invocation_metadata() or ())
     caller = server.keys.check(metadata.get("authorization"))
     if counted:
-        server.limiter.take(caller or context.peer().rpartition(":")[0])
+        server.limiter.take(caller or client_of(context))
     if server.draining:
         raise DrainingError("the server is shutting down; ask another one or try again")

@@ -1,4 +1,4 @@
-"""HTTP/1.1 of uvicorn with limits on what comes before a body, where no handler can set any.
+"""uvicorn's HTTP with limits on what comes before a body, where no handler can set any, and no chunks in HTTP/1.0.
 
 httptools joins the parts of a header as they come, so one header without end takes memory, and the loop's time with the
 square of its length; and a connection that never sends its first line would be held for ever.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving.server.errors import INVALID
 
@@ -25,6 +28,8 @@ class LimitedProtocol(HttpToolsProtocol):
     _pending = 0
     """Bytes since a head, a piece of a body or a message was complete."""
     _advanced = False
+    _again = b""
+    """The head of a request to be read again."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -37,27 +42,60 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._advanced = False
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(memoryview(data))
+        except httptools.HttpParserError:
+            self.logger.warning("refused what cannot be read as HTTP/1.1")
+            self._answer(400, "Bad Request", "what came cannot be read as HTTP/1.1")
+            return
         self._pending = 0 if self._advanced else self._pending + len(data)
         if self._pending > MAX_HEAD:
             self._refuse(431, "Request Header Fields Too Large", f"the request's head has more than {MAX_HEAD} bytes")
+
+    def _parse(self, data: memoryview) -> None:
+        """Feed the parser, again without their wish where requests ask to go on in another protocol.
+
+        The parser takes what follows their heads for that protocol, which would lose the body that Java's HTTP client
+        sends though it asks for HTTP/2.
+        """
+        while len(data):
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                head, self._again = self._again, b""
+                if not head:
+                    return
+                data = data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # As uvicorn does.
+                self.parser.feed_data(head)
 
     def on_message_begin(self) -> None:
         self._wait_for_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            rest = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self._again = b"\r\n".join([first, *rest, b"", b""])
+            return
         self._advanced = True
         self._stop_waiting()
         super().on_headers_complete()
+        if self.scope["http_version"] in ("0.9", "1.0"):
+            self.cycle.send = _unchunked(self.cycle)  # type: ignore[method-assign, assignment]
 
     def on_body(self, body: bytes) -> None:
         self._advanced = True
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._advanced = True
-        super().on_message_complete()
+        if not self._again:
+            self._advanced = True
+            super().on_message_complete()
 
     def _wait_for_head(self) -> None:
         self._stop_waiting()
@@ -71,12 +109,36 @@ class LimitedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, status: int, reason: str, sentence: str) -> None:
-        """Say so, unless nothing came or an answer is under way here, and close the connection."""
+        """Say so, unless nothing came, and close the connection."""
+        if self._pending:
+            self._answer(status, reason, sentence)
+        elif not self.transport.is_closing():
+            self.transport.close()
+
+    def _answer(self, status: int, reason: str, sentence: str) -> None:
+        """Say so, unless an answer is under way here, and close the connection."""
         if self.transport.is_closing():
             return
-        if self._pending and (self.cycle is None or self.cycle.response_complete):
+        if self.cycle is None or self.cycle.response_complete:
             error = {"message": sentence, "type": INVALID.openai_type, "param": None, "code": None}
             body = json.dumps({"error": error}).encode()
             head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+
+
+def _unchunked(cycle: RequestResponseCycle) -> Callable[[Any], Awaitable[None]]:
+    """`cycle.send` for a client that knows no chunks: a body of unknown length ends with its connection (RFC 9112)."""
+    send, sized = cycle.send, True
+
+    async def sending(message: Any) -> None:
+        nonlocal sized
+        if message["type"] == "http.response.start":
+            sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not sized:
+                cycle.chunked_encoding = False
+        elif not sized:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return sending

@@ -80,6 +80,7 @@ class Versions:
         self._estimates: dict[int, int] = {}
         self._retiring: dict[int, threading.Thread] = {}
         self._refused: set[str] = set()
+        self._empty = False
         self._last_version = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -111,12 +112,28 @@ class Versions:
     def poll(self) -> None:
         """Look at the folder once, and swap if there is something newer, or if the current version was taken away."""
         with self._lock:
-            for candidate in find(self._folder):
+            for candidate in self._find():
                 current = self._current
                 if current is not None and candidate.identity == current[0].identity:
                     return
                 if self._stop.is_set() or candidate.version in self._retiring or self._try(candidate):
                     return
+
+    def _find(self) -> list[Candidate]:
+        """What is in the folder; if that is nothing, a line says so, and one when there is something again."""
+        try:
+            candidates = find(self._folder)
+            problem = "has no version" if self._folder.is_dir() else "is gone"
+        except OSError as error:
+            candidates, problem = [], f"cannot be read ({error.strerror})"
+        if self._empty != (not candidates):
+            self._empty = not candidates
+            if candidates:
+                log.info("%s has a version again", self._folder)
+            elif self._current is not None:
+                model = self._current[1]
+                log.warning("%s %s; version %d of %s is served on", self._folder, problem, model.version, model.name)
+        return candidates
 
     def _try(self, candidate: Candidate) -> bool:
         """Swap to `candidate`, or say once why not and go on with what there is."""

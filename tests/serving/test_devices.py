@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 
 import serving.engine.engine
 from serving.backends.cuda import parse_devices
-from serving.backends.onnx_session import open_session
-from serving.bundle import open_bundle
+from serving.backends.onnx_session import open_graph, open_session
+from serving.bundle import Bundle, open_bundle
 from serving.errors import BundleError, InputError, RuntimeMissingError
 from serving.server import loading
 from serving.server.loading import EngineLoader
@@ -58,6 +59,29 @@ def test_replicas_take_devices_in_turns(
     loader = EngineLoader(devices=devices, replicas=replicas)
     loader.open(open_bundle(bundle_folder), None).close()  # type: ignore[arg-type]
     assert seen == [(place, threads) for place in places]
+
+
+def test_caches_in_int8_want_an_onnx_runtime_that_knows_them(
+    bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(bundle_folder)
+    graph = bundle.graph("ort/fp32")
+    caches = {name: replace(spec, dtype="int8") for name, spec in graph.inputs.items() if name.startswith("past")}
+    graphs = {**bundle.manifest.graphs, "ort/int8": replace(graph, inputs={**graph.inputs, **caches})}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
+
+    def opened(bundle: Bundle, name: str) -> None:
+        with pytest.raises(BundleError, match="cannot load"):  # The file has only the right name.
+            open_graph(bundle, name, "cpu", 1)
+
+    for version in ("1.27.1", "1.9.0", "0.30"):
+        monkeypatch.setattr(ort, "__version__", version)
+        with pytest.raises(RuntimeMissingError, match=f"ONNX Runtime 1.28 or newer, and {version} is installed"):
+            open_graph(bundle, "ort/int8", "cpu", 1)
+        opened(bundle, "ort/fp32")
+    for version in ("1.28.0", "1.31.0.dev1", "2.0.0", "unknown"):
+        monkeypatch.setattr(ort, "__version__", version)
+        opened(bundle, "ort/int8")
 
 
 def test_the_cuda_provider_is_told_the_number(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

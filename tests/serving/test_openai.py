@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import time
@@ -269,6 +270,8 @@ def test_a_number_without_a_fraction_is_an_integer(raw: Any) -> None:
         ({"logit_bias": {"1": 101}}, "logit_bias", "100"),
         ({"stop": ["x"] * 17}, "stop", "16"),
         ({"stop": ""}, "stop", "non-empty"),
+        ({"stop": ["x", "y" * 1025]}, "stop", "1024 characters"),
+        ({"logit_bias": {str(index): 1 for index in range(258)}}, "logit_bias", "more ids than the vocabulary, 257"),
         ({"prompt": [1, "a"]}, "prompt", "list"),
         ({"prompt": [[]]}, "prompt", "list"),
         ({"prompt": {"a": 1}}, "prompt", "string"),
@@ -339,6 +342,43 @@ def test_an_engine_that_fails_says_nothing_of_itself(tmp_path: Path, caplog: pyt
         record = next(record for record in caplog.records if record.levelname == "ERROR")
         assert record.request_id == "req-7" and "secret" in str(record.exc_info)  # type: ignore[attr-defined]
     engine.close()
+
+
+@pytest.mark.parametrize("most", [{"max_tokens": 3}, {"max_tokens": 0, "echo": True}, {}])
+def test_more_tokens_at_least_than_at_most_are_refused(raw: Any, most: dict[str, Any]) -> None:
+    fits = {"prompt": "A", **most, "min_tokens": most.get("max_tokens", 16)}
+    assert raw.post("/v1/completions", json=fits).status_code == 200
+    answer = raw.post("/v1/completions", json={**fits, "min_tokens": fits["min_tokens"] + 1})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "min_tokens" and "max_tokens" in error["message"]
+
+
+def test_packed_bodies_are_unpacked_or_refused_by_name(raw: Any) -> None:
+    body = json.dumps({"prompt": "Ab", "max_tokens": 2, "temperature": 0}).encode()
+    for encoding, packed in (("gzip", gzip.compress(body)), ("X-GZIP", gzip.compress(body)), ("identity", body)):
+        headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+        answer = raw.post("/v1/completions", content=packed, headers=headers)
+        assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected("Ab", 2)
+    for path in ("/v1/completions", "/tokenize", "/detokenize"):
+        headers = {"Content-Type": "application/json", "Content-Encoding": "br"}
+        answer = raw.post(path, content=b"\x0b\x00", headers=headers)
+        assert answer.status_code == 415 and "'br'" in answer.json()["error"]["message"]
+        assert answer.headers["accept-encoding"] == "gzip, deflate"
+    bomb = {"content": gzip.compress(bytes(10_000_000)), "headers": {**headers, "Content-Encoding": "gzip"}}
+    assert raw.post("/v1/completions", **bomb).status_code == 413
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def encode(tokenizer: Any, text: str) -> list[int]:
+        raise AssertionError("encoded")
+
+    # 1024 positions; the longest token is "<|endoftext|>" with 13 bytes.
+    monkeypatch.setattr("serving.protocols.openai.encode", encode)
+    answer = raw.post("/v1/completions", json={"prompt": "a" * (13 * 1024 + 1)})
+    assert answer.status_code == 400 and "longer than the model's context of 1024" in answer.json()["error"]["message"]
+    monkeypatch.undo()
+    answer = raw.post("/v1/completions", json={"prompt": "a" * 13 * 1024})
+    assert answer.status_code == 400 and f"a prompt of {13 * 1024}" in answer.json()["error"]["message"]
 
 
 def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from serving.bundle import Bundle
 from serving.engine.api import Engine, FinishEvent, GenerationRequest, Observer, QueueFullError
 from serving.errors import BundleError, GPT2BundleError, InputError
 from serving.sampling import SamplingParams
+from serving.server import versions
 from serving.server.app import build_app
 from serving.server.registry import ModelRegistry, State
 from serving.server.replicas import Replicas
@@ -98,6 +99,45 @@ def test_taking_the_version_away_goes_back_to_the_one_before(served: Served) -> 
     shutil.rmtree(served.folder / "1")
     served.versions.poll()
     assert served.states() == {1: State.AVAILABLE}, "what is loaded stays when nothing is left"
+
+
+def test_a_folder_that_goes_away_is_logged_once_and_when_it_is_back(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "gpt2_bundle.versions")
+    served.versions.start()
+    caplog.clear()
+    away = served.folder.with_name("away")
+
+    def lines() -> list[str]:
+        for _ in range(3):
+            served.versions.poll()
+        found = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+        caplog.clear()
+        return found
+
+    assert lines() == []
+    served.folder.rename(away)
+    assert lines() == [f"WARNING {served.folder} is gone; version 1 of tiny1 is served on"]
+    served.folder.mkdir()
+    assert lines() == []
+    served.folder.rmdir()
+    away.rename(served.folder)
+    assert lines() == [f"INFO {served.folder} has a version again"]
+    shutil.move(served.folder / "1", away)
+    assert lines() == [f"WARNING {served.folder} has no version; version 1 of tiny1 is served on"]
+    shutil.move(away, served.folder / "1")
+    assert len(lines()) == 1
+
+    def refused(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "find", refused)
+        assert lines() == [
+            f"WARNING {served.folder} cannot be read (Permission denied); version 1 of tiny1 is served on"
+        ]
+    assert len(lines()) == 1 and served.states() == {1: State.AVAILABLE}
 
 
 def test_metrics_know_no_warm_up_and_count_on_after_a_rollback(served: Served) -> None:

@@ -221,9 +221,11 @@ def test_packed_bodies(client: httpx.Client) -> None:
         assert answer.status_code == 200, answer.text
     bomb = gzip.compress(bytes(10_000_000))
     for name, packed, status, words in (
-        ("br", plain, 400, "gzip or deflate"),
+        ("br", plain, 415, "gzip or deflate"),
         ("gzip", plain, 400, "cannot be unpacked"),
         ("gzip", gzip.compress(plain)[:-4], 400, "too early"),
+        ("gzip", gzip.compress(plain) + b"!", 400, "goes on behind its end"),
+        ("gzip", b"", 400, "too early"),
         ("gzip", bomb, 413, "when it is unpacked"),
     ):
         answer = client.post(f"{MODEL}/generate", content=packed, headers={"Content-Encoding": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import random
 import urllib.error
@@ -10,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 
@@ -217,6 +219,23 @@ def test_mutated_bodies_cause_no_internal_error(url: str) -> None:
             )
         status, answer = post(url, bytes(data))
         assert status in (200, 400), (bytes(data), answer)
+
+
+def test_packed_bodies_are_unpacked(url: str) -> None:
+    body = gzip.compress(json.dumps({"signature_name": "tokenize", "instances": ["Ab"]}).encode())
+    for encoding, status in (("gzip", 200), ("zstd", 415)):
+        answer = httpx.post(
+            f"{url}/v1/models/tiny:predict", content=body, headers={"Content-Encoding": encoding, "X-Request-Id": "r"}
+        )
+        assert answer.status_code == status, answer.text
+        assert "'zstd'" in answer.text if status == 415 else answer.json()["predictions"][0]["lengths"] == 2
+
+
+@pytest.mark.parametrize("method", ["classify", "regress"])
+def test_methods_that_are_not_offered_say_so(url: str, method: str) -> None:
+    for path in (f"/v1/models/tiny:{method}", f"/v1/models/tiny/versions/1:{method}"):
+        status, answer = post(url, {"examples": [{}]}, path)
+        assert status == 501 and f"{method} is not offered" in answer["error"]
 
 
 def test_a_refused_row_leaves_nothing_running(url: str) -> None:

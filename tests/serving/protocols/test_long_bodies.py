@@ -1,0 +1,104 @@
+"""Long bodies are read beside the event loop, so that streams under way do not wait for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from serving.protocols import open_inference_http, openai, tf_rest
+from serving.protocols.http_requests import number_array
+from serving.protocols.open_inference_tensors import from_values
+from serving.server import bodies
+from serving.server.app import build_app
+from serving.server.settings import Settings
+from tests.serving.double_engine import DoubleEngine, registry_of
+from tests.serving.protocols.open_inference_server import all_routes
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[TestClient]:
+    engine = DoubleEngine()
+    registry, settings = registry_of(engine, tmp_path / "tiny"), Settings()
+    with TestClient(build_app(registry, settings, all_routes(registry, settings))) as client:
+        yield client
+    engine.close()
+
+
+def ids(count: int) -> dict[str, Any]:
+    return {"name": "token_ids", "datatype": "INT32", "shape": [1, count], "data": [1] * count}
+
+
+LENGTHS = {"name": "lengths", "datatype": "INT32", "shape": [1], "data": [1]}
+DETOKENIZE = {"signature_name": "detokenize"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/detokenize", lambda n: {"tokens": [1] * n}),
+        ("/v1/models/tiny:predict", lambda n: {**DETOKENIZE, "instances": [{"token_ids": [1] * n, "lengths": 1}]}),
+        ("/v2/models/tiny/infer", lambda n: {"inputs": [ids(n), LENGTHS], "parameters": DETOKENIZE}),
+        ("/v2/models/tiny/generate", lambda n: {"text_input": "a", "max_tokens": 1, "padding": [1] * n}),
+    ],
+)
+def test_a_long_body_is_read_beside_the_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    seen: list[str] = []
+    for module, name in ((bodies, "parse_body"), (open_inference_http, "parse_body"), (tf_rest, "parse_object")):
+        real = getattr(module, name)
+
+        def spy(*args: Any, real: Any = real) -> Any:
+            seen.append(threading.current_thread().name)
+            return real(*args)
+
+        monkeypatch.setattr(module, name, spy)
+    for count in (3, 40_000):
+        answer = client.post(path, json=body(count))
+        assert answer.status_code == 200, answer.text
+    short, long = seen
+    assert short != long and long.startswith("asyncio_")
+
+
+def test_a_long_text_is_encoded_by_the_batch_beside_the_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = openai.encode_beside
+
+    async def spy(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        seen.append(len(texts[0]))
+        return await real(tokenizer, texts)
+
+    monkeypatch.setattr(openai, "encode_beside", spy)
+    for count in (10, 5_000):
+        assert client.post("/tokenize", json={"prompt": "a" * count}).json()["count"] == count
+    assert seen == [5_000]
+
+
+@pytest.mark.parametrize("datatype", ["INT8", "UINT8", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64"])
+def test_numbers_at_once_are_the_numbers_one_by_one(datatype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[Any] = [0, 1, -1, 127, 128, 255, 256, 2**31, -(2**31), 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**400]
+    numbers += [0.1, 65504.0, 65520.0, 1e39, 1e-46, -0.0, float("nan"), float("inf"), True, "1", None]
+
+    def results() -> list[Any]:
+        made: list[Any] = []
+        for values in ([], *([number] for number in numbers), numbers[:3], [1, 0.5]):
+            try:
+                array = from_values("x", datatype, [len(values)], values)
+            except Exception as error:
+                made.append(str(error))
+            else:
+                made.append((array.dtype, array.tobytes()))
+        return made
+
+    at_once = results()
+    assert number_array([1, 2], np.int32) is not None
+    monkeypatch.setattr("serving.protocols.open_inference_tensors.number_array", lambda values, kind: None)
+    assert at_once == results()
