@@ -132,9 +132,13 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 def check_baseline(record: Mapping[str, Any], baseline: Mapping[str, Any], allowed: float) -> list[str]:
     """What `compare` says, if no figure is worse than in `baseline` by more than the share `allowed`.
 
-    Raises BudgetError with those that are beyond the noise, and with rows that failed or that only the baseline has.
+    Raises BudgetError with those that are beyond the noise, and with rows that failed or that only the baseline has;
+    InputError where no figure has the repeats to be told from another.
     """
-    broken = [str(change).strip() for change in changes(baseline, record) if _is_past(change, allowed)]
+    found = changes(baseline, record)
+    if all(change.verdict.call == "unknown" for change in found):
+        raise InputError("the records have too few repeats to tell anything; measure both with --repeats 5 or more")
+    broken = [str(change).strip() for change in found if _is_past(change, allowed)]
     broken += [*_failed(record), *(f"{where}: not in the record" for where in _alone(baseline, record))]
     if broken:
         raise BudgetError("; ".join(broken))
