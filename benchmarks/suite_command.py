@@ -60,6 +60,9 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         opened = [open_target(bundle, name, batch=batch, stand_in=name in marked) for name in names]
     else:
         opened, missing = open_defaults(bundle, names, batch=asked["max_batch"], stand_ins=asked["stand_ins"])
+    unmarked = [target.name for target in opened if target.name in asked["stand_ins"] and not target.stand_in]
+    if unmarked:
+        raise InputError(f"--stand-in {unmarked[0]!r}: this is what it says it is, and stands in for nothing")
     if {schedule.scenario for schedule in schedules} == {"steps"} and not any(is_static(each) for each in opened):
         raise InputError("steps are measured of a graph in this process; name one, such as ort/fp32 or savedmodel")
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}

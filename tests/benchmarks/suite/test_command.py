@@ -106,6 +106,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
     fails([*swept, "--arrivals", "trace"], 2, "a sweep cannot have arrivals of 'trace'")
     fails([*swept, "--sweep-factor", "1"], 2, "its factor is above 1")
     fails([*command, "--target", "ort/fp32", "--stand-in", "other"], 2, "none of the targets")
+    fails([*command, "--target", "ort/fp32", "--stand-in", "ort/fp32"], 2, "stands in for nothing")
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "no-such-binary")
     fails([*command, "--target", "tfserving"], 1, "TENSORFLOW_MODEL_SERVER names 'no-such-binary'")
 
