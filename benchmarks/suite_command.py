@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.commands.values import Number
 from serving.errors import InputError
 from serving.suggest import did_you_mean
 
@@ -57,6 +60,9 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         opened = [open_target(bundle, name, batch=batch, stand_in=name in marked) for name in names]
     else:
         opened, missing = open_defaults(bundle, names, batch=asked["max_batch"], stand_ins=asked["stand_ins"])
+    unmarked = [target.name for target in opened if target.name in asked["stand_ins"] and not target.stand_in]
+    if unmarked:
+        raise InputError(f"--stand-in {unmarked[0]!r}: this is what it says it is, and stands in for nothing")
     if {schedule.scenario for schedule in schedules} == {"steps"} and not any(is_static(each) for each in opened):
         raise InputError("steps are measured of a graph in this process; name one, such as ort/fp32 or savedmodel")
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
@@ -77,7 +83,6 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         nonlocal is_kept
         if unfinished is not None:
             draft = unfinished.with_name(f"{unfinished.name}.draft")
-            draft.parent.mkdir(parents=True, exist_ok=True)
             draft.write_text(json.dumps(about | record) + "\n", encoding="utf-8")
             draft.replace(unfinished)
             is_kept = True
@@ -112,7 +117,6 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
         raise
     click.echo(to_markdown(record))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".md").write_text(to_markdown(record), encoding="utf-8")
         output.with_suffix(".csv").write_text(to_csv(record), encoding="utf-8")
@@ -157,10 +161,10 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
     # Half the context for the prompt and a quarter for the output, or what is usual if that is less.
     prompt = Lengths.parse(asked["prompt_lengths"] or str(min(128, model.n_positions // 2)))
     made = Lengths.parse(asked["output_lengths"] or str(min(32, model.n_positions // 4)))
-    count, found = asked["requests"], []
+    count, found = asked["requests"] or 16, []
     for scenario in asked["scenarios"]:
         if scenario == "steps":
-            new = min(asked["new_tokens"], model.n_positions - 1)
+            new = asked["new_tokens"] or min(32, model.n_positions - 1)
             tokens = asked["prompt_tokens"] or max(1, min(128, model.n_positions - new))
             found += [planner.steps(batch, tokens, new) for batch in asked["batch_sizes"]]
         elif scenario == "single":
@@ -169,9 +173,10 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
             found.append(planner.offline(count, prompt, made))
         elif scenario == "server":
             trace = _trace(asked["trace"])
+            replayed = asked["requests"] or max(count, len(trace))
             for rate in asked["rates"]:
                 how = {"rate": rate, "arrivals": asked["arrivals"], "trace": trace}
-                found.append(planner.server(count, prompt, made, **how))
+                found.append(planner.server(replayed, prompt, made, **how))
         elif scenario == "concurrency":
             found += [planner.concurrency(clients, count, prompt, made) for clients in asked["clients"]]
         elif scenario == "saturation":
@@ -191,9 +196,29 @@ def _trace(path: Path | None) -> list[float]:
     if path is None:
         return []
     try:
-        return [float(line) for line in path.read_text(encoding="utf-8").split()]
+        moments = [float(line) for line in path.read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a list of moments in seconds ({error})") from None
+    strange = [moment for moment in moments if not math.isfinite(moment)]
+    if strange or not moments:
+        raise InputError(
+            f"{path}: {f'{strange[0]} is no moment' if strange else 'it holds no moments'}; write seconds, one a line"
+        )
+    return moments
+
+
+def check_output(output: Path | None, has_pages: bool) -> None:
+    """Make the folder of `output`. Raises InputError where no record can be written."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder; name a file in it, such as {output / 'record.json'}")
+    if has_pages and output.suffix.lower() in (".md", ".csv", ".html"):
+        named = output.with_suffix(".json")
+        raise InputError(f"{output}: the record is JSON, and {output.suffix} is written beside it; name it {named}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output.parent}: this folder cannot be written to; choose another one for --output")
 
 
 @click.command("compare")
@@ -222,7 +247,7 @@ def selftest() -> None:
               help="Such as 'p99_inter_token_ms<=30'; repeatable.")  # fmt: skip
 @click.option("--baseline", type=click.Path(path_type=Path), metavar="FILE",
               help="An earlier record of the same scenarios: nothing may be worse, beyond the noise.")  # fmt: skip
-@click.option("--allow", type=click.FloatRange(0, 1000), default=5.0, show_default=True, metavar="PERCENT",
+@click.option("--allow", type=Number(0, 1000), default=5.0, show_default=True, metavar="PERCENT",
               help="How much worse than the baseline a figure may be.")  # fmt: skip
 def gate(record: Path, budgets: tuple[str, ...], baseline: Path | None, allow: float) -> None:
     """End with code 1 if any target in RECORD does not keep a budget, or is worse than in the baseline."""

@@ -42,7 +42,8 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "## Parity",
         "",
         f"Against Keras in float32, {certificate['prompts']} ragged prompts continued by {certificate['new_tokens']} "
-        "tokens each; the whole record is in verification.json.",
+        f"tokens each; perplexity over {certificate['perplexity']['tokens']:,} of the held-out tokens. "
+        "The whole record is in verification.json.",
         "",
         "| runtime | largest logit difference | greedy tokens equal | perplexity |",
         "|---|---|---|---|",
@@ -79,10 +80,10 @@ def _variants(certificate: dict[str, Any]) -> list[str]:
     if kept:
         lines += [
             "In fewer bits, against the same reference; KL divergence in nats a token, logit differences as median, "
-            "99th percentile and largest:",
+            "99th percentile and largest; alone are the greedy tokens that a prompt has both by itself and in a batch:",
             "",
-            "| variant | perplexity | same likeliest token | KL | logit difference | greedy text the same for |",
-            "|---|---|---|---|---|---|",
+            "| variant | perplexity | same likeliest token | KL | logit difference | same greedy text for | alone |",
+            "|---|---|---|---|---|---|---|",
         ]
     for name, table in kept.items():
         first = table["first_divergence"]
@@ -90,7 +91,8 @@ def _variants(certificate: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {table['perplexity']:.4f} ({table['perplexity_relative']:+.2%}) "
             f"| {table['top1_agreement']:.2%} | {table['kl_divergence']:.2e} | {difference} "
-            f"| {first['median']:.0f} of {first['of']} tokens (median; shortest {first['min']}) |"
+            f"| {first['median']:.0f} of {first['of']} tokens (median; shortest {first['min']}) "
+            f"| {table['alone']['equal']:,} of {table['alone']['of']:,} |"
         )
     lines += [""] if kept else []
     lines += [f"{name} was left out: {reason}.\n" for name, reason in certificate["left_out"].items()]

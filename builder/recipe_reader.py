@@ -31,7 +31,7 @@ def read_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     table: dict[str, Any] = {}
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"no recipe at {path}; the ones that come with the project are in recipes/") from None
         except (IsADirectoryError, UnicodeDecodeError):

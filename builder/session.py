@@ -11,15 +11,21 @@ import numpy as np
 
 from builder.frameworks import tf
 from serving.backends.base import pad_right
+from serving.errors import BundleError
 
 
 class SessionServable:
     """One loaded SavedModel in a session of its own; tensors are fed and fetched by the signatures' names."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises BundleError for what TensorFlow cannot load."""
         self._session = tf.compat.v1.Session(graph=tf.Graph())
-        with self._session.graph.as_default():
-            meta_graph = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
+        try:
+            with self._session.graph.as_default():
+                meta_graph = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
+        except Exception as error:  # Its errors share no narrower base.
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{folder}: TensorFlow cannot load it: {reason}; export it again") from None
         self.signatures = meta_graph.signature_def
         self._requests = itertools.count(1)
 

@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,6 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving or 'serve', by REST or gRPC."),
     "bench": ("benchmarks.command:bench", "Measure latency: steps against the floor, requests as clients see them."),
 }
+# What keeps its work by stages, and takes it up again.
+STAGES = ("prepare", "train", "export", "verify", "build")
 
 
 class LazyGroup(click.Group):
@@ -91,8 +94,17 @@ def _os_error_line(error: OSError) -> str:
 
 
 def _fail(line: str, code: int) -> int:
-    click.echo("error: " + " ".join(line.split()), err=True)
+    # What a server or a file's name put into it must not steer the terminal.
+    plain = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(line.split()))
+    click.echo(f"error: {plain}", err=True)
     return code
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started without standard output or errors (`>&-`) ones that nobody reads."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -100,6 +112,7 @@ def run(arguments: list[str] | None = None) -> int:
 
     Set GPT2_BUNDLE_TRACEBACK=1 to see the traceback of an error instead.
     """
+    _open_missing_streams()
     if os.environ.get("GPT2_BUNDLE_TRACEBACK") == "1":
         result: Any = cli.main(args=arguments, prog_name="gpt2-bundle", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -117,7 +130,10 @@ def run(arguments: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         if sys.stderr.isatty():
             click.echo(err=True)  # Behind the terminal's "^C".
-        return _fail("interrupted; the same command goes on from the last finished stage", 130)
+        goes_on = next(iter(sys.argv[1:] if arguments is None else arguments), None) in STAGES
+        return _fail(
+            "interrupted" + ("; the same command goes on from the last finished stage" if goes_on else ""), 130
+        )
     except GPT2BundleError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:

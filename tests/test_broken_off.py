@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,37 @@ def test_an_interrupt_anywhere_is_one_line(fresh: TinyBuild, words: str, delay: 
     interrupt(fresh, words, delay)
     assert run(fresh.build()) == 0
     open_bundle(fresh.bundle)
+
+
+def test_a_command_without_stages_does_not_promise_to_go_on(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("serving.bundle.open_bundle", press)
+    assert fails(["generate", "bundle", "x"], 130) == "error: interrupted\n"
+
+
+def test_streams_that_are_closed_are_no_internal_error(built: TinyBuild) -> None:
+    for prompt, closed, code in (("Return", 1, 0), ("-", 0, 2), ("Return", 2, 0)):
+        arguments = [
+            sys.executable,
+            "-m",
+            "serving.cli",
+            "generate",
+            str(built.bundle),
+            prompt,
+            "--max-new-tokens",
+            "1",
+        ]
+        result = subprocess.run(
+            arguments,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            preexec_fn=partial(os.close, closed),
+        )
+        assert result.returncode == code and "internal error" not in result.stderr, result.stderr
+        assert ("no standard input" in result.stderr) == (prompt == "-")
 
 
 def test_a_reader_that_goes_away_gets_no_traceback(fresh: TinyBuild) -> None:

@@ -48,6 +48,14 @@ def test_a_flipped_byte(fails: Fails, bundle: Path, capfd: pytest.CaptureFixture
     assert contents(bundle) == before
 
 
+def test_changed_weights_are_neither_measured_nor_judged(fails: Fails, bundle: Path) -> None:
+    flip(bundle / "ort/fp32/model.onnx_data")
+    fails(["bench", str(bundle), "--target", "ort/fp32"], 1, "ort/fp32/model.onnx_data")
+    index = bundle / "savedmodel/1/variables/variables.index"
+    index.write_bytes(b"?" * index.stat().st_size)
+    fails(["lint", str(bundle)], 1, "savedmodel/1: TensorFlow cannot load it")
+
+
 @pytest.mark.parametrize("name", KINDS[1:])
 def test_a_missing_and_a_cut_file(fails: Fails, bundle: Path, name: str) -> None:
     data = (bundle / name).read_bytes()

@@ -125,6 +125,7 @@ def test_another_command_in_the_same_run(fails: Fails, tiny: TinyBuild, command:
         (["--runtime", "onxn"], ["no runtime 'onxn'", "'onnx'"]),
         (["--graph", "ort/fp23"], ["'ort/fp32'"]),
         (["--graph", "savedmodel/prefill"], ["--runtime tensorflow"]),
+        (["--graph", "savedmodel"], ["--runtime tensorflow"]),
         (["--graph", "ort/fp32", "--runtime", "tensorflow"], ["--runtime onnx"]),
     ],
 )

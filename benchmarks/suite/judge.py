@@ -24,6 +24,8 @@ _BUDGET = re.compile(r"\s*(\w+)\s*(<=|>=)\s*([0-9.eE+-]+)\s*")
 
 # Best passes of one machine left alone differ by less.
 _OTHER_MACHINE = 0.02
+# Share of the cores that other programs took, from which on latencies are theirs too.
+_MUCH_FOR_OTHERS = 0.05
 
 
 class BudgetError(GPT2BundleError):
@@ -132,9 +134,13 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 def check_baseline(record: Mapping[str, Any], baseline: Mapping[str, Any], allowed: float) -> list[str]:
     """What `compare` says, if no figure is worse than in `baseline` by more than the share `allowed`.
 
-    Raises BudgetError with those that are beyond the noise, and with rows that failed or that only the baseline has.
+    Raises BudgetError with those that are beyond the noise, and with rows that failed or that only the baseline has;
+    InputError where no figure has the repeats to be told from another.
     """
-    broken = [str(change).strip() for change in changes(baseline, record) if _is_past(change, allowed)]
+    found = changes(baseline, record)
+    if all(change.verdict.call == "unknown" for change in found):
+        raise InputError("the records have too few repeats to tell anything; measure both with --repeats 5 or more")
+    broken = [str(change).strip() for change in found if _is_past(change, allowed)]
     broken += [*_failed(record), *(f"{where}: not in the record" for where in _alone(baseline, record))]
     if broken:
         raise BudgetError("; ".join(broken))
@@ -163,13 +169,20 @@ def _failed(record: Mapping[str, Any]) -> list[str]:
 
 
 def _machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """How the machine's own rates have changed, if one has by more than 2 %."""
+    """How the machine's own rates have changed, if one has by more than 2 %, and whether it was lent to others."""
     said = []
     for rate, name in (("read_bandwidth_bytes_per_second", "memory reads"), ("fp32_flops_per_second", "products")):
         old, new = before.get(rate), after.get(rate)
         if old and new and abs(new / old - 1) > _OTHER_MACHINE:
             said.append(f"{name} {new / old - 1:+.1%}")
-    return [f"{'the machine':>15}  was another: {', '.join(said)}; a target may owe as much to that"] if said else []
+    lines = [f"{'the machine':>15}  was another: {', '.join(said)}; a target may owe as much to that"] if said else []
+    shares = [record.get("others_cpu_share") or 0.0 for record in (before, after)]
+    if max(shares) > _MUCH_FOR_OTHERS:
+        lines.append(
+            f"{'others':>15}  took {shares[0]:.0%} of the cores before and {shares[1]:.0%} after; "
+            "measure both again on a machine left alone"
+        )
+    return lines
 
 
 def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:

@@ -23,6 +23,8 @@ ARRIVALS = ("poisson", "gamma", "constant", "trace")
 GAMMA_VARIATION = 2.0
 # Requests of one rate of a sweep: enough to see a queue grow, few enough to end soon.
 _SWEEP_FEWEST, _SWEEP_MOST = 16, 1024
+# Seconds from the first request to the last at most: a week.
+_LONGEST = 604_800.0
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,11 @@ class Planner:
             raise InputError(
                 f"prompts of {prompt.high} and outputs of {output.high} tokens do not fit a context of "
                 f"{self._n_positions}; make them shorter"
+            )
+        if moments is not None and moments[-1] > _LONGEST:
+            raise InputError(
+                f"the last of {count} requests would be sent after {moments[-1]:.3g} s, and a schedule ends within "
+                f"{_LONGEST:.0f} s, a week; ask for a higher rate, or for fewer requests"
             )
         random = np.random.default_rng((self._seed, 0))
         ring = np.array(self._text)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from serving.commands.values import Number
+
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     from builder.lint_costs import parse_size
@@ -21,12 +23,12 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 
 @click.command()
 @click.argument("folder", metavar="SAVEDMODEL|BUNDLE", type=click.Path(path_type=Path))
-@click.option("--ms-per-token", type=click.FloatRange(min=0, min_open=True), metavar="MS",
+@click.option("--ms-per-token", type=Number(min=0, min_open=True), metavar="MS",
               help="Milliseconds a token on the machine that will serve; measured here by default.")  # fmt: skip
 @click.option("--no-measure", is_flag=True, help="Run nothing; the worst case then needs --ms-per-token.")
 @click.option("--context", type=click.IntRange(min=1), metavar="N",
               help="Tokens of the longest generation; a bundle's context by default.")  # fmt: skip
-@click.option("--rest-timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True,
+@click.option("--rest-timeout", type=Number(min=0, min_open=True), default=30.0, show_default=True,
               metavar="SECONDS", help="The server's --rest_api_timeout_in_ms, in seconds.")  # fmt: skip
 @click.option("--gpu-memory", callback=_size, metavar="SIZE", help="Refuse what needs more, such as 16GiB.")
 @click.option("--batch", type=click.IntRange(min=1), metavar="N",

@@ -37,6 +37,8 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
         if runtime != "onnx":
             raise InputError(f"{runtime} finds its devices by itself; ask for {device!r} with '--runtime onnx'")
         arguments["device"] = device
+    if graph == "savedmodel":
+        raise InputError("the SavedModel is no ONNX graph; leave out '--graph', and ask for '--runtime tensorflow'")
     if graph is not None:
         other = bundle.graph(graph).runtime
         if other != runtime:

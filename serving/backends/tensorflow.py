@@ -38,7 +38,8 @@ class TensorFlowBackend:
             self.loaded = tf.saved_model.load(str(folder))
         except Exception as error:  # Its errors share no narrower base.
             reason = " ".join(str(error).split())
-            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {folder.name}: {reason}") from None
+            place = folder.relative_to(bundle.folder)
+            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
         self._prefill = self.loaded.signatures["prefill"]
         self._decode = self.loaded.signatures["decode"]
 

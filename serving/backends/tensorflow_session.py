@@ -24,7 +24,8 @@ class SessionTransport:
                 loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
         except Exception as error:  # Its errors share no narrower base.
             reason = " ".join(str(error).split())
-            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {folder.name}: {reason}") from None
+            place = folder.relative_to(bundle.folder)
+            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
         self._signatures = {name: each for name, each in loaded.signature_def.items() if not name.startswith("__")}
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:

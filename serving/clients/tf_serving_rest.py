@@ -63,7 +63,10 @@ class Origin:
         except TimeoutError:
             raise ServerError(f"{self._url}: no answer within the deadline", "DEADLINE_EXCEEDED") from None
         except (OSError, http.client.HTTPException) as error:
-            raise ServerError(f"{self._url}: {error or type(error).__name__}; is it running?", "UNAVAILABLE") from None
+            # What came in the place of a status line may be any bytes, such as gRPC's.
+            strange = type(error) is http.client.BadStatusLine
+            why = "the answer is not HTTP" if strange else f"{error or type(error).__name__}; is it running?"
+            raise ServerError(f"{self._url}: {why}", "UNAVAILABLE") from None
         finally:
             connection.close()
 
@@ -137,6 +140,8 @@ class RestTransport:
         if response.status != 200:
             code = CODES.get(response.status, "INTERNAL")
             said = answer.get("error") if isinstance(answer, dict) else None
+            if isinstance(said, dict):  # OpenAI's form, of 'gpt2-bundle serve' for what no model answers.
+                said = said.get("message")
             raise ServerError(f"{self._url}: {code}: {said or f'HTTP status {response.status}'}", code)
         if not isinstance(answer, dict):
             raise ServerError(f"{self._url}: the answer is not JSON; is this TensorFlow Serving?", "INTERNAL")

@@ -210,6 +210,8 @@ def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[str | list[int]]:
 
 
 def _lines() -> list[str]:
+    if sys.stdin is None:
+        raise InputError("there is no standard input to read prompts from; give the prompts themselves")
     try:
         return sys.stdin.buffer.read().decode("utf-8").splitlines()
     except UnicodeError:

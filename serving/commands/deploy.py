@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from serving.commands.values import Number
 from serving.deploy import IMAGE_VERSION
 
 
@@ -18,7 +19,7 @@ from serving.deploy import IMAGE_VERSION
               help="Where it goes.  [default: deploy/NAME-tfserving]")  # fmt: skip
 @click.option("--image-version", default=IMAGE_VERSION, show_default=True, metavar="TAG",
               help="Tag of tensorflow/serving.")  # fmt: skip
-@click.option("--rest-timeout", type=click.FloatRange(min=0.001, max=86_400), default=30.0, show_default=True,
+@click.option("--rest-timeout", type=Number(min=0.001, max=86_400), default=30.0, show_default=True,
               metavar="SECONDS", help="After which the server ends a REST request.")  # fmt: skip
 @click.option("--no-copy", is_flag=True, help="Mount the SavedModel from the bundle instead of copying it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")

@@ -137,6 +137,8 @@ def _read_bias(text: str) -> tuple[int, float]:
 def _read_prompt(prompt: str) -> str:
     try:
         if prompt == "-":
+            if sys.stdin is None:
+                raise InputError("there is no standard input to read the prompt from; give the prompt itself")
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n").removesuffix("\r")
         prompt.encode("utf-8")
     except UnicodeError:

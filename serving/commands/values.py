@@ -31,12 +31,12 @@ class Size(click.ParamType[int]):
 
 
 class Number(click.FloatRange):
-    """A number within bounds, which click's own kind lets "nan" pass."""
+    """A finite number within bounds; click's own kind lets "nan" pass, and "inf" where there is no upper bound."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]
-        if math.isnan(number):
-            self.fail(f"{value!r} is no number", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number; write one that is finite", param, ctx)
         return number
 
 

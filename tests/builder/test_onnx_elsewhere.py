@@ -17,7 +17,7 @@ from serving.sampling import SamplingParams
 from serving.text_stream import load_tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs" / "onnx.md"
-GRAPHS = ("onnx/portable", "ort/fp32", "ort/int8", "ort/int4")
+GRAPHS = ("onnx/portable", "ort/fp32", "ort/int8", "ort/int4", "ort/choose")
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -31,18 +31,20 @@ def test_checker_and_strict_shape_inference_are_clean_and_every_axis_is_named(bu
     for value in [*model.graph.input, *model.graph.output]:
         axes = value.type.tensor_type.shape.dim
         assert axes and all(axis.dim_param or axis.dim_value > 0 for axis in axes), value.name
-        assert axes[0].dim_param == "batch_size", value.name
+        # How many to look among is one number for all rows.
+        assert axes[0].dim_param == "batch_size" or value.name == "candidates", value.name
 
 
-def test_the_example_of_the_docs_says_what_generate_says(built, tmp_path):
+@pytest.mark.parametrize("graph", ["ort/fp32", "ort/int8", "ort/int4"])
+def test_the_example_of_the_docs_says_what_generate_says(built, tmp_path, graph):
     bundle = open_bundle(built.bundle)
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     script = tmp_path / "continue.py"
     script.write_text(code, encoding="utf-8")
-    command = [sys.executable, str(script), str(bundle.folder), "Return the", "9"]
+    command = [sys.executable, str(script), str(bundle.folder / graph), "Return the", "9"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
 
     tokenizer = load_tokenizer(bundle)
     prompt = tokenizer.encode("Return the").ids
-    (ours,) = generate(OnnxBackend(bundle), [prompt], SamplingParams(max_new_tokens=9), -1)  # No end token.
+    (ours,) = generate(OnnxBackend(bundle, graph), [prompt], SamplingParams(max_new_tokens=9), -1)  # No end token.
     assert printed == tokenizer.decode(list(ours.token_ids)) + "\n"

@@ -186,6 +186,11 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     assert "'training' is a section" in refusal(path=path)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("seed = 7\n", encoding="utf-8-sig")
+    assert read_recipe(tmp_path / "r.toml").seed == 7
+
+
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "r.toml").touch()
     assert read_recipe(tmp_path / "r.toml") == Recipe()

@@ -201,13 +201,18 @@ def test_half_precision_runs_on_a_processor_too(tmp_path: Path) -> None:
 def test_the_certificate_says_what_a_variant_costs(built: TinyBuild) -> None:
     bundle = open_bundle(built.bundle)
     certificate = json.loads(bundle.path("verification.json").read_text())
+    card = bundle.path("README.md").read_text()
     assert set(certificate["variants"]) == {"ort/int8", "ort/int4"} and certificate["left_out"] == {}
     for name, table in certificate["variants"].items():
         assert abs(table["perplexity_relative"]) <= table["gate"] and table["tokens"] == 94
         assert 0 < table["kl_divergence"] < 0.1 and 0.5 < table["top1_agreement"] <= 1
         difference = table["logit_difference"]
         assert 0 < difference["p50"] <= difference["p90"] <= difference["p99"] <= difference["max"] * 1.01
-        assert table["alone"] == {"equal": 18, "of": 18} and name in bundle.path("README.md").read_text()
+        assert table["alone"] == {"equal": 18, "of": 18} and name in card
+        assert (
+            f"{table['perplexity']:.4f} (" in card and f" {table['first_divergence']['median']:.0f} of 6 tokens" in card
+        )
+    assert card.count("| 18 of 18 |") == 2 and "perplexity over 94 of the held-out tokens" in card
     assert set(bundle.manifest.parity["variants"]) == set(certificate["variants"])
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,14 @@ def test_an_answer_over_grpcs_default_of_4_mib(server: StandIn, kind: str) -> No
     assert got["logits"].shape[0] == rows
 
 
+def _answer(listening: socket.socket, answer: bytes) -> None:
+    """Read one request and send `answer` for it, whatever it is."""
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+
 def test_a_server_that_is_not_there(fails: Fails) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -151,6 +160,17 @@ def test_a_server_that_is_not_there(fails: Fails) -> None:
     command = ["client", "status", "--model", "bytes", "--retries", "0"]
     fails([*command, "--url", f"http://{address}"], 1, "is it running?")
     fails([*command, "--grpc", address, "--timeout", "5"], 1, address)
+    for answer, words in (
+        (b"\0\0\x1b[31m\xff\r\n\r\n", "the answer is not HTTP"),
+        (
+            b'HTTP/1.0 404 no\r\n\r\n{"error": {"message": "no model \\u001b[31m", "code": 1}}',
+            "NOT_FOUND: no model \ufffd[31m",
+        ),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            place = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            threading.Thread(target=_answer, args=(listening, answer)).start()
+            fails([*command, "--url", place], 1, words)
     fails(command, 2, "name one server")
     fails([*command, "--url", "localhost:8501"], 2, "no address of a server")
     fails(["client", "predict", "{", "--url", "http://x", "--model", "m"], 2, "not JSON")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
 
 import pytest
 
-from benchmarks import hardware
+from benchmarks import hardware, suite_command
 from benchmarks.hardware import own_seconds, usable_cores
 from benchmarks.suite import selftest
 from benchmarks.suite.calibrate import client_overhead, fake_process, lateness
@@ -34,8 +35,20 @@ def small_probe(monkeypatch):
 
 def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
     output, schedule = tmp_path / "r.json", tmp_path / "s.jsonl"
-    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--requests", "3", "--repeats", "2"]
-    drawn = ["--scenario", "single", "--scenario", "concurrency", "--clients", "2", "--clients", "3", "--save-schedule"]
+    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "2"]
+    drawn = [
+        "--requests",
+        "3",
+        "--scenario",
+        "single",
+        "--scenario",
+        "concurrency",
+        "--clients",
+        "2",
+        "--clients",
+        "3",
+        "--save-schedule",
+    ]
     assert run([*command, *drawn, str(schedule), "--output", str(output), "--slo-e2e", "10000"]) == 0
     record = json.loads(output.read_text())
     assert [point["scenario"] for point in record["points"]] == ["single", "concurrency", "concurrency"]
@@ -72,6 +85,8 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
     left.unlink()
     assert run(["bench", "compare", str(output), str(again)]) == 0
     assert "too few repeats" in capfd.readouterr().out
+    fails(["bench", "gate", str(output), "--baseline", str(again)], 2, "too few repeats to tell anything")
+    fails(["bench", "gate", str(output), "--baseline", str(again), "--allow", "nan"], 2, "'nan' is no number")
     assert run(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=60000"]) == 0
     fails(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=0.0001"], 1, "p50_e2e_ms is")
     slow = json.loads(output.read_text())
@@ -92,8 +107,62 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
     fails([*swept, "--arrivals", "trace"], 2, "a sweep cannot have arrivals of 'trace'")
     fails([*swept, "--sweep-factor", "1"], 2, "its factor is above 1")
     fails([*command, "--target", "ort/fp32", "--stand-in", "other"], 2, "none of the targets")
+    fails([*command, "--target", "ort/fp32", "--stand-in", "ort/fp32"], 2, "stands in for nothing")
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "no-such-binary")
     fails([*command, "--target", "tfserving"], 1, "TENSORFLOW_MODEL_SERVER names 'no-such-binary'")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--slo-ttft", "nan", "--scenario", "single"], "'nan' is no number"),
+        (["--slo-e2e", "-1", "--scenario", "single"], "--slo-e2e"),
+        (["--price-per-hour", "inf", "--scenario", "single"], "'inf' is no number"),
+        (["--sweep-limit", "nan", "--scenario", "saturation"], "'nan' is no number"),
+        (["--rate", "1e-300", "--scenario", "server"], "a higher rate"),
+        (["--sweep-from", "1e-300", "--scenario", "saturation"], "a higher rate"),
+        (["--price-per-hour", "3"], "--price-per-hour is read with a scenario"),
+        (["--resume"], "--resume is read with a scenario"),
+        (["--clients", "3"], "add --scenario concurrency"),
+        (["--clients", "3", "--scenario", "single"], "--clients is read with --scenario concurrency"),
+        (["--batch-size", "3", "--scenario", "single"], "--batch-size is read with --scenario steps"),
+        (["--requests", "3", "--scenario", "saturation"], "--requests is read with --scenario single or"),
+        (["--trace", "t", "--scenario", "server"], "--arrivals trace"),
+        (["--trace", "t", "--scenario", "server", "--arrivals", "trace", "--rate", "1"], "--rate has no say"),
+        (["--schedule", "s", "--requests", "3"], "--requests draws a schedule"),
+        (["--scenario", "steps", "--new-tokens", "500"], "do not fit a context of 48"),
+    ],
+)
+def test_an_option_is_read_or_refused(built, fails, options, words):
+    fails(["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "1", *options], 2, words)
+
+
+def test_a_trace_is_moments_and_played_whole(built, tmp_path, fails):
+    trace, schedule = tmp_path / "t.txt", tmp_path / "s.jsonl"
+    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "1", "--scenario", "server"]
+    command += ["--arrivals", "trace", "--trace", str(trace)]
+    for text, words in (("0\nnan\n", "nan is no moment"), ("inf", "inf is no moment"), ("\n", "no moments")):
+        trace.write_text(text)
+        fails(command, 2, words)
+    trace.write_text("0\n1e9\n")
+    fails(command, 2, "ends within 604800 s")
+    trace.write_text("".join(f"{1e9 + number / 1e3}\n" for number in range(20)))
+    assert run([*command, "--save-schedule", str(schedule), "--output-lengths", "2"]) == 0
+    rows = [json.loads(line) for line in schedule.read_text().splitlines()]
+    assert len(rows) == 1 + 20 and rows[1]["at"] == 0 and rows[20]["at"] == pytest.approx(0.019, abs=1e-6)
+
+
+def test_where_no_record_can_be_written_nothing_is_measured(built, tmp_path, fails, monkeypatch):
+    (tmp_path / "folder.json").mkdir()
+    plain = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "1", "--output"]
+    for command in (plain, [*plain[:-1], "--scenario", "single", "--output"]):
+        fails([*command, str(tmp_path / "folder.json")], 2, "is a folder; name a file in it")
+    for suffix in (".md", ".csv", ".html"):
+        fails([*command, str(tmp_path / f"r{suffix}")], 2, f"{suffix} is written beside it; name it", "r.json")
+    (tmp_path / "file").touch()
+    fails([*command, str(tmp_path / "file" / "r.json")], 1, "check the path")
+    monkeypatch.setattr(suite_command.os, "access", lambda path, mode: mode != os.W_OK)
+    fails([*command, str(tmp_path / "r.json")], 2, "cannot be written to")
 
 
 def test_the_client_itself_is_measured_in_its_own_process():
