@@ -7,20 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from builder.commands.options import make_run, recipe_options
+from serving.errors import InputError
 
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as one line of JSON at the end.")
-def verify(bundle: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **options: Any) -> None:
     """Prove that Keras, the SavedModel and both ONNX graphs say the same.
 
     With BUNDLE, repeats the certificate of a published bundle on its own golden input and writes nothing. Without,
     verifies the recipe's exported draft and writes verification.json beside it.
     """
+    for name in ("base", "corpus", "runs"):
+        if bundle is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise InputError(f"--{name} is for a recipe's draft; leave it out, or BUNDLE")
     run = make_run(**options)
 
     from builder.build import open_draft, verify_bundle

@@ -43,7 +43,7 @@ _OPTIONS = [
     click.option("--max-length", type=click.IntRange(2), help="Positions of a slot.  [default: the model's context]"),
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
                  help="Requests that may wait, for each replica; more get 429."),
-    click.option("--prefill-slowdown", type=click.FloatRange(1, 1000), metavar="TIMES",
+    click.option("--prefill-slowdown", type=Number(1, 1000), metavar="TIMES",
                  help="How many times as long as without it a step of running texts may take that reads a prompt too; "
                       "more where several wait.  [default: 2.25]"),
     click.option("--prefill-chunk", type=click.IntRange(1, 4096),

@@ -124,3 +124,11 @@ def test_train_takes_the_loop_that_was_asked_for(fresh: TinyBuild, monkeypatch: 
     assert run(["train", *fresh.options(), "--loop", "fit"]) == 0
     assert run(["train", *fresh.options(), "--loop", "fit", "--set", "training.learning_rate=0.02"]) == 0
     assert asked == ["custom"]
+
+
+@pytest.mark.parametrize("option", [("--corpus", "notes"), ("--base", "gpt2"), ("--runs", "elsewhere")])
+def test_verify_refuses_what_a_published_bundle_does_not_read(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(tmp_path), *option]) == 2
+    assert f"{option[0]} is for a recipe's draft; leave it out, or BUNDLE" in capsys.readouterr().err

@@ -110,6 +110,7 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--host", ""], 2, "127.0.0.1, or 0.0.0.0 for every interface"),
         (["--name", "a:b"], 2, "'a:b' must be 1 to 100 letters"),
         (["--watch", "nan"], 2, "'nan' is no number"),
+        (["--prefill-slowdown", "nan"], 2, "'nan' is no number"),
         (["--watch", "inf"], 2, "not in the range"),
         (["--drain-timeout", "1e300"], 2, "not in the range"),
         (["--request-timeout", "nan"], 2, "'nan' is no number"),
