@@ -166,6 +166,7 @@ class SlotEngine:
         try:
             self._core.step(arrived, cancelled)
         except Exception:
+            # Whoever waits must be told: a thread that died would leave them without an end.
             _log.exception("the engine failed")
             self._core.end(self._core.tasks, "error", "the engine failed; look into its log", keep=False)
         if expire:

@@ -42,6 +42,16 @@ def answer(port: int, *pieces: bytes) -> bytes:
         return got
 
 
+def assert_completed(connection: socket.socket) -> None:
+    """Read a whole completion, of which the usage is the last field."""
+    got = b""
+    while b'"usage"' not in got:
+        part = connection.recv(65536)
+        assert part, got
+        got += part
+    assert got.startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("begin", [b"GET / HTTP/1.1\r\nX: ", b"GET /", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3])
 def test_a_head_without_end_is_refused(port: int, begin: bytes) -> None:
     got = answer(port, begin, *[b"a" * 4096] * 17)
@@ -89,12 +99,7 @@ def test_an_upgrade_is_not_taken_and_nobody_is_told_to_install_it(
             connection.sendall(data[:at])
             time.sleep(0.02)
             connection.sendall(data[at:])
-            got = b""
-            while b'"usage"' not in got:
-                part = connection.recv(65536)
-                assert part, got
-                got += part
-            assert got.startswith(b"HTTP/1.1 200 ")
+            assert_completed(connection)
         assert connection.recv(1) == b""
     many = answer(port, (ask + b"\r\n\r\n" + body) * 50 + POST + b"Connection: close\r\n\r\n")
     assert many.count(b'"usage"') == 50 and many.count(b"HTTP/1.1 400 ") == 1
@@ -120,9 +125,4 @@ def test_a_slow_or_long_request_that_keeps_coming_is_answered(port: int) -> None
             data = head + b"\r\n" + body
             for at in range(0, len(data), 7001):
                 connection.sendall(data[at : at + 7001])
-            got = b""
-            while b'"usage"' not in got:
-                part = connection.recv(65536)
-                assert part, got
-                got += part
-            assert got.startswith(b"HTTP/1.1 200 ")
+            assert_completed(connection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import time
@@ -351,21 +350,6 @@ def test_more_tokens_at_least_than_at_most_are_refused(raw: Any, most: dict[str,
     answer = raw.post("/v1/completions", json={**fits, "min_tokens": fits["min_tokens"] + 1})
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == "min_tokens" and "max_tokens" in error["message"]
-
-
-def test_packed_bodies_are_unpacked_or_refused_by_name(raw: Any) -> None:
-    body = json.dumps({"prompt": "Ab", "max_tokens": 2, "temperature": 0}).encode()
-    for encoding, packed in (("gzip", gzip.compress(body)), ("X-GZIP", gzip.compress(body)), ("identity", body)):
-        headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-        answer = raw.post("/v1/completions", content=packed, headers=headers)
-        assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected("Ab", 2)
-    for path in ("/v1/completions", "/tokenize", "/detokenize"):
-        headers = {"Content-Type": "application/json", "Content-Encoding": "br"}
-        answer = raw.post(path, content=b"\x0b\x00", headers=headers)
-        assert answer.status_code == 415 and "'br'" in answer.json()["error"]["message"]
-        assert answer.headers["accept-encoding"] == "gzip, deflate"
-    bomb = {"content": gzip.compress(bytes(10_000_000)), "headers": {**headers, "Content-Encoding": "gzip"}}
-    assert raw.post("/v1/completions", **bomb).status_code == 413
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
-"""Long bodies are read beside the event loop, so that streams under way do not wait for them."""
+"""Bodies that are long, read beside the event loop so that streams under way do not wait, and packed ones."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +104,18 @@ def test_numbers_at_once_are_the_numbers_one_by_one(datatype: str, monkeypatch: 
     assert number_array([1, 2], np.int32) is not None
     monkeypatch.setattr("serving.protocols.open_inference_tensors.number_array", lambda values, kind: None)
     assert at_once == results()
+
+
+def test_packed_bodies_are_unpacked_or_refused_by_name(client: TestClient) -> None:
+    body = json.dumps({"prompt": "Ab", "max_tokens": 2, "temperature": 0}).encode()
+    headers = {"Content-Type": "application/json"}
+    plain = client.post("/v1/completions", content=body, headers=headers).json()["choices"]
+    for encoding, packed in (("gzip", gzip.compress(body)), ("X-GZIP", gzip.compress(body)), ("identity", body)):
+        answer = client.post("/v1/completions", content=packed, headers={**headers, "Content-Encoding": encoding})
+        assert answer.status_code == 200 and answer.json()["choices"] == plain
+    for path in ("/v1/completions", "/tokenize", "/detokenize"):
+        answer = client.post(path, content=b"\x0b\x00", headers={**headers, "Content-Encoding": "br"})
+        assert answer.status_code == 415 and "'br'" in answer.json()["error"]["message"]
+        assert answer.headers["accept-encoding"] == "gzip, deflate"
+    bomb = {"content": gzip.compress(bytes(10_000_000)), "headers": {**headers, "Content-Encoding": "gzip"}}
+    assert client.post("/v1/completions", **bomb).status_code == 413
