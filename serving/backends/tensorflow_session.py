@@ -10,6 +10,7 @@ import numpy as np
 from serving.backends.tensorflow import GRAPH
 from serving.bundle import Bundle
 from serving.errors import BundleError, InputError, ServerError
+from serving.protobuf.saved_model_ops import check_saved_model
 from serving.quiet_tensorflow import tf
 
 
@@ -17,7 +18,9 @@ class SessionTransport:
     """The SavedModel of a bundle behind `serving.clients.tf_serving.Transport`, with variables of its own."""
 
     def __init__(self, bundle: Bundle) -> None:
+        """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""
         folder = bundle.path(bundle.graph(GRAPH).path).parent
+        check_saved_model(folder)
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
             with self._session.graph.as_default():
