@@ -12,7 +12,7 @@ from serving.backends.base import FloatArray, IntArray, check_capacity, check_ro
 from serving.bundle import Bundle
 from serving.errors import BundleError
 from serving.protobuf.saved_model_ops import check_saved_model
-from serving.quiet_tensorflow import tf
+from serving.support.tensorflow_import import tf
 
 GRAPH = "savedmodel/prefill"
 

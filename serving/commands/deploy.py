@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from serving.commands.values import Number
-from serving.deploy import IMAGE_VERSION, KEEP, Deployed
-from serving.tf_serving_config import POLL_SECONDS, THREADS, ServerOptions
+from serving.commands.param_types import Number
+from serving.deploy.tf_serving import IMAGE_VERSION, KEEP, Deployed
+from serving.deploy.tf_serving_config import POLL_SECONDS, THREADS, ServerOptions
 
 
 @click.command()
@@ -48,7 +48,7 @@ def deploy(
     Any other folder with files in it is refused.
     """
     from serving.bundle import open_bundle
-    from serving.deploy import write_tf_serving
+    from serving.deploy.tf_serving import write_tf_serving
 
     opened = open_bundle(bundle)
     destination = output or Path("deploy") / f"{opened.manifest.name}-{target}"

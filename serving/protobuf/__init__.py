@@ -1,1 +1,1 @@
-"""Protobuf messages from short tables, and what is read by them."""
+"""Protobuf messages from tables, without generated code."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.errors import BundleError, InputError
-from serving.protocols.messages import message_classes, read_message
+from serving.protobuf.tables import message_classes, read_message
 
 FILE = "saved_model.pb"
 # GPT-2 XL's graph has 20 MB: weights are not in it. What is parsed takes several times its size in memory.

@@ -41,8 +41,8 @@ ALLOWED_OPS = frozenset((
     # Variables, and the order of calls.
     "AssignAddVariableOp", "AssignSubVariableOp", "AssignVariableOp", "ConsumeMutexLock", "DisableCopyOnRead",
     "MutexLock", "MutexV2", "ReadVariableOp", "ResourceGather", "ResourceGatherNd", "ResourceScatterAdd",
-    "ResourceScatterNdUpdate", "ResourceScatterUpdate", "ResourceStridedSliceAssign", "Timestamp", "VarHandleOp", "VarIsInitializedOp",
-    "VariableShape",
+    "ResourceScatterNdUpdate", "ResourceScatterUpdate", "ResourceStridedSliceAssign", "Timestamp", "VarHandleOp",
+    "VarIsInitializedOp", "VariableShape",
     # Calls, loops, branches and merged calls.
     "Assert", "BatchFunction", "Case", "If", "NoOp", "PartitionedCall", "StatefulPartitionedCall", "StatelessCase",
     "StatelessIf", "StatelessWhile", "While",

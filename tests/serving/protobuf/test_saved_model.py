@@ -16,7 +16,7 @@ from tensorflow.core.protobuf import (
     saver_pb2,
 )
 
-from builder.frameworks import tf
+from builder.keras_backend import tf
 from serving.errors import BundleError
 from serving.protobuf import saved_model as messages
 from serving.protobuf.saved_model_ops import ALLOWED_OPS, FOREIGN_OPS, check_saved_model, find_problems
