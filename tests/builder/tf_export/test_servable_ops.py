@@ -16,7 +16,9 @@ from tests.closed_form import byte_tokenizer
 from tests.oracles.fixtures import keras_model
 from tests.tiny_build import TinyBuild
 
-ADVICE = "add the op to ALLOWED_OPS in serving/protobuf/saved_model_ops.py if it opens no file and calls no foreign code"
+ADVICE = (
+    "add the op to ALLOWED_OPS in serving/protobuf/saved_model_ops.py if it opens no file and calls no foreign code"
+)
 
 
 def test_a_build(built: TinyBuild) -> None:
