@@ -163,7 +163,8 @@ def _corpus_line(corpus: CorpusReport) -> str:
     skipped = sum(corpus.skipped_files.values())
     return (
         f"corpus: {corpus.train.documents:,} + {corpus.validation.documents:,} documents, "
-        f"{corpus.characters:,} characters, split by {corpus.split}"
+        f"{corpus.characters:,} characters, "
+        f"{corpus.validation.characters / corpus.characters:.1%} held out by {corpus.split}"
         + (f"; dropped {dropped}" if dropped else "")
         + (f"; skipped {skipped:,} files of other kinds" if skipped else "")
     )

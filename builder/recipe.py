@@ -33,7 +33,12 @@ class CorpusRecipe:
         choices=("none", "cap", "down", "up"),
     )
     label_cap: int = _key(0, "With balance cap, the most documents of one label; 0 is no cap.", low=0)
-    validation_fraction: float = _key(0.05, "Share of the documents held out, chosen by hash.", low=0.001, high=0.5)
+    validation_fraction: float = _key(
+        0.05,
+        "Share of the text held out: documents chosen by hash, or where that misses it, the ends of long ones.",
+        low=0.001,
+        high=0.5,
+    )
     deduplicate: bool = _key(True, "Drop documents whose text, white space folded, was seen before.")
     near_duplicates: bool = _key(False, "Drop documents much like one seen before, by MinHash.")
     near_threshold: float = _key(0.8, "Jaccard similarity of shingles from which two are alike.", low=0.3, high=1.0)
@@ -42,7 +47,9 @@ class CorpusRecipe:
     min_characters: int = _key(20, "Drop documents shorter than this.", low=1)
     max_characters: int = _key(0, "Drop documents longer than this, or trim them; 0 is no limit.", low=0)
     max_tokens: int = _key(0, "The same in tokens, the end token not counted.", low=0)
-    trim: bool = _key(False, "Cut documents that are too long at a line's or word's end instead of dropping them.")
+    trim: bool = _key(
+        False, "Cut documents that are too long, at a line's, a sentence's or a word's end, instead of dropping them."
+    )
 
 
 @dataclass(frozen=True)
