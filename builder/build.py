@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from builder.base import local_base, resolve_base
-from builder.metrics_log import METRICS, TENSORBOARD
 from builder.prepare import PARTS, prepare
+from builder.prepare import WRITES as PREPARE_FILES
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.sources import find_sources
-from builder.train import REPORT, quality, train
+from builder.train import KEEPS, REPORT, quality, train
+from builder.train import WRITES as TRAIN_FILES
 from builder.workers import usable_cores
-from builder.workspace import STAMP, clear, is_done, refusals_named, run_stage, stage_key
+from builder.workspace import STAMP, is_done, refusals_named, refuse_strangers, run_stage, stage_key
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.errors import BundleError, GPT2BundleError, InputError
@@ -50,6 +51,14 @@ class Run:
     @property
     def draft(self) -> Path:
         return self.folder / "export" / "bundle"
+
+    def stage_files(self) -> list[tuple[Path, tuple[str, ...], tuple[str, ...]]]:
+        """Each stage's folder, what the stage writes there, and what of it the next call keeps."""
+        return [
+            (self.prepared, PREPARE_FILES, PARTS),
+            (self.trained, TRAIN_FILES, KEEPS),
+            (self.draft.parent, (self.draft.name,), ()),
+        ]
 
     def prepare_key(self) -> str:
         """Of the corpus (its files by size and time, or the Python whose docstrings it is), tokenizer and base."""
@@ -89,7 +98,7 @@ def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
             resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
         prepare(run.recipe, folder, reporter.line, key=key, workers=workers or usable_cores())
 
-    if not run_stage(run.prepared, key, work, parts=PARTS):
+    if not run_stage(run.prepared, key, work, writes=PREPARE_FILES, parts=PARTS):
         reporter.line("prepare: done already")
 
 
@@ -112,7 +121,7 @@ def train_stage(run: Run, reporter: Reporter) -> None:
 
     # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
     # run that is not taken up are dropped when the new one begins.
-    if not run_stage(run.trained, key, work, keep=("checkpoint", METRICS, TENSORBOARD)):
+    if not run_stage(run.trained, key, work, writes=TRAIN_FILES, keep=KEEPS):
         reporter.line("train: done already")
 
 
@@ -130,7 +139,7 @@ def export_stage(run: Run, reporter: Reporter) -> Bundle:
         recipe = replace(run.recipe, training=replace(run.recipe.training, loop=report["loop"]))
         export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
 
-    if not run_stage(run.draft.parent, run.export_key(), work):
+    if not run_stage(run.draft.parent, run.export_key(), work, writes=(run.draft.name,)):
         reporter.line("export: done already")
     return open_draft(run)
 
@@ -142,8 +151,10 @@ def open_draft(run: Run) -> Bundle:
     try:
         return open_bundle(run.draft)
     except GPT2BundleError as error:
-        clear(run.draft.parent)
-        raise BundleError(f"the export was changed ({error}); it was thrown away, run the same command again") from None
+        clear_stamp(run)
+        raise BundleError(
+            f"the export was changed ({error}); run the same command again, which makes it anew"
+        ) from None
 
 
 def verify_bundle(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,6 +202,8 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
         return done
     # Now, and not after hours of training.
     check_destination(destination)
+    for folder, writes, keeps in run.stage_files():
+        refuse_strangers(folder, writes, keeps)
     prepare_stage(run, reporter)
     train_stage(run, reporter)
     draft = export_stage(run, reporter)

@@ -23,7 +23,7 @@ from builder.sources import find_sources, read_documents, read_sources
 from builder.split import Sizes, is_near, refusal, split_by_size
 from serving.errors import InputError
 
-TRAIN, VALIDATION, REPORT = "train.jsonl", "validation.jsonl", "report.json"
+TRAIN, VALIDATION, REPORT, SCRATCH = "train.jsonl", "validation.jsonl", "report.json", "scratch"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
     tally = Tally()
-    kept = curate(documents, recipe, folder / "scratch", tally, workers)
+    kept = curate(documents, recipe, folder / SCRATCH, tally, workers)
     fraction = settings.validation_fraction
     with contextlib.closing(kept):
         sides = _write(folder, ((document, place < fraction) for document, place in kept))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from builder.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
+from builder.corpus import REPORT, SCRATCH, TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
 from builder.documents import read_file
 from builder.instructions import Template
 from builder.masked_tokens import open_shard, write_masked_tokens
@@ -18,6 +18,7 @@ from builder.report import vocabulary_coverage, write_report
 from builder.rows import describe_loss
 from builder.tokenizer import (
     END_TOKEN,
+    TOKENIZER_FILES,
     add_chat_template,
     copy_tokenizer,
     end_token_id,
@@ -31,6 +32,10 @@ from serving.errors import InputError
 
 SUMMARY, PAGE = "prepare.json", "report.html"
 PARTS = ("corpus", "tokenizer", "tokens")
+# What is written into the stage's folder, and into those of its parts.
+WRITES = (SUMMARY, PAGE)
+_CORPUS_FILES = (TRAIN, VALIDATION, REPORT, SCRATCH, "*.part", "train.left?")
+_TOKEN_FILES = tuple(f"{side}.{ending}" for side in ("train", "validation") for ending in ("bin", "json", "mask"))
 
 
 def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key: str = "", workers: int = 1) -> None:
@@ -45,12 +50,23 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)
+    writes = dict(zip(PARTS, (_CORPUS_FILES, TOKENIZER_FILES, (*_TOKEN_FILES, "*.progress*")), strict=True))
     for part in PARTS if not key else ():
-        clear(folder / part)
-    ran = run_stage(folder / "corpus", stage_key(key, "corpus"), lambda part: _make_corpus(recipe, part, workers))
+        clear(folder / part, writes[part])
+    ran = run_stage(
+        folder / "corpus",
+        stage_key(key, "corpus"),
+        lambda part: _make_corpus(recipe, part, workers),
+        writes=writes["corpus"],
+    )
     corpus = read_report(folder / "corpus")
     report(_corpus_line(corpus) + _again(ran))
-    ran = run_stage(folder / "tokenizer", stage_key(key, "tokenizer"), lambda part: _make_tokenizer(recipe, part))
+    ran = run_stage(
+        folder / "tokenizer",
+        stage_key(key, "tokenizer"),
+        lambda part: _make_tokenizer(recipe, part),
+        writes=writes["tokenizer"],
+    )
     tokenizer = load_tokenizer(folder / "tokenizer")
     vocab_size = vocabulary_size(tokenizer)
     report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size) + _again(ran))
@@ -61,6 +77,7 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
         folder / "tokens",
         tokens_key,
         lambda part: _make_tokens(recipe, tokenizer, shards, tokens_key if key else ""),
+        writes=writes["tokens"],
         parts=half_done,
     )
     counts = {shard.stem: len(open_tokens(shard)) for shard in shards}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from builder.base import Base, geometry_of, load_weights, resolve_base
 from builder.instructions import Template
 from builder.masked_tokens import Shard, open_shard
-from builder.metrics_log import MetricsLog, read_metrics
+from builder.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from builder.ngram import trigram_perplexity, unigram_perplexity
 from builder.progress import Reporter
 from builder.recipe import ModelRecipe, Recipe
@@ -23,6 +23,9 @@ from serving.errors import InputError
 
 WEIGHTS = "model.safetensors"
 REPORT = "training.json"
+# What is written into the stage's folder, and what of it the next call keeps to resume from.
+WRITES = (WEIGHTS, "config.json", REPORT, REPORT_PAGE)
+KEEPS = ("checkpoint", METRICS, TENSORBOARD)
 
 
 def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.workspace import locked
+from builder.build import Run
+from builder.recipe import Recipe
+from builder.workspace import locked, refuse_strangers
 from tests.tiny_build import Fails, TinyBuild, contents
 
 STAGES = ("prepare", "train", "export", "verify", "build")
@@ -100,6 +102,29 @@ def test_another_command_in_the_same_run(fails: Fails, tiny: TinyBuild, command:
     with locked(tiny.run):
         fails(arguments, 1, "another gpt2-bundle command works in", str(tiny.run))
     assert contents(tiny.runs) == before
+
+
+@pytest.mark.parametrize("stage", ["prepare", "prepare/corpus", "train", "export"])
+def test_a_stage_leaves_alone_what_it_did_not_write(fails: Fails, tiny: TinyBuild, tmp_path: Path, stage: str) -> None:
+    (tiny.run / stage).mkdir(parents=True, exist_ok=True)
+    (tiny.run / stage / "train.py").write_text("print('mine')")
+    before = contents(tiny.runs)
+    command = "prepare" if stage == "prepare/corpus" else "build"
+    arguments = tiny.build("seed=5") if command == "build" else ["prepare", *tiny.options("seed=5")]
+    fails(arguments, 2, "train.py did not come from this stage", str(tiny.run / stage))
+    after = contents(tiny.runs)
+    assert {name: after.get(name) for name in before if name.endswith("train.py")} == {
+        f"tiny/{stage}/train.py": b"print('mine')"
+    }
+    if command == "build":
+        assert after == before
+
+
+def test_every_file_of_a_build_is_named_by_its_stage(built: TinyBuild) -> None:
+    """Else the next build would refuse its own work."""
+    run = Run(Recipe(name="tiny"), built.run)
+    for folder, writes, keeps in run.stage_files():
+        refuse_strangers(folder, writes, keeps)
 
 
 # Options of generate.
