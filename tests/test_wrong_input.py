@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from builder.build import Run
 from builder.recipe import Recipe
-from builder.workspace import locked, refuse_strangers
+from builder.run_folder import locked, refuse_strangers
+from builder.stages.pipeline import Run
 from tests.tiny_build import Fails, TinyBuild, contents
 
 STAGES = ("prepare", "train", "export", "verify", "build")
