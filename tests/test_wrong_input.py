@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 from builder.recipe import Recipe
 from builder.run_folder import locked, refuse_strangers
 from builder.stages.pipeline import Run
-from tests.tiny_build import Fails, TinyBuild, contents
+from serving.cli import run
+from tests.tiny_build import Fails, TinyBuild, contents, write_corpus
 
 STAGES = ("prepare", "train", "export", "verify", "build")
 
@@ -86,13 +88,33 @@ def test_a_folder_without_text(fails: Fails, fresh: TinyBuild, tmp_path: Path) -
 # One stage before the other.
 
 
-def test_stages_out_of_order(fails: Fails, fresh: TinyBuild, tiny: TinyBuild) -> None:
+def test_stages_out_of_order(fails: Fails, fresh: TinyBuild, tiny: TinyBuild, tmp_path: Path) -> None:
+    fresh = replace(fresh, runs=tmp_path / "other")
     fails(["train", *fresh.options()], 2, "run 'gpt2-bundle prepare'")
     fails(["export", *fresh.options()], 2, "run 'gpt2-bundle train'")
     fails(["verify", *fresh.options()], 2, "run 'gpt2-bundle export'")
     fails(["verify", *tiny.options()], 2, "run 'gpt2-bundle export'")
     fails(["train", *tiny.options("seed=5")], 2, "run 'gpt2-bundle prepare'")
     fails(["export", *tiny.options("training.learning_rate=0.5")], 2, "run 'gpt2-bundle train'")
+
+
+def test_stages_go_on_with_what_was_read_when_the_corpus_changes_or_goes(
+    tiny: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = replace(tiny, corpus=write_corpus(tmp_path / "c.txt", 300))
+    said = "the corpus has changed since it was read: this goes on with what was read"
+    assert run(["prepare", *own.options()]) == 0
+    with own.corpus.open("a") as file:
+        file.write("One more line of text.\n")
+    assert run(["train", *own.options()]) == 0
+    assert said in capfd.readouterr().out
+    own.corpus.unlink()
+    assert run(["train", *own.options()]) == 0
+    out = capfd.readouterr().out
+    assert said in out and "train: done already" in out
+    write_corpus(own.corpus, 300)
+    assert run(["train", *own.options()]) == 0
+    assert said not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("command", STAGES)

@@ -75,8 +75,8 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
     The result does not depend on the number of `workers`, processes that clean and compare texts.
 
     If the share that the documents' hashes hold out is not near `validation_fraction`, `train_split` divides them by
-    their sizes. Raises InputError if nothing is left after cleaning, if the text cannot be divided near that share, and for
-    what cannot be read.
+    their sizes. Raises InputError if nothing is left after cleaning, if the text cannot be divided near that share, and
+    for what cannot be read.
     """
     settings = recipe.corpus
     if settings.paths:

@@ -115,7 +115,9 @@ def _expand(entry: str, skipped: Counter[str], asked: str) -> list[SourceFile]:
             raise InputError(f"{path}: this kind of file is not read; give one of {kinds()}")
         return [SourceFile(path, path.name, named=True)]
     if path.is_dir():
-        found = [(file, Path(path.name) / file.relative_to(path)) for file in _walk(path)]
+        # The folder's own name, also where it is given as "." or "..".
+        folder = Path(os.path.abspath(path)).name  # noqa: PTH100 - resolve() would follow links.
+        found = [(file, Path(folder) / file.relative_to(path)) for file in _walk(path)]
         return _readable(entry, "folder", found, skipped)
     if not glob.has_magic(entry):
         raise InputError(f"{path}: no such file or folder; check {asked}")

@@ -57,11 +57,9 @@ def last_boundary(text: str, limit: int) -> int:
     if cut > 0 or text[limit : limit + 1].isspace():
         return cut or limit
     cut = max(text.rfind(blank, half, limit) for blank in " \t\u3000")
-    return (
-        cut
-        if cut > 0
-        else next((place for place in range(limit, half, -1) if is_character_boundary(text, place)), limit)
-    )
+    if cut > 0:
+        return cut
+    return next((place for place in range(limit, half, -1) if is_character_boundary(text, place)), limit)
 
 
 def is_character_boundary(text: str, place: int) -> bool:

@@ -47,12 +47,20 @@ _CORPUS_FILES = (TRAIN, VALIDATION, REPORT, SCRATCH, "*.part", "train.left?")
 _TOKEN_FILES = tuple(f"{side}.{ending}" for side in ("train", "validation") for ending in ("bin", "json", "mask"))
 
 
-def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key: str = "", workers: int = 1) -> None:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    key: str = "",
+    workers: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
 
     `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
     tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
-    of `prepare_corpus`.
+    of `prepare_corpus`. `check` is called when the corpus was read, and raises if it is not what `key` is made of.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
     and if the training side has fewer tokens than one row of `training.sequence_length`.
@@ -65,7 +73,7 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     ran = run_stage(
         folder / "corpus",
         stage_key(key, "corpus"),
-        lambda part: _make_corpus(recipe, part, workers),
+        lambda part: _make_corpus(recipe, part, workers, check),
         writes=writes["corpus"],
     )
     corpus = read_report(folder / "corpus")
@@ -118,8 +126,9 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _make_corpus(recipe: Recipe, folder: Path, workers: int) -> None:
+def _make_corpus(recipe: Recipe, folder: Path, workers: int, check: Callable[[], None]) -> None:
     prepare_corpus(recipe, folder, workers)
+    check()
 
 
 def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[Path], key: str) -> None:
