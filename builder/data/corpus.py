@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from builder.data.curation import Tally, curate, share
 from builder.data.documents import Document, read_file, write_document
+from builder.data.file_formats import Skipped
 from builder.data.label_balance import balance
 from builder.data.sources import find_sources, read_documents, read_sources
 from builder.data.train_split import Sizes, is_near, refusal, split_by_size
@@ -79,9 +81,10 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
     for what cannot be read.
     """
     settings = recipe.corpus
+    bad: Skipped = Counter()
     if settings.paths:
         sources = find_sources(settings.paths)
-        documents = read_sources(sources, settings, recipe.instruction)
+        documents = read_sources(sources, settings, recipe.instruction, bad)
         source, files, skipped = "files", len(sources.files), sources.skipped
     else:
         documents = read_documents(settings, recipe.instruction)
@@ -93,6 +96,8 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
     fraction = settings.validation_fraction
     with contextlib.closing(kept):
         sides = _write(folder, ((document, place < fraction) for document, place in kept))
+    tally.read += bad.total()
+    tally.dropped.update(bad)
     if not sum(side.documents for side in sides):
         reasons = ", ".join(f"{count} {why}" for why, count in tally.dropped.items())
         raise InputError(
