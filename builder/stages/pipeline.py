@@ -22,7 +22,7 @@ from builder.stages.train import KEEPS, REPORT, quality, train
 from builder.stages.train import WRITES as TRAIN_FILES
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
-from serving.bundle.publish import check_destination
+from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
 
 # In the folder of `prepare`: what it read.
