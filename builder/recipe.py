@@ -28,7 +28,20 @@ class CorpusRecipe:
     """Where the text comes from and how it is split."""
 
     paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
-    text_field: str = _key("text", "Field of a .jsonl record, or column of a .csv or .parquet file, that is the text.")
+    document: str = _key(
+        "file", "What is one document in .txt and .md files: the file, or each line of it.", choices=("file", "line")
+    )
+    encoding: str = _key(
+        "utf-8", "Encoding of texts without a byte-order mark, which decides where there is one: gb18030, cp1252, ..."
+    )
+    text_field: str = _key(
+        "text", "Field of a .json or .jsonl record, or column of a table, that is the text; a.b is the field b in a."
+    )
+    bad_records: str = _key(
+        "skip",
+        "Records that have null or a number where text should be: count them and go on (skip), or end (error).",
+        choices=("skip", "error"),
+    )
     label_field: str = _key("", "Field or column that is a document's label; empty reads none.")
     balance: str = _key(
         "none",
@@ -36,16 +49,28 @@ class CorpusRecipe:
         choices=("none", "cap", "down", "up"),
     )
     label_cap: int = _key(0, "With balance cap, the most documents of one label; 0 is no cap.", low=0)
-    validation_fraction: float = _key(0.05, "Share of the documents held out, chosen by hash.", low=0.001, high=0.5)
+    validation_fraction: float = _key(
+        0.05,
+        "Share of the text held out: documents chosen by hash, or where that misses it, the ends of long ones.",
+        low=0.001,
+        high=0.5,
+    )
     deduplicate: bool = _key(True, "Drop documents whose text, white space folded, was seen before.")
     near_duplicates: bool = _key(False, "Drop documents much like one seen before, by MinHash.")
     near_threshold: float = _key(0.8, "Jaccard similarity of shingles from which two are alike.", low=0.3, high=1.0)
     near_num_perm: int = _key(128, "Permutations of a MinHash signature; more estimate better.", low=16, high=1024)
     near_shingle_words: int = _key(5, "Words a shingle.", low=1, high=50)
-    min_characters: int = _key(20, "Drop documents shorter than this.", low=1)
+    min_characters: int = _key(
+        0,
+        "Drop documents shorter than this, by their text or by their responses alone; 0 takes 20, or 1 for "
+        "instructions and for documents of a line.",
+        low=0,
+    )
     max_characters: int = _key(0, "Drop documents longer than this, or trim them; 0 is no limit.", low=0)
     max_tokens: int = _key(0, "The same in tokens, the end token not counted.", low=0)
-    trim: bool = _key(False, "Cut documents that are too long at a line's or word's end instead of dropping them.")
+    trim: bool = _key(
+        False, "Cut documents that are too long, at a line's, a sentence's or a word's end, instead of dropping them."
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,7 @@ class InstructionRecipe:
     system_template: str = _key("", "What a system turn becomes, with {content} in it; empty takes the template's.")
     user_template: str = _key("", "The same of a user turn or prompt.")
     input_template: str = _key("", "The same of what input_field holds.")
+    tool_template: str = _key("", "The same of what a tool answered.")
     assistant_template: str = _key("", "The same of a response; must end in {content}, where the end token follows.")
 
     @property
@@ -262,6 +288,12 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+
+    @property
+    def min_characters(self) -> int:
+        """Characters that a document has at least (see `CorpusRecipe.min_characters`)."""
+        short = self.instruction.is_set or self.corpus.document == "line"
+        return self.corpus.min_characters or (1 if short else 20)
 
 
 # Named geometries: OpenAI's four releases of GPT-2 and DistilGPT-2, and small ones for two cores.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from builder.data.instructions import Template
+from builder.data.text_decoding import check_encoding
 from builder.recipe import ModelRecipe, Recipe, resolve_preset
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
@@ -134,10 +135,11 @@ def _check_consistency(recipe: Recipe) -> None:
     if not _NAME.fullmatch(recipe.name):
         raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
     corpus, model, training = recipe.corpus, recipe.model, recipe.training
-    if 0 < corpus.max_characters < corpus.min_characters:
+    check_encoding(corpus.encoding, "recipe key 'corpus.encoding'")
+    if 0 < corpus.max_characters < recipe.min_characters:
         raise InputError(
             f"recipe key 'corpus.max_characters' is {corpus.max_characters}, less than "
-            f"corpus.min_characters {corpus.min_characters}; raise the one or lower the other"
+            f"corpus.min_characters {recipe.min_characters}; raise the one or lower the other"
         )
     if corpus.balance != "none" and not corpus.label_field:
         raise InputError(

@@ -31,7 +31,7 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
 
     from builder.progress import Reporter
     from builder.run_folder import locked
-    from builder.stages.pipeline import open_draft, verify_bundle
+    from builder.stages.pipeline import as_prepared, open_draft, verify_bundle
     from serving.bundle import open_bundle
     from serving.errors import ParityError
 
@@ -40,7 +40,8 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
         certificate, _ = verify_bundle(open_bundle(bundle), run.recipe.verify.batch_size, reporter)
     else:
         with locked(run.folder):
-            certificate, _ = verify_bundle(open_draft(run), run.recipe.verify.batch_size, reporter)
+            draft = open_draft(as_prepared(run, reporter))
+            certificate, _ = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
             path = run.draft.parent / "verification.json"
             path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
             reporter.line(f"wrote {path}")

@@ -22,8 +22,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 # The names of Hugging Face, and those of OpenAI's own release.
 _VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _PIECE_CHARACTERS = 1 << 11
-# A single white-space character between two others starts a new pre-token of GPT-2's pattern, whatever stands around.
-_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+# Where GPT-2's pattern starts a new pre-token whatever stands around: at white space after anything else, and at a
+# punctuation mark after a letter. Of the latter only Chinese and Japanese ones are taken: texts of these languages have
+# no others to be cut at for pages, and their letters are letters in every version of Unicode.
+_SAFE_CUT = re.compile(
+    r"(?<=\S)(?=[ \t\n\r\u3000])|(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])(?=[，。！？；：、…—（）《》「」『』“”])"
+)
 
 
 def train_tokenizer(texts: Iterable[str], recipe: TokenizerRecipe, n_positions: int, folder: Path) -> Tokenizer:
@@ -130,7 +134,8 @@ def can_cut(tokenizer: Tokenizer) -> bool:
         and pattern.get("use_regex") is True
         and pattern.get("add_prefix_space") is False
         and not any(
-            token["lstrip"] or token["rstrip"] or token["content"].split() != [token["content"]]
+            token["lstrip"] or token["rstrip"] or _SAFE_CUT.search(f"x{token['content']}x", 2, len(token["content"]) + 1)
+            or token["content"].split() != [token["content"]]
             for token in state["added_tokens"]
         )
     )

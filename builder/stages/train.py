@@ -16,13 +16,16 @@ from builder.data.tokenizer import end_token_id, load_tokenizer, vocabulary_size
 from builder.model.pretrained import Base, geometry_of, load_weights, resolve_base
 from builder.progress import Reporter
 from builder.recipe import ModelRecipe, Recipe
-from builder.training.metrics_log import MetricsLog, read_metrics
+from builder.training.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from builder.training.training_report import REPORT_PAGE, write_report
 from serving.bundle import Geometry
 from serving.errors import InputError
 
 WEIGHTS = "model.safetensors"
 REPORT = "training.json"
+# What is written into the stage's folder, and what of it the next call keeps to resume from.
+WRITES = (WEIGHTS, "config.json", REPORT, REPORT_PAGE)
+KEEPS = ("checkpoint", METRICS, TENSORBOARD)
 
 
 def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:

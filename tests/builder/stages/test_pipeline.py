@@ -221,7 +221,7 @@ def test_a_damaged_draft_is_thrown_away(tiny: TinyBuild, capfd: pytest.CaptureFi
     config.write_text(config.read_text().replace("gpt2", "gtp2"))
     assert run(["verify", *tiny.options()]) == 1
     err = capfd.readouterr().err
-    assert "thrown away, run the same command again" in err and err.count("\n") == 1
+    assert "run the same command again, which makes it anew" in err and err.count("\n") == 1
     assert not (tiny.run / "export" / "bundle").exists()
     assert run(["verify", *tiny.options()]) == 2
     assert "run 'gpt2-bundle export'" in capfd.readouterr().err
