@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from builder.base import local_base, resolve_base
+from builder.base import local_base
 from builder.metrics_log import METRICS, TENSORBOARD
 from builder.prepare import PARTS, prepare
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.sources import find_sources
-from builder.train import REPORT, quality, train
+from builder.train import REPORT, SETTINGS, quality, train
+from builder.training_plan import fine_tuning_line, settled
 from builder.workers import usable_cores
 from builder.workspace import STAMP, clear, is_done, refusals_named, run_stage, stage_key
 from serving import __version__
@@ -85,9 +86,10 @@ def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
     key = run.prepare_key()
 
     def work(folder: Path) -> None:
-        if run.recipe.model.base:
-            resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
-        prepare(run.recipe, folder, reporter.line, key=key, workers=workers or usable_cores())
+        recipe = settled(run.recipe)  # A name that leads nowhere is said before all the text is read.
+        if recipe.model.base:
+            reporter.line(fine_tuning_line(recipe))
+        prepare(recipe, folder, reporter.line, key=key, workers=workers or usable_cores())
 
     if not run_stage(run.prepared, key, work, parts=PARTS):
         reporter.line("prepare: done already")
@@ -126,8 +128,9 @@ def export_stage(run: Run, reporter: Reporter) -> Bundle:
 
         run.draft.mkdir(parents=True)
         report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
-        # The loop is not in the key: the manifest names the one that made these weights.
-        recipe = replace(run.recipe, training=replace(run.recipe.training, loop=report["loop"]))
+        # The loop is not in the key, and a row's length may be the base's: the manifest has what made these weights.
+        settings = replace(run.recipe.training, **{key: report[key] for key in SETTINGS})
+        recipe = replace(run.recipe, training=settings)
         export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
 
     if not run_stage(run.draft.parent, run.export_key(), work):
