@@ -274,6 +274,11 @@ class VerifyRecipe:
     fp16_perplexity: float = _key(1e-3, "The same for ort/fp16; a variant over its gate is left out.", low=0.0, high=10)
     int8_perplexity: float = _key(0.01, "The same for ort/int8.", low=0.0, high=10)
     int4_perplexity: float = _key(0.03, "The same for ort/int4.", low=0.0, high=10)
+    better_than: str = _key(
+        "",
+        "Baseline whose perplexity on the validation text the model must beat, or the build fails; empty is none.",
+        choices=("", "unigram", "trigram"),
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.run_folder import STAMP, clear, is_done, refusals_named, run_stage, stage_key
 from builder.stages.prepare import PARTS, prepare
-from builder.stages.train import REPORT, SETTINGS, quality, train
+from builder.stages.train import REPORT, SETTINGS, check_quality, quality, train
 from builder.training.metrics_log import METRICS, TENSORBOARD
 from builder.training.plan import fine_tuning_line, settled
 from serving import __version__
@@ -118,6 +118,11 @@ def train_stage(run: Run, reporter: Reporter) -> None:
         reporter.line("train: done already")
 
 
+def check_trained(run: Run) -> None:
+    """Hold the trained model to `verify.better_than` of its recipe. Raises TrainingError if it is no better."""
+    check_quality(run.recipe.verify, quality(json.loads((run.trained / REPORT).read_text(encoding="utf-8"))))
+
+
 def export_stage(run: Run, reporter: Reporter) -> Bundle:
     """Weights to a draft bundle. Raises InputError if this recipe is not trained."""
     if not is_done(run.trained, run.train_key()):
@@ -196,6 +201,7 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     check_destination(destination)
     prepare_stage(run, reporter)
     train_stage(run, reporter)
+    check_trained(run)
     draft = export_stage(run, reporter)
     certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
     # From here on the draft is no longer the export that the stamp speaks of.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from builder.data.ngram_baselines import trigram_perplexity, unigram_perplexity
 from builder.data.tokenizer import end_token_id, load_tokenizer, vocabulary_size
 from builder.model.pretrained import Base, geometry_of, load_weights, resolve_base
 from builder.progress import Reporter
-from builder.recipe import ModelRecipe, Recipe
+from builder.recipe import ModelRecipe, Recipe, TrainingRecipe, VerifyRecipe
 from builder.training.metrics_log import MetricsLog, read_metrics
 from builder.training.plan import adapter_line, limits, plan_steps, settings_line, settled
 from builder.training.training_report import REPORT_PAGE, write_report
 from serving.bundle import Geometry
-from serving.errors import InputError
+from serving.errors import InputError, TrainingError
 
 WEIGHTS = "model.safetensors"
 REPORT = "training.json"
@@ -156,10 +157,6 @@ def _train(
             log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
             sample=sample,
         )
-    # With weights, n-grams are held to the same targets.
-    counted = None
-    if not is_plain(shard, settings):
-        counted = counted_targets(shard, settings), counted_targets(held_out, settings)
     exported = exported_row(history, recipe.training)
     report = {
         "loop": settings.loop,
@@ -168,17 +165,9 @@ def _train(
         "parameters": geometry.parameters,
         "trainable_parameters": trainable,
         "lora_rank": settings.lora_rank,
-        "training_tokens": len(shard.ids),
-        "validation_tokens": len(held_out.ids),
-        "validation_loss": exported["validation_loss"],
-        "validation_perplexity": exported["validation_perplexity"],
-        "validation_accuracy": exported["validation_accuracy"],
-        "unigram_perplexity": unigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
-        "trigram_perplexity": trigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+        **figures(settings, geometry, shard, held_out, exported),
         "history": history,
     }
-    if counted:
-        report |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
     _say_how_it_compares(report, reporter)
     for sentence in limits(report):
         reporter.line(sentence)
@@ -189,6 +178,28 @@ def _train(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def figures(
+    settings: TrainingRecipe, geometry: Geometry, shard: Shard, held_out: Shard, row: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the sizes of both sides, the validation figures of a history's `row`, and those of the n-grams."""
+    # With weights, n-grams are held to the same targets.
+    counted = None
+    if not is_plain(shard, settings):
+        counted = counted_targets(shard, settings), counted_targets(held_out, settings)
+    found = {
+        "training_tokens": len(shard.ids),
+        "validation_tokens": len(held_out.ids),
+        "validation_loss": row["validation_loss"],
+        "validation_perplexity": row["validation_perplexity"],
+        "validation_accuracy": row["validation_accuracy"],
+        "unigram_perplexity": unigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+        "trigram_perplexity": trigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+    }
+    if counted:
+        found |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
+    return found
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list[int]]:
@@ -208,6 +219,18 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list
 def quality(report: dict[str, Any]) -> dict[str, float]:
     """The report's figures that a manifest carries."""
     return {key: float(value) for key, value in report.items() if key not in ("history", *SETTINGS)}
+
+
+def check_quality(recipe: VerifyRecipe, figures: Mapping[str, float]) -> None:
+    """Raise TrainingError if a model with these figures is not better than `recipe.better_than`."""
+    if not recipe.better_than:
+        return
+    ours, theirs = figures["validation_perplexity"], figures[f"{recipe.better_than}_perplexity"]
+    if not ours < theirs:
+        raise TrainingError(
+            f"validation perplexity {ours:.2f} is not below the {recipe.better_than}'s {theirs:.2f}, as "
+            "verify.better_than asks for; train longer, add text, or change that key"
+        )
 
 
 def _say_how_it_compares(report: dict[str, Any], reporter: Reporter) -> None:

@@ -15,6 +15,8 @@ FEW_STEPS = 20
 FEW_TOKENS = 1000
 """On fewer tokens than this, the standard error of a loss is a tenth of a nat or more, and perplexities say little."""
 
+OWN_PROGRAM = "own program"
+"""What `training.loop` is in the manifest of a model that was not trained by a recipe."""
 _LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -104,10 +106,10 @@ def limits(figures: Mapping[str, float]) -> list[str]:
     steps = int(figures.get("steps", 0))
     if 0 < steps < FEW_STEPS:
         found.append(f"too few steps: training took {steps} (fewer than {FEW_STEPS}), so the weights hardly moved")
-    tokens = int(figures.get("counted_validation_tokens", figures["validation_tokens"]))
+    tokens = figures.get("counted_validation_tokens", figures.get("validation_tokens", FEW_TOKENS))
     if tokens < FEW_TOKENS:
         found.append(
-            f"too few tokens: the validation text has {tokens} (fewer than {FEW_TOKENS:,}), so its perplexity is "
+            f"too few tokens: the validation text has {tokens:.0f} (fewer than {FEW_TOKENS:,}), so its perplexity is "
             "a rough guess"
         )
     return found
