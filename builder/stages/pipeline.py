@@ -134,7 +134,7 @@ def export_stage(run: Run, reporter: Reporter) -> Bundle:
         run.draft.mkdir(parents=True)
         report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
         # The loop is not in the key, and a row's length may be the base's: the manifest has what made these weights.
-        settings = replace(run.recipe.training, **{key: report[key] for key in SETTINGS})
+        settings = replace(run.recipe.training, **{key: report[key] for key in SETTINGS if key in report})
         recipe = replace(run.recipe, training=settings)
         export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
 
