@@ -24,7 +24,7 @@ from builder.training.metrics_log import METRICS, TENSORBOARD
 from builder.training.plan import fine_tuning_line, settled
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
-from serving.bundle.publish import check_destination
+from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
 
 

@@ -33,7 +33,7 @@ from serving.bundle.manifest import (
     path_problem,
     to_json,
 )
-from serving.bundle.publish import publish, sync_folder
+from serving.bundle.publishing import publish, sync_folder
 from serving.bundle.strict_json import MAX_BYTES, refuse
 from serving.errors import BundleError, InputError
 from serving.support.suggestions import did_you_mean

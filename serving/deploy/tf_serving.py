@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from serving.bundle import Bundle
-from serving.bundle.publish import check_destination, publish
+from serving.bundle.publishing import check_destination, publish
 from serving.deploy.tf_serving_config import BATCHING, MODELS, MONITORING, config_files
 from serving.errors import BundleError, InputError
 
