@@ -22,7 +22,7 @@ from builder.stages.train import WEIGHTS, check_quality, figures, hf_config, qua
 from builder.training.plan import OWN_PROGRAM
 from builder.training.trainer import LanguageModel, evaluate
 from serving.bundle import Bundle, open_bundle
-from serving.bundle.publish import check_destination
+from serving.bundle.publishing import check_destination
 from serving.errors import InputError
 
 
