@@ -310,12 +310,12 @@ def test_a_bundle_is_a_base_to_go_on_from(
         out := capsys.readouterr().out
     )
     assert "with adamw, learning rate 5e-05 (cosine, 0 steps of warm-up), weight decay 0.01" in out
-    assert "LoRA of rank 2 on attn.c_attn: 1,024 parameters are trained (2.80% of 36,608)" in out
+    assert "LoRA of rank 2 on attn.c_attn: 512 parameters are trained (1.40% of 36,608)" in out
     quality = opened.manifest.quality
-    assert (quality["lora_rank"], quality["trainable_parameters"], quality["steps"]) == (2, 1024, 2)
+    assert (quality["lora_rank"], quality["trainable_parameters"], quality["steps"]) == (2, 512, 2)
     card = opened.path("README.md").read_text()
     assert "Fine-tuned from tiny with LoRA of rank 2 on attn.c_attn: 2 steps of 4 x 32 tokens with adamw" in card
-    assert "1,024 of 36,608 parameters were trained" in card
+    assert "512 of 36,608 parameters were trained" in card
     assert "LoRA of rank 2" in (tuned.run / "train" / "report.html").read_text()
     # Of the base, the card gives the folder's own name.
     assert "base_model: tiny\n" in opened.path("README.md").read_text()
