@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from builder.base_formats import find_weights
+from builder.plain_files import read_json
 from builder.recipe import ModelRecipe
+from builder.special_tokens import TokenIds
 from builder.weight_names import fits, stored_names
 from builder.workspace import STAMP
 from serving.bundle import Geometry
@@ -74,14 +75,15 @@ def resolve_base(name: str) -> Base:
     return Base(folder, folder)
 
 
-def read_geometry(folder: Path) -> Geometry:
+def read_geometry(folder: Path, ids: TokenIds | None = None) -> Geometry:
     """Return the geometry of the checkpoint in `folder` from its config.json, else from OpenAI's hparams.json.
 
-    Raises InputError for anything that is not the GPT-2 architecture as this project builds it.
+    The token ids are `ids`, or without them those of config.json. Raises InputError for anything that is not the GPT-2
+    architecture as this project builds it.
     """
     path = _config_path(folder)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, "a GPT-2 configuration")
         if path.name == _HPARAMS:
             config = {ours: config[theirs] for ours, theirs in _OPENAI_KEYS.items()} | {"model_type": "gpt2"}
         if config.get("model_type") != "gpt2":
@@ -96,8 +98,8 @@ def read_geometry(folder: Path) -> Geometry:
             n_inner=int(config.get("n_inner") or 4 * width),
             layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
             activation_function="gelu_new",
-            bos_token_id=_token_id(config, "bos_token_id"),
-            eos_token_id=_token_id(config, "eos_token_id"),
+            bos_token_id=_token_id(config, "bos_token_id") if ids is None else ids.bos,
+            eos_token_id=_token_id(config, "eos_token_id") if ids is None else ids.eos,
         )
     except FileNotFoundError:
         raise InputError(
@@ -116,7 +118,7 @@ def read_geometry(folder: Path) -> Geometry:
 
 def _config_path(folder: Path) -> Path:
     """The file that says a checkpoint's sizes; config.json where there is none."""
-    return folder / (_HPARAMS if (folder / _HPARAMS).is_file() and not (folder / _CONFIG).is_file() else _CONFIG)
+    return folder / (_HPARAMS if (folder / _HPARAMS).is_file() and not (folder / _CONFIG).exists() else _CONFIG)
 
 
 def _problem(geometry: Geometry) -> str | None:
@@ -150,13 +152,14 @@ _FIXED = {
 }
 
 
-def geometry_of(model: ModelRecipe, vocab_size: int, end_token: int, base: Base | None = None) -> Geometry:
+def geometry_of(model: ModelRecipe, vocab_size: int, ids: TokenIds, base: Base | None = None) -> Geometry:
     """Return the geometry that a recipe trains: the base checkpoint's, or the recipe's own with this vocabulary.
 
-    `base` spares resolving `model.base` a second time. Raises InputError for one that cannot be exported afterwards.
+    `ids` are those of the prepared tokenizer, whatever the base's config.json says. `base` spares resolving
+    `model.base` a second time. Raises InputError for one that cannot be exported afterwards.
     """
     if model.base:
-        geometry = read_geometry((base or resolve_base(model.base)).weights)
+        geometry = read_geometry((base or resolve_base(model.base)).weights, ids)
     else:
         if 0 < model.vocab_size < vocab_size:
             raise InputError(
@@ -172,8 +175,8 @@ def geometry_of(model: ModelRecipe, vocab_size: int, end_token: int, base: Base 
             n_inner=4 * model.n_embd,
             layer_norm_epsilon=1e-5,
             activation_function="gelu_new",
-            bos_token_id=end_token,
-            eos_token_id=end_token,
+            bos_token_id=ids.bos,
+            eos_token_id=ids.eos,
         )
     if geometry.n_embd % (8 * geometry.n_head):
         raise InputError(

@@ -15,6 +15,7 @@ from builder.formats import has_fields
 from builder.masked_tokens import COUNTED, encode_document
 from builder.recipe import CorpusRecipe, InstructionRecipe
 from builder.sources import find_sources, read_sources
+from builder.special_tokens import read_token_ids
 from builder.tokenizer import load_tokenizer
 from serving.bundle import Bundle
 from serving.errors import InputError
@@ -74,12 +75,12 @@ def read_ids(
     Also which of them are scored [count]: with an `instruction`, those of responses, unless all files are .txt or .md.
     Raises InputError if none is scored.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, end = load_tokenizer(folder), read_token_ids(folder).eos
     sources = find_sources([text], "--text")
     if instruction is None or not any(has_fields(source.path) for source in sources.files):
         instruction = InstructionRecipe()
     encoded = [
-        encode_document(document.ended(), tokenizer)
+        encode_document(document.ended(), tokenizer, end)
         for document in read_sources(sources, CorpusRecipe(text_field=text_field), instruction)
         if document.is_answered
     ]

@@ -29,7 +29,7 @@ from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe, VerifyRecipe
 from builder.savedmodel import Servable
 from builder.tf_tokenizer import GraphTokenizer
-from builder.tokenizer import TOKENIZER_FILES, load_tokenizer
+from builder.tokenizer import load_tokenizer, tokenizer_folder_files
 from builder.tracing import trace
 from builder.variants import PRECISIONS, write_variant
 from builder.warmup import write_warmup
@@ -57,11 +57,9 @@ def export(
     """
     model = load_model(trained)
     geometry = model.geometry
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(prepared / "tokenizer" / name, draft / name)
+    for file in tokenizer_folder_files(prepared / "tokenizer"):
+        shutil.copyfile(file, draft / file.name)
     shutil.copyfile(trained / "config.json", draft / "config.json")
-    end = {"bos_token_id": geometry.bos_token_id, "eos_token_id": geometry.eos_token_id}
-    (draft / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n", encoding="utf-8")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
 

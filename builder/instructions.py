@@ -19,7 +19,7 @@ from builder.docstrings import read_functions
 from builder.documents import END, FRAME, PROMPT, RESPONSE, Document, Segment
 from builder.formats import checked_label, checked_text, json_kind, read_values
 from builder.recipe import CorpusRecipe, InstructionRecipe
-from builder.tokenizer import END_TOKEN
+from builder.special_tokens import END_TOKEN
 from serving.errors import InputError
 from serving.suggest import did_you_mean
 

@@ -17,7 +17,8 @@ from builder.progress import Reporter
 from builder.recipe import ModelRecipe, Recipe
 from builder.rows import counted_targets, first_prompts, is_plain
 from builder.run_report import REPORT_PAGE, write_report
-from builder.tokenizer import end_token_id, load_tokenizer, vocabulary_size
+from builder.special_tokens import TokenIds, read_token_ids
+from builder.tokenizer import load_tokenizer, vocabulary_size
 from serving.bundle import Geometry
 from serving.errors import InputError
 
@@ -25,7 +26,7 @@ WEIGHTS = "model.safetensors"
 REPORT = "training.json"
 
 
-def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
+def hf_config(geometry: Geometry, recipe: ModelRecipe, pad: int | None = None) -> dict[str, Any]:
     """The model's config.json as Hugging Face's GPT2Config reads it, with the dropouts that it was trained with.
 
     GPT2Config takes a dropout that is not there as 0.1; KerasHub refuses to read a folder without them.
@@ -47,6 +48,7 @@ def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
         "resid_pdrop": recipe.resid_pdrop,
         "bos_token_id": geometry.bos_token_id,
         "eos_token_id": geometry.eos_token_id,
+        **({} if pad is None else {"pad_token_id": pad}),
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
@@ -60,11 +62,11 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     checkpoint that does not fit, TrainingError when the loss is not a number.
     """
     tokenizer = load_tokenizer(prepared / "tokenizer")
-    end = end_token_id(tokenizer)
-    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", end) for side in ("train", "validation"))
+    ids = read_token_ids(prepared / "tokenizer")
+    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", ids.eos) for side in ("train", "validation"))
     vocab_size = vocabulary_size(tokenizer)
     base = resolve_base(recipe.model.base) if recipe.model.base else None
-    geometry = geometry_of(recipe.model, vocab_size, end, base)
+    geometry = geometry_of(recipe.model, vocab_size, ids, base)
     if vocab_size > geometry.vocab_size:
         raise InputError(
             f"model.base {recipe.model.base!r}: its tokenizer has {vocab_size} entries, its weights only "
@@ -82,13 +84,14 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     with training_devices(recipe.training) as devices:
         if devices > 1:
             reporter.line(f"training on {devices} devices")
-        return _train(recipe, base, geometry, shard, held_out, tokenizer, folder, run_id, reporter)
+        return _train(recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter)
 
 
 def _train(
     recipe: Recipe,
     base: Base | None,
     geometry: Geometry,
+    ids: TokenIds,
     shard: Shard,
     held_out: Shard,
     tokenizer: Tokenizer,
@@ -170,7 +173,7 @@ def _train(
         report |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
     _say_how_it_compares(report, reporter)
     write_safetensors(model, folder / WEIGHTS)
-    config = hf_config(geometry, recipe.model)
+    config = hf_config(geometry, recipe.model, ids.pad)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

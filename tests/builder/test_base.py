@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from builder.base import geometry_of, load_weights, read_geometry
 from builder.gpt2 import GPT2, named_variables
 from builder.recipe import ModelRecipe
+from builder.special_tokens import TokenIds
 from builder.train import hf_config
 from serving.bundle import Geometry
 from serving.errors import InputError
@@ -224,14 +225,14 @@ def test_a_folder_without_weights_is_refused(checkpoint: Path) -> None:
 
 def test_a_recipe_decides_the_geometry(checkpoint: Path) -> None:
     own = ModelRecipe(n_positions=32, n_embd=48, n_layer=3, n_head=2)
-    assert geometry_of(own, 300, 5) == Geometry(300, 32, 48, 3, 2, 192, 1e-5, "gelu_new", 5, 5)
-    assert geometry_of(ModelRecipe(base=str(checkpoint)), 300, 5) == read_geometry(checkpoint)
+    assert geometry_of(own, 300, TokenIds(5, 6)) == Geometry(300, 32, 48, 3, 2, 192, 1e-5, "gelu_new", 6, 5)
+    assert geometry_of(ModelRecipe(base=str(checkpoint)), 300, TokenIds(256, 256)) == read_geometry(checkpoint)
 
 
 def test_heads_that_cannot_be_exported_are_refused_before_the_training() -> None:
     for model in (ModelRecipe(n_embd=60, n_head=5), ModelRecipe(base=str(FOLDER / "odd_heads"))):
         with pytest.raises(InputError, match=r"makes heads of (12|5); .* takes multiples of 8 only"):
-            geometry_of(model, 300, 5)
+            geometry_of(model, 300, TokenIds(5, 5))
 
 
 def test_the_configuration_names_the_dropouts_of_its_training(checkpoint):
