@@ -21,8 +21,8 @@ from serving.errors import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 """What is written of a byte-level BPE; added_tokens.json stands with them where tokens were added."""
-# The names of Hugging Face, and those of OpenAI's own release.
-_VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+# The names of Hugging Face, those of OpenAI's own release, and KerasHub's.
+_VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocabulary.json", "merges.txt"))
 _PIECE_CHARACTERS = 1 << 11
 # A single white-space character between two others starts a new pre-token of GPT-2's pattern, whatever stands around.
 _SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")

@@ -115,7 +115,7 @@ def _train(
             resid_pdrop=recipe.model.resid_pdrop,
         )
     if base is not None:
-        reporter.line(f"base: {load_weights(model, base.weights)} of {recipe.model.base}")
+        reporter.line(f"base: {load_weights(model, base.weights, base.adapter)} of {recipe.model.base}")
     if recipe.training.epochs:
         choose_trainable(model, recipe.training)
     reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")

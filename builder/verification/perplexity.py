@@ -14,7 +14,7 @@ from builder.data.file_formats import has_fields
 from builder.data.masked_shards import COUNTED, encode_document
 from builder.data.sources import find_sources, read_sources
 from builder.data.tokenizer import load_tokenizer
-from builder.model.pretrained import read_geometry
+from builder.model.geometry import read_geometry
 from builder.recipe import CorpusRecipe, InstructionRecipe
 from builder.special_tokens import read_token_ids
 from serving.bundle import Bundle
