@@ -138,6 +138,9 @@ class ModelRecipe:
     """Geometry and dropouts of GPT-2 trained from scratch, or the base checkpoint to start from."""
 
     base: str = _key("", "Folder (a bundle or run too) or hub name of a GPT-2 to fine-tune; empty trains from scratch.")
+    end_token: str = _key(
+        "", "With a base whose files name two: the token that ends a text, such as <|im_end|>; empty takes the base's."
+    )
     preset: str = _key("", "Named geometry (see builder/recipe.py); empty takes the four fields below.")
     vocab_size: int = _key(
         0, "Rows of the token embedding, from scratch; 0 takes the tokenizer's, more pads it.", low=0, high=10_000_000

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from builder.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from builder.data.tokenizer import load_tokenizer, tokenizer_folder_files
 from builder.keras_backend import tf
 from builder.model.gpt2 import GPT2
 from builder.model.pretrained import load_model
@@ -47,11 +47,9 @@ def export(
     """
     model = load_model(trained)
     geometry = model.geometry
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(prepared / "tokenizer" / name, draft / name)
+    for file in tokenizer_folder_files(prepared / "tokenizer"):
+        shutil.copyfile(file, draft / file.name)
     shutil.copyfile(trained / "config.json", draft / "config.json")
-    end = {"bos_token_id": geometry.bos_token_id, "eos_token_id": geometry.eos_token_id}
-    (draft / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n", encoding="utf-8")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
 

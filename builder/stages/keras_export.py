@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from builder.data.base_tokenizer import read_base_tokenizer, write_base_tokenizer
 from builder.data.masked_shards import open_shard
 from builder.data.token_shards import write_tokens
-from builder.data.tokenizer import copy_tokenizer, end_token_id, vocabulary_size
+from builder.data.tokenizer import load_tokenizer, vocabulary_size
 from builder.model.gpt2 import GPT2
 from builder.model.pretrained import load_weights, resolve_base
 from builder.model.safetensors_file import write_safetensors
@@ -64,7 +65,12 @@ def export_bundle(
         prepared, trained, draft = (Path(place) / each for each in ("prepare", "train", "bundle"))
         for folder in (trained, draft):
             folder.mkdir()
-        tokenizer = copy_tokenizer(resolve_base(base).tokenizer, prepared / "tokenizer", geometry.n_positions)
+        places = resolve_base(base)
+        read = read_base_tokenizer(places.tokenizer, places.weights, geometry.vocab_size)
+        write_base_tokenizer(read, geometry.n_positions, prepared / "tokenizer")
+        for note in read.notes:
+            reporter.line(note)
+        tokenizer = load_tokenizer(prepared / "tokenizer")
         if vocabulary_size(tokenizer) > geometry.vocab_size:
             raise InputError(
                 f"base {base!r}: its tokenizer has {vocabulary_size(tokenizer)} entries, the model only "
@@ -74,12 +80,12 @@ def export_bundle(
         digest = hashlib.sha256()
         for side, texts in (("train", list(train)), ("validation", list(validation))):
             shard = prepared / "tokens" / f"{side}.bin"
-            write_tokens(texts, tokenizer, shard)
+            write_tokens(texts, tokenizer, shard, end_token=read.ids.eos)
             digest.update(json.dumps(texts).encode())
-            sides.append(open_shard(shard, end_token_id(tokenizer)))
+            sides.append(open_shard(shard, read.ids.eos))
         (prepared / "prepare.json").write_text(json.dumps({"corpus_sha256": digest.hexdigest()}), encoding="utf-8")
         write_safetensors(model, trained / WEIGHTS)
-        config = hf_config(geometry, recipe.model)
+        config = hf_config(geometry, recipe.model, read.ids.pad)
         (trained / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
         measured = LanguageModel.create(geometry)

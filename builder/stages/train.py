@@ -14,10 +14,11 @@ from builder.data.document_batches import counted_targets, first_prompts, is_pla
 from builder.data.instructions import Template
 from builder.data.masked_shards import Shard, open_shard
 from builder.data.ngram_baselines import trigram_perplexity, unigram_perplexity
-from builder.data.tokenizer import end_token_id, load_tokenizer, vocabulary_size
+from builder.data.tokenizer import load_tokenizer, vocabulary_size
 from builder.model.pretrained import Base, geometry_of, load_weights, resolve_base
 from builder.progress import Reporter
 from builder.recipe import ModelRecipe, Recipe, TrainingRecipe, VerifyRecipe
+from builder.special_tokens import TokenIds, read_token_ids
 from builder.training.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from builder.training.plan import adapter_line, limits, plan_steps, settings_line, settled
 from builder.training.training_report import REPORT_PAGE, write_report
@@ -33,7 +34,7 @@ SETTINGS = ("loop", "sequence_length")
 """Keys of the report that say what a training setting was in fact, where the recipe leaves it open."""
 
 
-def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
+def hf_config(geometry: Geometry, recipe: ModelRecipe, pad: int | None = None) -> dict[str, Any]:
     """The model's config.json as Hugging Face's GPT2Config reads it, with the dropouts that it was trained with.
 
     GPT2Config takes a dropout that is not there as 0.1; KerasHub refuses to read a folder without them.
@@ -55,6 +56,7 @@ def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
         "resid_pdrop": recipe.resid_pdrop,
         "bos_token_id": geometry.bos_token_id,
         "eos_token_id": geometry.eos_token_id,
+        **({} if pad is None else {"pad_token_id": pad}),
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
@@ -69,11 +71,11 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     """
     recipe = settled(recipe)
     tokenizer = load_tokenizer(prepared / "tokenizer")
-    end = end_token_id(tokenizer)
-    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", end) for side in ("train", "validation"))
+    ids = read_token_ids(prepared / "tokenizer")
+    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", ids.eos) for side in ("train", "validation"))
     vocab_size = vocabulary_size(tokenizer)
     base = resolve_base(recipe.model.base) if recipe.model.base else None
-    geometry = geometry_of(recipe.model, vocab_size, end, base)
+    geometry = geometry_of(recipe.model, vocab_size, ids, base)
     if vocab_size > geometry.vocab_size:
         raise InputError(
             f"model.base {recipe.model.base!r}: its tokenizer has {vocab_size} entries, its weights only "
@@ -86,13 +88,14 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     with training_devices(recipe.training) as devices:
         if devices > 1:
             reporter.line(f"training on {devices} devices")
-        return _train(recipe, base, geometry, shard, held_out, tokenizer, folder, run_id, reporter)
+        return _train(recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter)
 
 
 def _train(
     recipe: Recipe,
     base: Base | None,
     geometry: Geometry,
+    ids: TokenIds,
     shard: Shard,
     held_out: Shard,
     tokenizer: Tokenizer,
@@ -116,7 +119,7 @@ def _train(
             resid_pdrop=recipe.model.resid_pdrop,
         )
     if base is not None:
-        reporter.line(f"base: {load_weights(model, base.weights)} of {recipe.model.base}")
+        reporter.line(f"base: {load_weights(model, base.weights, base.adapter)} of {recipe.model.base}")
     settings = recipe.training
     about = [f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}"]
     trainable = 0
@@ -177,7 +180,7 @@ def _train(
     about += limits(report)
     write_report(folder / REPORT_PAGE, recipe.name, about, read_metrics(folder), history, shown or sample())
     write_safetensors(model, folder / WEIGHTS)
-    config = hf_config(geometry, recipe.model)
+    config = hf_config(geometry, recipe.model, ids.pad)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from builder.model.pretrained import read_geometry, resolve_base
+from builder.model.geometry import read_geometry
+from builder.model.pretrained import resolve_base
 from builder.recipe import Recipe, TrainingRecipe, fit_context
 from serving.errors import InputError
 

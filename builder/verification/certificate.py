@@ -32,6 +32,7 @@ from builder.verification.paired_loss import relative_difference
 from builder.verification.quantization_loss import distributions, greedy_record, is_certain, problem
 from builder.verification.sampling_parity import compare_choices
 from builder.verification.text_parity import compare_text, judge_text
+from builder.verification.transformers_reading import check_reading
 from serving.backends.base import Backend
 from serving.backends.onnx import OnnxBackend
 from serving.backends.tensorflow import TensorFlowBackend
@@ -52,6 +53,8 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     """
     golden = _read_golden(bundle)
     prompts, text = golden["prompts"], np.array(golden["text"], np.int64)
+    reading = check_reading(bundle, golden)
+    reporter.line(f"compared the reading of transformers {reading['version']} on {reading['texts']} texts")
     model = load_model(bundle.folder)
     reference = _reference(model)
     optimised, portable = OnnxBackend(bundle, _OPTIMISED), OnnxBackend(bundle, _PORTABLE)
@@ -124,6 +127,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "greedy": greedy,
         "choices": choices,
         "text": texts,
+        "transformers": reading,
         "variants": variants,
         "left_out": {name: table["problem"] for name, table in variants.items() if "problem" in table},
         "versions": versions(),

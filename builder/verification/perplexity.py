@@ -14,8 +14,9 @@ from builder.data.file_formats import has_fields
 from builder.data.masked_shards import COUNTED, encode_document
 from builder.data.sources import find_sources, read_sources
 from builder.data.tokenizer import load_tokenizer
-from builder.model.pretrained import read_geometry
+from builder.model.geometry import read_geometry
 from builder.recipe import CorpusRecipe, InstructionRecipe
+from builder.special_tokens import read_token_ids
 from builder.verification.logit_parity import token_losses
 from builder.verification.paired_loss import perplexity_interval
 from serving.backends.base import Backend
@@ -105,12 +106,12 @@ def read_ids(
     Also which of them are scored [count]: with an `instruction`, those of responses, unless all files are .txt or .md.
     Raises InputError if none is scored.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, end = load_tokenizer(folder), read_token_ids(folder).eos
     sources = find_sources([text], "--text")
     if instruction is None or not any(has_fields(source.path) for source in sources.files):
         instruction = InstructionRecipe()
     encoded = [
-        encode_document(document.ended(), tokenizer)
+        encode_document(document.ended(), tokenizer, end)
         for document in read_sources(sources, CorpusRecipe(text_field=text_field), instruction)
         if document.is_answered
     ]
