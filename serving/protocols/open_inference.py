@@ -80,7 +80,7 @@ async def open_stream(server: Server, request: InferRequest) -> Stream:
 
     async def work(model: ServedModel) -> Stream:
         ((prepared, prompt_tokens),) = await _prepare(server, model, request)
-        generation = Generation(model.engine, [prepared])
+        generation = await Generation.open(model.engine, [prepared])
         return Stream(model, generation, request, prompt_tokens, start_span(COMPLETION, request.headers, model.name))
 
     _, stream = await _on_model(server, request, work)

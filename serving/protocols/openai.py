@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -27,7 +27,7 @@ from serving.protocols.tf_signatures import longest_token
 from serving.sampling import MAX_SEED, SamplingParams
 from serving.server.bodies import read_body
 from serving.server.errors import FieldError
-from serving.server.generation import submit, time_limit
+from serving.server.generation import beside_if, submit, time_limit
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.state import Server
 from serving.server.tracing import COMPLETION, start_span
@@ -36,7 +36,6 @@ DEFAULT_MAX_TOKENS = 16
 LONG_TEXT = 2048
 """Characters from which on a text is encoded in another thread, so that streams under way do not wait."""
 _ENGINE_FIELDS = {"prompt", "n", "logprobs"} | {each.name for each in fields(SamplingParams)}
-_Result = TypeVar("_Result")
 
 
 async def completions(request: Request) -> Response:
@@ -52,7 +51,8 @@ async def completions(request: Request) -> Response:
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
-        return make_requests(body, prompts, model, limit, request_id)
+        long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
+        return await beside_if(long, lambda: make_requests(body, prompts, model, limit, request_id))
 
     try:
         model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
@@ -158,10 +158,6 @@ async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return short
 
 
-async def _elsewhere_if(long: bool, function: Callable[[], _Result]) -> _Result:
-    return await asyncio.to_thread(function) if long else function()
-
-
 def make_requests(
     body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
 ) -> list[GenerationRequest]:
@@ -250,7 +246,7 @@ async def tokenize(request: Request) -> Response:
             {"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings}
         )
 
-    return await _elsewhere_if(len(ids) > LONG_TEXT, answer)
+    return await beside_if(len(ids) > LONG_TEXT, answer)
 
 
 async def detokenize(request: Request) -> Response:
@@ -261,7 +257,7 @@ async def detokenize(request: Request) -> Response:
     wrong = next((token for token in body.tokens if token >= engine.vocab_size), None)
     if wrong is not None:
         raise FieldError(f"tokens has {wrong}, but the vocabulary has {engine.vocab_size} tokens", "tokens")
-    text = await _elsewhere_if(
+    text = await beside_if(
         len(body.tokens) > LONG_TEXT, lambda: engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
     )
     return JSONResponse({"prompt": text})

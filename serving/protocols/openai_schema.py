@@ -12,7 +12,7 @@ from serving.server.bodies import RequestBody
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
-"""Characters of one; each continuation has an automaton of as many states."""
+"""Characters of one; a call's continuations share an automaton of as many states."""
 _INT = 2**31 - 1
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _INT}, "minItems": 1}
 

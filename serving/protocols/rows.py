@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, Handle, PromptEvent, TokenEvent
 from serving.server.errors import error_of
+from serving.server.generation import beside_if, takes_long
 from serving.server.tracing import OpenSpan, Span
 
 # Above so many characters, or ids, the tokenizer works beside the event loop and not in it.
@@ -38,14 +39,23 @@ async def complete(engine: Engine, requests: Sequence[GenerationRequest], open_s
     heard: list[list[Event]] = [[] for _ in requests]
     handles: list[Handle] = []
     span: Span | None = None
-    try:
+    cancelled = False
+
+    def submit_all() -> None:
         for request, events, future in zip(requests, heard, ended, strict=True):
             handles.append(_submit(engine, request, loop, events, future))
+            if cancelled:
+                handles[-1].cancel()
+                return
+
+    try:
+        await beside_if(takes_long(requests), submit_all)
         span = open_span() if requests else None
         await asyncio.gather(*ended)
         rows = [_row(events) for events in heard]
     except BaseException as error:
-        for handle in handles:
+        cancelled = True
+        for handle in list(handles):
             handle.cancel()
         for future in ended:
             future.cancel()
