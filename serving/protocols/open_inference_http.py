@@ -13,14 +13,14 @@ from starlette.routing import Route
 
 from serving.errors import InputError
 from serving.protocols import open_inference_models as models
-from serving.protocols.http_requests import parse_object, while_connected
+from serving.protocols.http_requests import while_connected
 from serving.protocols.open_inference import Answer, Stream, infer, open_stream
 from serving.protocols.open_inference_schema import GenerateBody, InferBody, InputTensor
 from serving.protocols.open_inference_signatures import GENERATE, InferRequest, refuse_parameters, signature_name
 from serving.protocols.open_inference_tensors import from_raw, from_values, plain, to_raw, to_values
 from serving.protocols.openai import EventStream
 from serving.protocols.tf_signatures import objects
-from serving.server.bodies import parse_body, read_bytes, reading
+from serving.server.bodies import parse_body, parse_object, read_bytes, reading
 from serving.server.errors import failure_of
 from serving.server.gate import log
 from serving.server.generation import time_limit

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from serving.engine.api import Engine, GenerationRequest
-from serving.errors import InputError
+from serving.errors import InputError, cut
 from serving.protocols.rows import Row, complete, decode, encode
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
 from serving.server.tracing import OpenSpan, Span
@@ -74,7 +74,8 @@ async def run(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> Arra
     signature = find(name)
     missing, unknown = sorted(signature.inputs.keys() - inputs.keys()), sorted(inputs.keys() - signature.inputs.keys())
     if missing or unknown:
-        said = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        said = [f"missing: {', '.join(missing)}"] * bool(missing)
+        said += [f"unknown: {', '.join(cut(name) for name in unknown[:8])}"] * bool(unknown)
         raise InputError(f"the signature takes {', '.join(signature.inputs)}; {'; '.join(said)}")
     for key, wanted in signature.inputs.items():
         value = inputs[key]
@@ -97,7 +98,7 @@ def find(name: str) -> Signature:
     try:
         return SIGNATURES[name or "serving_default"]
     except KeyError:
-        raise InputError(f'Serving signature key "{name}" not found; there are {", ".join(SIGNATURES)}') from None
+        raise InputError(f'Serving signature key "{cut(name)}" not found; there are {", ".join(SIGNATURES)}') from None
 
 
 async def _serving_default(call: Call, inputs: Arrays) -> Arrays:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.engine.api import DrainingError, FinishEvent, QueueFullError
-from serving.errors import GPT2BundleError, InputError
+from serving.errors import GPT2BundleError, InputError, one_line
 from serving.server.registry import ModelNotFoundError, ModelNotReadyError
 
 INTERNAL_SENTENCE = "internal error; the server's log has it under this request's id"
@@ -123,7 +123,7 @@ def failure_of(error: BaseException) -> Failure:
     if kind is INTERNAL:
         return Failure(INTERNAL, INTERNAL_SENTENCE)
     retry_after = getattr(error, "retry_after", RETRY_SECONDS if kind.status == 503 else None)
-    return Failure(kind, " ".join(str(error).split()), getattr(error, "param", None), retry_after)
+    return Failure(kind, one_line(error), getattr(error, "param", None), retry_after)
 
 
 def error_of(event: FinishEvent) -> GPT2BundleError | None:
