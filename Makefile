@@ -68,7 +68,7 @@ bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights;
 		--requests 8 --resume --output runs/bench/gpt2-geometry.json
 
 bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
-	$(BIN)/python -m benchmarks.prepare --work runs/bench-prepare --memory 100 --memory 500
+	$(BIN)/python -m benchmarks.experiments.prepare_throughput --work runs/bench-prepare --memory 100 --memory 500
 
 # Peers have an environment of their own. KerasHub asks for tensorflow-text, which GPT-2 does not need.
 .venv-peers/installed:
@@ -81,7 +81,7 @@ bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokeniz
 bench-tf-generate: $(INSTALLED) .venv-peers/installed ## Measure the SavedModel's generation beside KerasHub's compiled one at 124M.
 	test -f "$(OUTPUT)/gpt2-geometry/manifest.json" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	mkdir -p runs/bench-tf-generate && rm -f runs/bench-tf-generate/record.json
-	$(BIN)/python -m benchmarks.generation "$(OUTPUT)/gpt2-geometry/savedmodel/1" --peers .venv-peers/bin/python \
+	$(BIN)/python -m benchmarks.experiments.savedmodel_generation "$(OUTPUT)/gpt2-geometry/savedmodel/1" --peers .venv-peers/bin/python \
 		--output runs/bench-tf-generate/record.json
 
 bench-training: $(INSTALLED) .venv-peers/installed ## Measure training beside torch and KerasHub, which are installed for it (20 minutes).

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from serving.interrupts import check_interrupt
+from serving.support.interrupts import check_interrupt
 
 # Seconds between two lines about training when there is no terminal to draw a bar on.
 _LINE_INTERVAL = 10.0
@@ -32,7 +32,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Give the function that `builder.training.fit` notifies, showing a bar or now and then a line."""
+        """Give the function that `builder.training.trainer.fit` notifies, showing a bar or now and then a line."""
         if not self.console.is_terminal:
             yield self._line_notifier()
             return

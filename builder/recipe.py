@@ -6,8 +6,11 @@ GPT-2 configuration and training arguments, so that a recipe reads like what its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from serving.errors import InputError
+from serving.support.suggestions import did_you_mean
 
 
 def _key(
@@ -109,7 +112,7 @@ class ModelRecipe:
     """Geometry and dropouts of GPT-2 trained from scratch, or the base checkpoint to start from."""
 
     base: str = _key("", "Folder (a bundle or run too) or hub name of a GPT-2 to fine-tune; empty trains from scratch.")
-    preset: str = _key("", "Named geometry (see builder/presets.py); empty takes the four fields below.")
+    preset: str = _key("", "Named geometry (see builder/recipe.py); empty takes the four fields below.")
     vocab_size: int = _key(
         0, "Rows of the token embedding, from scratch; 0 takes the tokenizer's, more pads it.", low=0, high=10_000_000
     )
@@ -259,3 +262,27 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+
+
+# Named geometries: OpenAI's four releases of GPT-2 and DistilGPT-2, and small ones for two cores.
+# name: (n_layer, n_embd, n_head, n_positions). The GPT-2 rows are those of the released hparams.json files.
+PRESETS: dict[str, tuple[int, int, int, int]] = {
+    "nano": (2, 128, 2, 128),
+    "mini": (4, 256, 4, 256),
+    "small": (6, 384, 6, 512),
+    "distilgpt2": (6, 768, 12, 1024),
+    "gpt2": (12, 768, 12, 1024),
+    "gpt2-medium": (24, 1024, 16, 1024),
+    "gpt2-large": (36, 1280, 20, 1024),
+    "gpt2-xl": (48, 1600, 25, 1024),
+}
+
+
+def resolve_preset(model: ModelRecipe) -> ModelRecipe:
+    """Return `model` with its preset's geometry filled in; raise `InputError` for an unknown preset."""
+    if not model.preset:
+        return model
+    if model.preset not in PRESETS:
+        raise InputError(f"recipe key model.preset: no preset {model.preset!r}{did_you_mean(model.preset, PRESETS)}")
+    n_layer, n_embd, n_head, n_positions = PRESETS[model.preset]
+    return replace(model, preset="", n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions)

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from builder.instructions import Template
-from builder.presets import resolve_preset
-from builder.recipe import ModelRecipe, Recipe
+from builder.data.instructions import Template
+from builder.recipe import ModelRecipe, Recipe, resolve_preset
 from serving.errors import InputError
-from serving.suggest import did_you_mean
+from serving.support.suggestions import did_you_mean
 
 _LIMIT = 2**63
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

@@ -17,7 +17,7 @@ import click
 
 from serving import __version__
 from serving.errors import GPT2BundleError
-from serving.interrupts import remembered_interrupts
+from serving.support.interrupts import remembered_interrupts
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("builder.commands.prepare:prepare", "Read text, train or load the tokenizer, write token shards."),
@@ -32,7 +32,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "deploy": ("serving.commands.deploy:deploy", "Write a folder that TensorFlow Serving serves a bundle from."),
     "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving or 'serve', by REST or gRPC."),
-    "bench": ("benchmarks.command:bench", "Measure latency: steps against the floor, requests as clients see them."),
+    "bench": (
+        "benchmarks.commands.run:bench",
+        "Measure latency: steps against the floor, requests as clients see them.",
+    ),
 }
 # What keeps its work by stages, and takes it up again.
 STAGES = ("prepare", "train", "export", "verify", "build")
@@ -63,7 +66,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:
-            from serving.suggest import did_you_mean
+            from serving.support.suggestions import did_you_mean
 
             raise click.UsageError(f"no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}", ctx=ctx)
         return super().resolve_command(ctx, args)

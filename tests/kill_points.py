@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from builder import build as builds
 from builder.progress import Reporter
 from builder.recipe import Recipe, VerifyRecipe
-from builder.workspace import is_done, locked
+from builder.run_folder import is_done, locked
+from builder.stages import pipeline as builds
 from serving.bundle import open_bundle
 from serving.errors import GPT2BundleError
 from tests.closed_form import write_bundle
@@ -79,11 +79,11 @@ def play_stages(folder: Path) -> None:
     builds.prepare, builds.train = prepare, train  # type: ignore[assignment]
     builds.quality = lambda report: {key: value for key, value in report.items() if key != "history"}
     builds.verify_bundle = lambda *_: (CERTIFICATE, {"expected": []})
-    sys.modules["builder.export"] = types.SimpleNamespace(export=export)  # type: ignore[assignment]
-    sys.modules["builder.verify"] = types.SimpleNamespace(  # type: ignore[assignment]
+    sys.modules["builder.stages.export"] = types.SimpleNamespace(export=export)  # type: ignore[assignment]
+    sys.modules["builder.verification.certificate"] = types.SimpleNamespace(  # type: ignore[assignment]
         summary=lambda certificate: {"verified": True}, write_certificate=write_certificate
     )
-    sys.modules["builder.modelcard"] = types.SimpleNamespace(  # type: ignore[assignment]
+    sys.modules["builder.stages.model_card"] = types.SimpleNamespace(  # type: ignore[assignment]
         model_card=lambda draft, certificate, quality: "# card\n"
     )
 

@@ -12,10 +12,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from builder import tokens
-from builder.prepare import PARTS, prepare
+from builder.data import token_shards
 from builder.recipe import CleaningRecipe, CorpusRecipe, Recipe, TokenizerRecipe, TrainingRecipe
-from builder.workspace import STAMP
+from builder.run_folder import STAMP
+from builder.stages.prepare import PARTS, prepare
 from tests.kill_points import child, kill_at
 from tests.tiny_build import contents
 
@@ -37,7 +37,7 @@ def recipe_of(folder: Path, documents: int = 30) -> Recipe:
 
 def main(folder: Path, every: int) -> None:
     """Try the kills."""
-    tokens._BATCH_CHARACTERS, tokens._BATCHES_A_NOTE = 500, 1
+    token_shards._BATCH_CHARACTERS, token_shards._BATCHES_A_NOTE = 500, 1
     recipe, run = recipe_of(folder / "corpus"), folder / "run"
 
     def work() -> None:

@@ -52,7 +52,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(fails: Fails, f
 def test_a_validation_that_is_no_number_is_no_checkpoint(
     fails: Fails, tiny: TinyBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from builder.training import LanguageModel
+    from builder.training.trainer import LanguageModel
 
     shutil.rmtree(tiny.run / "train")
     real, count = LanguageModel.evaluate, [0]

@@ -1,8 +1,9 @@
-"""The house: imports point one way, and the contract needs nothing but Python."""
+"""The house: imports point one way from layer to layer, and the contract needs nothing but Python."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -11,28 +12,100 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PARTS = ("builder", "serving", "benchmarks")
 MAY_IMPORT = {"builder": {"serving"}, "benchmarks": {"serving"}, "serving": set()}
-# What a program that only reads bundles must be able to import anywhere.
-CONTRACT = ("bundle", "manifest", "strict_json", "publish", "errors", "suggest")
+# From the top down: a folder or file imports only from rows below its own, and its own files. Names that share a row
+# do not import each other.
+LAYERS = {
+    "serving": (
+        "cli",
+        "commands",
+        "entrypoints",
+        "protocols",
+        "server",
+        "engine",
+        "generation clients",
+        "backends",
+        "sampling deploy",
+        "bundle protobuf",
+        "support errors",
+    ),
+    "builder": (
+        "commands",
+        "stages",
+        "verification",
+        "training onnx_export tf_export recipe_reader",
+        "data model",
+        "recipe run_folder progress keras_backend",
+    ),
+    "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
+}
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports by name, at the top or inside a function, `import_module` included."""
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
+    """Every module that a file imports by name, at the top or inside a function, `import_module` included.
+
+    `from a import b` gives "a" and "a.b", as b may be a module.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            found.add(str(node.module))
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
             found |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
-    return found
+    return frozenset(found)
 
 
 def sources(part: str) -> list[Path]:
     files = sorted((ROOT / part).rglob("*.py"))
     assert files, part
     return files
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Each module of the project with the modules of the project that it imports, itself left out."""
+    modules = {module_name(path): path for part in PARTS for path in sources(part)}
+    graph = {}
+    for name, path in modules.items():
+        found = imports(path) & modules.keys()
+        # `from package import module` depends on the module, not on the package's face.
+        graph[name] = {each for each in found if each != name and not any(o.startswith(each + ".") for o in found)}
+    return graph
+
+
+def layer_faults(graph: dict[str, set[str]]) -> list[str]:
+    """Each import that does not point to a lower layer of its part."""
+    found = []
+    for name, targets in graph.items():
+        for target in targets:
+            part, _, rest = name.partition(".")
+            other, _, below = target.partition(".")
+            here, there = rest.partition(".")[0], below.partition(".")[0]
+            if part != other or not here or not there or here == there:
+                continue
+            rank = {each: row for row, names in enumerate(LAYERS[part]) for each in names.split()}
+            if rank[here] >= rank[there]:
+                found.append(f"{name} imports {target}")
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules on a circle of imports: those left when modules that import nothing left are taken away."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    # What only leads into a circle is taken away from the other side.
+    while free := [name for name in left if not any(name in targets for targets in left.values())]:
+        for name in free:
+            del left[name]
+    return sorted(left)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -43,24 +116,61 @@ def test_imports_point_one_way(part: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+def test_each_folder_imports_only_lower_layers() -> None:
+    assert layer_faults(module_graph()) == []
+
+
+def test_no_import_closes_a_circle() -> None:
+    assert circles(module_graph()) == []
+
+
+def test_every_file_has_a_layer() -> None:
+    for part, rows in LAYERS.items():
+        names = {each for row in rows for each in row.split()}
+        places = {path.relative_to(ROOT / part).parts[0].removesuffix(".py") for path in sources(part)} - {"__init__"}
+        assert places == names, part
+
+
+def test_a_wrong_layer_and_a_circle_are_found() -> None:
+    graph = {
+        "serving.engine.core": {"serving.server.state"},
+        "serving.server.state": {"serving.engine.core"},
+        "serving.cli": {"serving.engine.core"},
+        "serving.errors": set[str](),
+    }
+    assert layer_faults(graph) == ["serving.engine.core imports serving.server.state"]
+    assert circles(graph) == ["serving.engine.core", "serving.server.state"]
+
+
 def test_the_scan_sees_every_kind_of_import(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_text(
         "import a.b as c\ndef f():\n    from d.e import g\n    import importlib\n    importlib.import_module('h.i')\n"
     )
-    assert imports(path) == {"a.b", "d.e", "importlib", "h.i"}
+    assert imports(path) == {"a.b", "d.e", "d.e.g", "importlib", "h.i"}
 
 
-@pytest.mark.parametrize("name", CONTRACT)
-def test_the_contract_needs_only_the_standard_library(name: str) -> None:
-    own = {f"serving.{module}" for module in CONTRACT}
-    for module in imports(ROOT / "serving" / f"{name}.py"):
-        assert module in own or module.partition(".")[0] in sys.stdlib_module_names, module
+CONTRACT = [
+    "errors.py",
+    "support/suggestions.py",
+    *(f"bundle/{path.name}" for path in (ROOT / "serving/bundle").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("place", CONTRACT)
+def test_the_contract_needs_only_the_standard_library(place: str) -> None:
+    path = ROOT / "serving" / place
+    own = {module_name(ROOT / "serving" / each) for each in CONTRACT}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                assert name in own or str(name).partition(".")[0] in sys.stdlib_module_names, f"{place} imports {name}"
 
 
 def test_only_the_backend_that_is_named_so_imports_a_runtime() -> None:
     allowed = {
-        "tensorflow": {"backends/tensorflow.py", "backends/tensorflow_session.py", "quiet_tensorflow.py"},
+        "tensorflow": {"backends/tensorflow.py", "clients/session_transport.py", "support/tensorflow_import.py"},
         "onnxruntime": {"backends/onnx.py", "backends/onnx_loop.py", "backends/onnx_session.py"},
         "keras": set(),
         "onnx": set(),

@@ -108,5 +108,5 @@ def test_what_the_disk_refuses_is_said_with_its_file(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number), "the/file")
 
-    monkeypatch.setattr("builder.prepare.write_tokens", refuse)
+    monkeypatch.setattr("builder.stages.prepare.write_tokens", refuse)
     fails(["prepare", *fresh.options()], 1, os.strerror(number), "the/file")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.workspace import locked
+from builder.run_folder import locked
 from tests.tiny_build import Fails, TinyBuild, contents
 
 STAGES = ("prepare", "train", "export", "verify", "build")

@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
+from benchmarks.common.hardware import environment
+from benchmarks.common.standalone import run
 from benchmarks.gpu.contestants import CONTESTANTS
 from benchmarks.gpu.device import describe, measure_rates
 from benchmarks.gpu.suite import Setting, Suite
-from benchmarks.hardware import environment
-from benchmarks.program import run
 from serving.bundle import open_bundle
 from serving.errors import GPT2BundleError, InputError
 

@@ -10,8 +10,8 @@ import threading
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.hardware import BandwidthProbe, ComputeProbe
-from serving.manifest import Geometry
+from benchmarks.common.hardware import BandwidthProbe, ComputeProbe
+from serving.bundle.manifest import Geometry
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}
 _FIELDS = ("name", "driver_version", "memory.total", "compute_cap", "clocks.max.sm", "clocks.max.memory")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from benchmarks.peers.bundle_peer import run_greedy
 from benchmarks.peers.protocol import Clock, Contestant, Job, Run, serve
-from serving.backends.cuda import parse_device
+from serving.backends.devices import parse_device
 from serving.backends.onnx import OnnxBackend
 from serving.backends.onnx_session import open_session
 from serving.bundle import open_bundle

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common.hardware import usable_cores
+from benchmarks.common.statistics import summarise
 from benchmarks.gpu.contestants import Contestant
 from benchmarks.gpu.device import MemoryWatch, floor_ms
-from benchmarks.hardware import usable_cores
 from benchmarks.peers.child import Child
 from benchmarks.peers.protocol import Job, Run
-from benchmarks.statistics import summarise
 from serving.bundle import Bundle
 from serving.errors import GPT2BundleError
 

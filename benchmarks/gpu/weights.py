@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.program import run
+from benchmarks.common.standalone import run
 from serving.bundle import MANIFEST_NAME, open_bundle
 from serving.errors import InputError
 

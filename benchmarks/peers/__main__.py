@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from benchmarks.common.standalone import run
 from benchmarks.peers.contest import OWN, PEERS, PRECISIONS, Contest, Setting, commands
 from benchmarks.peers.report import conditions, table
-from benchmarks.program import run
 from serving.bundle import open_bundle
 from serving.errors import InputError
 

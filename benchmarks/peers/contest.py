@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decode import cut_prompts, step_bytes
-from benchmarks.hardware import BandwidthProbe, ComputeProbe, busy_seconds, environment, usable_cores
+from benchmarks.common.bundle_targets import read_text
+from benchmarks.common.decode_step import cut_prompts, step_bytes
+from benchmarks.common.hardware import BandwidthProbe, ComputeProbe, busy_seconds, environment, usable_cores
+from benchmarks.common.statistics import summarise
 from benchmarks.peers.child import Child
 from benchmarks.peers.protocol import Job, Run
-from benchmarks.statistics import summarise
-from benchmarks.targets import read_text
 from serving.bundle import Bundle, Geometry
 from serving.errors import GPT2BundleError
 

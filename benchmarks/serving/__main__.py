@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from benchmarks.hardware import environment
-from benchmarks.program import run
+from benchmarks.common.hardware import environment
+from benchmarks.common.standalone import run
 from benchmarks.serving.bare import bare
 from benchmarks.serving.faults import disconnects, overload, termination
 from benchmarks.serving.server import load, serving

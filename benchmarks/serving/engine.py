@@ -20,20 +20,20 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.decode import cut_prompts
-from benchmarks.hardware import environment
-from benchmarks.program import run
+from benchmarks.common.bundle_targets import read_text
+from benchmarks.common.decode_step import cut_prompts
+from benchmarks.common.hardware import environment
+from benchmarks.common.standalone import run
+from benchmarks.common.statistics import summarise
 from benchmarks.serving.bare import bare
-from benchmarks.statistics import summarise
-from benchmarks.targets import read_text
 from serving.backends.base import Backend
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
-from serving.choice import Chooser, HostSteps
 from serving.engine.api import Event, FinishEvent, GenerationRequest, RequestRecord, StepRecord, TokenEvent
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine, open_engine
 from serving.errors import ParityError
+from serving.generation.token_selection import Chooser, HostSteps
 from serving.sampling import SamplingParams
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import click
 
-from benchmarks.hardware import busy_seconds, environment, usable_cores
-from benchmarks.program import run
+from benchmarks.common.hardware import busy_seconds, environment, usable_cores
+from benchmarks.common.standalone import run
 from benchmarks.serving.peer_files import write_folder
 from benchmarks.serving.server import SERVE, load
 from serving.errors import GPT2BundleError

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from benchmarks.hardware import usable_cores
+from benchmarks.common.hardware import usable_cores
 from benchmarks.serving.server import ServerProcess
 
 _INTERVAL = 5.0

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.suite.clock import Clock
-from benchmarks.suite.events import Response
-from benchmarks.suite.schedule import Planned, Schedule
+from benchmarks.suite.load.clock import Clock
+from benchmarks.suite.load.events import Response
+from benchmarks.suite.load.schedule import Planned, Schedule
 from benchmarks.suite.targets.base import Target, TargetError
 
 # Time to set up the first request before its moment comes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.suite.schedule import Schedule
+from benchmarks.suite.load.schedule import Schedule
 from serving.errors import InputError
 
 SUSTAINED = "sustained_requests_per_second"

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from benchmarks.hardware import environment
-from benchmarks.program import run
-from benchmarks.statistics import summarise
+from benchmarks.common.hardware import environment
+from benchmarks.common.standalone import run
+from benchmarks.common.statistics import summarise
 from benchmarks.training.contestants import CASES, LOSS, SPEED, Contest
 
 SAMPLES = "samples.jsonl"

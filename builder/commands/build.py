@@ -21,9 +21,9 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     """Text to verified bundle: prepare, train, export, verify, package. Goes on where an interrupted build stopped."""
     run = make_run(**options)
 
-    from builder.build import build as run_build
     from builder.progress import Reporter
-    from builder.workspace import locked
+    from builder.run_folder import locked
+    from builder.stages.pipeline import build as run_build
 
     with locked(run.folder):
         bundle = run_build(run, output, Reporter())

@@ -26,7 +26,7 @@ def evaluate(
     stride gives more context and costs more passes. Of a bundle that was trained on instructions, PATH has records
     with the same fields, and the responses alone are scored; --text-field reads plain text instead.
     """
-    from builder.evaluation import evaluate_bundle, instruction_of
+    from builder.verification.perplexity import evaluate_bundle, instruction_of
     from serving.bundle import open_bundle
 
     opened = open_bundle(bundle)

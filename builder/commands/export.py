@@ -15,9 +15,9 @@ def export(**options: Any) -> None:
     """Export the trained model to a draft bundle: SavedModel, portable and optimised ONNX."""
     run = make_run(**options)
 
-    from builder.build import export_stage
     from builder.progress import Reporter
-    from builder.workspace import locked
+    from builder.run_folder import locked
+    from builder.stages.pipeline import export_stage
 
     with locked(run.folder):
         export_stage(run, Reporter())

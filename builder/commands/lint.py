@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from serving.commands.values import Number
+from serving.commands.param_types import Number
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    from builder.lint_costs import parse_size
+    from builder.tf_export.lint_costs import parse_size
 
     try:
         return None if value is None else parse_size(value)
@@ -51,8 +51,8 @@ def lint(
     warnings and notes do not fail. A longest generation over the REST timeout is a warning, a single token over it an
     error.
     """
-    from builder.lint import find_target, refuse_errors
-    from builder.lint import lint as find
+    from builder.tf_export.lint import find_target, refuse_errors
+    from builder.tf_export.lint import lint as find
 
     target = find_target(folder)
     findings = find(

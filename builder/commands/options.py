@@ -52,11 +52,11 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def make_run(
     recipe_path: Path | None, overrides: tuple[str, ...], base: str | None, corpus: tuple[str, ...], runs: Path
 ) -> Any:
-    """Return the `builder.build.Run` that the options describe. Raises InputError for what a recipe refuses."""
+    """Return the pipeline `Run` that the options describe. Raises InputError for what a recipe refuses."""
     import json
 
-    from builder.build import Run
     from builder.recipe_reader import read_recipe
+    from builder.stages.pipeline import Run
 
     more = list(overrides)
     if base is not None:

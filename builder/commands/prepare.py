@@ -17,9 +17,9 @@ def prepare(workers: int | None, **options: Any) -> None:
     """Read the recipe's text, make its tokenizer, and write token shards."""
     run = make_run(**options)
 
-    from builder.build import prepare_stage
     from builder.progress import Reporter
-    from builder.workspace import locked
+    from builder.run_folder import locked
+    from builder.stages.pipeline import prepare_stage
 
     with locked(run.folder):
         prepare_stage(run, Reporter(), workers or 0)

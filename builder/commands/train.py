@@ -18,9 +18,9 @@ def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
         overrides = (*overrides, f"training.loop={loop}")
     run = make_run(overrides=overrides, **options)
 
-    from builder.build import train_stage
     from builder.progress import Reporter
-    from builder.workspace import locked
+    from builder.run_folder import locked
+    from builder.stages.pipeline import train_stage
 
     with locked(run.folder):
         train_stage(run, Reporter())

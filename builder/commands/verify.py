@@ -29,9 +29,9 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
             raise InputError(f"--{name} is for a recipe's draft; leave it out, or BUNDLE")
     run = make_run(**options)
 
-    from builder.build import open_draft, verify_bundle
     from builder.progress import Reporter
-    from builder.workspace import locked
+    from builder.run_folder import locked
+    from builder.stages.pipeline import open_draft, verify_bundle
     from serving.bundle import open_bundle
     from serving.errors import ParityError
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
-from serving.penalties import Edits
+from serving.sampling.penalties import Edits
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]

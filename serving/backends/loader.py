@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from serving.backends.base import Backend
-from serving.backends.cuda import parse_device
+from serving.backends.devices import parse_device
 from serving.bundle import Bundle
-from serving.clients.tf_serving import Transport
 from serving.errors import InputError, RuntimeMissingError
-from serving.suggest import did_you_mean
+from serving.support.suggestions import did_you_mean
 
 # Name of the runtime: the module and class that run it, and the extra of this project that installs it.
 RUNTIMES = {
@@ -48,17 +47,6 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
     with runtime_errors(runtime):
         backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
     return backend
-
-
-def load_slot_transport(bundle: Bundle) -> Transport:
-    """The SavedModel of `bundle` in TensorFlow in this process, as a server for `open_slot_engine`.
-
-    Raises RuntimeMissingError as `load_backend` does.
-    """
-    with runtime_errors("tensorflow"):
-        module = importlib.import_module("serving.backends.tensorflow_session")
-        transport: Transport = module.SessionTransport(bundle)
-    return transport
 
 
 @contextlib.contextmanager

@@ -14,17 +14,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from serving.backends.base import (
-    Choice,
-    FloatArray,
-    IntArray,
-    Request,
-    check_capacity,
-    check_room,
-    pad_right,
-)
-from serving.backends.cuda import parse_device
-from serving.backends.memory import SpareMemory
+from serving.backends.base import Choice, FloatArray, IntArray, Request, check_capacity, check_room, pad_right
+from serving.backends.buffer_pool import SpareMemory
+from serving.backends.devices import parse_device
 from serving.backends.onnx_loop import DeviceLoop
 from serving.backends.onnx_session import (
     CHOOSE_GRAPH,

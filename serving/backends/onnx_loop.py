@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from serving.backends.base import FloatArray, IntArray, Request, check_capacity, pad_right
-from serving.backends.cuda import batch_bucket, capacity_bucket
+from serving.backends.devices import batch_bucket, capacity_bucket
 
 _NEVER_CAPTURED = "-1"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")

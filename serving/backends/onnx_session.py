@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime as ort
 
 from serving.backends.base import Request
-from serving.backends.cuda import cuda_options, parse_device
+from serving.backends.devices import cuda_options, parse_device
 from serving.bundle import Bundle
+from serving.bundle.strict_json import ADVICE, shown
 from serving.errors import BundleError, RuntimeMissingError
-from serving.strict_json import ADVICE, shown
 
 CHOOSE_GRAPH = "ort/choose"
 INT8_CACHES = (1, 28)

@@ -11,7 +11,7 @@ import numpy as np
 from serving.backends.base import FloatArray, IntArray, check_capacity, check_room, pad_right
 from serving.bundle import Bundle
 from serving.errors import BundleError
-from serving.quiet_tensorflow import tf
+from serving.support.tensorflow_import import tf
 
 GRAPH = "savedmodel/prefill"
 

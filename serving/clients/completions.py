@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
+from serving.clients.rest_transport import CODES, Origin
 from serving.clients.tf_serving import Continuation, TFServingClient
-from serving.clients.tf_serving_rest import CODES, Origin
-from serving.clients.tf_serving_slots import Piece
+from serving.clients.transport import Piece
 from serving.errors import ServerError
 from serving.sampling import SamplingParams
 

@@ -9,16 +9,17 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from serving.backends.base import pad_right
-from serving.clients.tf_serving_slots import END, Piece, SlotTexts, as_text
+from serving.clients.slot_pool import SIGNATURES, check_graph_params
+from serving.clients.slot_stream import SlotTexts
+from serving.clients.transport import END, Piece, Transport, as_text
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
-from serving.slots import SIGNATURES, check_graph_params
 
 # The server had no room or was not there: the same request may be sent again.
 _PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED"})
@@ -28,19 +29,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 # Tokens a call where nobody watches them come.
 _STEPS = 8
 _T = TypeVar("_T")
-
-
-class Transport(Protocol):
-    """One protocol to one model. Each call ends within `timeout` seconds or raises ServerError."""
-
-    def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        """Outputs by name as arrays."""
-
-    def metadata(self, timeout: float) -> dict[str, Any]:
-        """Signature to {"inputs": {name: {"dtype": "DT_INT32", "shape": [-1]}}, "outputs": ...}; shape may be None."""
-
-    def status(self, timeout: float) -> list[dict[str, Any]]:
-        """For each version: `version`, `state` (such as AVAILABLE), `error_code`, `error_message`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,8 @@ class TFServingClient:
 
     def __init__(self, transport: Transport, *, timeout: float = 60.0, retries: int = 4) -> None:
         self._transport, self.timeout, self._retries = transport, timeout, retries
-        self.sleep, self._random = time.sleep, random.Random()
+        self.sleep: Callable[[float], None] = time.sleep
+        self._random = random.Random()
 
     def predict(
         self, inputs: Mapping[str, Any], signature: str = "serving_default", *, idempotent: bool = True

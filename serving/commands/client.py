@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.values import Seconds
+from serving.commands.param_types import Seconds
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from serving.clients.completions import Completions
     from serving.clients.tf_serving import TFServingClient
-    from serving.clients.tf_serving_slots import Piece
+    from serving.clients.transport import Piece
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -54,17 +54,18 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _open(
     url: str | None, grpc_address: str | None, api_key: str | None, model: str, timeout: float, retries: int
 ) -> TFServingClient:
-    from serving.clients.tf_serving import TFServingClient, Transport
+    from serving.clients.tf_serving import TFServingClient
+    from serving.clients.transport import Transport
 
     if (url is None) == (grpc_address is None):
         raise InputError("name one server: --url http://127.0.0.1:8501 or --grpc 127.0.0.1:8500")
     transport: Transport
     if url is not None:
-        from serving.clients.tf_serving_rest import RestTransport
+        from serving.clients.rest_transport import RestTransport
 
         transport = RestTransport(url, model, api_key=api_key)
     else:
-        from serving.clients.tf_serving_grpc import GrpcTransport
+        from serving.clients.grpc_transport import GrpcTransport
 
         transport = GrpcTransport(grpc_address or "", model, api_key)
     return TFServingClient(transport, timeout=timeout, retries=retries)
@@ -160,7 +161,7 @@ def generate(
     loaded = None
     if tokenizer is not None:
         from serving.bundle import open_bundle
-        from serving.text_stream import load_tokenizer
+        from serving.sampling.detokenizer import load_tokenizer
 
         loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
     server = _open(url, grpc_address, api_key, model, timeout, retries)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from serving.commands.values import Number
-from serving.deploy import IMAGE_VERSION
+from serving.commands.param_types import Number
+from serving.deploy.tf_serving import IMAGE_VERSION
 
 
 @click.command()
@@ -37,7 +37,7 @@ def deploy(
     A deployment that is there already is replaced in one step; any other folder with files in it is refused.
     """
     from serving.bundle import open_bundle
-    from serving.deploy import write_tf_serving
+    from serving.deploy.tf_serving import write_tf_serving
 
     opened = open_bundle(bundle)
     destination = output or Path("deploy") / f"{opened.manifest.name}-{target}"

@@ -85,7 +85,7 @@ def generate(
     from serving.backends.loader import load_backend
     from serving.bundle import open_bundle
     from serving.generation import stream
-    from serving.text_stream import TextStream, load_tokenizer
+    from serving.sampling.detokenizer import TextStream, load_tokenizer
 
     opened = open_bundle(bundle, check="sizes")
     tokenizer = load_tokenizer(opened)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.values import Host, ModelName, Number, Origin, Seconds, Size
+from serving.commands.param_types import Host, ModelName, Number, Origin, Seconds, Size
 from serving.errors import InputError, RuntimeMissingError
 
 if TYPE_CHECKING:
-    from serving.server.loading import EngineLoader
+    from serving.entrypoints.engine_loader import EngineLoader
+    from serving.entrypoints.runner import Companion
     from serving.server.registry import ServedModel
-    from serving.server.runner import Companion
     from serving.server.settings import Settings
     from serving.server.state import Server
 
@@ -99,18 +99,20 @@ def serve(bundle: Path, **options: Any) -> None:
         raise InputError("--max-body is over 2 GiB, and gRPC takes at most that; lower it or leave out --grpc-port")
     loader = _loader(options)
     _check_packages()
-    from serving.protocols import open_inference_http, tf_rest
-    from serving.server import logs, tracing
-    from serving.server.app import build_app
+    from serving.entrypoints import logging_setup
+    from serving.entrypoints.http_app import build_app
+    from serving.entrypoints.model_versions import Versions
+    from serving.entrypoints.runner import Address, Runner
+    from serving.entrypoints.version_sources import check_source
+    from serving.protocols.open_inference import http as open_inference_http
+    from serving.protocols.tf_serving import rest as tf_rest
+    from serving.server import tracing
     from serving.server.registry import ModelRegistry
-    from serving.server.runner import Address, Runner
-    from serving.server.sources import check_source
     from serving.server.state import Server
-    from serving.server.versions import Versions
 
     check_source(bundle)
     settings = _settings(options)
-    logs.configure(options["log_format"], access=not options["no_access_log"])
+    logging_setup.configure(options["log_format"], access=not options["no_access_log"])
     tracing.configure()
     registry = ModelRegistry()
     server = Server(registry, settings)
@@ -141,9 +143,9 @@ def _check_packages() -> None:
 
 
 def _loader(options: dict[str, Any]) -> EngineLoader:
-    from serving.backends.cuda import parse_devices
+    from serving.backends.devices import parse_devices
     from serving.engine.config import EngineConfig
-    from serving.server.loading import EngineLoader
+    from serving.entrypoints.engine_loader import EngineLoader
 
     runtime, address = options["runtime"], options["tf_serving"]
     if runtime == "tf-serving" and address is None:
@@ -169,7 +171,7 @@ def _loader(options: dict[str, Any]) -> EngineLoader:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from serving.server.security import KEYS_VARIABLE, read_keys
+    from serving.server.auth import KEYS_VARIABLE, read_keys
     from serving.server.settings import Settings
 
     return Settings(
@@ -186,7 +188,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 def _companions(server: Server, options: dict[str, Any]) -> list[Companion]:
     if options["grpc_port"] is None:
         return []
-    from serving.server.grpc_server import GrpcCompanion
+    from serving.entrypoints.grpc_server import GrpcCompanion
 
     certificate, key = options["tls_cert"], options["tls_key"]
     try:

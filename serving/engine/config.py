@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.bundle import Bundle
-from serving.engine.slots import cache_bytes
+from serving.engine.slot_backend import cache_bytes
 from serving.errors import InputError
 
 SHARED_CHUNK = 16

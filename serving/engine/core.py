@@ -20,11 +20,11 @@ from serving.engine.api import (
     StepRecord,
     TokenEvent,
 )
-from serving.engine.device_choice import needs_logits, sample_there
+from serving.engine.device_sampler import needs_logits, sample_there
+from serving.engine.requests import Continuation, Task
 from serving.engine.sampler import Sampled, log_probabilities, sample
 from serving.engine.scheduler import Scheduler
-from serving.engine.slots import SlotBackend, chooses
-from serving.engine.tasks import Continuation, Task
+from serving.engine.slot_backend import SlotBackend, chooses
 
 _log = logging.getLogger(__name__)
 

@@ -12,26 +12,19 @@ from dataclasses import replace
 
 from tokenizers import Tokenizer
 
-from serving.backends.cuda import parse_device
+from serving.backends.devices import parse_device
 from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
-from serving.engine.api import (
-    DrainingError,
-    EngineStats,
-    GenerationRequest,
-    Listener,
-    Observer,
-    QueueFullError,
-)
+from serving.engine.api import DrainingError, EngineStats, GenerationRequest, Listener, Observer, QueueFullError
 from serving.engine.config import SHARED_CHUNK, EngineConfig
 from serving.engine.core import Core
-from serving.engine.pace import BoundedPace, Pace
+from serving.engine.prefill_budget import BoundedPace, Pace
+from serving.engine.requests import Task, open_task
 from serving.engine.scheduler import Scheduler
-from serving.engine.slots import SlotBackend
-from serving.engine.tasks import Task, open_task
+from serving.engine.slot_backend import SlotBackend
 from serving.errors import InputError
 from serving.generation import token_budget
-from serving.text_stream import TokenBytes, load_tokenizer
+from serving.sampling.detokenizer import TokenBytes, load_tokenizer
 
 _LONGEST_RETRY = 60
 
@@ -53,7 +46,7 @@ def open_engine(
     config = config or EngineConfig()
     geometry = bundle.manifest.model
     with runtime_errors("onnx"):
-        from serving.engine.onnx_slots import OnnxSlotBackend
+        from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
         backend = OnnxSlotBackend(
             bundle,

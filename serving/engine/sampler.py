@@ -9,7 +9,7 @@ import numpy as np
 
 from serving.backends.base import FloatArray
 from serving.engine.api import Logprobs
-from serving.engine.tasks import Continuation
+from serving.engine.requests import Continuation
 from serving.errors import BundleError
 from serving.sampling import choose
 

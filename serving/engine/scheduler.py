@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.backends.base import FloatArray, IntArray
-from serving.engine.pace import Pace
+from serving.engine.prefill_budget import Pace
+from serving.engine.requests import Continuation, Slot, Task
+from serving.engine.slot_backend import SlotBackend
 from serving.engine.slot_table import Copy, SlotTable
-from serving.engine.slots import SlotBackend
-from serving.engine.tasks import Continuation, Slot, Task
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.engine.tasks import Continuation, Slot
+from serving.engine.requests import Continuation, Slot
 
 
 @dataclass(frozen=True)

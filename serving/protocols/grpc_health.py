@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from serving.protocols.messages import message_classes
+from serving.protobuf.tables import message_classes
 from serving.server.registry import ModelNotFoundError
 from serving.server.state import Server
 

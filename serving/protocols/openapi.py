@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from serving import __version__
-from serving.protocols import open_inference_schema as v2
-from serving.protocols import openai_schema as schema
-from serving.protocols.tf_signatures import SIGNATURES
-from serving.server.gate import OPEN_PATHS, openai_shaped
+from serving.protocols.open_inference import schema as v2
+from serving.protocols.openai import schema
+from serving.protocols.tf_serving.signatures import SIGNATURES
+from serving.server.middleware import OPEN_PATHS, openai_shaped
 
 _BINARY = "application/octet-stream"
 _BYTES = {"type": "string", "format": "binary", "description": "The JSON, and behind it the tensors' bytes."}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from serving.server.auth import Keys, RateLimiter
 from serving.server.metrics import Metrics
 from serving.server.registry import ModelRegistry, State
-from serving.server.security import Keys, RateLimiter
 from serving.server.settings import Settings
 
 

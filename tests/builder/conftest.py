@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.builder.savedmodel_calls import Call, loaded_call, session_call
+from tests.builder.tf_export.savedmodel_calls import Call, loaded_call, session_call
 from tests.oracles.fixtures import FOLDER, keras_model
 from tests.oracles.tiny_bundle import trace_optimised, trace_portable
 
@@ -15,7 +15,7 @@ from tests.oracles.tiny_bundle import trace_optimised, trace_portable
 @pytest.fixture(scope="session")
 def graph_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """A function from a fixture's name and "portable" or "optimised" to the written graph."""
-    from builder.weights import write_graph
+    from builder.onnx_export.external_data import write_graph
 
     folder = tmp_path_factory.mktemp("graphs")
 

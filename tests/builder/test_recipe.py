@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from builder.presets import PRESETS
-from builder.recipe import Recipe
+from builder.recipe import PRESETS, Recipe
 from builder.recipe_reader import read_recipe
 from serving.errors import InputError
 

@@ -13,7 +13,7 @@ from serving.backends.onnx import OnnxBackend
 from serving.bundle import open_bundle
 from serving.generation import generate
 from serving.sampling import SamplingParams
-from serving.text_stream import load_tokenizer
+from serving.sampling.detokenizer import load_tokenizer
 
 NEW_TOKENS = 12
 PROMPTS = [[5], [70, 71, 72], list(range(40, 60))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.test_serve_command import process
+from tests.serving.commands.test_serve import process
 
 # Only one of its checks is left out: that whatever fits the schemas is accepted. A model's vocabulary, its context and
 # an engine's slots bound what a request may ask, and a schema cannot say that.

@@ -15,7 +15,7 @@ from tests.oracles.fixtures import keras_model
 @functools.cache
 def last_logits(name: str) -> Callable[[Sequence[int]], Any]:
     """A function from the ids of a text to the Keras logits [1, vocab_size] after it."""
-    from builder.frameworks import tf
+    from builder.keras_backend import tf
 
     model = keras_model(name)
     width = model.geometry.n_positions

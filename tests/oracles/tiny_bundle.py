@@ -12,8 +12,8 @@ from tests.oracles.fixtures import keras_model
 
 def trace_portable(model: Any) -> Any:
     """The portable graph, named as in the bundle."""
-    from builder.onnx_kernels import PortableKernels
-    from builder.tracing import trace
+    from builder.onnx_export.kernels import PortableKernels
+    from builder.onnx_export.trace import trace
 
     logits = ["batch_size", "sequence_length", model.geometry.vocab_size]
     return trace(model, PortableKernels, logits, "past_sequence_length", "total_sequence_length")
@@ -21,8 +21,8 @@ def trace_portable(model: Any) -> Any:
 
 def trace_optimised(model: Any) -> Any:
     """The optimised graph, past and present of one length."""
-    from builder.onnx_kernels import OptimisedKernels
-    from builder.tracing import trace
+    from builder.onnx_export.kernels import OptimisedKernels
+    from builder.onnx_export.trace import trace
 
     logits = ["batch_size", 1, model.geometry.vocab_size]
     return trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
@@ -30,12 +30,13 @@ def trace_optimised(model: Any) -> Any:
 
 def write_real_bundle(folder: Path) -> Manifest:
     """Export the fixture "bytes" to every graph of a bundle in `folder`."""
-    from builder.choose_graph import write_choose
-    from builder.export import servable
-    from builder.loop_graph import write_loops
+    from builder.model.safetensors_file import write_safetensors
+    from builder.onnx_export.decode_loop_graph import write_loops
+    from builder.onnx_export.external_data import write_graph
+    from builder.onnx_export.sampling_graph import write_choose
     from builder.progress import Reporter
     from builder.recipe import ExportRecipe
-    from builder.weights import write_graph, write_safetensors
+    from builder.stages.export import servable
 
     model = keras_model("bytes")
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,8 @@ from serving.engine.api import (
     TokenEvent,
 )
 from serving.errors import InputError
+from serving.sampling.detokenizer import TextStream, TokenBytes
 from serving.server.registry import ModelRegistry, ServedModel, State
-from serving.text_stream import TextStream, TokenBytes
 from tests.closed_form import byte_tokenizer, logits_after, next_token, write_bundle
 
 

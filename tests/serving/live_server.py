@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.applications import Starlette
 
-from serving.server.http_protocol import LimitedProtocol
+from serving.entrypoints.http_limits import LimitedProtocol
 
 
 @contextlib.contextmanager

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from serving.bundle import Bundle
 from serving.engine.api import Engine, Observer
-from serving.server import logs
-from serving.server.app import build_app
+from serving.entrypoints import logging_setup
+from serving.entrypoints.http_app import build_app
+from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.runner import Address, Runner
 from serving.server.registry import ModelRegistry
-from serving.server.runner import Address, Runner
 from serving.server.settings import Settings
 from serving.server.state import Server
-from serving.server.versions import Versions
 from tests.serving.double_engine import DoubleEngine
-from tests.serving.protocols.open_inference_server import all_routes
+from tests.serving.protocols.open_inference.double_server import all_routes
 
 
 class Loader:
@@ -33,7 +33,7 @@ class Loader:
 
 
 if __name__ == "__main__":
-    logs.configure("text")
+    logging_setup.configure("text")
     settings = Settings(**json.loads(sys.argv[3]))
     registry = ModelRegistry()
     server = Server(registry, settings)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from serving.bundle import Bundle
 from serving.engine.api import Engine, Observer
-from serving.server import logs, runner
-from serving.server.app import build_app
+from serving.entrypoints import logging_setup, runner
+from serving.entrypoints.http_app import build_app
+from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.runner import Address, Runner
 from serving.server.registry import ModelRegistry
-from serving.server.runner import Address, Runner
 from serving.server.settings import Settings
-from serving.server.versions import Versions
 from tests.serving.double_engine import DoubleEngine
 
 
@@ -34,7 +34,7 @@ class Loader:
 
 
 if __name__ == "__main__":
-    logs.configure("json", access=False)
+    logging_setup.configure("json", access=False)
     if len(sys.argv) > 5:
         runner.FLUSH_SECONDS = float(sys.argv[5])
     app = build_app(ModelRegistry(), Settings(drain_timeout=float(sys.argv[3])))

@@ -31,8 +31,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from builder.frameworks import tf
-from builder.session import SessionServable
+from builder.keras_backend import tf
+from builder.tf_export.session_servable import SessionServable
 
 HTTP = {
     "INVALID_ARGUMENT": 400,

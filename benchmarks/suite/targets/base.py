@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.suite.schedule import Planned
+from benchmarks.suite.load.schedule import Planned
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from benchmarks.suite.schedule import Planned
+from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
 from benchmarks.suite.targets.http import HttpClient, share, shorten
 from serving.bundle import Bundle
 from serving.errors import InputError, ServerError
-from serving.text_stream import load_tokenizer
+from serving.sampling.detokenizer import load_tokenizer
 
 
 class GenerateTarget:

@@ -17,7 +17,7 @@ from serving.backends.loader import load_backend
 from serving.bundle import Bundle
 from serving.engine.api import Engine
 from serving.errors import GPT2BundleError, InputError
-from serving.suggest import did_you_mean
+from serving.support.suggestions import did_you_mean
 
 # What speaks TensorFlow Serving's API: the protocol, and whether whole answers are asked for where there are slots.
 TF_SERVING = {
@@ -163,7 +163,7 @@ def _engine(bundle: Bundle, graph: str, slots: int) -> Engine:
 
 
 def _slots(bundle: Bundle) -> Engine:
-    from serving.backends.tensorflow_session import SessionTransport
-    from serving.engine.slot_signatures import open_slot_engine
+    from serving.clients.session_transport import SessionTransport
+    from serving.engine.savedmodel_engine import open_slot_engine
 
     return open_slot_engine(bundle, SessionTransport(bundle), max_waiting=_QUEUE)

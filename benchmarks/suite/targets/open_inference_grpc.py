@@ -6,13 +6,13 @@ import struct
 import time
 from typing import Any
 
-from benchmarks.suite.schedule import Planned
+from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
 from benchmarks.suite.targets.generate import moments_of, sent_text
 from benchmarks.suite.targets.http import shorten
 from serving.bundle import Bundle
 from serving.errors import GPT2BundleError, RuntimeMissingError, ServerError
-from serving.text_stream import load_tokenizer
+from serving.sampling.detokenizer import load_tokenizer
 
 _ASK_SECONDS = 30.0
 
@@ -49,7 +49,7 @@ class OpenInferenceGrpcTarget:
         try:
             import grpc
 
-            from serving.protocols.open_inference_messages import INFERENCE_SERVICE, MESSAGES
+            from serving.protobuf.open_inference import INFERENCE_SERVICE, MESSAGES
         except ImportError as error:
             raise RuntimeMissingError(
                 f"gRPC needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]'"
@@ -133,7 +133,7 @@ class OpenInferenceGrpcTarget:
 
 def _outputs(response: Any) -> dict[str, Any]:
     """The outputs that came as raw bytes, as arrays by name."""
-    from serving.protocols.open_inference_tensors import from_raw
+    from serving.protocols.open_inference.tensors import from_raw
 
     pairs = zip(response.outputs, response.raw_output_contents, strict=False)
     return {tensor.name: from_raw(tensor.name, tensor.datatype, list(tensor.shape), data) for tensor, data in pairs}

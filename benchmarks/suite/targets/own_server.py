@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from benchmarks.suite.schedule import Planned
+from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, Target, TargetError
 from serving.bundle import Bundle
 from serving.errors import ServerError

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.schedule import Planned
+from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
 from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
 from serving.bundle import Bundle
-from serving.clients.tf_serving import Transport
-from serving.deploy import IMAGE_VERSION, write_tf_serving
+from serving.clients.transport import Transport
+from serving.deploy.tf_serving import IMAGE_VERSION, write_tf_serving
 from serving.errors import InputError, RuntimeMissingError, ServerError
 
 VARIABLE, BINARY = "TENSORFLOW_MODEL_SERVER", "tensorflow_model_server"

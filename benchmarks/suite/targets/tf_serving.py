@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from benchmarks.suite.schedule import Planned
+from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
 from benchmarks.suite.targets.in_process import EngineTarget
 from serving.bundle import Bundle
-from serving.clients.tf_serving import TFServingClient, Transport
+from serving.clients.slot_pool import SIGNATURES
+from serving.clients.tf_serving import TFServingClient
+from serving.clients.transport import Transport
 from serving.engine.api import Engine
 from serving.errors import GPT2BundleError, InputError, ServerError
-from serving.slots import SIGNATURES
 
 # Requests that may wait for a slot, and calls that may wait for answers: the schedule says how many there are.
 _WAITING, _CALLS = 1_000_000, 1024
@@ -26,10 +27,10 @@ _ASK_SECONDS, _CALL_SECONDS = 30.0, 600.0
 def connect(kind: str, address: str, model: str) -> Transport:
     """Speak to the model `model` at `address` by "grpc" or "rest". Raises RuntimeMissingError and InputError."""
     if kind == "grpc":
-        from serving.clients.tf_serving_grpc import GrpcTransport
+        from serving.clients.grpc_transport import GrpcTransport
 
         return GrpcTransport(address, model)
-    from serving.clients.tf_serving_rest import RestTransport
+    from serving.clients.rest_transport import RestTransport
 
     return RestTransport(address if "://" in address else f"http://{address}", model)
 
@@ -96,7 +97,7 @@ class TFServingTarget:
             raise ServerError(f"{self.name}: {error}", error.code) from None
 
     def _engine(self, transport: Transport) -> Engine:
-        from serving.engine.slot_signatures import open_slot_engine
+        from serving.engine.savedmodel_engine import open_slot_engine
 
         return open_slot_engine(self._bundle, transport, max_waiting=_WAITING)
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from benchmarks.suite.clock import WallClock
 from benchmarks.suite.driver import play
-from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.load.clock import WallClock
+from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.targets.base import Answer, TargetError
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 

@@ -13,15 +13,15 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks.suite.events import differing
-from benchmarks.suite.rows import peak_rss
-from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.figures.record_rows import peak_rss
+from benchmarks.suite.load.events import differing
+from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.targets import started_tf_serving
 from benchmarks.suite.targets.generate import GenerateTarget, moments_of, split_model
 from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 from serving.bundle import open_bundle
 from serving.errors import InputError, RuntimeMissingError, ServerError
-from serving.text_stream import load_tokenizer
+from serving.sampling.detokenizer import load_tokenizer
 from tests.benchmarks.suite.test_targets import drive
 from tests.serving.tf_serving_stand_in import serving
 
@@ -107,8 +107,8 @@ def test_tensorflow_serving_is_started_driven_and_ended(bundle, schedule, expect
     seen = {}
 
     async def work():
-        from benchmarks.suite.clock import WallClock
         from benchmarks.suite.driver import play
+        from benchmarks.suite.load.clock import WallClock
 
         await target.start()
         try:

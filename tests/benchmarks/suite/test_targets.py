@@ -9,11 +9,11 @@ import threading
 
 import pytest
 
-from benchmarks.suite.clock import WallClock
 from benchmarks.suite.driver import play
-from benchmarks.suite.events import differing, outputs_hash
-from benchmarks.suite.fake_server import FakeServer
-from benchmarks.suite.schedule import Lengths, Planner
+from benchmarks.suite.load.clock import WallClock
+from benchmarks.suite.load.events import differing, outputs_hash
+from benchmarks.suite.load.schedule import Lengths, Planner
+from benchmarks.suite.selfcheck.fake_server import FakeServer
 from benchmarks.suite.targets.base import TargetError
 from benchmarks.suite.targets.http import share
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
@@ -21,9 +21,9 @@ from benchmarks.suite.targets.open import open_target
 from benchmarks.suite.targets.openai import OpenAITarget
 from benchmarks.suite.targets.own_server import OwnServerTarget
 from serving.backends.loader import load_backend
-from serving.backends.tensorflow_session import SessionTransport
 from serving.bundle import open_bundle
-from serving.engine.slot_signatures import open_slot_engine
+from serving.clients.session_transport import SessionTransport
+from serving.engine.savedmodel_engine import open_slot_engine
 from serving.errors import InputError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams

@@ -11,7 +11,7 @@ from serving.engine.config import SHARED_CHUNK, EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.generation import generate
 from serving.sampling import SamplingParams
-from serving.text_stream import TextStream
+from serving.sampling.detokenizer import TextStream
 from tests.closed_form import ClosedFormBackend, ClosedFormSlotBackend, byte_tokenizer
 
 EOS = 256

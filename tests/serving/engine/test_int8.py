@@ -25,7 +25,7 @@ SLOTS, CHUNK = 6, 8
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The fixture "bytes" as one graph, in int8."""
-    from builder.variants import write_variant
+    from builder.onnx_export.precisions import write_variant
 
     folder, model = tmp_path_factory.mktemp("int8") / "bytes", keras_model("bytes")
     folder.mkdir()
@@ -48,7 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(params=[CHUNK, None])
 def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[SlotEngine]:
     """One whose steps the test makes, and whose time it draws, so that a pace by time cuts prompts anywhere."""
-    from serving.engine.onnx_slots import OnnxSlotBackend
+    from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
     length = bundle.manifest.model.n_positions
     backend = OnnxSlotBackend(bundle, "ort/int8", slots=SLOTS, max_length=length, threads=1)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from serving.engine.api import GenerationRequest
-from serving.penalties import History
 from serving.sampling import SamplingParams
-from serving.server.generation import Generation
+from serving.sampling.penalties import History
+from serving.server.event_queue import Generation
 from tests.serving.engine.harness import EOS, Stepped, wanted
 
 LONG_STOPS = tuple(letter * 1023 + "." for letter in string.ascii_lowercase[:16])

@@ -17,11 +17,11 @@ from serving.bundle import Bundle, open_bundle
 from serving.engine.api import GenerationRequest
 from serving.engine.config import EngineConfig, estimate_memory
 from serving.engine.engine import SlotEngine, open_engine
-from serving.engine.slots import SlotBackend, cache_bytes
+from serving.engine.slot_backend import SlotBackend, cache_bytes
 from serving.errors import InputError
 from serving.generation import generate
 from serving.sampling import SamplingParams
-from serving.text_stream import load_tokenizer
+from serving.sampling.detokenizer import load_tokenizer
 from tests.closed_form import ClosedFormSlotBackend, logits_after
 from tests.oracles.fixtures import max_difference, read_cases
 from tests.serving.engine.harness import EOS, Heard
@@ -52,7 +52,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
         closed = ClosedFormSlotBackend(SLOTS, LIMIT, CHUNK)
         yield Case(closed, texts, lambda row, length: logits_after(texts[row][:length], 257), 0)
         return
-    from serving.engine.onnx_slots import OnnxSlotBackend
+    from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
     bundle = request.getfixturevalue("bundle")
     backend = OnnxSlotBackend(bundle, request.param, slots=SLOTS, max_length=LIMIT)
@@ -133,10 +133,10 @@ def test_where_a_prompt_is_cut_does_not_show(case: Case) -> None:
 @pytest.mark.parametrize("chooses", [False, True])
 def test_the_engine_says_what_generation_says(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, chooses: bool) -> None:
     """Wherever tokens are chosen; where the graph does it, logits come here only for those that are not certain."""
-    from serving.engine.onnx_slots import OnnxSlotBackend
+    from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
     # Few enough that some draws fall behind them.
-    monkeypatch.setattr("serving.engine.device_choice.USUAL_CANDIDATES", 60)
+    monkeypatch.setattr("serving.engine.device_sampler.USUAL_CANDIDATES", 60)
     random = np.random.default_rng(5)
     slots = OnnxSlotBackend(bundle, "ort/fp32", slots=SLOTS, max_length=LIMIT, chooses=chooses)
     calls = Counter[str]()
@@ -259,7 +259,7 @@ def test_graphs_without_a_shared_buffer_are_refused(bundle: Bundle) -> None:
 
 
 def test_the_memory_estimate_counts_the_arrays(bundle: Bundle) -> None:
-    from serving.engine.onnx_slots import OnnxSlotBackend
+    from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
     backend: Any = OnnxSlotBackend(bundle, slots=3, max_length=20)
     arrays = sum(buffer.array.nbytes for buffer in backend._buffers)

@@ -12,16 +12,16 @@ import grpc
 import httpx2 as httpx
 import pytest
 
+from serving.clients.grpc_transport import GrpcTransport
 from serving.clients.tf_serving import TFServingClient
-from serving.clients.tf_serving_grpc import GrpcTransport
 from serving.errors import ServerError
-from serving.protocols.tf_messages import MODEL_SERVICE
-from serving.server.gate import caller_address
-from serving.server.grpc_calls import client_of
+from serving.protobuf.tf_serving import MODEL_SERVICE
+from serving.server.grpc_middleware import client_of
+from serving.server.middleware import caller_address
 from serving.server.settings import Settings
 from serving.server.state import Server
 from tests.serving.double_engine import DoubleEngine, registry_of
-from tests.serving.protocols.open_inference_server import serving_both
+from tests.serving.protocols.open_inference.double_server import serving_both
 
 KEYS = ("first-key", "second-key")
 

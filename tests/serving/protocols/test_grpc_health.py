@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 
-from serving.protocols.tf_messages import PREDICTION_SERVICE
-from serving.server.grpc_server import start_grpc
+from serving.entrypoints.grpc_server import start_grpc
+from serving.protobuf.tf_serving import PREDICTION_SERVICE
 from serving.server.settings import Settings
 from serving.server.state import Server
 from tests.serving.double_engine import DoubleEngine, registry_of

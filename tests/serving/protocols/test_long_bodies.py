@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from serving.protocols import open_inference_http, openai, tf_rest
-from serving.protocols.http_requests import number_array
-from serving.protocols.open_inference_tensors import from_values
-from serving.server import bodies
-from serving.server.app import build_app
+from serving.entrypoints.http_app import build_app
+from serving.protocols.json_requests import number_array
+from serving.protocols.open_inference import http as open_inference_http
+from serving.protocols.open_inference.tensors import from_values
+from serving.protocols.openai import routes as openai
+from serving.protocols.tf_serving import rest as tf_rest
+from serving.server import request_bodies
 from serving.server.settings import Settings
 from tests.serving.double_engine import DoubleEngine, registry_of
-from tests.serving.protocols.open_inference_server import all_routes
+from tests.serving.protocols.open_inference.double_server import all_routes
 
 
 @pytest.fixture
@@ -53,7 +55,11 @@ def test_a_long_body_is_read_beside_the_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
 ) -> None:
     seen: list[str] = []
-    for module, name in ((bodies, "parse_body"), (open_inference_http, "parse_body"), (tf_rest, "parse_object")):
+    for module, name in (
+        (request_bodies, "parse_body"),
+        (open_inference_http, "parse_body"),
+        (tf_rest, "parse_object"),
+    ):
         real = getattr(module, name)
 
         def spy(*args: Any, real: Any = real) -> Any:
@@ -102,7 +108,7 @@ def test_numbers_at_once_are_the_numbers_one_by_one(datatype: str, monkeypatch: 
 
     at_once = results()
     assert number_array([1, 2], np.int32) is not None
-    monkeypatch.setattr("serving.protocols.open_inference_tensors.number_array", lambda values, kind: None)
+    monkeypatch.setattr("serving.protocols.open_inference.tensors.number_array", lambda values, kind: None)
     assert at_once == results()
 
 

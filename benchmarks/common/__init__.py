@@ -1,0 +1,1 @@
+"""What every benchmark shares: hardware, statistics, targets of a bundle, the decode step."""

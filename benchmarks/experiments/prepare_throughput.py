@@ -1,0 +1,180 @@
+"""`gpt2-bundle prepare` compared with the bare tokenizers library, and its memory.
+
+python -m benchmarks.experiments.prepare_throughput --work FOLDER
+
+The text is `synthetic_corpus`'s; the tokenizer, of 32,000 entries, is trained on 5 million characters and given as
+a base, so that no training is in the times. Preparation is timed as a person sees it, from the start of the command to
+its end, with every cleaning step but boilerplate lines, and both kinds of duplicates. The bare library is timed at its
+best: texts in memory, batches of a thousand, `encode_batch` alone. Rounds alternate between the two. Memory is that of
+all the command's processes together.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+from benchmarks.common.hardware import environment
+from benchmarks.experiments.synthetic_corpus import write_corpus
+
+SETTINGS = (
+    "cleaning.html=true",
+    "cleaning.invisible=true",
+    "cleaning.unicode=NFC",
+    "cleaning.symbols=collapse",
+    "cleaning.white_space=lines",
+    "corpus.near_duplicates=true",
+)
+_BOILERPLATE = "cleaning.boilerplate_documents=50"
+_POLL_SECONDS = 0.05
+_BARE = """
+import json, sys, time
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1])
+with open(sys.argv[2], encoding="utf-8") as file:
+    texts = [json.loads(line)["text"] for line in file]
+began = time.perf_counter()
+for start in range(0, len(texts), 1000):
+    tokenizer.encode_batch(texts[start : start + 1000], add_special_tokens=False)
+print(time.perf_counter() - began)
+"""
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="For texts and runs.")
+@click.option("--megabytes", default=50, show_default=True, help="Millions of characters to time.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of the timing; 0 leaves it out.")
+@click.option("--memory", "sizes", multiple=True, type=int, metavar="MEGABYTES", help="A size to measure memory at.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+def main(work: Path, megabytes: int, rounds: int, sizes: tuple[int, ...], output: Path | None) -> None:
+    """Time preparation beside the bare library, and measure its memory."""
+    work.mkdir(parents=True, exist_ok=True)
+    base = _make_base(work)
+    record: dict[str, Any] = {"environment": environment(), "settings": SETTINGS, "synthetic_seed": 0}
+    if rounds:
+        record["timing"] = _time(work, base, megabytes, rounds)
+    if sizes:
+        record["memory"] = [_memory(work, base, size) for size in sizes]
+    click.echo(json.dumps(record))
+    if output is not None:
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _time(work: Path, base: Path, megabytes: int, rounds: int) -> dict[str, Any]:
+    corpus, documents = _corpus(work, megabytes)
+    rows: dict[str, list[float]] = {"bare": [], "prepare": [], "prepare_boilerplate": []}
+    for _ in range(rounds):
+        arguments = [sys.executable, "-c", _BARE, str(base / "tokenizer.json"), str(corpus)]
+        rows["bare"].append(float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout))
+        for name, more in (("prepare", ()), ("prepare_boilerplate", (_BOILERPLATE,))):
+            shutil.rmtree(work / "runs", ignore_errors=True)
+            began = time.perf_counter()
+            subprocess.run(_command(work, base, corpus, *more), check=True, capture_output=True)
+            rows[name].append(time.perf_counter() - began)
+        click.echo(", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in rows.items()), err=True)
+    medians = {name: statistics.median(seconds) for name, seconds in rows.items()}
+    return {
+        "megabytes": megabytes,
+        "documents": documents,
+        "seconds": rows,
+        "median_seconds": medians,
+        "over_bare": {name: median / medians["bare"] for name, median in medians.items() if name != "bare"},
+    }
+
+
+def _memory(work: Path, base: Path, megabytes: int) -> dict[str, Any]:
+    """Peaks in bytes, of all processes together: resident, and the part of it that no file backs."""
+    corpus, documents = _corpus(work, megabytes)
+    shutil.rmtree(work / "runs", ignore_errors=True)
+    peaks = {"resident": 0, "anonymous": 0, "largest_process": 0}
+    with subprocess.Popen(_command(work, base, corpus), stdout=subprocess.DEVNULL) as process:
+        ended = threading.Event()
+        poll = threading.Thread(target=_poll, args=(process.pid, peaks, ended))
+        poll.start()
+        code = process.wait()
+        ended.set()
+        poll.join()
+    if code:
+        raise SystemExit(f"prepare ended with {code}")
+    disk = sum(path.stat().st_size for path in (work / "runs").rglob("*") if path.is_file())
+    corpus.unlink()
+    row = {"megabytes": megabytes, "documents": documents, "peak_bytes": peaks, "run_bytes_on_disk": disk}
+    click.echo(json.dumps(row), err=True)
+    return row
+
+
+def _poll(root: int, peaks: dict[str, int], ended: threading.Event) -> None:
+    while not ended.wait(_POLL_SECONDS):
+        rows = [fields for pid in _tree(root) if (fields := _status(pid))]
+        now = {
+            "resident": sum(fields["VmRSS"] for fields in rows),
+            "anonymous": sum(fields["RssAnon"] for fields in rows),
+            "largest_process": max((fields["VmHWM"] for fields in rows), default=0),
+        }
+        for name, value in now.items():
+            peaks[name] = max(peaks[name], value)
+
+
+def _tree(root: int) -> list[int]:
+    """A process and all that it started, by number."""
+    found = [root]
+    for pid in found:
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                found += map(int, path.read_text(encoding="ascii").split())
+            except OSError:
+                continue
+    return found
+
+
+def _status(pid: int) -> dict[str, int]:
+    """The memory fields of a process in bytes; none if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon", "VmHWM")))
+    return {name.rstrip(":"): int(value) << 10 for name, value, _ in pairs}
+
+
+def _command(work: Path, base: Path, corpus: Path, *more: str) -> list[str]:
+    settings = [part for setting in ("name=measured", *SETTINGS, *more) for part in ("--set", setting)]
+    places = ["--base", str(base), "--corpus", str(corpus), "--runs", str(work / "runs")]
+    return [sys.executable, "-m", "serving.cli", "prepare", *settings, *places]
+
+
+def _corpus(work: Path, megabytes: int) -> tuple[Path, int]:
+    path = work / f"text-{megabytes}.jsonl"
+    return path, write_corpus(path, megabytes * 1_000_000)
+
+
+def _make_base(work: Path) -> Path:
+    """A folder that passes for a checkpoint where only its tokenizer is read."""
+    folder = work / "base"
+    folder.mkdir(exist_ok=True)
+    sample = work / "sample.jsonl"
+    write_corpus(sample, 5_000_000)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=31_999, initial_alphabet=alphabet, show_progress=False)
+    with sample.open(encoding="utf-8") as file:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 1024}), encoding="utf-8")
+    return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Figures from timestamps: pure functions."""

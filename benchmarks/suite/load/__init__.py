@@ -1,0 +1,1 @@
+"""Requests and their timestamps: schedules, events, clocks."""

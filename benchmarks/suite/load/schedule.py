@@ -1,0 +1,314 @@
+"""What is asked of every target, and when: prompts, output lengths and moments, drawn once from a seed and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.errors import InputError
+from serving.support.suggestions import did_you_mean
+
+FORMAT = "gpt2-bundle-schedule/1"
+SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
+ARRIVALS = ("poisson", "gamma", "constant", "trace")
+# Coefficient of variation of gamma arrivals: burstier than Poisson's 1.
+GAMMA_VARIATION = 2.0
+# Requests of one rate of a sweep: enough to see a queue grow, few enough to end soon.
+_SWEEP_FEWEST, _SWEEP_MOST = 16, 1024
+# Seconds from the first request to the last at most: a week.
+_LONGEST = 604_800.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One request: its prompt's token ids, how many tokens to make, and when.
+
+    `at` is seconds after the start, or None where a client sends it as soon as it has the answer to its last.
+    """
+
+    index: int
+    prompt: tuple[int, ...]
+    new_tokens: int
+    at: float | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The requests of one point of a scenario, in order; `settings` say how they were drawn.
+
+    `concurrency` is the number of clients of a closed loop, each with one request under way; None is an open loop.
+    """
+
+    scenario: str
+    point: str
+    settings: dict[str, Any]
+    requests: tuple[Planned, ...]
+    concurrency: int | None = None
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the schedule's file."""
+        return hashlib.sha256(self.to_lines().encode()).hexdigest()
+
+    def varied(self, number: int) -> Schedule:
+        """The same with another first token in every prompt, out of those that its prompts hold; itself for 0.
+
+        A server that keeps what it has read of a prompt would otherwise not read it again when a schedule is repeated.
+        """
+        if number == 0:
+            return self
+        known = sorted({token for request in self.requests for token in request.prompt})
+        places = {token: place for place, token in enumerate(known)}
+        moved = [known[(places[request.prompt[0]] + number) % len(known)] for request in self.requests]
+        pairs = zip(self.requests, moved, strict=True)
+        return replace(self, requests=tuple(replace(each, prompt=(first, *each.prompt[1:])) for each, first in pairs))
+
+    def to_lines(self) -> str:
+        """JSON Lines: a header, then a request a line."""
+        header = {
+            "format": FORMAT,
+            "scenario": self.scenario,
+            "point": self.point,
+            "concurrency": self.concurrency,
+            "settings": self.settings,
+        }
+        rows = [header, *(asdict(request) for request in self.requests)]
+        return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long prompts or outputs are, in tokens: always `low`, or from `low` to `high` by a stated distribution.
+
+    "uniform" draws each length alike; "log-uniform" its logarithm, so that short ones are more frequent.
+    """
+
+    low: int
+    high: int
+    distribution: Literal["fixed", "uniform", "log-uniform"] = "fixed"
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        """Read `64`, `16-128` (uniform) or `log:16-128`. Raises InputError for anything else."""
+        kind, _, numbers = text.rpartition(":")
+        low, dash, high = numbers.partition("-")
+        if kind not in ("", "log") or not low.isdecimal() or (dash and not high.isdecimal()) or (kind and not dash):
+            raise InputError(f"{text!r} is not a length; write 64, 16-128 or log:16-128")
+        first, last = int(low), int(high or low)
+        if not 1 <= first <= last:
+            raise InputError(f"{text!r}: lengths start at 1, and the second is not below the first")
+        return cls(first, last, ("log-uniform" if kind else "uniform") if dash else "fixed")
+
+    def draw(self, count: int, random: np.random.Generator) -> list[int]:
+        if self.distribution == "log-uniform":
+            drawn = np.exp(random.uniform(math.log(self.low), math.log(self.high + 1), count))
+            return [int(length) for length in np.clip(drawn, self.low, self.high)]
+        return [int(length) for length in random.integers(self.low, self.high, count, endpoint=True)]
+
+
+class Planner:
+    """Draws schedules from one text and one seed; the same arguments give the same schedule, byte for byte.
+
+    Args:
+        text: token ids that prompts are cut from, taken as a ring.
+        n_positions: the context, which prompt and output fill at most.
+        seed: every schedule draws from it anew.
+    """
+
+    def __init__(self, text: Sequence[int], n_positions: int, seed: int = 0) -> None:
+        if not text:
+            raise InputError("there is no text to cut prompts from")
+        self._text, self._n_positions, self._seed = list(text), n_positions, seed
+
+    def single(self, count: int, prompt: Lengths, output: Lengths) -> Schedule:
+        """One client that sends the next request when it has the last answer."""
+        return self._draw("single", "one at a time", count, prompt, output, concurrency=1)
+
+    def offline(self, count: int, prompt: Lengths, output: Lengths) -> Schedule:
+        """All requests at once."""
+        return self._draw("offline", f"{count} at once", count, prompt, output, moments=[0.0] * count)
+
+    def concurrency(self, clients: int, count: int, prompt: Lengths, output: Lengths) -> Schedule:
+        """A number of such clients as of `single`."""
+        name = f"{clients} client{'s' if clients > 1 else ''}"
+        return self._draw("concurrency", name, count, prompt, output, concurrency=clients)
+
+    def grid(self, count: int, prompt: int, output: int) -> Schedule:
+        """One client, and one prompt and output length."""
+        lengths = Lengths(prompt, prompt), Lengths(output, output)
+        return self._draw("grid", f"{prompt} in, {output} out", count, *lengths, concurrency=1)
+
+    def steps(self, batch: int, prompt: int, output: int) -> Schedule:
+        """One static batch of prompts, for the graph alone: no scheduler and no client between."""
+        lengths = Lengths(prompt, prompt), Lengths(output, output)
+        return self._draw("steps", f"batch {batch}", batch, *lengths, moments=[0.0] * batch)
+
+    def cold_start(self, prompt: Lengths, output: Lengths) -> Schedule:
+        """One request, for a process that has just been started."""
+        return self._draw("cold-start", "fresh process", 1, prompt, output, concurrency=1)
+
+    def saturation(
+        self,
+        prompt: Lengths,
+        output: Lengths,
+        *,
+        start: float,
+        factor: float,
+        seconds: float,
+        rates: int,
+        arrivals: str = "poisson",
+    ) -> list[Schedule]:
+        """A schedule for each rate: `start` requests a second, then `factor` times the last, `rates` of them.
+
+        Each lasts about `seconds`, but has 16 to 1,024 requests. Their gaps, drawn as those of `server`, are scaled so
+        that the requests come at exactly that rate.
+        """
+        if not (start > 0 and 1 < factor <= 100 and 0 < seconds < math.inf and start <= 1e6):
+            raise InputError(
+                "a sweep starts above 0 and at 1000000 requests a second at most, its factor is above 1 and at most "
+                "100, and each rate lasts for some time"
+            )
+        if arrivals not in ("poisson", "gamma", "constant"):
+            raise InputError(f"a sweep cannot have arrivals of {arrivals!r}; write poisson, gamma or constant")
+        found = []
+        for rate in (start * factor**step for step in range(rates)):
+            count = min(max(round(rate * seconds), _SWEEP_FEWEST), _SWEEP_MOST)
+            moments = np.cumsum(_gaps(arrivals, count, np.random.default_rng((self._seed, 1))))
+            moments = (moments - moments[0]) * ((count - 1) / (moments[-1] - moments[0])) / rate
+            more: dict[str, Any] = {"arrivals": arrivals, "rate": rate}
+            name = f"{rate:.4g} a second, {arrivals}"
+            found.append(self._draw("saturation", name, count, prompt, output, moments=moments.tolist(), **more))
+        return found
+
+    def server(
+        self,
+        count: int,
+        prompt: Lengths,
+        output: Lengths,
+        *,
+        rate: float,
+        arrivals: str = "poisson",
+        trace: Sequence[float] = (),
+    ) -> Schedule:
+        """Requests at moments that do not wait for answers: `rate` a second on average, or those of `trace` (seconds).
+
+        Gaps are exponential ("poisson"), of a gamma distribution with a coefficient of variation of 2 ("gamma"), or
+        all alike ("constant").
+        """
+        random = np.random.default_rng((self._seed, 1))
+        if arrivals == "trace":
+            if not trace:
+                raise InputError("arrivals of a trace need its moments; pass --trace FILE")
+            moments = sorted(float(moment) - min(trace) for moment in trace)[:count]
+            return self._draw("server", "trace", len(moments), prompt, output, moments=moments, arrivals="trace")
+        if arrivals not in ARRIVALS:
+            raise InputError(f"no arrivals {arrivals!r}{did_you_mean(arrivals, ARRIVALS)}")
+        if not (rate > 0 and math.isfinite(rate)):
+            raise InputError(f"the rate is {rate}; it must be above 0 requests a second")
+        moments = (np.cumsum(_gaps(arrivals, count, random)) / rate).tolist()
+        name = f"{rate:g} a second, {arrivals}"
+        return self._draw("server", name, count, prompt, output, moments=moments, arrivals=arrivals, rate=rate)
+
+    def _draw(
+        self,
+        scenario: str,
+        point: str,
+        count: int,
+        prompt: Lengths,
+        output: Lengths,
+        *,
+        moments: Sequence[float] | None = None,
+        concurrency: int | None = None,
+        **more: Any,
+    ) -> Schedule:
+        if prompt.high + output.high > self._n_positions:
+            raise InputError(
+                f"prompts of {prompt.high} and outputs of {output.high} tokens do not fit a context of "
+                f"{self._n_positions}; make them shorter"
+            )
+        if moments is not None and moments[-1] > _LONGEST:
+            raise InputError(
+                f"the last of {count} requests would be sent after {moments[-1]:.3g} s, and a schedule ends within "
+                f"{_LONGEST:.0f} s, a week; ask for a higher rate, or for fewer requests"
+            )
+        random = np.random.default_rng((self._seed, 0))
+        ring = np.array(self._text)
+        requests = []
+        pairs = zip(prompt.draw(count, random), output.draw(count, random), strict=True)
+        for index, (asked, made) in enumerate(pairs):
+            start = int(random.integers(len(ring)))
+            ids = ring[(start + np.arange(asked)) % len(ring)].tolist()
+            requests.append(Planned(index, tuple(ids), made, None if moments is None else moments[index]))
+        settings = {"seed": self._seed, "requests": count, "prompt": asdict(prompt), "output": asdict(output), **more}
+        return Schedule(scenario, point, settings, tuple(requests), concurrency)
+
+
+def save_schedules(path: Path, schedules: Sequence[Schedule]) -> None:
+    """Write schedules one behind the other as JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(schedule.to_lines() for schedule in schedules), encoding="utf-8")
+
+
+def read_schedules(path: Path, n_positions: int, vocab_size: int) -> list[Schedule]:
+    """Read what `save_schedules` wrote, equal in every byte.
+
+    Raises InputError with the line for anything else, and for requests that the model cannot take.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{path}: cannot be read as a schedule ({error})") from None
+    found: list[tuple[dict[str, Any], list[Planned]]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if "format" in row:
+                if row.pop("format") != FORMAT:
+                    raise ValueError(f"its format is not {FORMAT}")
+                found.append((row, []))
+                continue
+            request = Planned(**row | {"prompt": tuple(int(token) for token in row["prompt"])})
+            _check(request, n_positions, vocab_size)
+            found[-1][1].append(request)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise InputError(f"{path}: line {number} is not a line of a schedule ({error})") from None
+    try:
+        schedules = [Schedule(requests=tuple(requests), **header) for header, requests in found]
+    except TypeError as error:
+        raise InputError(f"{path}: the header of a schedule is not whole ({error})") from None
+    if not schedules or not all(schedule.requests for schedule in schedules):
+        raise InputError(f"{path}: holds no schedule, or one without requests")
+    for schedule in schedules:
+        if schedule.scenario not in SCENARIOS:
+            raise InputError(f"{path}: no scenario {schedule.scenario!r}{did_you_mean(schedule.scenario, SCENARIOS)}")
+        if schedule.concurrency is None and any(request.at is None for request in schedule.requests):
+            raise InputError(f"{path}: {schedule.point!r} has neither moments nor a number of clients")
+    return schedules
+
+
+def _check(request: Planned, n_positions: int, vocab_size: int) -> None:
+    if not request.prompt or request.new_tokens < 1 or len(request.prompt) + request.new_tokens > n_positions:
+        raise ValueError(f"a prompt and its output have at least a token each and fit a context of {n_positions}")
+    if not all(0 <= token < vocab_size for token in request.prompt):
+        raise ValueError(f"a token id is outside the vocabulary of {vocab_size}")
+    if request.at is not None and not (request.at >= 0 and math.isfinite(request.at)):
+        raise ValueError("a moment is before the start")
+
+
+def _gaps(arrivals: str, count: int, random: np.random.Generator) -> NDArray[np.float64]:
+    """Gaps of mean 1 before each of `count` requests."""
+    shape = 1 / GAMMA_VARIATION**2
+    draws: dict[str, Callable[[], NDArray[np.float64]]] = {
+        "poisson": lambda: random.exponential(1.0, count),
+        "gamma": lambda: random.gamma(shape, 1 / shape, count),
+        "constant": lambda: np.ones(count),
+    }
+    return draws[arrivals]()

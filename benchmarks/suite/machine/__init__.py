@@ -1,0 +1,1 @@
+"""What the machine does during a run: energy, power, other programs."""

@@ -1,0 +1,1 @@
+"""A record as CSV, Markdown and HTML."""

@@ -1,0 +1,330 @@
+"""A whole run of the suite: targets take turns on each schedule, repeat by repeat, and a record comes out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from benchmarks.common.hardware import environment
+from benchmarks.common.statistics import warm_from
+from benchmarks.suite.cold_start import ColdStart
+from benchmarks.suite.driver import play
+from benchmarks.suite.figures.latency_metrics import Objectives
+from benchmarks.suite.figures.record_rows import COLD, Repeat, add_limits, blank_row, make_point, point_of
+from benchmarks.suite.load.clock import Clock
+from benchmarks.suite.load.events import Response
+from benchmarks.suite.load.schedule import Lengths, Planned, Planner, Schedule
+from benchmarks.suite.machine.contention import Machine, Others
+from benchmarks.suite.machine.meters import Reading
+from benchmarks.suite.rate_sweep import best, sweep
+from benchmarks.suite.resume import SUSTAINED, Earlier, most_of, session, whole_sweep
+from benchmarks.suite.static_batches import WARM_UP_STEPS, Played, add_floors, backend_of, run_batch, steps_point
+from benchmarks.suite.targets.base import Target, TargetError
+from serving.bundle import Geometry
+from serving.errors import GPT2BundleError
+
+SCHEMA = "gpt2-bundle-bench/1"
+_WARM_UP_ROUND, _WARM_UP_MOST = 10, 60
+# A request of a sweep: what takes longer is far behind already, and the sweep must end.
+_SWEEP_TIMEOUT = 30.0
+# A runtime's threads go on spinning for a while after its last call, and would take the cores from the next one.
+_PAUSE = 0.1
+Say = Callable[[str], None]
+Decode = Callable[[Sequence[int]], str]
+Keep = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class _Run:
+    """What every scenario needs."""
+
+    targets: Sequence[Target]
+    clock: Clock
+    objectives: Objectives
+    timeout: float
+    machine: Machine
+    say: Say
+    points: list[dict[str, Any]] = field(default_factory=list)
+    played: list[tuple[Schedule, dict[str, list[Repeat]]]] = field(default_factory=list)
+    plays: int = 0
+    decode: Decode | None = None
+    # How many of `points` have their floors.
+    limited: int = 0
+
+    async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
+        await self.rest()
+        window = self.machine.meters.begin() if self.machine.meters and self.machine.meters.sources else None
+        reading: Reading | None = None
+        try:
+            responses = await play(schedule, target, self.clock, timeout or self.timeout)
+        finally:
+            reading = window.end() if window is not None else None
+        return Repeat([self._with_text(each) for each in responses], reading)
+
+    def _with_text(self, response: Response) -> Response:
+        """Servers that give text alone are compared by it, so those that give ids alone need theirs."""
+        if self.decode is None or response.text is not None or response.tokens is None:
+            return response
+        return replace(response, text=self.decode(response.tokens))
+
+    async def rest(self) -> None:
+        """Wait until the target before is still."""
+        await self.clock.until(self.clock.now() + _PAUSE)
+
+    def next_number(self) -> int:
+        """Another one for each time that all targets are asked the same, so that no prompt comes twice."""
+        self.plays += 1
+        return self.plays - 1
+
+    def add(self, schedule: Schedule, targets: Sequence[Target], played: dict[str, list[Repeat]]) -> None:
+        point = make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour)
+        self.add_point(schedule, point, played)
+
+    def add_point(
+        self, schedule: Schedule, point: dict[str, Any], played: dict[str, list[Repeat]] | None = None
+    ) -> None:
+        self.points.append(point)
+        self.played.append((schedule, {} if played is None else played))
+
+    def add_limits(self, geometry: Geometry | None, first: int) -> None:
+        """Put floors, by the machine's rates so far, into the points from the `first` on that this run has measured."""
+        bandwidth, rate = self.machine.rates()
+        precisions = {target.name: target.precision for target in self.targets}
+        self.limited = len(self.points)
+        for point, (schedule, played) in list(zip(self.points, self.played, strict=True))[first:]:
+            if geometry is None or played is _NOT_HERE:
+                continue
+            if point["scenario"] == "steps":
+                add_floors(point, schedule.requests, precisions, geometry, bandwidth, rate)
+            else:
+                add_limits(point, played, precisions, geometry, bandwidth, rate)
+
+
+# Whose requests an earlier run has seen, and this one has not.
+_NOT_HERE: dict[str, list[Repeat]] = {}
+Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
+
+
+async def measure(
+    targets: list[Target],
+    schedules: Sequence[Schedule],
+    clock: Clock,
+    *,
+    missing: dict[str, str] | None = None,
+    repeats: int,
+    objectives: Objectives,
+    geometry: Geometry | None = None,
+    timeout: float = 300.0,
+    machine: Machine | None = None,
+    starter: Starter | None = None,
+    cold_starts: int = 5,
+    sweep_seconds: float = 120.0,
+    decode: Decode | None = None,
+    earlier: Earlier | None = None,
+    keep: Keep | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
+
+    A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
+    The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
+    is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
+    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone. What `earlier` has is
+    not measured again; `keep` is given the record so far behind each schedule or sweep. Raises InputError where
+    `earlier` is of other settings, targets, versions or another machine.
+    """
+    machine = machine or Machine()
+    idle = machine.meters.idle(5.0) if machine.meters is not None else None
+    entries: list[dict[str, Any]] = []
+    run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
+    about = environment()
+    settings = {
+        "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
+        "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
+    }  # fmt: skip
+
+    if earlier is not None:
+        earlier.check(settings, about, [*(target.name for target in targets), *(missing or ())])
+
+    def so_far() -> dict[str, Any]:
+        sessions = [*(earlier.sessions if earlier else ()), session(about, machine.rates(), others.share())]
+        return {
+            "schema": SCHEMA,
+            "environment": about,
+            "settings": settings,
+            "sessions": sessions,
+            **most_of(sessions),
+            "energy": machine.energy(idle),
+            "targets": entries,
+            "not_measured": missing or {},
+            "points": run.points,
+        }
+
+    try:
+        for target in list(targets):
+            say(f"{target.name}: loading")
+            began = time.monotonic()
+            if not await _starts(target, targets, missing):
+                continue
+            loaded = time.monotonic() - began
+            warm = await warm_up(target, schedules[0], clock, timeout)
+            entries.append({
+                "name": target.name, "label": target.label, "precision": target.precision,
+                "stand_in": target.stand_in, "load_seconds": loaded, **warm,
+            })  # fmt: skip
+        if earlier is not None:
+            earlier.check_started([target.name for target in targets])
+        others = Others([process for process in (target.pid() for target in targets) if process is not None])
+        for part in _parts(schedules):
+            known = earlier.points(part) if earlier is not None else None
+            if known is not None:
+                say(f"{part[0].scenario}, {part[0].point}: is there already")
+                for point in known:
+                    run.add_point(part[0], point, _NOT_HERE)
+                continue
+            if part[0].scenario == "saturation":
+                await _sweep(run, part, sweep_seconds)
+            elif part[0].scenario == "cold-start":
+                await _cold(run, part[0], starter, cold_starts)
+            elif part[0].scenario == "steps":
+                await _steps(run, part[0], repeats)
+            else:
+                await _repeat(run, part[0], repeats)
+            if keep is not None:
+                run.add_limits(geometry, run.limited)
+                keep(so_far())
+        record = so_far()
+    finally:
+        for target in targets:
+            await target.stop()
+    # Anew, since the machine's best may have come late.
+    run.add_limits(geometry, 0)
+    return record
+
+
+def _parts(schedules: Sequence[Schedule]) -> Iterator[list[Schedule]]:
+    """What is measured as one: a schedule, or those of a sweep."""
+    for scenario, group in itertools.groupby(schedules, key=lambda schedule: schedule.scenario):
+        if scenario == "saturation":
+            yield list(group)
+        else:
+            yield from ([schedule] for schedule in group)
+
+
+async def _starts(target: Target, targets: list[Target], missing: dict[str, str] | None) -> bool:
+    """Start a target; False if it does not and need not. Raises GPT2BundleError if it must, or none would be left."""
+    try:
+        await target.start()
+    except GPT2BundleError as error:
+        if missing is None or len(targets) == 1:
+            raise
+        missing[target.name] = str(error)
+        targets.remove(target)
+        await target.stop()
+        return False
+    return True
+
+
+async def warm_up(target: Target, like: Schedule, clock: Clock, timeout: float) -> dict[str, Any]:
+    """Send one request at a time, prompts of `like`, until MSER-5 sees a steady end-to-end latency, 60 at most.
+
+    `warm` is False if it never did.
+    """
+    first = like.requests[0]
+    text = [token for request in like.requests for token in request.prompt]
+    made = min(8, first.new_tokens)
+    lengths = Lengths(len(first.prompt), len(first.prompt)), Lengths(made, made)
+    latencies: list[float] = []
+    cut = None
+    while cut is None and len(latencies) < _WARM_UP_MOST:
+        # Other prompts in each round, or a server that keeps prompts would seem to warm up at the second.
+        planner = Planner(text, len(first.prompt) + made, seed=len(latencies))
+        responses = await play(planner.single(_WARM_UP_ROUND, *lengths), target, clock, timeout)
+        latencies += [response.finished - response.scheduled for response in responses]
+        cut = warm_from(latencies)
+    return {"warm_up_requests": len(latencies), "warm_after": cut, "warm": cut is not None}
+
+
+async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
+    played: dict[str, list[Repeat]] = {target.name: [] for target in run.targets}
+    for repeat in range(repeats):
+        run.machine.sample()
+        run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
+        asked = schedule.varied(run.next_number())
+        # Who goes first changes, so that nobody always runs behind the same other.
+        for place in range(len(run.targets)):
+            target = run.targets[(place + repeat) % len(run.targets)]
+            played[target.name].append(await run.play(target, asked))
+    run.add(schedule, run.targets, played)
+
+
+async def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
+    """A batch size, for those targets that are a graph in this process."""
+    backends = {target.name: backend for target in run.targets if (backend := backend_of(target)) is not None}
+    if not backends:
+        run.say(f"{schedule.scenario}, {schedule.point}: left out, no target is a graph in this process")
+        return
+    played: dict[str, list[Played]] = {name: [] for name in backends}
+    for backend in backends.values():
+        run_batch(backend, schedule, WARM_UP_STEPS)
+    for repeat in range(repeats):
+        run.machine.sample()
+        run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
+        asked, names = schedule.varied(run.next_number()), list(backends)
+        for place in range(len(names)):
+            name = names[(place + repeat) % len(names)]
+            await run.rest()
+            played[name].append(run_batch(backends[name], asked))
+    run.add_point(schedule, steps_point(schedule, played, run.targets))
+
+
+async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> None:
+    named = {target.name: target for target in run.targets}
+    asked = [schedule.varied(run.next_number()) for schedule in schedules]
+    played: list[dict[str, list[Repeat]]] = [{} for _ in schedules]
+
+    async def once(name: str, schedule: Schedule, place: int) -> Sequence[Response]:
+        if not played[place]:
+            run.machine.sample()
+            run.say(f"saturation, {schedule.point}")
+        repeat = await run.play(named[name], asked[place], min(run.timeout, _SWEEP_TIMEOUT))
+        played[place][name] = [repeat]
+        return repeat.responses
+
+    standings = await sweep(list(named), schedules, run.clock, run.objectives, seconds, once)
+    for place, schedule in enumerate(schedules):
+        there = [target for target in run.targets if target.name in played[place]]
+        if not there:
+            break
+        run.add(schedule, there, played[place])
+        for row in run.points[-1]["rows"]:
+            row["pace"] = asdict(standings[row["target"]].paces[place])
+    summaries = {name: standing.summary() for name, standing in standings.items()}
+    rows = [
+        blank_row(target, {SUSTAINED: [summaries[target.name]["sustained"]]}) | {"sweep": summaries[target.name]}
+        for target in run.targets
+    ]
+    whole = whole_sweep(schedules)
+    run.add_point(whole, point_of(whole, rows, ()) | {"winners": {SUSTAINED: best(summaries)}})
+
+
+async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: int) -> None:
+    rows = {target.name: blank_row(target, {name: [] for name in COLD}) for target in run.targets}
+    for repeat in range(count):
+        run.say(f"{schedule.scenario}, {schedule.point}: {repeat + 1} of {count}")
+        request = schedule.varied(run.next_number()).requests[0]
+        for place in range(len(run.targets)):
+            target = run.targets[(place + repeat) % len(run.targets)]
+            row, found = rows[target.name], None
+            try:
+                found = await starter(target, request) if starter is not None else None
+            except TargetError as error:
+                row["errors"] = sorted({*row["errors"], str(error)})
+            for name, seconds in zip(COLD, (found.load, found.first_token) if found else (None, None), strict=True):
+                row["figures"][name].append(None if seconds is None else seconds * 1e3)
+            if found and found.peak_rss_bytes:
+                row["peak_rss_bytes"] = max(row["peak_rss_bytes"] or 0, found.peak_rss_bytes)
+    run.add_point(schedule, point_of(schedule, list(rows.values()), COLD))

@@ -1,0 +1,1 @@
+"""GPT-2 in Keras, and the checkpoints that it starts from."""

@@ -1,0 +1,1 @@
+"""The model as ONNX graphs in every precision."""

@@ -1,0 +1,227 @@
+"""The build: its stages in order, each skipped when it is done, and the bundle published only when it is proven."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from builder.data.process_map import usable_cores
+from builder.data.sources import find_sources
+from builder.model.pretrained import local_base, resolve_base
+from builder.progress import Reporter
+from builder.recipe import OBSERVING, Recipe
+from builder.run_folder import STAMP, clear, is_done, refusals_named, run_stage, stage_key
+from builder.stages.prepare import PARTS, prepare
+from builder.stages.train import REPORT, quality, train
+from builder.training.metrics_log import METRICS, TENSORBOARD
+from serving import __version__
+from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
+from serving.bundle.publish import check_destination
+from serving.errors import BundleError, GPT2BundleError, InputError
+
+
+def _look(paths: Sequence[Path]) -> list[tuple[str, Any, int]]:
+    """What is known of files without reading them."""
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one recipe's stages live, and the keys that say whether each is done."""
+
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def prepared(self) -> Path:
+        return self.folder / "prepare"
+
+    @property
+    def trained(self) -> Path:
+        return self.folder / "train"
+
+    @property
+    def draft(self) -> Path:
+        return self.folder / "export" / "bundle"
+
+    def prepare_key(self) -> str:
+        """Of the corpus (its files by size and time, or the Python whose docstrings it is), tokenizer and base."""
+        recipe = self.recipe
+        files: list[tuple[str, Any, int]]
+        if recipe.corpus.paths:
+            files = _look([file.path for file in find_sources(recipe.corpus.paths).files])
+        else:
+            files = [(sys.base_prefix, platform.python_version(), 0)]
+        model: Any = recipe.model.n_positions
+        if recipe.model.base:
+            base = local_base(recipe.model.base)
+            model = recipe.model.base, _look(base.files()) if base else []
+        sequence = recipe.training.sequence_length, recipe.training.packing
+        parts = asdict(recipe.corpus), asdict(recipe.instruction), asdict(recipe.cleaning), asdict(recipe.tokenizer)
+        return stage_key(__version__, *parts, recipe.seed, model, sequence, files)
+
+    def train_key(self) -> str:
+        """Of the tokens and of what decides the weights: both loops' are equal but for rounding, so it is not said."""
+        recipe = self.recipe
+        training = {key: value for key, value in asdict(recipe.training).items() if key not in OBSERVING}
+        return stage_key(self.prepare_key(), asdict(recipe.model), training, recipe.seed)
+
+    def export_key(self) -> str:
+        return stage_key(self.train_key(), asdict(self.recipe.export), asdict(self.recipe.verify), self.recipe.name)
+
+
+def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
+    """Text to tokens, by so many worker processes, or one a core. Raises InputError for a base that is this run's own
+    work."""
+    _refuse_as_base(run, run.folder, "the folder of this very run, which is emptied on the way")
+
+    key = run.prepare_key()
+
+    def work(folder: Path) -> None:
+        if run.recipe.model.base:
+            resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
+        prepare(run.recipe, folder, reporter.line, key=key, workers=workers or usable_cores())
+
+    if not run_stage(run.prepared, key, work, parts=PARTS):
+        reporter.line("prepare: done already")
+
+
+def _refuse_as_base(run: Run, folder: Path, what: str) -> None:
+    """Refuse a base that is `folder` or lies in it: a build must not consume what it starts from."""
+    name = run.recipe.model.base
+    base = Path(name).expanduser().resolve()
+    if name and base.is_dir() and folder.resolve() in (base, *base.parents):
+        raise InputError(f"model.base {name!r}: {what}; give the new one another name (--set name=...)")
+
+
+def train_stage(run: Run, reporter: Reporter) -> None:
+    """Tokens to weights. Raises InputError if the tokens of this recipe are not prepared."""
+    if not is_done(run.prepared, run.prepare_key()):
+        raise InputError(f"{run.prepared}: no tokens of this recipe here; run 'gpt2-bundle prepare' with it first")
+    key = run.train_key()
+
+    def work(folder: Path) -> None:
+        train(run.recipe, run.prepared, folder, key, reporter)
+
+    # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
+    # run that is not taken up are dropped when the new one begins.
+    if not run_stage(run.trained, key, work, keep=("checkpoint", METRICS, TENSORBOARD)):
+        reporter.line("train: done already")
+
+
+def export_stage(run: Run, reporter: Reporter) -> Bundle:
+    """Weights to a draft bundle. Raises InputError if this recipe is not trained."""
+    if not is_done(run.trained, run.train_key()):
+        raise InputError(f"{run.trained}: no weights of this recipe here; run 'gpt2-bundle train' with it first")
+
+    def work(folder: Path) -> None:
+        from builder.stages.export import export
+
+        run.draft.mkdir(parents=True)
+        report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
+        # The loop is not in the key: the manifest names the one that made these weights.
+        recipe = replace(run.recipe, training=replace(run.recipe.training, loop=report["loop"]))
+        export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
+
+    if not run_stage(run.draft.parent, run.export_key(), work):
+        reporter.line("export: done already")
+    return open_draft(run)
+
+
+def open_draft(run: Run) -> Bundle:
+    """Return the draft with every byte checked. Raises InputError if this recipe is not exported."""
+    if not is_done(run.draft.parent, run.export_key()):
+        raise InputError(f"{run.draft}: no export of this recipe here; run 'gpt2-bundle export' with it first")
+    try:
+        return open_bundle(run.draft)
+    except GPT2BundleError as error:
+        clear(run.draft.parent)
+        raise BundleError(f"the export was changed ({error}); it was thrown away, run the same command again") from None
+
+
+def verify_bundle(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run the certificate on a draft or on a published bundle (see `builder.verification.certificate.verify`)."""
+    from builder.verification.certificate import verify
+
+    return verify(bundle, batch_size, reporter)
+
+
+def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], destination: Path) -> Path:
+    """Add certificate and model card to the draft, write the manifest anew, and move it to `destination`, atomically.
+
+    Variants that the certificate leaves out are removed.
+    A bundle that stands there is replaced at once; any other folder is refused.
+    """
+    from builder.stages.model_card import model_card
+    from builder.verification.certificate import summary, write_certificate
+
+    write_certificate(draft.folder, certificate, golden)
+    manifest = draft.manifest
+    for name in certificate["left_out"]:
+        shutil.rmtree(draft.path(draft.graph(name).path).parent)
+    card = model_card(draft, certificate, manifest.quality)
+    (draft.folder / "README.md").write_text(card, encoding="utf-8")
+    write_manifest(
+        draft.folder,
+        name=manifest.name,
+        model=manifest.model,
+        graphs={name: graph for name, graph in manifest.graphs.items() if name not in certificate["left_out"]},
+        provenance=manifest.provenance,
+        quality=manifest.quality,
+        parity=summary(certificate),
+    )
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    return publish(draft.folder, destination)
+
+
+def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
+    """Run every stage that is not done and publish the bundle to `output`/NAME; return it opened."""
+    destination = output / run.recipe.name
+    _refuse_as_base(run, destination, "the bundle that this build would replace")
+    done = _published(run, destination)
+    if done is not None:
+        reporter.line(f"{destination} is this recipe's bundle already, and whole")
+        return done
+    # Now, and not after hours of training.
+    check_destination(destination)
+    prepare_stage(run, reporter)
+    train_stage(run, reporter)
+    draft = export_stage(run, reporter)
+    certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
+    # From here on the draft is no longer the export that the stamp speaks of.
+    key = run.export_key()
+    clear_stamp(run)
+    with refusals_named(destination):
+        package(draft, certificate, golden, destination)
+    record = _record(key, destination)
+    (run.folder / "published.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    reporter.line(f"published {destination}")
+    return open_bundle(destination, check="sizes")
+
+
+def clear_stamp(run: Run) -> None:
+    """Take back the export stage's stamp."""
+    (run.draft.parent / STAMP).unlink(missing_ok=True)
+
+
+def _record(key: str, destination: Path) -> dict[str, str]:
+    """What says that a run published the very bundle at `destination`."""
+    return {"key": key, "manifest": hashlib.sha256((destination / MANIFEST_NAME).read_bytes()).hexdigest()}
+
+
+def _published(run: Run, destination: Path) -> Bundle | None:
+    """The bundle at `destination` if this very run published it and no byte of it has changed."""
+    try:
+        record = json.loads((run.folder / "published.json").read_text(encoding="utf-8"))
+        if record != _record(run.export_key(), destination):
+            return None
+        return open_bundle(destination)
+    except (OSError, ValueError, GPT2BundleError):
+        return None

@@ -1,0 +1,176 @@
+"""Text to tokens: the corpus, its tokenizer and its shards, the first stage of a build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from builder.data.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
+from builder.data.data_report import vocabulary_coverage, write_report
+from builder.data.document_batches import describe_loss
+from builder.data.documents import read_file
+from builder.data.instructions import Template
+from builder.data.masked_shards import open_shard, write_masked_tokens
+from builder.data.token_shards import open_tokens, read_tokens, write_tokens
+from builder.data.tokenizer import (
+    END_TOKEN,
+    add_chat_template,
+    copy_tokenizer,
+    end_token_id,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
+from builder.recipe import Recipe
+from builder.run_folder import clear, run_stage, stage_key
+from serving.errors import InputError
+
+SUMMARY, PAGE = "prepare.json", "report.html"
+PARTS = ("corpus", "tokenizer", "tokens")
+
+
+def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key: str = "", workers: int = 1) -> None:
+    """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
+
+    `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
+    tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
+    of `prepare_corpus`.
+
+    `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
+    and if the training side has fewer tokens than one row of `training.sequence_length`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).unlink(missing_ok=True)
+    for part in PARTS if not key else ():
+        clear(folder / part)
+    ran = run_stage(folder / "corpus", stage_key(key, "corpus"), lambda part: _make_corpus(recipe, part, workers))
+    corpus = read_report(folder / "corpus")
+    report(_corpus_line(corpus) + _again(ran))
+    ran = run_stage(folder / "tokenizer", stage_key(key, "tokenizer"), lambda part: _make_tokenizer(recipe, part))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    vocab_size = vocabulary_size(tokenizer)
+    report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size) + _again(ran))
+    shards = [(folder / "tokens" / name).with_suffix(".bin") for name in (TRAIN, VALIDATION)]
+    tokens_key = stage_key(key, "tokens")
+    half_done = tuple(shard.with_suffix(ending).name for shard in shards for ending in (".bin", ".progress"))
+    run_stage(
+        folder / "tokens",
+        tokens_key,
+        lambda part: _make_tokens(recipe, tokenizer, shards, tokens_key if key else ""),
+        parts=half_done,
+    )
+    counts = {shard.stem: len(open_tokens(shard)) for shard in shards}
+    loss = describe_loss([open_shard(shard, end_token_id(tokenizer)) for shard in shards], recipe.training)
+    report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
+    total = sum(counts.values())
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "base": recipe.model.base,
+        "corpus_sha256": corpus.sha256,
+        "split": corpus.split,
+        "documents": {"train": corpus.train.documents, "validation": corpus.validation.documents},
+        "characters": {"train": corpus.train.characters, "validation": corpus.validation.characters},
+        "tokens": counts,
+        "vocab_size": vocab_size,
+        "vocabulary": vocabulary_coverage(read_tokens(shards[0]), read_tokens(shards[1]), vocab_size),
+        "tokens_per_document": round(total / corpus.documents, 2),
+        "characters_per_token": round(corpus.characters / total, 3),
+    }
+    indices = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in shards]
+    for key, name in (("too_long", "over_max_tokens"), ("no_response", "no_response_within_max_tokens")):
+        if key in indices[0]:
+            summary[name] = {shard.stem: index[key] for shard, index in zip(shards, indices, strict=True)}
+    if loss:
+        summary["loss"] = loss
+        report(_loss_line(loss))
+    write_report(folder / PAGE, corpus, summary)
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _make_corpus(recipe: Recipe, folder: Path, workers: int) -> None:
+    prepare_corpus(recipe, folder, workers)
+
+
+def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[Path], key: str) -> None:
+    limits: dict[str, Any] = {"max_tokens": recipe.corpus.max_tokens, "trim": recipe.corpus.trim}
+    for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
+        source = shard.parent.parent / "corpus" / name
+        if recipe.instruction.is_set:
+            count = write_masked_tokens(read_file(source), tokenizer, shard, **limits)
+        else:
+            count = write_tokens(iter_texts(source), tokenizer, shard, **limits, resume_key=key)
+        if not count:
+            raise InputError(
+                f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
+                "raise it or set corpus.trim"
+            )
+    for shard in shards:
+        shard.with_suffix(".progress").unlink(missing_ok=True)
+
+
+def _make_tokenizer(recipe: Recipe, folder: Path) -> None:
+    if recipe.model.base:
+        from builder.model.pretrained import resolve_base  # It may ask the hub, which a model from scratch never needs.
+
+        base = resolve_base(recipe.model.base)
+        n_positions = _base_positions(base.weights, recipe.model.n_positions)
+        copy_tokenizer(base.tokenizer, folder, n_positions)
+    else:
+        # The end token inside a chat is no text to learn a vocabulary from; a plain document is one run.
+        texts = (
+            text
+            for document in read_file(folder.parent / "corpus" / TRAIN)
+            for text, _ in document.runs
+            if not (document.segments and text == END_TOKEN)
+        )
+        train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
+    if recipe.instruction.is_set:
+        add_chat_template(folder, Template.of(recipe.instruction).chat_template())
+
+
+def _base_positions(base: Path, otherwise: int) -> int:
+    """The context length in a checkpoint's configuration; what is wrong with it is for the reader of its weights."""
+    for name, key in (("config.json", "n_positions"), ("hparams.json", "n_ctx")):
+        try:
+            return int(json.loads((base / name).read_text(encoding="utf-8"))[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return otherwise
+
+
+def _again(ran: bool) -> str:
+    return "" if ran else " (done before)"
+
+
+def _loss_line(loss: Mapping[str, Mapping[str, int]]) -> str:
+    counted, tokens = (sum(side[key] for side in loss.values()) for key in ("counted_tokens", "tokens"))
+    left_out = sum(side.get("documents_without_counted_tokens", 0) for side in loss.values())
+    truncated = sum(side.get("truncated_documents", 0) for side in loss.values())
+    return (
+        f"loss: on {counted:,} of {tokens:,} tokens"
+        + (f"; {truncated:,} documents cut to a row" if truncated else "")
+        + (f"; {left_out:,} left out, with none in their row" if left_out else "")
+    )
+
+
+def _corpus_line(corpus: CorpusReport) -> str:
+    dropped = ", ".join(f"{count:,} {why}" for why, count in corpus.dropped.items())
+    skipped = sum(corpus.skipped_files.values())
+    return (
+        f"corpus: {corpus.train.documents:,} + {corpus.validation.documents:,} documents, "
+        f"{corpus.characters:,} characters, split by {corpus.split}"
+        + (f"; dropped {dropped}" if dropped else "")
+        + (f"; skipped {skipped:,} files of other kinds" if skipped else "")
+    )
+
+
+def _shortfall(recipe: Recipe, vocab_size: int) -> str:
+    wanted = recipe.tokenizer.vocab_size
+    if recipe.model.base or vocab_size >= wanted:
+        return ""
+    return f" (of the {wanted:,} asked for: the text has no more pairs that repeat)"

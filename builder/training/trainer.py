@@ -1,0 +1,198 @@
+"""Fit GPT-2 on token shards, by Keras's `fit` or by the project's own loop, resumable at every validation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from builder.data.document_batches import make_sampler, training_batches, validation_batches
+from builder.data.masked_shards import Shard
+from builder.keras_backend import keras, tf
+from builder.model.gpt2 import GPT2
+from builder.recipe import TrainingRecipe
+from builder.training.callbacks import Notify, Watch
+from builder.training.checkpoints import Progress, load_best, load_checkpoint
+from builder.training.custom_loop import run_epochs
+from builder.training.glibc_heap import kept_heap
+from builder.training.metrics_log import MetricsLog
+from builder.training.optimizers import make_optimizer
+from serving.errors import TrainingError
+
+
+class Perplexity(keras.metrics.Mean):  # type: ignore[misc]
+    """exp of the mean negative log-likelihood a token, in nats, weighted by token."""
+
+    def result(self) -> Any:
+        return keras.ops.exp(super().result())
+
+
+class LanguageModel(GPT2):
+    """GPT-2 with the language-model loss, its perplexity and the accuracy, exact means over the weighted tokens."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.perplexity = Perplexity(name="perplexity")
+        self.accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+        self.label_smoothing = 0.0
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """Mean cross-entropy (nats a token) of logits `y_pred` [batch, sequence, vocab] against ids `y`.
+
+        In training, `label_smoothing` e makes the target 1 - e of the token and e spread evenly over the vocabulary
+        (Szegedy et al. 2016, section 7); the perplexity never is of the smoothed targets. The accuracy is
+        counted outside training only, since the largest logit of each token takes a pass over all of them.
+
+        In validation it is the mean by `sample_weight`, 0 where no weight is above 0. In training it is the sum by the
+        weights, which carry what to divide by (see `rows.training_batches`). The perplexity counts each target of a
+        weight above 0 once in both.
+        """
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
+        counted = None if sample_weight is None else tf.cast(sample_weight > 0, losses.dtype)
+        self.perplexity.update_state(losses, counted)
+        if not training:
+            self.accuracy.update_state(y, y_pred, counted)
+        elif self.label_smoothing:
+            even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
+            losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
+        if sample_weight is None:
+            return tf.reduce_mean(losses) / tf.distribute.get_strategy().num_replicas_in_sync
+        total = tf.reduce_sum(losses * sample_weight)
+        return total if training else tf.math.divide_no_nan(total, _over_all_devices(tf.reduce_sum(sample_weight)))
+
+
+def _over_all_devices(value: Any) -> Any:
+    """The sum of each device's `value`; gradients are summed over the devices too, so parts of a mean add up to it."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return value
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+@contextlib.contextmanager
+def layer_precision(precision: str) -> Iterator[None]:
+    """Make layers that are created inside compute in "float32" or "bfloat16"; their weights are float32 in both."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def plan_steps(recipe: TrainingRecipe, rows: int) -> tuple[int, int]:
+    """Return (steps in all, steps between validations); the first is rounded up to a multiple of the second.
+
+    `rows` are those of an epoch. No epochs are no steps.
+    """
+    if recipe.epochs == 0:
+        return 0, 1
+    steps = max(1, math.ceil(recipe.epochs * rows / recipe.batch_size))
+    interval = math.ceil(steps / recipe.validations)
+    return interval * math.ceil(steps / interval), interval
+
+
+def fit(
+    model: LanguageModel,
+    recipe: TrainingRecipe,
+    train: Shard | NDArray[Any],
+    validation: Shard | NDArray[Any],
+    *,
+    seed: int,
+    folder: Path,
+    run_id: str,
+    notify: Notify,
+    log: MetricsLog | None = None,
+    sample: Callable[[], list[tuple[str, str]]] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
+
+    Takes up the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
+    and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
+    figures go to `log`. Raises TrainingError when the loss is not a number.
+    """
+    train, validation = Shard.of(train), Shard.of(validation)
+    sampler = make_sampler(train, recipe, seed) if recipe.epochs else None
+    steps, interval = plan_steps(recipe, sampler.rows if sampler else 0)
+    if steps == 0:
+        if log is not None:
+            log.open_at(0)
+        row = {"step": 0, **evaluate(model, validation, recipe)}
+        notify({"step": 0, "steps": 0, "validation": row, "history": [row]})
+        return [row]
+    model.label_smoothing = recipe.label_smoothing
+    optimizer = make_optimizer(recipe, steps)
+    optimizer.build(model.trainable_variables)
+    best = recipe.keep == "best"
+    start = load_checkpoint(folder, model, optimizer, run_id, with_best=best) or Progress(0, [])
+    watch = Watch(recipe, folder, run_id, steps, start, notify, log, sample)
+    if sampler and start.step < steps and not watch.is_stale:
+        watch.rows_of = sampler.starts
+        with kept_heap():
+            _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)
+    optimizer.finalize_variable_values(model.trainable_variables)
+    if best and not load_best(folder, model, run_id, exported_row(watch.history, recipe)["step"]):
+        raise TrainingError(f"{folder}: the best weights are gone; run the same command again")
+    return watch.history
+
+
+def exported_row(history: list[dict[str, Any]], recipe: TrainingRecipe) -> dict[str, Any]:
+    """The history's row of the weights that `fit` left in the model."""
+    return history[Progress(0, history).best if recipe.keep == "best" else -1]
+
+
+def _run(
+    model: LanguageModel,
+    optimizer: Any,
+    recipe: TrainingRecipe,
+    train: Shard,
+    validation: Shard,
+    seed: int,
+    steps: int,
+    interval: int,
+    watch: Watch,
+) -> None:
+    """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
+    # On several devices Keras joins them in the middle of a step, where XLA cannot.
+    one_device = model.distribute_strategy.num_replicas_in_sync == 1
+    model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile and one_device)
+    parts = recipe.accumulation
+    dataset = training_batches(train, recipe, seed=seed, steps=steps, start_step=watch.step)
+    held_out = validation_batches(validation, recipe)
+    first, epochs, calls = watch.step // interval, steps // interval, interval * parts
+    if recipe.loop == "custom":
+        run_epochs(
+            model, dataset, held_out, first=first, epochs=epochs, calls=calls, watch=watch, xla=recipe.jit_compile
+        )
+        return
+    model.fit(
+        dataset,
+        validation_data=held_out,
+        initial_epoch=first,
+        epochs=epochs,
+        steps_per_epoch=calls,
+        callbacks=[watch],
+        shuffle=False,
+        verbose=0,
+    )
+
+
+def evaluate(model: LanguageModel, validation: Shard | NDArray[Any], recipe: TrainingRecipe) -> dict[str, float | None]:
+    """A history row for weights as they are: nats, perplexity and accuracy a token over the counted targets."""
+    model.compile(jit_compile=False)
+    logs = model.evaluate(validation_batches(Shard.of(validation), recipe), return_dict=True, verbose=0)
+    perplexity = float(logs["perplexity"])
+    return {
+        "train_loss": None,
+        "validation_loss": math.log(perplexity),
+        "validation_perplexity": perplexity,
+        "validation_accuracy": float(logs["accuracy"]),
+        "learning_rate": 0.0,
+        "tokens_per_second": 0.0,
+    }

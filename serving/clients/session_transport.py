@@ -1,0 +1,89 @@
+"""A SavedModel's signatures in a TensorFlow session of this process, called as a server of TensorFlow Serving is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from serving.backends.loader import runtime_errors
+from serving.bundle import Bundle
+from serving.clients.transport import Transport
+from serving.errors import BundleError, InputError, ServerError
+
+
+class SessionTransport:
+    """The SavedModel of a bundle behind `serving.clients.transport.Transport`, with variables of its own."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        with runtime_errors("tensorflow"):
+            from serving.backends.tensorflow import GRAPH
+            from serving.support.tensorflow_import import tf
+        self._tf = tf
+        folder = bundle.path(bundle.graph(GRAPH).path).parent
+        self._session = tf.compat.v1.Session(graph=tf.Graph())
+        try:
+            with self._session.graph.as_default():
+                loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
+        except Exception as error:  # Its errors share no narrower base.
+            reason = " ".join(str(error).split())
+            place = folder.relative_to(bundle.folder)
+            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
+        self._signatures = {name: each for name, each in loaded.signature_def.items() if not name.startswith("__")}
+
+    def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """See `Transport.predict`. Raises InputError for a signature or inputs that the model has not."""
+        if signature not in self._signatures:
+            raise InputError(f"the model has no signature {signature!r}; it has {', '.join(sorted(self._signatures))}")
+        definition = self._signatures[signature]
+        if set(inputs) != set(definition.inputs):
+            raise InputError(f"{signature} takes {', '.join(sorted(definition.inputs))}, not {', '.join(inputs)}")
+        feeds = {
+            info.name: np.asarray(inputs[name], self._tf.as_dtype(info.dtype).as_numpy_dtype)
+            for name, info in definition.inputs.items()
+        }
+        fetches = {name: info.name for name, info in definition.outputs.items()}
+        options = self._tf.compat.v1.RunOptions(timeout_in_ms=max(1, int(timeout * 1000)))
+        try:
+            outputs: dict[str, Any] = self._session.run(fetches, feeds, options=options)
+        except self._tf.errors.OpError as error:
+            code = _code(error)
+            raise ServerError(f"TensorFlow: {code}: {' '.join(error.message.split())}", code) from None
+        return outputs
+
+    def metadata(self, timeout: float) -> dict[str, Any]:
+        """See `Transport.metadata`."""
+        return {
+            name: {
+                "inputs": {key: _spec(info) for key, info in sorted(definition.inputs.items())},
+                "outputs": {key: _spec(info) for key, info in sorted(definition.outputs.items())},
+            }
+            for name, definition in sorted(self._signatures.items())
+        }
+
+    def status(self, timeout: float) -> list[dict[str, Any]]:
+        """See `Transport.status`."""
+        return [{"version": 1, "state": "AVAILABLE", "error_code": "OK", "error_message": ""}]
+
+
+def _code(error: Any) -> str:
+    """The status by gRPC's name: DeadlineExceededError is DEADLINE_EXCEEDED."""
+    name = type(error).__name__.removesuffix("Error")
+    return "".join(f"_{letter}" if letter.isupper() and place else letter for place, letter in enumerate(name)).upper()
+
+
+def _spec(info: Any) -> dict[str, Any]:
+    from tensorflow.core.framework import types_pb2
+
+    shape = info.tensor_shape
+    sizes = None if shape.unknown_rank else [dim.size for dim in shape.dim]
+    return {"dtype": types_pb2.DataType.Name(info.dtype), "shape": sizes}
+
+
+def load_slot_transport(bundle: Bundle) -> Transport:
+    """The SavedModel of `bundle` in TensorFlow in this process, as a server for `open_slot_engine`.
+
+    Raises RuntimeMissingError as `load_backend` does.
+    """
+    return SessionTransport(bundle)

@@ -1,0 +1,221 @@
+"""Generations in a SavedModel's slots, from the caller's side of docs/slots.md: one pool of streams over one server.
+
+A pool sends calls and keeps places; what a stream's tokens mean (end tokens, stop texts, budgets) the stream knows.
+Every call may be sent again after an answer was lost, since rows name what they want.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from serving.backends.base import pad_right
+from serving.deploy.tf_serving_config import BATCH_SIZES
+from serving.errors import InputError, ServerError
+from serving.sampling import SamplingParams
+from serving.sampling.detokenizer import TextStream
+
+# A row's answer. What every correct client may meet is a status and no error, which would fail the rows of others too.
+RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD = 0, 1, -1, -2, -3
+
+SIGNATURES = frozenset({"prefill_slots", "decode_slots", "release_slots"})
+# What the graph does not compute, by the names of the fields of SamplingParams. Stop texts and stop token ids are
+# looked for by the stream; `ignore_eos` it does by a new prompt, which for a sampled text would draw other numbers.
+UNSUPPORTED = frozenset(
+    {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"}
+)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+# Rows of one call at most, the largest batch that the server's configuration takes.
+ROWS = BATCH_SIZES[-1]
+# Padded prompt tokens of one call at most, unless one prompt has more: running streams wait while prompts run.
+PROMPT_TOKENS = 2048
+
+# Seconds that giving slots back may take; a slot's lease ends by itself.
+_FAREWELL = 5.0
+
+Predict = Callable[[str, Mapping[str, Any], float | None], dict[str, Any]]
+
+
+def check_graph_params(params: SamplingParams) -> None:
+    """Raise InputError for what the SavedModel's graph cannot do."""
+    for name in sorted(UNSUPPORTED):
+        if getattr(params, name) != _DEFAULTS[name]:
+            raise InputError(f"{name} is not done in the SavedModel's graph; leave it out")
+
+
+def check_slot_params(params: SamplingParams) -> None:
+    """Raise InputError for what cannot be done over slots."""
+    check_graph_params(params)
+    if params.ignore_eos and params.temperature > 0 and params.top_k != 1:
+        raise InputError("ignore_eos needs temperature 0 over slots: the graph ends a sampled text at its end token")
+
+
+class SlotStream:
+    """One continuation: what was asked for, its place on the server, and what came.
+
+    Args:
+        prompt: token ids, at least one.
+        params: as `check_slot_params` lets them pass.
+        eos_token_id: the token that ends a text.
+        open_text: makes the stream's text, at each beginning.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], params: SamplingParams, eos_token_id: int, open_text: Callable[[], TextStream]
+    ) -> None:
+        self.params, self._eos, self._open_text = params, eos_token_id, open_text
+        self._prompt = tuple(prompt)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin again: no tokens, and a slot asked for anew."""
+        self.prompt, self.budget = self._prompt, self.params.max_new_tokens
+        self.tokens: list[int] = []
+        self.text = self._open_text()
+        self.reason: Literal["stop", "length"] | None = None
+        self.stopped_by: str | int | None = None
+        self._ask()
+
+    def _ask(self) -> None:
+        self.request_id = 1 + secrets.randbelow(2**63 - 1)
+        self.slot, self.generation, self.received, self.status = -1, 0, 0, RUNNING
+
+    def take(self, tokens: Sequence[int]) -> list[tuple[int, str]]:
+        """Return each token that counts, with the text certain by it; sets `reason` if the last is among them."""
+        made = []
+        for token in tokens:
+            if self.reason is not None:
+                break
+            self.received += 1
+            self.tokens.append(token)
+            made.append((token, self.text.push(token)))
+            if self.text.stopped:
+                self.reason, self.stopped_by = "stop", self.text.stopped_by
+            elif token in self.params.stop_token_ids or (token == self._eos and not self.params.ignore_eos):
+                self.reason, self.stopped_by = "stop", token
+            elif len(self.tokens) == self.params.max_new_tokens:
+                self.reason = "length"
+        if self.reason is None and self.status == FINISHED and not (tokens and tokens[-1] == self._eos):
+            self.reason = "length"  # The context is full.
+        return made
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the server has ended what is not at its end, at an end token to be ignored."""
+        return self.reason is None and self.status == FINISHED
+
+    def go_on(self) -> None:
+        """Make a prompt of all that came; it needs a slot anew."""
+        self.prompt = (*self._prompt, *self.tokens)
+        self.budget = self.params.max_new_tokens - len(self.tokens)
+        self._ask()
+
+
+class SlotPool:
+    """The streams that wait for a slot, in `waiting`, and those that hold one, in `running`.
+
+    `predict(signature, inputs, timeout)` runs a signature and sends it again where an answer may have been lost,
+    within `timeout` seconds or, for None, as long as is usual. `steps` is how many tokens a stream gets by a call at
+    most.
+    """
+
+    def __init__(self, predict: Predict, *, steps: int = 1) -> None:
+        self._predict, self._steps = predict, steps
+        self.waiting: deque[SlotStream] = deque()
+        self.running: list[SlotStream] = []
+
+    def next_prompts(self, most: int = ROWS) -> list[SlotStream]:
+        """The first of those that wait, as many as one call should run."""
+        rows: list[SlotStream] = []
+        for stream in self.waiting:
+            longest = max(len(each.prompt) for each in [*rows, stream])
+            if len(rows) == min(most, ROWS) or (rows and longest * (len(rows) + 1) > PROMPT_TOKENS):
+                break
+            rows.append(stream)
+        return rows
+
+    def prefill(self, streams: Sequence[SlotStream]) -> list[tuple[SlotStream, list[int]]]:
+        """Ask for slots for some that wait; return those that got one with their first tokens.
+
+        The others go on waiting. Raises ServerError, and then all of them wait.
+        """
+        token_ids, lengths = pad_right([stream.prompt for stream in streams])
+        every = [stream.params for stream in streams]
+        answer = self._predict(
+            "prefill_slots",
+            {
+                "request_id": np.array([stream.request_id for stream in streams], np.int64),
+                "token_ids": token_ids.astype(np.int32),
+                "lengths": lengths.astype(np.int32),
+                "max_new_tokens": np.array([stream.budget for stream in streams], np.int32),
+                "temperature": np.array([params.temperature for params in every], np.float32),
+                "top_k": np.array([params.top_k for params in every], np.int32),
+                "top_p": np.array([params.top_p for params in every], np.float32),
+                "seed": np.array([params.seed for params in every], np.int64),
+            },
+            None,
+        )
+        placed = []
+        for row, stream in enumerate(streams):
+            status = int(answer["status"][row])
+            if status == NO_FREE_SLOT:
+                continue
+            stream.status, stream.slot = status, int(answer["slot"][row])
+            stream.generation = int(answer["generation"][row])
+            self.waiting.remove(stream)
+            self.running.append(stream)
+            placed.append((stream, _tokens(answer, row)))
+        return placed
+
+    def decode(self) -> list[tuple[SlotStream, list[int]]]:
+        """Advance all that run; return them with their new tokens, none where `status` is STALE. Raises ServerError."""
+        made = []
+        for start in range(0, len(self.running), ROWS):
+            streams = self.running[start : start + ROWS]
+            received = np.array([stream.received for stream in streams], np.int32)
+            steps = np.full(len(streams), self._steps, np.int32)
+            answer = self._predict("decode_slots", {**_places(streams), "received": received, "steps": steps}, None)
+            for row, stream in enumerate(streams):
+                stream.status = int(answer["status"][row])
+                if stream.status == AHEAD:
+                    raise ServerError("the server has made fewer tokens than it gave; restart it", "DATA_LOSS")
+                made.append((stream, _tokens(answer, row)))
+        return made
+
+    def leave(self, streams: Collection[SlotStream]) -> None:
+        """Take streams out, wherever they are, and give their slots back, if the server answers in a few seconds."""
+        held = [stream for stream in self.running if stream in streams]
+        self.running = [stream for stream in self.running if stream not in streams]
+        self.waiting = deque(stream for stream in self.waiting if stream not in streams)
+        for start in range(0, len(held), ROWS):
+            with contextlib.suppress(ServerError):
+                self._predict("release_slots", _places(held[start : start + ROWS]), _FAREWELL)
+
+    def go_on(self, stream: SlotStream) -> None:
+        """Give the slot of a stream that `goes_on` back, and let it wait for another, before all others."""
+        self.leave([stream])
+        stream.go_on()
+        self.waiting.appendleft(stream)
+
+    def restart(self, stream: SlotStream) -> None:
+        """Let a stream wait for a slot again from its beginning, before all others."""
+        self.running.remove(stream)
+        stream.restart()
+        self.waiting.appendleft(stream)
+
+
+def _places(streams: Sequence[SlotStream]) -> dict[str, Any]:
+    return {
+        "slot": np.array([stream.slot for stream in streams], np.int32),
+        "generation": np.array([stream.generation for stream in streams], np.int64),
+    }
+
+
+def _tokens(answer: Mapping[str, Any], row: int) -> list[int]:
+    return [int(token) for token in answer["token_ids"][row][: int(answer["lengths"][row])]]

@@ -1,0 +1,1 @@
+"""Folders that other servers serve a bundle from."""

@@ -1,0 +1,182 @@
+"""Slots over an optimised ONNX graph: one buffer a block for all slots, which no call copies.
+
+GroupQueryAttention takes more than one new token on top of a past at batch 1 only. So a piece of a prompt is bound at
+the offset of its own slot, a batch of one; rows that decode are bound as the leading part of the same buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from serving.backends.base import Choice, FloatArray, IntArray, Request
+from serving.backends.devices import parse_device
+from serving.backends.onnx import DEFAULT_GRAPH
+from serving.backends.onnx_session import CHOOSE_GRAPH, bind_request, device_zeros, open_graph
+from serving.bundle import Bundle
+from serving.engine.slot_backend import cache_bytes
+from serving.errors import InputError
+
+
+class OnnxSlotBackend:
+    """A `SlotBackend` over a graph whose cache is a "shared-buffer".
+
+    Args:
+        bundle: an opened bundle.
+        graph_name: the graph's name in the manifest, such as "ort/int8".
+        slots, max_length: sizes of the cache; memory is taken as positions are first written, on the processor.
+        threads: intra-operator threads; None leaves the choice to ONNX Runtime.
+        device: "cpu", "cuda" or "cuda:N"; only the first can copy positions from slot to slot.
+        chooses: whether tokens are chosen by the bundle's graph for it, where the logits are; None is on CUDA alone,
+            if the bundle has that graph.
+
+    Raises InputError for a graph of another kind, RuntimeMissingError for a device that is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph_name: str = DEFAULT_GRAPH,
+        *,
+        slots: int,
+        max_length: int,
+        threads: int | None = None,
+        device: str = "cpu",
+        chooses: bool | None = None,
+    ) -> None:
+        geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
+        if graph.runtime != "onnx" or graph.cache != "shared-buffer":
+            raise InputError(
+                f"{bundle.folder}: the graph {graph_name!r} has no shared cache buffer, which serving many at once "
+                "needs; ask for 'ort/fp32' or another 'ort/' graph"
+            )
+        self.name, self.copies = graph_name, device == "cpu"
+        self._place = parse_device(device)
+        self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
+        self.slots, self.max_length = slots, max_length
+        self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
+        dtype = graph.inputs[self._past[0]].dtype
+        self._row = (geometry.n_head, max_length, geometry.head_dim)
+        self.cache_bytes = cache_bytes(geometry, slots, max_length, dtype)
+        self._session: Any = open_graph(bundle, graph_name, device, threads)
+        # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
+        self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
+        has_choice = CHOOSE_GRAPH in bundle.manifest.graphs
+        self.chooses = has_choice and (device != "cpu" if chooses is None else chooses)
+        self._logits = np.empty((slots, 1, self.vocab_size), np.float32)
+        self._prompt_logits = np.empty((1, 1, self.vocab_size), np.float32)
+        self._leading: dict[int, Any] = {}
+        self._alone: dict[int, Any] = {}
+        if self.chooses:
+            self._kept_logits = _Buffer((slots, 1, self.vocab_size), np.dtype(np.float32), device)
+            # One thread: on the processor two sessions' threads would wait by spinning on each other's cores.
+            self._choose_session: Any = open_graph(bundle, CHOOSE_GRAPH, device, 1)
+            self._staying: dict[int, Any] = {}
+            self._choices: dict[int, Any] = {}
+            self._rows = 0
+        self._columns = np.arange(max_length)
+
+    def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        """See `SlotBackend.prefill_chunk`."""
+        if slot not in self._alone:
+            self._alone[slot] = self._bind(slot, 1, self._prompt_logits)
+        binding, end = self._alone[slot], start + len(tokens)
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_cpu_input("position_ids", np.arange(start, end)[None])
+        binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
+        self._session.run_with_iobinding(binding)
+        logits: FloatArray = self._prompt_logits[0, 0]
+        return logits
+
+    def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
+        """See `SlotBackend.decode`."""
+        rows = len(tokens)
+        if rows not in self._leading:
+            self._leading[rows] = self._bind(0, rows, self._logits)
+        self._run(self._leading[rows], tokens, lengths)
+        return self._logits[:rows, 0]
+
+    def advance(self, tokens: IntArray, lengths: IntArray) -> None:
+        """See `ChoosingSlotBackend.advance`."""
+        self._rows = rows = len(tokens)
+        if rows not in self._staying:
+            self._staying[rows] = self._bind(0, rows, None)
+        self._run(self._staying[rows], tokens, lengths)
+
+    def choose(self, request: Request) -> Choice:
+        """See `ChoosingSlotBackend.choose`."""
+        rows = self._rows
+        if rows not in self._choices:
+            binding = self._choices[rows] = self._choose_session.io_binding()
+            shape, address = (rows, 1, self.vocab_size), self._kept_logits.address(0)
+            binding.bind_input("logits", *self._place, np.float32, shape, address)
+        binding = self._choices[rows]
+        bind_request(binding, request)
+        binding.clear_binding_outputs()
+        for name in ("token", "exact"):
+            binding.bind_output(name, "cpu")
+        self._choose_session.run_with_iobinding(binding)
+        token, exact = (value.numpy() for value in binding.get_outputs())
+        return Choice(token[:, 0], exact)
+
+    def logits(self) -> FloatArray:
+        """See `ChoosingSlotBackend.logits`."""
+        logits: FloatArray = self._kept_logits.fetch()[: self._rows, 0]
+        return logits
+
+    def _run(self, binding: Any, tokens: IntArray, lengths: IntArray) -> None:
+        mask = (self._columns[: int(lengths.max()) + 1] <= lengths[:, None]).astype(np.int64)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, None], np.int64))
+        binding.bind_cpu_input("position_ids", np.ascontiguousarray(lengths[:, None], np.int64))
+        binding.bind_cpu_input("attention_mask", mask)
+        self._session.run_with_iobinding(binding)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """See `SlotBackend.copy_prefix`."""
+        for buffer in self._buffers:
+            buffer.array[target, :, :length] = buffer.array[source, :, :length]
+
+    def close(self) -> None:
+        """See `SlotBackend.close`."""
+        self._leading.clear()
+        self._alone.clear()
+        self._buffers.clear()
+        self._session = None
+        if self.chooses:
+            self._staying.clear()
+            self._choices.clear()
+            self._choose_session = self._kept_logits = None  # type: ignore[assignment]
+
+    def _bind(self, first: int, rows: int, logits: FloatArray | None) -> Any:
+        """A binding of `rows` slots from `first` on as past and present at once; without `logits`, those stay there."""
+        binding = self._session.io_binding()
+        for name, buffer in zip(self._past, self._buffers, strict=True):
+            place = (*self._place, buffer.dtype, (rows, *self._row), buffer.address(first))
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past_key_values", "present"), *place)
+        shape = (rows, 1, self.vocab_size)
+        if logits is None:
+            binding.bind_output("logits", *self._place, np.float32, shape, self._kept_logits.address(0))
+        else:
+            binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
+        return binding
+
+
+class _Buffer:
+    """A row for each slot, as of one block's keys: `array` on the processor, memory behind a pointer elsewhere."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> None:
+        self.dtype = dtype.type
+        self._slot_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+        self.array = np.zeros(shape if device == "cpu" else (0,), dtype)
+        self._value = None if device == "cpu" else device_zeros(shape, dtype, device)
+        self._start: int = self.array.ctypes.data if self._value is None else self._value.data_ptr()
+
+    def address(self, slot: int) -> int:
+        return self._start + slot * self._slot_bytes
+
+    def fetch(self) -> Any:
+        """All of it as an array; on the processor the memory itself."""
+        return self.array if self._value is None else self._value.numpy()

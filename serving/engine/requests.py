@@ -1,0 +1,117 @@
+"""A request under way and its continuations, as the engine's own thread keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serving.backends.base import FloatArray
+from serving.engine.api import GenerationRequest, Listener, Logprobs
+from serving.sampling import SamplingParams
+from serving.sampling.detokenizer import TextStream, TokenBytes
+from serving.sampling.penalties import History
+
+
+@dataclass(eq=False)
+class Slot:
+    """One row of the cache.
+
+    `filled` positions may not be written over. The first `len(tokens)` of them hold what reading those tokens as whole
+    chunks of a prompt gives, bit for bit, so another prompt may begin with them. `used` is when it was last begun.
+    """
+
+    index: int
+    tokens: tuple[int, ...] = ()
+    filled: int = 0
+    owner: Continuation | None = None
+    used: int = 0
+
+
+@dataclass(eq=False)
+class Continuation:
+    """One of a request's continuations."""
+
+    task: Task
+    index: int
+    params: SamplingParams
+    """The request's, which all continuations share; `seed` is what differs."""
+    seed: int
+    text: TextStream
+    history: History | None
+    """None where neither bias nor penalties change anything."""
+    slot: Slot | None = None
+    last: int = 0
+    """The token that the next step appends."""
+    made: int = 0
+    """Tokens chosen so far."""
+    last_time: float | None = None
+    ended: bool = False
+
+
+@dataclass(eq=False)
+class Task:
+    """A request, from its submission until its last continuation has ended.
+
+    `holding` continuations have the whole prompt in their slots, and the next one its first `read` tokens. `scores`
+    are the prompt's log-probabilities as far as they are known, None where not wanted.
+    """
+
+    request: GenerationRequest
+    listener: Listener
+    arrived: float
+    deadline: float | None
+    budget: int
+    end_ids: frozenset[int]
+    continuations: list[Continuation] = field(default_factory=list)
+    read: int = 0
+    holding: int = 0
+    cached: int = 0
+    scores: list[Logprobs | None] | None = None
+    scheduled: float | None = None
+    first_token: float | None = None
+    made: int = 0
+    logits: FloatArray | None = None
+    """Those after the prompt, [vocab_size], between its last chunk and the first token."""
+    flush: Callable[[], None] | None = None
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The request's prompt."""
+        return self.request.prompt
+
+    @property
+    def first(self) -> Continuation:
+        """The continuation whose slot the prompt is read into."""
+        return self.continuations[0]
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still wanting."""
+        return self.scores is not None and len(self.scores) < len(self.prompt)
+
+
+def open_task(
+    request: GenerationRequest,
+    listener: Listener,
+    arrived: float,
+    timeout: float | None,
+    budget: int,
+    eos_token_id: int,
+    token_bytes: TokenBytes,
+) -> Task:
+    """A task for `request`, each of whose continuations may have `budget` tokens.
+
+    What its continuations share is built once: a request may have many, long stop texts and a bias for each token.
+    """
+    params = request.params
+    deadline = None if timeout is None else arrived + timeout
+    task = Task(request, listener, arrived, deadline, budget, params.end_ids(eos_token_id))
+    task.flush = getattr(listener, "flush", None)
+    if request.prompt_logprobs is not None:
+        task.scores = [None]
+    history = History([request.prompt], [params], eos_token_id)
+    for index in range(request.n):
+        text = TextStream(token_bytes, params.stop_automaton)
+        own = None if history.empty else history.copy()
+        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own))
+    return task

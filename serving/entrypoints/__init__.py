@@ -1,0 +1,1 @@
+"""The HTTP and gRPC servers as processes, and how they load and replace models."""

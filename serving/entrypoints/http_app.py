@@ -1,0 +1,54 @@
+"""Puts the routes of all protocols behind one gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
+
+from serving.protocols.health_and_metrics import operations_routes
+from serving.protocols.openai import routes as openai
+from serving.protocols.openapi import openapi_routes
+from serving.server.middleware import Gate, on_http_exception
+from serving.server.playground import playground_routes
+from serving.server.registry import ModelRegistry
+from serving.server.settings import Settings
+from serving.server.state import Server
+
+
+def build_app(
+    registry: ModelRegistry, settings: Settings, extra_routes: Sequence[BaseRoute] = (), server: Server | None = None
+) -> Starlette:
+    """The ASGI application for the models of `registry`; `extra_routes` come before OpenAI's.
+
+    Handlers find the `Server` as `request.app.state.server` and the request's id as `request.state.request_id`. Errors
+    that a handler raises become answers by `serving.server.errors`.
+    """
+    server = server or Server(registry, settings)
+    middleware = [Middleware(Gate, server=server)]
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After", "Inference-Header-Content-Length"],
+        )
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=[
+            *playground_routes(),
+            *operations_routes(),
+            *extra_routes,
+            *openai.routes(),
+            *openapi_routes(),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: on_http_exception},
+    )
+    app.state.server = server
+    return app

@@ -1,0 +1,239 @@
+"""Runs the application: a socket, a model that loads while probes are answered, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+from starlette.applications import Starlette
+
+from serving.entrypoints.http_limits import LimitedProtocol
+from serving.entrypoints.model_versions import Versions
+from serving.errors import GPT2BundleError, InputError
+from serving.server.registry import ServedModel
+from serving.server.state import Server
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FLUSH_SECONDS = 5
+"""For answers that are complete to reach their clients."""
+log = logging.getLogger("gpt2_bundle.server")
+
+
+class Companion(Protocol):
+    """Another protocol's server beside, such as gRPC; it refuses by itself while no model is there or all drain."""
+
+    async def start(self) -> None:
+        """Begin to answer. Raises GPT2BundleError."""
+
+    async def stop(self, grace: float) -> None:
+        """Take nothing new, and end after `grace` seconds at most; may be called twice, and before `start`."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen; certificate and key make it HTTPS."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certificate: Path | None = None
+    key: Path | None = None
+    option: str = "--port"
+    """What chooses the port, for errors."""
+
+    def bind(self) -> socket.socket:
+        """The bound socket, so that a port that is taken is known before a model loads. Raises GPT2BundleError."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self.host, self.port))
+            listener.listen(1024)
+        except (OSError, OverflowError) as error:
+            listener.close()
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise GPT2BundleError(
+                    f"port {self.port} on {self.host} is taken; choose another with {self.option}"
+                ) from None
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise GPT2BundleError(f"cannot listen on {self.host} port {self.port}: {reason}") from None
+        return listener
+
+    def url(self, listener: socket.socket) -> str:
+        """What a client asks."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.certificate else 'http'}://{host}:{listener.getsockname()[1]}"
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn whose signals begin a drain instead of closing the door on those who wait behind it."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+class Runner:
+    """One server from its start to its end."""
+
+    def __init__(
+        self, app: Starlette, versions: Versions, address: Address, watch: float, companions: Sequence[Companion] = ()
+    ) -> None:
+        """`watch` is seconds between two looks at the versions' folder; 0 never looks again."""
+        self._app, self._versions, self._address, self._watch = app, versions, address, watch
+        self._companions = companions
+        self._server: Server = app.state.server
+        self._error: BaseException | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._hurried = False
+        self._loading: asyncio.Task[None] | None = None
+
+    def run(self, announce: Callable[[str, ServedModel], None]) -> None:
+        """Serve until a signal; `announce` is called with the URL once the model answers.
+
+        The first signal drains: new requests get 503, accepted ones end or run into the drain's timeout. A second one
+        does not wait: what is left gets an error. Raises what keeps the server from starting.
+        """
+        listener = self._address.bind()
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            # Nothing here needs it, and a second signal would have it log a traceback.
+            lifespan="off",
+            http=LimitedProtocol,
+            ws="none",
+            access_log=False,
+            server_header=False,
+            ssl_certfile=_given(self._address.certificate),
+            ssl_keyfile=_given(self._address.key),
+            # What `_leave` does comes before, and says what it does.
+            timeout_graceful_shutdown=FLUSH_SECONDS + 2,
+            timeout_keep_alive=75,
+        )
+        try:
+            config.load()
+        except OSError as error:
+            listener.close()
+            raise InputError(
+                f"the certificate or its key cannot be used: {error}; check --tls-cert and --tls-key"
+            ) from None
+        self._uvicorn = _Uvicorn(config, self._on_signal)
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                runner.run(self._serve(listener, announce))
+        finally:
+            self._versions.close()
+            listener.close()
+        if self._error is not None:
+            raise self._error
+
+    async def _serve(self, listener: socket.socket, announce: Callable[[str, ServedModel], None]) -> None:
+        self._loading = self._spawn(self._load(self._address.url(listener), announce))
+        try:
+            await self._uvicorn.serve(sockets=[listener])
+        finally:
+            for companion in self._companions:
+                await companion.stop(0)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _load(self, url: str, announce: Callable[[str, ServedModel], None]) -> None:
+        try:
+            # First, so that what keeps them from starting is known before a model loads.
+            for companion in self._companions:
+                await companion.start()
+            model = await asyncio.to_thread(self._versions.start)
+        except BaseException as error:
+            self._error = error
+            self._uvicorn.should_exit = True
+            return
+        if self._server.draining:
+            return
+        if self._watch:
+            self._versions.watch(self._watch)
+        announce(url, model)
+
+    def _on_signal(self) -> None:
+        if self._server.draining:
+            if self._still_loading():
+                # A thread inside a runtime's own code cannot be ended, and nothing was accepted yet.
+                log.info("a second signal: left while the model was loading")
+                logging.shutdown()
+                os._exit(0)
+            if self._hurried:
+                self._uvicorn.force_exit = self._uvicorn.should_exit = True
+                return
+            self._hurried = True
+            self._spawn(self._hurry())
+            return
+        self._server.draining = True
+        self._spawn(self._drain())
+
+    def _still_loading(self) -> bool:
+        return self._loading is not None and not self._loading.done()
+
+    async def _hurry(self) -> None:
+        """End what is left with an error of its own, so that clients see one and not a cut connection."""
+        work = [asyncio.to_thread(self._versions.drain, 0), *(companion.stop(0) for companion in self._companions)]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*work), FLUSH_SECONDS)
+        await self._leave()
+
+    async def _drain(self) -> None:
+        if self._loading is not None and self._still_loading():
+            log.info("the model is still loading; the server ends once it has, or at a second signal")
+            await self._loading
+        timeout = self._server.settings.drain_timeout
+        log.info("draining: nothing new is taken, and what was accepted has %g s to end", timeout)
+        stops = [companion.stop(timeout) for companion in self._companions]
+        done, *_ = await asyncio.gather(asyncio.to_thread(self._versions.drain, timeout), *stops)
+        in_time = done and not self._hurried
+        log.info("every accepted request has ended" if in_time else "the time is over; what was left got an error")
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """Let uvicorn end, and close the connections of clients that neither take their answer nor send their body."""
+        self._uvicorn.should_exit = True
+        await asyncio.sleep(FLUSH_SECONDS)
+        stuck = list(self._uvicorn.server_state.connections)
+        if stuck:
+            log.warning("closed %d connections whose clients did not send or take what was left", len(stuck))
+        for connection in stuck:
+            connection.transport.abort()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where there is one; None is asyncio's own."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:  # It has no form for Windows.
+        return None
+    return uvloop.new_event_loop
+
+
+def _given(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,97 @@
+"""Generation in blocks of several steps: `token_selection.Steps` on top of a backend's loop on the device.
+
+The tokens are the same as one step at a time. A token that the device could not decide is chosen here from its
+logits, and what was made behind it is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from serving.backends.base import FloatArray, IntArray, Request
+
+
+class BlockChooser(Protocol):
+    """What `LoopSteps` needs of `serving.generation.token_selection.Chooser`."""
+
+    def choose(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray: ...
+
+    def request(self, step: int, vocab_size: int) -> Request: ...
+
+    def draws(self, step: int, count: int) -> FloatArray: ...
+
+    def remaining(self, rows: IntArray, step: int) -> int: ...
+
+
+class LoopSteps:
+    """A batch in blocks."""
+
+    def __init__(
+        self, loop: Any, vocab_size: int, chooser: BlockChooser, prompts: Sequence[Sequence[int]], capacity: int
+    ) -> None:
+        self._loop, self._chooser, self._vocab_size, self._capacity = loop, chooser, vocab_size, capacity
+        self._state = loop.open(prompts, capacity)
+        self._lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+        self._block = np.zeros((len(prompts), 0), np.int64)
+        self._column, self._first, self._fed = 0, 0, self._lengths
+        self._draws = self._missed = 0
+
+    def choose(self, rows: IntArray, step: int) -> IntArray:
+        """See `Steps.choose`."""
+        if self._column == self._block.shape[1]:
+            self._run(rows, step)
+        raw = self._block[:, self._column]
+        tokens, exact = np.where(raw < 0, -1 - raw, raw), raw >= 0
+        missed = rows[~exact[rows]]
+        self._draws, self._missed = self._draws + len(rows), self._missed + len(missed)
+        if missed.size:
+            tokens[missed] = self._chooser.choose(self._logits()[missed], missed, step)
+            self._block = self._block[:, : self._column + 1]
+            self._block[:, self._column] = tokens
+            self._go_on(step, tokens)
+        self._column += 1
+        return tokens
+
+    def feed(self, tokens: IntArray) -> None:
+        """See `Steps.feed`."""
+        made = self._block[:, self._column - 1]
+        made = np.where(made < 0, -1 - made, made)
+        if not np.array_equal(tokens, made):
+            step = self._first + self._column - 1
+            self._block = self._block[:, : self._column]
+            self._block[:, -1] = tokens
+            self._go_on(step, tokens)
+
+    def _run(self, rows: IntArray, step: int) -> None:
+        """Make the next block: no longer than any row needs or the longest one has room for."""
+        if self._block.size:
+            last = self._block[:, -1]
+            self._fed = np.where(last < 0, -1 - last, last)
+        room = self._capacity - int(self._lengths.max()) - step + 1
+        count = max(1, min(self._loop.steps, self._chooser.remaining(rows, step), room))
+        if 2 * self._missed > self._draws:
+            count = 1  # Where most tokens are chosen here, what is made behind them is mostly made in vain.
+        request = self._chooser.request(step, self._vocab_size)
+        self._block = self._loop.run(self._state, count, request, self._chooser.draws(step, count))
+        self._column, self._first = 0, step
+
+    def _logits(self) -> FloatArray:
+        """The logits that the token of the current column was chosen from."""
+        step = self._first + self._column
+        if step == 0:
+            logits: FloatArray = self._loop.prompt_logits(self._state)
+            return logits
+        if self._column < self._block.shape[1] - 1:
+            # They are overwritten, and made again by the same step.
+            fed = self._fed if self._column == 0 else self._block[:, self._column - 1]
+            self._loop.seek(self._state, self._lengths + step - 1, np.where(fed < 0, -1 - fed, fed))
+            self._loop.run(self._state, 1, self._chooser.request(step, self._vocab_size), self._chooser.draws(step, 1))
+        logits = self._loop.logits(self._state)
+        return logits
+
+    def _go_on(self, step: int, tokens: IntArray) -> None:
+        """Make the device feed `tokens`, the choice of `step`, next."""
+        self._loop.seek(self._state, self._lengths + step, tokens)

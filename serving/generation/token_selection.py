@@ -1,0 +1,151 @@
+"""The two ways to a batch's next tokens: fetch the logits and choose here, or have the backend choose where they are.
+
+Both give the same tokens. Where the backend cannot tell the token for certain, only then are logits fetched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard
+
+import numpy as np
+
+from serving.backends.base import Backend, ChoosingBackend, FloatArray, IntArray, Request
+from serving.generation.device_loop import LoopSteps
+from serving.sampling import SamplingParams, choose, uniform
+from serving.sampling.penalties import History
+
+# Among how many tokens a row without top-k is looked for on the device, and the most that a row with it may ask for.
+USUAL_CANDIDATES = 256
+MAX_CANDIDATES = 1024
+
+
+class Steps(Protocol):
+    """A batch under way. Rows that have ended go on being fed, whatever they are given."""
+
+    def choose(self, rows: IntArray, step: int) -> IntArray:
+        """Each row's next token, [all rows], which holds for `rows`; `step` counts from 0."""
+        ...
+
+    def feed(self, tokens: IntArray) -> None:
+        """Append `tokens`, [all rows], to the rows."""
+        ...
+
+
+def open_steps(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    capacity: int,
+    eos_token_id: int | None = None,
+) -> Steps:
+    """Run `prompts`, each with its own `params`, in the way that is the faster one for them."""
+    chooser = Chooser(prompts, params, eos_token_id)
+    loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
+    if loop is not None:
+        return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
+    # On the processor the host reads the logits where they are, and is the faster one (docs/decisions.md).
+    if chooses(backend) and backend.device != "cpu":
+        return DeviceSteps(backend, chooser, prompts, capacity)
+    return HostSteps(backend, chooser, prompts, capacity)
+
+
+def chooses(backend: Backend) -> TypeGuard[ChoosingBackend]:
+    """Whether `backend` can choose tokens itself."""
+    return bool(getattr(backend, "chooses", False))
+
+
+class Chooser:
+    """What a batch's rows ask for, as arrays, and what they have said so far."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_token_id: int | None = None
+    ) -> None:
+        self._temperature = np.array([each.temperature for each in params], np.float32)
+        self._top_k = np.array([each.top_k for each in params], np.int64)
+        self._top_p = np.array([each.top_p for each in params], np.float32)
+        self._min_p = np.array([each.min_p for each in params], np.float32)
+        self._seed = np.array([each.seed for each in params], np.int64)
+        self._history = History(prompts, params, eos_token_id)
+        self._budgets = np.array([each.max_new_tokens for each in params], np.int64)
+        sampled = (self._temperature > 0) & (self._top_k != 1)
+        self.samples = bool(sampled.any())
+        """Whether any row is not greedy."""
+        wanted = np.where(self._top_k > 0, self._top_k, USUAL_CANDIDATES)[sampled]
+        self._candidates = min(int(wanted.max(initial=1)), MAX_CANDIDATES)
+        self.loops = self._history.empty and self._candidates <= USUAL_CANDIDATES
+        """Whether the steps of a block need nothing of each other's tokens but the cache."""
+
+    def choose(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray:
+        """The next tokens of `rows`, here: `logits` is [len(rows), vocab_size]."""
+        if not self._history.empty:
+            logits = self._history.edits.apply(logits, rows)
+        every = (self._temperature, self._top_k, self._top_p, self._seed)
+        temperature, top_k, top_p, seed = (each[rows] for each in every)
+        return choose(logits, temperature, top_k, top_p, seed, np.full(len(rows), step), self._min_p[rows])
+
+    def request(self, step: int, vocab_size: int) -> Request:
+        """What to ask of a backend that chooses."""
+        draw = uniform(self._seed, np.full(len(self._seed), step))
+        few = min(self._candidates, vocab_size)
+        edits = self._history.edits
+        return Request(self._temperature, self._top_k, self._top_p, self._min_p, draw, edits, few)
+
+    def draws(self, step: int, count: int) -> FloatArray:
+        """The random numbers of `count` steps from `step` on, [rows, count]."""
+        rows = len(self._seed)
+        steps = np.arange(step, step + count)
+        numbers = uniform(np.repeat(self._seed, count), np.tile(steps, rows))
+        return np.asarray(numbers, np.float32).reshape(rows, count)
+
+    def remaining(self, rows: IntArray, step: int) -> int:
+        """The most tokens that any of `rows` may still be continued by, before `step`."""
+        return int(self._budgets[rows].max()) - step
+
+    def add(self, rows: IntArray, tokens: IntArray) -> None:
+        """Take in what `rows` were continued by; `tokens` is [all rows]."""
+        if not self._history.empty:
+            for row in rows.tolist():
+                self._history.add(row, int(tokens[row]))
+
+
+class HostSteps:
+    """Logits come here each step."""
+
+    def __init__(self, backend: Backend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int) -> None:
+        self._backend, self._chooser = backend, chooser
+        self._state, self._logits = backend.prefill(prompts, capacity)
+
+    def choose(self, rows: IntArray, step: int) -> IntArray:
+        """See `Steps.choose`."""
+        tokens = np.zeros(len(self._logits), np.int64)
+        tokens[rows] = self._chooser.choose(self._logits[rows], rows, step)
+        self._chooser.add(rows, tokens)
+        return tokens
+
+    def feed(self, tokens: IntArray) -> None:
+        """See `Steps.feed`."""
+        self._logits = self._backend.decode(self._state, tokens)
+
+
+class DeviceSteps:
+    """The backend chooses; logits come here when a row's token is not certain."""
+
+    def __init__(
+        self, backend: ChoosingBackend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int
+    ) -> None:
+        self._backend, self._chooser = backend, chooser
+        self._state: Any = backend.open(prompts, capacity)
+
+    def choose(self, rows: IntArray, step: int) -> IntArray:
+        """See `Steps.choose`."""
+        choice = self._backend.choose(self._state, self._chooser.request(step, self._backend.vocab_size))
+        tokens, missed = choice.tokens.copy(), rows[~choice.exact[rows]]
+        if missed.size:
+            tokens[missed] = self._chooser.choose(self._backend.logits(self._state)[missed], missed, step)
+        self._chooser.add(rows, tokens)
+        return tokens
+
+    def feed(self, tokens: IntArray) -> None:
+        """See `Steps.feed`."""
+        self._backend.advance(self._state, tokens)

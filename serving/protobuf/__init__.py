@@ -1,0 +1,1 @@
+"""Protobuf messages from tables, without generated code."""

@@ -1,0 +1,259 @@
+"""OpenAI's completions protocol, with the extras that vLLM's users know, and vLLM's /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from dataclasses import fields
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from tokenizers import Tokenizer
+
+from serving.engine.api import GenerationRequest
+from serving.errors import InputError
+from serving.protocols.batch_completion import encode_beside
+from serving.protocols.model_status import model_status
+from serving.protocols.openai.choices import Prompt, token_names
+from serving.protocols.openai.schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serving.protocols.openai.stream import Run, stream
+from serving.sampling import MAX_SEED, SamplingParams
+from serving.sampling.detokenizer import longest_token
+from serving.server.errors import FieldError
+from serving.server.event_queue import beside_if, submit, time_limit
+from serving.server.event_stream import EventStream
+from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
+from serving.server.request_bodies import read_body
+from serving.server.state import Server
+from serving.server.tracing import COMPLETION, start_span
+
+DEFAULT_MAX_TOKENS = 16
+LONG_TEXT = 2048
+"""Characters from which on a text is encoded in another thread, so that streams under way do not wait."""
+_ENGINE_FIELDS = {"prompt", "n", "logprobs"} | {each.name for each in fields(SamplingParams)}
+
+
+async def completions(request: Request) -> Response:
+    """POST /v1/completions."""
+    server: Server = request.app.state.server
+    body = await read_body(request, CompletionRequest)
+    _check(body, server)
+    limit = time_limit(request, server.settings.request_timeout)
+    request_id: str = request.state.request_id
+    prompts: list[Prompt] = []
+
+    async def make(model: ServedModel) -> list[GenerationRequest]:
+        prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
+        if body.logprobs is not None:
+            await asyncio.to_thread(token_names, model.engine)
+        long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
+        return await beside_if(long, lambda: make_requests(body, prompts, model, limit, request_id))
+
+    try:
+        model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
+    except FieldError:
+        raise
+    except InputError as error:  # The engine's own.
+        raise _named(error) from None
+    run: Run | None = None
+    try:
+        generation.watch(request)
+        span = start_span(COMPLETION, request.headers, model.name)
+        run = Run(body, model, prompts, generation, request_id, span, request.state)
+        first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
+        if body.stream:
+            return EventStream(stream(run, first))
+        while first:
+            first = run.take(await generation.next())
+        answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
+    except BaseException as error:
+        if run is None:
+            generation.close()
+        else:
+            run.close(error)
+        raise
+    run.close()
+    return answer
+
+
+def model_name(registry: ModelRegistry, name: str | None) -> str:
+    """`name`, or the first model's."""
+    if name:
+        return name
+    names = registry.names()
+    if not names:
+        raise ModelNotReadyError("no model is loaded yet; try again when /health/ready says so")
+    return names[0]
+
+
+def _named(error: InputError) -> FieldError:
+    """`error` with the field that its sentence names first."""
+    words = re.findall(r"[a-z_]+", str(error))
+    return FieldError(str(error), next((word for word in words if word in _ENGINE_FIELDS), None))
+
+
+def _check(body: CompletionRequest, server: Server) -> None:
+    """Refuse what is understood and not done here."""
+    n = body.n or 1
+    if body.suffix:
+        raise FieldError("suffix is not supported: GPT-2 continues text only at its end; leave it out", "suffix")
+    if body.best_of is not None and body.best_of != n:
+        raise FieldError(f"best_of is {body.best_of}; only what n is, {n}, is supported", "best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise FieldError("max_tokens is 0; that takes 'echo': true, or ask for at least 1", "max_tokens")
+    if body.stream_options is not None and not body.stream:
+        raise FieldError("stream_options takes 'stream': true", "stream_options")
+    if len(body.prompt) > server.settings.max_prompts:
+        raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
+
+
+async def read_prompts(body: CompletionRequest, model: ServedModel, most: int | None) -> list[Prompt]:
+    """The prompts as token ids, each with room for `max_tokens` behind it."""
+    tokenizer, engine = model.engine.tokenizer, model.engine
+    prompts = []
+    for given in body.prompt:
+        if isinstance(given, str) and len(given) > LONG_TEXT:
+            # No text of more bytes can have few enough tokens, and encoding it would take its time.
+            longest = await asyncio.to_thread(longest_token, tokenizer)
+            if len(given.encode()) > engine.n_positions * longest:
+                raise FieldError(
+                    f"a prompt is longer than the model's context of {engine.n_positions} tokens; shorten it", "prompt"
+                )
+        ids = tuple(await encode(tokenizer, given) if isinstance(given, str) else given)
+        echo = None
+        if body.echo:
+            echo = given if isinstance(given, str) else tokenizer.decode(list(ids), skip_special_tokens=False)
+        prompts.append(Prompt(ids or (engine.eos_token_id,), implied=not ids, echo=echo))
+    tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+    room = tokens if _prompt_only(body, model) else max(tokens, 1)
+    for prompt in prompts:
+        length = len(prompt.ids)
+        if most is not None and length > most:
+            raise FieldError(f"a prompt has {length} tokens; this server takes at most {most}", "prompt")
+        if length + room > engine.n_positions:
+            raise FieldError(
+                f"the model's context has {engine.n_positions} tokens; a prompt of {length} and max_tokens {tokens} "
+                "do not fit; shorten one of them",
+                "prompt" if length >= engine.n_positions else "max_tokens",
+            )
+    return prompts
+
+
+def _prompt_only(body: CompletionRequest, model: ServedModel) -> bool:
+    """Whether nothing is to be added to the prompts; an engine that cannot do so adds a token that nobody sees."""
+    return body.max_tokens == 0 and "prompt_only" not in model.engine.unsupported
+
+
+async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of `text`."""
+    if len(text) > LONG_TEXT:
+        (ids,) = await encode_beside(tokenizer, [text])
+        return ids
+    short: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return short
+
+
+def make_requests(
+    body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
+) -> list[GenerationRequest]:
+    if len(body.logit_bias) > model.engine.vocab_size:
+        raise FieldError(f"logit_bias has more ids than the vocabulary, {model.engine.vocab_size}", "logit_bias")
+    values: dict[str, Any] = {
+        "max_new_tokens": max(1, body.max_tokens) if body.max_tokens is not None else DEFAULT_MAX_TOKENS,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_k": None if body.top_k is None else max(0, body.top_k),
+        "seed": secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % (MAX_SEED + 1),
+        "stop": tuple(body.stop),
+        "logit_bias": tuple(body.logit_bias.items()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+    }
+    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
+        values[name] = getattr(body, name)
+    values["ignore_eos"] = body.ignore_eos
+    if (body.min_tokens or 0) > (tokens := DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens):
+        raise FieldError(f"min_tokens is {body.min_tokens}, over max_tokens, {tokens}; lower it", "min_tokens")
+    try:
+        params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    except InputError as error:
+        raise _named(error) from None
+    return [
+        GenerationRequest(
+            prompt=prompt.ids,
+            params=params,
+            n=body.n or 1,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_only=_prompt_only(body, model),
+            timeout=limit,
+            request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
+    versions = registry.versions(name)
+    newest = next((model for model in versions if model.state == State.AVAILABLE), versions[0])
+    return {
+        "id": name,
+        "object": "model",
+        "created": newest.created,
+        "owned_by": "gpt2-bundle",
+        "max_model_len": newest.bundle.manifest.model.n_positions,
+        **model_status(registry, name),
+    }
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models."""
+    registry: ModelRegistry = request.app.state.server.registry
+    return JSONResponse({"object": "list", "data": [_card(registry, name) for name in registry.names()]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/{model}: OpenAI's card and TensorFlow Serving's status at once, as both ask at this path."""
+    return JSONResponse(_card(request.app.state.server.registry, request.path_params["model"]))
+
+
+async def tokenize(request: Request) -> Response:
+    """POST /tokenize."""
+    body = await read_body(request, TokenizeRequest)
+    registry: ModelRegistry = request.app.state.server.registry
+    engine = registry.get(model_name(registry, body.model)).engine
+    ids = await encode(engine.tokenizer, body.prompt)
+
+    def answer() -> Response:
+        strings = [engine.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings}
+        )
+
+    return await beside_if(len(ids) > LONG_TEXT, answer)
+
+
+async def detokenize(request: Request) -> Response:
+    """POST /detokenize."""
+    body = await read_body(request, DetokenizeRequest)
+    registry: ModelRegistry = request.app.state.server.registry
+    engine = registry.get(model_name(registry, body.model)).engine
+    wrong = next((token for token in body.tokens if token >= engine.vocab_size), None)
+    if wrong is not None:
+        raise FieldError(f"tokens has {wrong}, but the vocabulary has {engine.vocab_size} tokens", "tokens")
+    text = await beside_if(
+        len(body.tokens) > LONG_TEXT, lambda: engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    )
+    return JSONResponse({"prompt": text})
+
+
+def routes() -> list[Route]:
+    """The routes of this module."""
+    return [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{model}", model),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+    ]

@@ -1,0 +1,1 @@
+"""TensorFlow Serving's protocol, by REST and gRPC."""

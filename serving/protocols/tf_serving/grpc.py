@@ -1,0 +1,182 @@
+"""TensorFlow Serving's PredictionService and ModelService over the engine, without TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Coroutine
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.errors import InputError
+from serving.protobuf.tf_serving import MESSAGES, MODEL_SERVICE, PREDICTION_SERVICE, SIGNATURE_MAP_URL
+from serving.protocols.model_status import model_status
+from serving.protocols.tf_serving.signatures import SIGNATURES, Arrays, Call, Tensor, find, run
+from serving.server.errors import UnsupportedCallError
+from serving.server.event_queue import with_model
+from serving.server.grpc_middleware import Timeout, headers_of, request_id
+from serving.server.registry import ServedModel, State
+from serving.server.state import Server
+from serving.server.tracing import COMPLETION, start_span
+
+# tensorflow/core/framework/types.proto
+_NUMBERS = {"DT_FLOAT": 1, "DT_INT32": 3, "DT_STRING": 7, "DT_INT64": 9}
+_KINDS: dict[int, tuple[Any, str]] = {
+    1: (np.float32, "float_val"),
+    2: (np.float64, "double_val"),
+    3: (np.int32, "int_val"),
+    4: (np.uint8, "int_val"),
+    5: (np.int16, "int_val"),
+    6: (np.int8, "int_val"),
+    9: (np.int64, "int64_val"),
+    10: (np.bool_, "bool_val"),
+    22: (np.uint32, "uint32_val"),
+    23: (np.uint64, "uint64_val"),
+}
+_STRING = 7
+_MAX_ELEMENTS = 1 << 26
+_UNKNOWN = 2  # google.rpc.Code of a version that says what is wrong with it.
+
+
+class TensorFlowServing:
+    """The two services' methods. They raise; `serving.entrypoints.grpc_server` turns errors into statuses."""
+
+    def __init__(self, server: Server, timeout: Timeout) -> None:
+        """`timeout` says how many seconds a call, given its context, may take."""
+        self._server, self._timeout = server, timeout
+
+    def methods(self) -> dict[str, dict[str, tuple[Any, Any, Any]]]:
+        """For each service its methods: (handler, request class, response class)."""
+        empty = MESSAGES["Empty"]
+        refused = {
+            name: (_unimplemented(name, "use Predict"), empty, empty)
+            for name in ("Classify", "Regress", "MultiInference")
+        }
+        return {
+            PREDICTION_SERVICE: {
+                "Predict": (self.predict, MESSAGES["PredictRequest"], MESSAGES["PredictResponse"]),
+                "GetModelMetadata": (
+                    self.metadata,
+                    MESSAGES["GetModelMetadataRequest"],
+                    MESSAGES["GetModelMetadataResponse"],
+                ),
+                **refused,
+            },
+            MODEL_SERVICE: {
+                "GetModelStatus": (self.status, MESSAGES["GetModelStatusRequest"], MESSAGES["GetModelStatusResponse"]),
+                "HandleReloadConfigRequest": (
+                    _unimplemented("HandleReloadConfigRequest", "the server follows its folder with --watch"),
+                    empty,
+                    empty,
+                ),
+            },
+        }
+
+    async def predict(self, request: Any, context: Any) -> Any:
+        name = request.model_spec.signature_name
+        signature = find(name)
+        model_name, version = request.model_spec.name, _version(request.model_spec)
+        self._server.registry.get(model_name, version)  # A missing model is said before wrong inputs.
+        wanted = list(request.output_filter) or list(signature.outputs)
+        unknown = [key for key in wanted if key not in signature.outputs]
+        if unknown:
+            raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
+        inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
+        limit, headers = self._timeout(context), headers_of(context)
+
+        def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
+            span = functools.partial(start_span, COMPLETION, headers, model.name)
+            most = (self._server.settings.max_prompts, self._server.settings.max_prompt_tokens)
+            return run(name, Call(model.engine, limit, request_id(), *most, span), inputs)
+
+        model, outputs = await with_model(self._server.registry, model_name, version, work)
+        response = MESSAGES["PredictResponse"]()
+        _fill_spec(response.model_spec, model.name, model.version, name or "serving_default")
+        for key in wanted:
+            fill(response.outputs[key], outputs[key], signature.outputs[key])
+        return response
+
+    async def metadata(self, request: Any, context: Any) -> Any:
+        fields = list(request.metadata_field)
+        if fields != ["signature_def"]:
+            raise InputError('metadata_field must be "signature_def"')
+        model = self._server.registry.get(request.model_spec.name, _version(request.model_spec))
+        signatures = MESSAGES["SignatureDefMap"]()
+        for name, signature in SIGNATURES.items():
+            definition = signatures.signature_def[name]
+            definition.method_name = "tensorflow/serving/predict"
+            for side, tensors in ((definition.inputs, signature.inputs), (definition.outputs, signature.outputs)):
+                for key, tensor in tensors.items():
+                    side[key].name, side[key].dtype = f"{name}_{key}:0", _NUMBERS[tensor.type_name]
+                    for _ in range(tensor.rank):
+                        side[key].tensor_shape.dim.add(size=-1)
+        response = MESSAGES["GetModelMetadataResponse"]()
+        _fill_spec(response.model_spec, model.name, model.version, "")
+        packed = response.metadata["signature_def"]
+        packed.type_url, packed.value = SIGNATURE_MAP_URL, signatures.SerializeToString()
+        return response
+
+    async def status(self, request: Any, context: Any) -> Any:
+        response = MESSAGES["GetModelStatusResponse"]()
+        states = model_status(self._server.registry, request.model_spec.name, _version(request.model_spec))
+        for each in states["model_version_status"]:
+            added = response.model_version_status.add(version=int(each["version"]), state=int(State[each["state"]]))
+            added.status.error_message = each["status"]["error_message"]
+            added.status.error_code = _UNKNOWN if added.status.error_message else 0
+        return response
+
+
+def _unimplemented(name: str, instead: str) -> Any:
+    async def refuse(request: Any, context: Any) -> Any:
+        raise UnsupportedCallError(f"{name} is not offered here; {instead}")
+
+    return refuse
+
+
+def _version(spec: Any) -> int | None:
+    choice = spec.WhichOneof("choice")
+    if choice == "version_label":
+        raise InputError(f"Unrecognized servable version label: {spec.version_label[:80]}; name a version instead")
+    return spec.version.value if choice else None
+
+
+def _fill_spec(spec: Any, name: str, version: int, signature: str) -> None:
+    spec.name, spec.version.value, spec.signature_name = name, version, signature
+
+
+def array_of(name: str, tensor: Any) -> NDArray[Any]:
+    """A TensorProto as an array; values left out at its end repeat the last one. Raises InputError."""
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.tensor_shape.unknown_rank or any(size < 0 for size in shape) or len(shape) > 8:
+        raise InputError(f"{name} has no shape that a tensor can have")
+    count = int(np.prod(shape, dtype=object))
+    if count > _MAX_ELEMENTS:
+        raise InputError(f"{name} says that it has {count} values, more than a request may")
+    if tensor.dtype == _STRING:
+        kind: Any = np.object_
+        values: Any = np.empty(len(tensor.string_val), np.object_)
+        values[:] = list(tensor.string_val)
+    elif tensor.dtype in _KINDS:
+        kind, field = _KINDS[tensor.dtype]
+        if tensor.tensor_content:
+            if len(tensor.tensor_content) != count * np.dtype(kind).itemsize:
+                raise InputError(f"{name} has {len(tensor.tensor_content)} bytes, which is not what its shape needs")
+            return np.frombuffer(tensor.tensor_content, np.dtype(kind).newbyteorder("<")).reshape(shape)
+        values = np.array(getattr(tensor, field)).astype(kind) if len(getattr(tensor, field)) else np.empty(0, kind)
+    else:
+        raise InputError(f"{name} has a type, number {tensor.dtype}, that no signature takes")
+    if len(values) > count or (count and not len(values)):
+        raise InputError(f"{name} has {len(values)} values, and its shape needs {count}")
+    return np.concatenate([values, np.repeat(values[-1:], count - len(values))]).astype(kind).reshape(shape)
+
+
+def fill(message: Any, value: NDArray[Any], tensor: Tensor) -> None:
+    """Write an array into a TensorProto."""
+    message.dtype = _NUMBERS[tensor.type_name]
+    for size in value.shape:
+        message.tensor_shape.dim.add(size=size)
+    if tensor.kind == "string":
+        message.string_val.extend(value.tolist())
+    else:
+        message.tensor_content = np.ascontiguousarray(value).astype(np.dtype(tensor.dtype).newbyteorder("<")).tobytes()

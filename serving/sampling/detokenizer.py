@@ -1,0 +1,209 @@
+"""Text out of tokens, piece by piece: never half a character, never text that may still turn into a stop string.
+
+A GPT-2 token is a run of bytes, so one character may span several tokens and one token may end inside a character.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer, decoders
+
+from serving.bundle import Bundle
+from serving.errors import BundleError
+
+
+def load_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
+    path = bundle.path("tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # The library raises the bare class.
+        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, reversed: character -> byte (openai/gpt-2, src/encoder.py).
+
+    Bytes that print stand for themselves; the others are numbered from U+0100 in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return alphabet
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+class TokenBytes:
+    """The bytes that each token id of a byte-level BPE stands for; special tokens stand for none.
+
+    May be shared by any number of streams over one tokenizer. Raises BundleError if the tokenizer does not decode as a
+    byte-level BPE does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            raise BundleError(
+                "tokenizer.json has no ByteLevel decoder; a GPT-2 bundle needs a byte-level BPE tokenizer"
+            )
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self._bytes = {id: b"" if text in special else _token_bytes(text) for text, id in vocabulary.items()}
+
+    def __getitem__(self, token_id: int) -> bytes:
+        """The bytes of `token_id`; none for an id outside the vocabulary, which the full decode skips as well."""
+        return self._bytes.get(token_id, b"")
+
+
+def _token_bytes(text: str) -> bytes:
+    try:
+        return bytes([BYTE_ALPHABET[character] for character in text])
+    except KeyError:  # An added token with characters of its own, which the decoder takes as they are.
+        return text.encode("utf-8")
+
+
+class StopAutomaton:
+    """Finds the first stop string in text (Aho and Corasick, 1975). Immutable, so any number of matchers share one.
+
+    The first one is the one whose last character comes first; among those that end there, the longest.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        """Build the automaton for `stop`, non-empty strings, in time and space linear in their joint length."""
+        self._next: list[dict[str, int]] = [{}]
+        self.depth, self._fallback, self.match = [0], [0], [0]
+        for text in stop:
+            state = 0
+            for character in text:
+                if character not in self._next[state]:
+                    self._next[state][character] = len(self._next)
+                    self._next.append({})
+                    self.depth.append(self.depth[state] + 1)
+                    self._fallback.append(0)
+                    self.match.append(0)
+                state = self._next[state][character]
+            self.match[state] = self.depth[state]
+        pending = deque(self._next[0].values())
+        while pending:
+            state = pending.popleft()
+            self.match[state] = self.match[state] or self.match[self._fallback[state]]
+            for character, child in self._next[state].items():
+                self._fallback[child] = self.step(self._fallback[state], character)
+                pending.append(child)
+
+    def step(self, state: int, character: str) -> int:
+        """The state after `character`."""
+        while state and character not in self._next[state]:
+            state = self._fallback[state]
+        return self._next[state].get(character, 0)
+
+
+@functools.lru_cache(maxsize=16)
+def stop_automaton(stop: tuple[str, ...]) -> StopAutomaton:
+    """The automaton of `stop`. Callers tend to send the same ones with each request."""
+    return StopAutomaton(stop)
+
+
+class StopMatcher:
+    """A place in text given character by character, and the stop strings that end there."""
+
+    def __init__(self, stop: Sequence[str] | StopAutomaton) -> None:
+        self._automaton = stop if isinstance(stop, StopAutomaton) else StopAutomaton(stop)
+        self._state = 0
+
+    def push(self, character: str) -> int:
+        """Take one character and return the length of the stop string that ends with it, 0 if none does."""
+        self._state = self._automaton.step(self._state, character)
+        return self._automaton.match[self._state]
+
+    @property
+    def held(self) -> int:
+        """How many of the last characters are the beginning of some stop string."""
+        return self._automaton.depth[self._state]
+
+
+class Pieces(Protocol):
+    """Token ids to text in pieces, never half a character."""
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is whole by now."""
+
+    def finish(self) -> str:
+        """Return the rest; bytes of an unfinished character become U+FFFD."""
+
+
+class _BytePieces:
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._bytes[token_id])
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
+class TextStream:
+    """Turns token ids into text as they come, up to the first stop string.
+
+    All pieces of `push` and the one of `finish` joined are `tokenizer.decode(ids)`, special tokens skipped, cut before
+    the first stop string (the one that is complete first; the longest of those complete at once). Time and space are
+    amortised O(1) a byte. `stopped_by` is the stop string that was found.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | TokenBytes | Pieces, stop: Sequence[str] | StopAutomaton | None = None
+    ) -> None:
+        """Open a stream over `tokenizer`, a TokenBytes made once for many streams, or pieces from elsewhere.
+
+        `stop` are non-empty strings, or their automaton, made once for many streams.
+        """
+        if isinstance(tokenizer, Tokenizer):
+            tokenizer = TokenBytes(tokenizer)
+        self._pieces: Pieces = _BytePieces(tokenizer) if isinstance(tokenizer, TokenBytes) else tokenizer
+        self._matcher = StopMatcher(stop) if stop else None
+        self._held: deque[str] = deque()
+        self.stopped = False
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that is certain by now; "" once a stop string was found."""
+        return self._take(self._pieces.push(token_id))
+
+    def finish(self) -> str:
+        """Return the rest when no more tokens come; bytes of an unfinished character become U+FFFD."""
+        return self._take(self._pieces.finish()) + self._release(0)
+
+    def _take(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        if self._matcher is None:
+            return text
+        for character in text:
+            self._held.append(character)
+            length = self._matcher.push(character)
+            if length:
+                self.stopped = True
+                piece = self._release(length)
+                self.stopped_by = self._release(0)
+                return piece
+        return self._release(self._matcher.held)
+
+    def _release(self, keep: int) -> str:
+        return "".join([self._held.popleft() for _ in range(len(self._held) - keep)])
+
+
+@functools.lru_cache(maxsize=8)
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Bytes of the longest token's text, special tokens included."""
+    pieces = TokenBytes(tokenizer)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    return max(len(pieces[token]) or len(text.encode("utf-8")) for text, token in ids.items())

@@ -1,0 +1,84 @@
+"""The records that warm TensorFlow Serving up, and the files that configure it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
+from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+
+from builder.keras_backend import tf
+from builder.tf_export.session_servable import SessionServable
+from builder.tf_export.warmup import WARMUP, write_warmup
+from serving.bundle import open_bundle
+from serving.deploy.tf_serving_config import BATCH_SIZES, config_files
+from tests.tf_serving_protos import message
+from tests.tiny_build import TinyBuild
+
+
+def read(version: Path) -> list[PredictionLog]:
+    records = tf.data.TFRecordDataset(str(version / WARMUP)).as_numpy_iterator()
+    return [PredictionLog.FromString(record) for record in records]
+
+
+def test_every_record_of_a_build_runs_as_the_server_would_run_it(built: TinyBuild) -> None:
+    version = built.bundle / "savedmodel" / "1"
+    servable = SessionServable(version)
+    ran: Counter[tuple[str, int]] = Counter()
+    for log in read(version):
+        assert log.WhichOneof("log_type") == "predict_log"
+        request = log.predict_log.request
+        assert request.model_spec.name == "tiny"
+        signature = request.model_spec.signature_name
+        inputs = {name: tf.make_ndarray(value) for name, value in request.inputs.items()}
+        outputs = servable.run(signature, **inputs)
+        rows = {len(value) for value in (*inputs.values(), *outputs.values())}
+        assert len(rows) == 1
+        ran[signature, rows.pop()] += 1
+    assert "generate_text" in servable.signatures
+    stateless = [name for name in servable.signatures if not name.startswith("__") and not name.endswith("_slots")]
+    assert ran == Counter((name, size) for name in stateless for size in BATCH_SIZES)
+    assert 0 < ran.total() <= 1000
+
+
+def test_the_records_are_in_the_manifest_and_the_same_each_time(built: TinyBuild, tmp_path: Path) -> None:
+    bundle = open_bundle(built.bundle)
+    records = bundle.path(f"savedmodel/1/{WARMUP}").read_bytes()
+    signatures = [graph.signature or "" for graph in bundle.manifest.graphs.values()]
+    write_warmup(tmp_path, "tiny", bundle.manifest.model, signatures)
+    assert (tmp_path / WARMUP).read_bytes() == records
+
+
+def test_only_signatures_that_are_there_are_warmed_up(built: TinyBuild, tmp_path: Path) -> None:
+    geometry = open_bundle(built.bundle, check="sizes").manifest.model
+    assert write_warmup(tmp_path, "tiny", geometry, ["score", "another"]) == len(BATCH_SIZES)
+    assert {log.predict_log.request.model_spec.signature_name for log in read(tmp_path)} == {"score"}
+
+
+def test_the_bundle_has_the_servers_files_and_the_protos_parse_them(built: TinyBuild) -> None:
+    bundle = open_bundle(built.bundle)
+    texts = {name: bundle.path(f"deploy/tf_serving/{name}").read_text() for name in config_files("tiny")}
+    assert texts == config_files("tiny")
+
+    models = text_format.Parse(texts["models.config"], ModelServerConfig()).model_config_list.config
+    assert [(model.name, model.base_path, model.model_platform) for model in models] == [
+        ("tiny", "/models/tiny", "tensorflow")
+    ]
+    assert models[0].model_version_policy.latest.num_versions == 1
+
+    batching = text_format.Parse(texts["batching_parameters.txt"], message("BatchingParameters"))
+    # What the server asks of the sizes: increasing, and the last one is the largest batch.
+    sizes = list(batching.allowed_batch_sizes)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == batching.max_batch_size.value
+    assert batching.pad_variable_length_inputs and batching.max_enqueued_batches.value > 0
+
+    monitoring = text_format.Parse(texts["monitoring.config"], message("MonitoringConfig"))
+    assert monitoring.prometheus_config.enable and monitoring.prometheus_config.path.startswith("/")
+
+
+def test_a_field_that_the_server_does_not_know_is_refused() -> None:
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse("max_batch { value: 1 }", message("BatchingParameters"))

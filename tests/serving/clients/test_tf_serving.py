@@ -1,0 +1,212 @@
+"""The client against a stand-in of the server's protocols, and against the server itself where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from serving.cli import run
+from serving.clients.grpc_transport import GrpcTransport
+from serving.clients.rest_transport import RestTransport
+from serving.clients.tf_serving import TFServingClient
+from serving.errors import ServerError
+from serving.sampling import SamplingParams
+from tests.serving.tf_serving_stand_in import StandIn, serving
+from tests.tiny_build import Fails
+
+KINDS = ["row", "column", "grpc"]
+GREEDY = SamplingParams(max_new_tokens=5, temperature=0.0)
+SNOWMAN = "naïve ☃ 🙂"
+
+
+@pytest.fixture(scope="module")
+def server(real_bundle: Path) -> Iterator[StandIn]:
+    with serving(real_bundle / "savedmodel/1", "bytes") as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(autouse=True)
+def calm(server: StandIn) -> None:
+    server.failures, server.calls, server.delay = [], 0, 0.0
+
+
+def connect(server: StandIn, kind: str, model: str = "bytes", **options: Any) -> TFServingClient:
+    transport: Any = GrpcTransport(server.address, model) if kind == "grpc" else None
+    return TFServingClient(transport or RestTransport(server.url, model, kind), **options)  # type: ignore[arg-type]
+
+
+def prompt(rows: int = 2) -> dict[str, Any]:
+    return {"token_ids": np.tile(np.array([[7, 8, 9]], np.int32), (rows, 1)), "lengths": np.full(rows, 3, np.int32)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_those_of_the_session(server: StandIn, kind: str) -> None:
+    got = connect(server, kind).predict(prompt(), "score")
+    wanted = server.servable.run("score", **prompt())
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        assert np.allclose(got[name], value, atol=1e-6) and got[name].shape == value.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text(server: StandIn, kind: str) -> None:
+    (made,) = connect(server, kind).generate([SNOWMAN], GREEDY)
+    assert [made.text] == server.servable.generate_text([SNOWMAN], max_new_tokens=5)
+    assert 1 <= made.tokens <= 5 and made.finish_reason in ("stop", "length")
+    # A single output, which REST sends without its name, and text back as it went.
+    tokens = connect(server, kind).predict({"text": np.array([SNOWMAN.encode()], np.object_)}, "tokenize")
+    back = connect(server, kind).predict(tokens, "detokenize")["text"][0]
+    assert (back.decode() if isinstance(back, bytes) else back) == SNOWMAN
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_generate_text_the_client_tokenizes(
+    server: StandIn, real_bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, tokenizer = connect(server, kind), Tokenizer.from_file(str(real_bundle / "tokenizer.json"))
+    wanted = client.generate(["one", SNOWMAN], GREEDY)
+    monkeypatch.delitem(server.servable.signatures, "generate_text")
+    assert client.generate(["one", SNOWMAN], GREEDY, tokenizer) == wanted
+    with pytest.raises(ServerError, match="generate_text"):
+        client.generate(["one"], GREEDY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metadata_and_status(server: StandIn, kind: str) -> None:
+    client = connect(server, kind)
+    signatures = client.metadata()
+    assert set(signatures) == {name for name in server.servable.signatures if not name.startswith("__")}
+    assert signatures["score"]["inputs"] == {
+        "token_ids": {"dtype": "DT_INT32", "shape": [-1, -1]},
+        "lengths": {"dtype": "DT_INT32", "shape": [-1]},
+    }
+    assert client.status() == [{"version": 1, "state": "AVAILABLE", "error_code": "OK", "error_message": ""}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_busy_server_is_asked_again(server: StandIn, kind: str) -> None:
+    server.failures = ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
+    assert connect(server, kind).predict(prompt(), "score")["total"].shape == (2,)
+    assert server.calls == 3
+
+    server.calls, server.failures = 0, ["UNAVAILABLE"] * 9
+    with pytest.raises(ServerError, match="the batching queue is full") as caught:
+        connect(server, kind, retries=1).predict(prompt(), "score")
+    assert caught.value.code == "UNAVAILABLE" and server.calls == 2
+
+    server.calls, server.failures = 0, ["UNAVAILABLE"]
+    with pytest.raises(ServerError):
+        connect(server, kind).predict(prompt(), "score", idempotent=False)
+    assert server.calls == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_wrong_is_said_once_in_the_servers_words(server: StandIn, kind: str) -> None:
+    wrong = prompt() | {"lengths": np.array([0, 3], np.int32)}
+    with pytest.raises(ServerError, match="a prompt may not be empty") as caught:
+        connect(server, kind).predict(wrong, "score")
+    assert caught.value.code == "INVALID_ARGUMENT" and server.calls == 1
+    with pytest.raises(ServerError, match="model nobody") as caught:
+        connect(server, kind, "nobody").status()
+    assert caught.value.code == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deadlines(server: StandIn, kind: str) -> None:
+    server.delay = 0.6
+    with pytest.raises(ServerError) as caught:
+        connect(server, kind, timeout=0.2).predict(prompt(), "score")
+    assert caught.value.code == "DEADLINE_EXCEEDED" and server.calls == 1
+    server.delay = 0.0
+    server.failures = ["UNAVAILABLE"] * 99
+    began = time.monotonic()
+    with pytest.raises(ServerError):
+        connect(server, kind, timeout=0.5, retries=99).status()
+    assert server.calls > 1 and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_over_grpcs_default_of_4_mib(server: StandIn, kind: str) -> None:
+    rows = 300
+    got = connect(server, kind).predict(prompt(rows) | {"capacity": np.full(rows, 48, np.int32)}, "prefill")
+    assert sum(value.size * 4 for value in got.values()) > 4 * 2**20
+    assert got["logits"].shape[0] == rows
+
+
+def _answer(listening: socket.socket, answer: bytes) -> None:
+    """Read one request and send `answer` for it, whatever it is."""
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+
+def test_a_server_that_is_not_there(fails: Fails) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["client", "status", "--model", "bytes", "--retries", "0"]
+    fails([*command, "--url", f"http://{address}"], 1, "is it running?")
+    fails([*command, "--grpc", address, "--timeout", "5"], 1, address)
+    for answer, words in (
+        (b"\0\0\x1b[31m\xff\r\n\r\n", "the answer is not HTTP"),
+        (
+            b'HTTP/1.0 404 no\r\n\r\n{"error": {"message": "no model \\u001b[31m", "code": 1}}',
+            "NOT_FOUND: no model \ufffd[31m",
+        ),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            place = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            threading.Thread(target=_answer, args=(listening, answer)).start()
+            fails([*command, "--url", place], 1, words)
+    fails(command, 2, "name one server")
+    fails([*command, "--url", "localhost:8501"], 2, "no address of a server")
+    fails(["client", "predict", "{", "--url", "http://x", "--model", "m"], 2, "not JSON")
+
+
+@pytest.mark.parametrize("kind", ["url", "grpc"])
+def test_the_command(server: StandIn, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--{kind}", server.url if kind == "url" else server.address, "--model", "bytes"]
+
+    def ask(*arguments: str) -> str:
+        assert run(["client", *arguments, *options]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert ask("status") == "version 1: AVAILABLE"
+    assert "serving_default" in json.loads(ask("metadata", "--json"))["signatures"]
+    wanted = server.servable.generate_text([SNOWMAN], max_new_tokens=5)
+    made = json.loads(ask("generate", SNOWMAN, "--max-new-tokens", "5", "--temperature", "0", "--json"))
+    assert [made["text"]] == wanted
+    outputs = json.loads(ask("predict", json.dumps({"text": ["ab"]}), "--signature", "tokenize", "--json"))["outputs"]
+    assert outputs["lengths"] == [2]
+
+
+@pytest.mark.slow
+def test_the_real_server(real_bundle: Path, tmp_path: Path) -> None:
+    binary = os.environ.get("TENSORFLOW_MODEL_SERVER", "tensorflow_model_server")
+    if shutil.which(binary) is None:
+        pytest.skip("no tensorflow_model_server on PATH or in TENSORFLOW_MODEL_SERVER: the real server was not run")
+    folder = tmp_path / "deployed"
+    assert run(["deploy", str(real_bundle), "--target", "tfserving", "--output", str(folder)]) == 0
+    process = subprocess.Popen([folder / "run.sh"])
+    try:
+        client = TFServingClient(RestTransport("http://127.0.0.1:8501", "bytes"), timeout=60, retries=60)
+        assert client.status()[0]["state"] in ("AVAILABLE", "LOADING", "START")
+        (by_rest,) = client.generate([SNOWMAN], GREEDY)
+        (by_grpc,) = TFServingClient(GrpcTransport("127.0.0.1:8500", "bytes")).generate([SNOWMAN], GREEDY)
+        assert by_rest == by_grpc
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,60 @@
+"""The server's log lines, and what becomes of them where standard error is gone."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from serving.entrypoints import logging_setup
+
+LOGGERS = ("gpt2_bundle", "serving", "uvicorn")
+
+
+class Full(io.StringIO):
+    """A stream on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """The loggers as they were, after the test."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    kept = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in kept:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_a_line_is_json_and_goes_to_the_standard_error_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", closed)
+    logging_setup.configure("json")
+    closed.close()
+    now = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", now)
+    logging.getLogger("gpt2_bundle.access").info("%s %d", "GET", 404, extra={"request_id": "r1"})
+    line = json.loads(now.getvalue())
+    assert (line["message"], line["level"], line["request_id"]) == ("GET 404", "info", "r1")
+
+
+@pytest.mark.parametrize("kind", ["closed", "full", "none"])
+def test_a_standard_error_that_takes_nothing_raises_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    said = io.StringIO()
+    stream = None if kind == "none" else Full() if kind == "full" else io.StringIO()
+    if kind == "closed":
+        assert stream is not None
+        stream.close()
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setattr("traceback.print_exception", lambda *args, **kwargs: said.write("traceback"))
+    monkeypatch.setattr(sys, "stderr", stream)
+    logging_setup.configure("text")
+    logging.getLogger("gpt2_bundle.server").info("a line")
+    assert not said.getvalue()

@@ -1,0 +1,390 @@
+"""OpenAI's protocol, asked by OpenAI's own client over a socket."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from starlette.testclient import TestClient
+
+from serving.entrypoints.http_app import build_app
+from serving.server.registry import ServedModel
+from serving.server.settings import Settings
+from tests.closed_form import byte_tokenizer, greedy, logits_after
+from tests.serving.double_engine import DoubleEngine, bundle_of, registry_of
+from tests.serving.live_server import running
+
+TOKENIZER = byte_tokenizer()
+
+
+def expected(prompt: str | list[int], count: int) -> str:
+    ids = TOKENIZER.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+    text: str = TOKENIZER.decode(greedy(ids or [256], count, 257))
+    return text
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    engine = DoubleEngine()
+    registry = registry_of(engine, tmp_path_factory.mktemp("openai") / "tiny")
+    with running(build_app(registry, Settings(max_prompts=5))) as base:
+        yield base
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def raw(url: str) -> Iterator[Any]:
+    with openai.DefaultHttpxClient(base_url=url) as raw:
+        yield raw
+
+
+def test_a_text_prompt(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="Ab", temperature=0)
+    assert answer.object == "text_completion" and answer.id.startswith("cmpl-") and answer.model == "tiny"
+    (choice,) = answer.choices
+    assert choice.text == expected("Ab", 16) and choice.finish_reason == "length" and choice.logprobs is None
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (2, 16, 18)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "each"),
+    [
+        (["Ab", "cd"], ["Ab", "cd"]),
+        ([65, 66], [[65, 66]]),
+        ([[65, 66], [7]], [[65, 66], [7]]),
+        ("", [""]),
+        ([""], [""]),
+    ],
+)
+def test_every_form_of_prompt(client: openai.OpenAI, prompt: Any, each: list[Any]) -> None:
+    answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=5, n=2, temperature=0)
+    assert [choice.index for choice in answer.choices] == list(range(2 * len(each)))
+    assert [choice.text for choice in answer.choices] == [expected(one, 5) for one in each for _ in range(2)]
+
+
+def test_a_stream_gives_the_same_text_in_pieces(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model="tiny",
+            prompt=["Ab", "xyz"],
+            max_tokens=40,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        assert chunk.usage is None
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [expected("Ab", 40), expected("xyz", 40)]
+    ends = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
+    assert ends == ["length", "length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 80
+
+
+def test_a_stream_is_server_sent_events_and_ends_with_done(raw: Any) -> None:
+    answer = raw.post("/v1/completions", json={"prompt": "A", "max_tokens": 3, "stream": True, "temperature": 0})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(event.removeprefix("data: "))["id"] for event in events[:-2])
+
+
+def test_no_chunk_of_a_stream_with_logprobs_is_empty(tmp_path: Path) -> None:
+    class Late(DoubleEngine):
+        """Has read a prompt some time before its first token."""
+
+        def _advance(self, row: Any) -> None:
+            time.sleep(0.02)
+            super()._advance(row)
+
+    engine = Late()
+    body = {"prompt": "A", "max_tokens": 3, "stream": True, "temperature": 0, "logprobs": 0}
+    with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as client:
+        events = client.post("/v1/completions", json=body).text.split("\n\n")[:-2]
+    engine.close()
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert all(choice["logprobs"]["tokens"] or choice["finish_reason"] for choice in choices)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_usage_goes_with_each_chunk_where_asked_for(raw: Any, continuous: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": continuous}
+    body = {"prompt": "Ab", "max_tokens": 3, "stream": True, "temperature": 0, "stream_options": options}
+    events = raw.post("/v1/completions", json=body).text.split("\n\n")[:-2]
+    usages = [json.loads(event.removeprefix("data: "))["usage"] for event in events]
+    assert usages[-1]["completion_tokens"] == 3
+    counts = [usage and usage["completion_tokens"] for usage in usages[:-1]]
+    if continuous:  # a chunk may hold several tokens: those that came while the one before was being written
+        assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == 3
+    else:
+        assert counts == [None] * len(counts)
+
+
+def test_the_fingerprint_is_that_of_every_file(tmp_path: Path) -> None:
+    engine = DoubleEngine()
+    bundle = bundle_of(tmp_path / "tiny", "tiny")
+    first = bundle.manifest.artifacts[0]
+
+    def fingerprint(content: bytes) -> str:
+        changed = replace(
+            bundle.manifest, artifacts=(first, replace(first, path="w", sha256=sha256(content).hexdigest()))
+        )
+        return ServedModel("tiny", 1, replace(bundle, manifest=changed), engine, 0).fingerprint
+
+    engine.close()
+    assert fingerprint(b"1") == fingerprint(b"1") != fingerprint(b"2")
+
+
+def test_stop_texts_and_ids(client: openai.OpenAI) -> None:
+    ids = greedy([65], 30, 257)
+    whole = expected("A", 30)
+    stop = whole[4:6]
+    (choice,) = client.completions.create(model="tiny", prompt="A", max_tokens=30, temperature=0, stop=stop).choices
+    assert choice.finish_reason == "stop" and choice.text == whole[: whole.index(stop)]
+    assert choice.model_dump()["stop_reason"] == stop
+    (choice,) = client.completions.create(
+        model="tiny", prompt=[65], max_tokens=30, temperature=0, extra_body={"stop_token_ids": [ids[3]]}
+    ).choices
+    assert choice.finish_reason == "stop" and choice.model_dump()["stop_reason"] == ids[3]
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_are_given_where_asked_for(raw: Any, stream: bool, logprobs: int | None) -> None:
+    # Halves of characters are among them, which are no text until the other half has come.
+    ids = greedy([65], 30, 257)
+    body = {"prompt": [[65], [66]], "max_tokens": 30, "temperature": 0, "ignore_eos": True, "logprobs": logprobs}
+    answer = raw.post("/v1/completions", json={**body, "stream": stream, "return_token_ids": True})
+    events = answer.text.split("\n\n")[:-2] if stream else [answer.text]
+    choices = [choice for event in events for choice in json.loads(event.removeprefix("data: "))["choices"]]
+    found: dict[int, list[int]] = {0: [], 1: []}
+    for choice in choices:
+        found[choice["index"]] += choice["token_ids"]
+    assert found == {0: ids, 1: greedy([66], 30, 257)}
+    plain = raw.post("/v1/completions", json=body).json()["choices"]
+    assert all("token_ids" not in choice for choice in plain)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 6])
+def test_echo_with_logprobs_scores_the_prompt_too(client: openai.OpenAI, stream: bool, max_tokens: int) -> None:
+    made: Any = client.completions.create(
+        model="tiny", prompt="Héy", max_tokens=max_tokens, temperature=0, echo=True, logprobs=2, stream=stream
+    )
+    chunks = list(made) if stream else [made]
+    text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+    keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    scores: dict[str, list[Any]] = {
+        key: [item for chunk in chunks for choice in chunk.choices for item in getattr(choice.logprobs, key)]
+        for key in keys
+    }
+    prompt = TOKENIZER.encode("Héy").ids
+    ids = prompt + greedy(prompt, max_tokens, 257)
+    assert text == "Héy" + (expected("Héy", max_tokens) if max_tokens else "")
+    assert scores["tokens"][:4] == ["H", "bytes:\\xc3", "bytes:\\xa9", "y"] and len(scores["tokens"]) == len(ids)
+    assert scores["text_offset"][:5] == [0, 1, 1, 2, 3][: len(ids)]
+    assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
+    for at in range(1, len(ids)):
+        assert scores["token_logprobs"][at] == pytest.approx(float(logits_after(ids[:at], 257)[ids[at]]))
+        assert 2 <= len(scores["top_logprobs"][at]) <= 3
+        assert scores["top_logprobs"][at][scores["tokens"][at]] == scores["token_logprobs"][at]
+    if not stream:
+        assert made.usage.completion_tokens == max_tokens and made.choices[0].finish_reason == "length"
+
+
+def test_a_prompt_that_fills_the_context_is_echoed_and_scored(client: openai.OpenAI) -> None:
+    prompt = [place % 250 for place in range(1024)]
+    for stream in (False, True):
+        made: Any = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=0, stream=stream
+        )
+        choices = [choice for chunk in (made if stream else [made]) for choice in chunk.choices]
+        scores = [value for choice in choices if choice.logprobs for value in choice.logprobs.token_logprobs]
+        assert scores[0] is None and len(scores) == 1024
+        assert scores[-1] == pytest.approx(float(logits_after(prompt[:-1], 257)[prompt[-1]]))
+        assert choices[-1].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="do not fit"):
+        client.completions.create(model="tiny", prompt=[*prompt, 1], max_tokens=0, echo=True)
+
+
+def test_zero_logprobs_reports_the_tokens_alone(client: openai.OpenAI) -> None:
+    (choice,) = client.completions.create(model="tiny", prompt="A", max_tokens=4, temperature=0, logprobs=0).choices
+    assert choice.logprobs is not None and choice.logprobs.top_logprobs is not None
+    assert [len(top) for top in choice.logprobs.top_logprobs] == [1] * 4
+    assert choice.logprobs.token_logprobs == [0.0] * 4
+
+
+def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    card = client.models.retrieve("tiny").model_dump()
+    assert card["created"] == 1_700_000_000
+    assert card["model_version_status"][0]["state"] == "AVAILABLE"
+    tokens = raw.post("/tokenize", json={"prompt": "Ab é", "return_token_strs": True}).json()
+    assert tokens["tokens"] == TOKENIZER.encode("Ab é").ids and tokens["count"] == len(tokens["token_strs"])
+    assert raw.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Ab é"}
+
+
+def test_a_number_without_a_fraction_is_an_integer(raw: Any) -> None:
+    bodies = [{"prompt": "A", "max_tokens": tokens, "temperature": 0} for tokens in (3, 3.0)]
+    choices = [raw.post("/v1/completions", json=body).json()["choices"] for body in bodies]
+    assert choices[0] == choices[1] and choices[0][0]["finish_reason"] == "length"
+    error = raw.post("/v1/completions", json={"prompt": "A", "max_tokens": 2.5}).json()["error"]
+    assert error["message"] == "max_tokens: input should be a valid integer"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"suffix": "x"}, "suffix", "suffix"),
+        ({"best_of": 3}, "best_of", "best_of"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"max_tokens": "4"}, "max_tokens", "integer"),
+        ({"max_tokens": 2.5}, "max_tokens", "integer"),
+        ({"max_tokens": 2.0, "n": 0}, "n", "greater"),
+        ({"max_tokens": 1024}, "max_tokens", "context"),
+        ({"n": 0}, "n", "greater"),
+        ({"n": 5}, "n", "slots"),
+        ({"temperature": -1}, "temperature", "greater"),
+        ({"top_p": 0}, "top_p", "greater"),
+        ({"logprobs": 21}, "logprobs", "20"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "100"),
+        ({"stop": ["x"] * 17}, "stop", "16"),
+        ({"stop": ""}, "stop", "non-empty"),
+        ({"stop": ["x", "y" * 1025]}, "stop", "1024 characters"),
+        ({"logit_bias": {str(index): 1 for index in range(258)}}, "logit_bias", "more ids than the vocabulary, 257"),
+        ({"prompt": [1, "a"]}, "prompt", "list"),
+        ({"prompt": [[]]}, "prompt", "list"),
+        ({"prompt": {"a": 1}}, "prompt", "string"),
+        ({"prompt": [300]}, "prompt", "vocabulary"),
+        ({"prompt": ["a"] * 6}, "prompt", "at most 5"),
+        ({"seed": 2**70}, "seed", "less"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+    ],
+)
+def test_a_wrong_field_is_named_in_one_sentence(raw: Any, fields: dict[str, Any], param: str, words: str) -> None:
+    answer = raw.post("/v1/completions", json={"prompt": "A", **fields})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["type"] == "invalid_request_error", answer.text
+    assert error["param"] == param and words in error["message"] and "\n" not in error["message"]
+
+
+def test_null_and_unknown_fields_are_as_if_left_out(raw: Any) -> None:
+    names = [
+        "max_tokens",
+        "top_p",
+        "n",
+        "best_of",
+        "stop",
+        "logprobs",
+        "logit_bias",
+        "seed",
+        "suffix",
+        "stream_options",
+    ]
+    body = {"prompt": "A", "temperature": 0, "user": "me", "made_up": {"a": 1}, **dict.fromkeys(names)}
+    assert raw.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected("A", 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "media_type", "words"),
+    [
+        (b"{", "application/json", "not JSON"),
+        (b"[1]", "application/json", "object"),
+        (b'{"prompt": "\\ud800"}', "application/json", ""),
+        (b'{"prompt": NaN}', "application/json", ""),
+        (b'{"prompt": "\xff"}', "application/json", ""),
+        (b"[" * 100_000, "application/json", ""),
+        (b'{"prompt": "A"}', "text/plain", "Content-Type"),
+    ],
+)
+def test_a_malformed_body_is_a_400(raw: Any, content: bytes, media_type: str, words: str) -> None:
+    answer = raw.post("/v1/completions", content=content, headers={"Content-Type": media_type})
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+
+
+def test_unknown_models_and_paths(client: openai.OpenAI, raw: Any) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="other", prompt="A")
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    assert raw.get("/v1/completions").status_code == 405
+    assert raw.get("/v1/completions").headers["allow"] == "POST"
+    assert raw.get("/v1/nothing").json()["error"]["message"] == "there is nothing at /v1/nothing"
+
+
+def test_an_engine_that_fails_says_nothing_of_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = DoubleEngine()
+    engine.broken = "secret /path"
+    with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as client:
+        answer = client.post("/v1/completions", json={"prompt": "A"}, headers={"X-Request-Id": "req-7"})
+        assert answer.status_code == 500 and "secret" not in answer.text and answer.headers["x-request-id"] == "req-7"
+        record = next(record for record in caplog.records if record.levelname == "ERROR")
+        assert record.request_id == "req-7" and "secret" in str(record.exc_info)  # type: ignore[attr-defined]
+    engine.close()
+
+
+@pytest.mark.parametrize("most", [{"max_tokens": 3}, {"max_tokens": 0, "echo": True}, {}])
+def test_more_tokens_at_least_than_at_most_are_refused(raw: Any, most: dict[str, Any]) -> None:
+    fits = {"prompt": "A", **most, "min_tokens": most.get("max_tokens", 16)}
+    assert raw.post("/v1/completions", json=fits).status_code == 200
+    answer = raw.post("/v1/completions", json={**fits, "min_tokens": fits["min_tokens"] + 1})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "min_tokens" and "max_tokens" in error["message"]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def encode(tokenizer: Any, text: str) -> list[int]:
+        raise AssertionError("encoded")
+
+    # 1024 positions; the longest token is "<|endoftext|>" with 13 bytes.
+    monkeypatch.setattr("serving.protocols.openai.routes.encode", encode)
+    answer = raw.post("/v1/completions", json={"prompt": "a" * (13 * 1024 + 1)})
+    assert answer.status_code == 400 and "longer than the model's context of 1024" in answer.json()["error"]["message"]
+    monkeypatch.undo()
+    answer = raw.post("/v1/completions", json={"prompt": "a" * 13 * 1024})
+    assert answer.status_code == 400 and f"a prompt of {13 * 1024}" in answer.json()["error"]["message"]
+
+
+def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
+    engine = DoubleEngine()
+    seen: list[Any] = []
+    submit = engine.submit
+    engine.submit = lambda request, listener: (seen.append(request), submit(request, listener))[1]  # type: ignore
+    body = {
+        "prompt": "A", "seed": -1, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1,
+        "frequency_penalty": -1.5, "logit_bias": {"5": -100}, "min_tokens": 2, "ignore_eos": True, "top_p": 0.5,
+    }  # fmt: skip
+    with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings(request_timeout=9))) as client:
+        client.post("/v1/completions", json=body, headers={"X-Request-Timeout": "2.5"})
+        client.post("/v1/completions", json={"prompt": "A"}, headers={"X-Request-Timeout": "100"})
+        for wrong in ("-1", "0", "inf", "nan", "soon"):
+            answer = client.post("/v1/completions", json=body, headers={"X-Request-Timeout": wrong})
+            assert answer.status_code == 400 and f"X-Request-Timeout is '{wrong}'" in answer.text
+    first, second = seen
+    params = first.params
+    assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 1, 0, 0.1, 0.5)
+    assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.5, 1, -1.5)
+    assert (params.logit_bias, params.min_tokens, params.ignore_eos) == (((5, -100.0),), 2, True)
+    assert params.temperature == 1.0 and first.timeout == 2.5 and second.timeout == 9
+    assert second.params.seed != 0 and math.isfinite(second.params.seed)
+    engine.close()
