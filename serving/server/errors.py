@@ -92,6 +92,16 @@ class FieldError(InputError):
         self.param = param
 
 
+class ContextLengthError(FieldError):
+    """A prompt, or it and what is to be added, does not fit the model's context of `n_positions` tokens.
+
+    The sentence begins as OpenAI's does, by which clients know this error.
+    """
+
+    def __init__(self, n_positions: int, problem: str, param: str) -> None:
+        super().__init__(f"This model's maximum context length is {n_positions} tokens; {problem}", param)
+
+
 RETRY_SECONDS = 1
 """When to try again what is unavailable now and says no time of its own."""
 
@@ -100,6 +110,7 @@ INTERNAL = Kind(500, "INTERNAL", "server_error")
 
 TABLE: dict[type[BaseException], Kind] = {
     InputError: INVALID,
+    ContextLengthError: Kind(400, "INVALID_ARGUMENT", "invalid_request_error", "context_length_exceeded"),
     UnauthenticatedError: Kind(401, "UNAUTHENTICATED", "authentication_error", "invalid_api_key"),
     ModelNotFoundError: Kind(404, "NOT_FOUND", "invalid_request_error", "model_not_found"),
     BodyTimeoutError: Kind(408, "DEADLINE_EXCEEDED", "invalid_request_error"),

@@ -5,7 +5,9 @@ PACE is in seconds, SETTINGS are those of `Settings` as JSON.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +35,7 @@ class Loader:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)  # Says into the log where each thread is.
     logging_setup.configure("text")
     settings = Settings(**json.loads(sys.argv[3]))
     registry = ModelRegistry()

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from serving.engine.api import Engine, GenerationRequest
 from serving.errors import InputError, cut
-from serving.protocols.batch_completion import Row, complete, decode, encode
+from serving.protocols.batch_completion import Row, complete
+from serving.protocols.texts import TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
-from serving.sampling.detokenizer import longest_token
 from serving.server.tracing import OpenSpan, Span
 
 Arrays = dict[str, NDArray[Any]]
@@ -114,10 +114,10 @@ async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
     too_long = f"the prompt is longer than the context of {engine.n_positions} tokens"
     if not all(texts):
         raise InputError("text may not be empty; <|endoftext|> alone starts a new text")
-    # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
-    if max(map(len, texts)) > engine.n_positions * longest_token(engine.tokenizer):
-        raise InputError(too_long)
-    prompts = await encode(engine.tokenizer, [_text(text) for text in texts])
+    try:
+        prompts = await encode_prompts(engine.tokenizer, [_text(text) for text in texts], engine.n_positions)
+    except TooLongError:
+        raise InputError(too_long) from None
     longest = max(map(len, prompts))
     if longest > engine.n_positions:
         raise InputError(f"{too_long}; the longest one has {longest}")
@@ -133,7 +133,7 @@ async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
 
 
 async def _tokenize(call: Call, inputs: Arrays) -> Arrays:
-    rows = await encode(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
+    rows = await encode_texts(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
     token_ids, lengths = padded(rows, call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
 
