@@ -155,4 +155,4 @@ class SlotTexts:
         return rows
 
     def _open(self, params: SamplingParams) -> TextStream:
-        return TextStream(self._token_bytes or _ServerPieces(self._client), params.stop)
+        return TextStream(self._token_bytes or _ServerPieces(self._client), params.stop_automaton)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from serving.bundle import Bundle, Geometry
-from serving.bundle.publish import check_destination, publish
+from serving.bundle.publishing import check_destination, publish
 from serving.bundle.strict_json import loads, read
 from serving.deploy.tf_serving_config import BATCHING, MODELS, POLL_SECONDS, ServerOptions, config_files
 from serving.deploy.versions import add_version, digest, prune, saved_model_files, versions_in

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from serving.bundle import Artifact, Bundle
-from serving.bundle.publish import sync_folder
+from serving.bundle.publishing import sync_folder
 from serving.errors import BundleError, InputError
 
 SAVED_MODEL = "savedmodel/1/"

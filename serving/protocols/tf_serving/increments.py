@@ -106,4 +106,4 @@ async def open_increments(name: str, call: Call, inputs: Arrays) -> Increments:
         for prompt, params in zip(prompts, parameters, strict=True)
         if len(prompt) < call.engine.n_positions
     ]
-    return Increments(name, call, prompts, Generation(call.engine, requests) if requests else None)
+    return Increments(name, call, prompts, await Generation.open(call.engine, requests) if requests else None)

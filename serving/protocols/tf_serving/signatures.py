@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engine.api import Engine, GenerationRequest
-from serving.errors import InputError
-from serving.protocols.batch_completion import Row, complete, decode, encode
+from serving.errors import InputError, cut
+from serving.protocols.batch_completion import Row, complete
+from serving.protocols.texts import TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
-from serving.sampling.detokenizer import longest_token
 from serving.server.tracing import OpenSpan, Span
 
 Arrays = dict[str, NDArray[Any]]
@@ -79,7 +79,8 @@ def check_inputs(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> N
     signature = find(name)
     missing, unknown = sorted(signature.inputs.keys() - inputs.keys()), sorted(inputs.keys() - signature.inputs.keys())
     if missing or unknown:
-        said = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        said = [f"missing: {', '.join(missing)}"] * bool(missing)
+        said += [f"unknown: {', '.join(cut(name) for name in unknown[:8])}"] * bool(unknown)
         raise InputError(f"the signature takes {', '.join(signature.inputs)}; {'; '.join(said)}")
     for key, wanted in signature.inputs.items():
         value = inputs[key]
@@ -101,7 +102,7 @@ def find(name: str) -> Signature:
     try:
         return SIGNATURES[name or "serving_default"]
     except KeyError:
-        raise InputError(f'Serving signature key "{name}" not found; there are {", ".join(SIGNATURES)}') from None
+        raise InputError(f'Serving signature key "{cut(name)}" not found; there are {", ".join(SIGNATURES)}') from None
 
 
 async def _serving_default(call: Call, inputs: Arrays) -> Arrays:
@@ -132,10 +133,10 @@ async def read_prompts(call: Call, inputs: Arrays) -> Sequence[Sequence[int]]:
     too_long = f"the prompt is longer than the context of {engine.n_positions} tokens"
     if not all(texts):
         raise InputError("text may not be empty; the end-of-text token alone starts a new text")
-    # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
-    if max(map(len, texts)) > engine.n_positions * longest_token(engine.tokenizer):
-        raise InputError(too_long)
-    prompts = await encode(engine.tokenizer, [_text(text) for text in texts])
+    try:
+        prompts = await encode_prompts(engine.tokenizer, [_text(text) for text in texts], engine.n_positions)
+    except TooLongError:
+        raise InputError(too_long) from None
     longest = max(map(len, prompts))
     if longest > engine.n_positions:
         raise InputError(f"{too_long}; the longest one has {longest}")
@@ -144,7 +145,7 @@ async def read_prompts(call: Call, inputs: Arrays) -> Sequence[Sequence[int]]:
 
 
 async def _tokenize(call: Call, inputs: Arrays) -> Arrays:
-    rows = await encode(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
+    rows = await encode_texts(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
     token_ids, lengths = padded(rows, call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
 
