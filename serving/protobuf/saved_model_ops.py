@@ -21,9 +21,9 @@ from serving.protobuf.saved_model import FILE, MAX_BYTES, read_saved_model
 # fmt: off
 ALLOWED_OPS = frozenset((
     # Constants, shapes and types.
-    "BroadcastTo", "Cast", "ConcatV2", "Const", "ExpandDims", "Fill", "Identity", "IdentityN", "OnesLike", "Pack",
-    "Pad", "PadV2", "Placeholder", "PlaceholderWithDefault", "Range", "Rank", "Reshape", "Shape", "Size", "Slice",
-    "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile", "Transpose", "Unpack", "ZerosLike",
+    "Bitcast", "BroadcastTo", "Cast", "ConcatV2", "Const", "ExpandDims", "Fill", "Identity", "IdentityN", "OnesLike",
+    "Pack", "Pad", "PadV2", "ParseTensor", "Placeholder", "PlaceholderWithDefault", "Range", "Rank", "Reshape",
+    "SerializeTensor", "Shape", "Size", "Slice", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile", "Transpose", "Unpack", "ZerosLike",
     # Arithmetic and logic.
     "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "BatchMatMulV2", "BiasAdd", "BitwiseAnd", "BitwiseOr",
     "BitwiseXor", "Cumsum", "DenseBincount", "Einsum", "Equal", "Exp", "Floor", "FloorDiv", "FloorMod", "Greater",
@@ -42,8 +42,8 @@ ALLOWED_OPS = frozenset((
     # Variables, and the order of calls.
     "AssignAddVariableOp", "AssignSubVariableOp", "AssignVariableOp", "ConsumeMutexLock", "DisableCopyOnRead",
     "MutexLock", "MutexV2", "ReadVariableOp", "ResourceGather", "ResourceGatherNd", "ResourceScatterAdd",
-    "ResourceScatterNdUpdate", "ResourceScatterUpdate", "ResourceStridedSliceAssign", "Timestamp", "VarHandleOp",
-    "VarIsInitializedOp", "VariableShape",
+    "ResourceScatterMax", "ResourceScatterMin", "ResourceScatterNdUpdate", "ResourceScatterUpdate",
+    "ResourceStridedSliceAssign", "Timestamp", "VarHandleOp", "VarIsInitializedOp", "VariableShape",
     # Calls, loops, branches and merged calls.
     "Assert", "BatchFunction", "Case", "If", "NoOp", "PartitionedCall", "StatefulPartitionedCall", "StatelessCase",
     "StatelessIf", "StatelessWhile", "While",
