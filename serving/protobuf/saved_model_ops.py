@@ -23,7 +23,8 @@ ALLOWED_OPS = frozenset((
     # Constants, shapes and types.
     "Bitcast", "BroadcastTo", "Cast", "ConcatV2", "Const", "ExpandDims", "Fill", "Identity", "IdentityN", "OnesLike",
     "Pack", "Pad", "PadV2", "ParseTensor", "Placeholder", "PlaceholderWithDefault", "Range", "Rank", "Reshape",
-    "SerializeTensor", "Shape", "Size", "Slice", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile", "Transpose", "Unpack", "ZerosLike",
+    "SerializeTensor", "Shape", "Size", "Slice", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile",
+    "Transpose", "Unpack", "ZerosLike",
     # Arithmetic and logic.
     "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "BatchMatMulV2", "BiasAdd", "BitwiseAnd", "BitwiseOr",
     "BitwiseXor", "Cumsum", "DenseBincount", "Einsum", "Equal", "Exp", "Floor", "FloorDiv", "FloorMod", "Greater",
