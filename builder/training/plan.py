@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from builder.model.geometry import read_geometry
 from builder.model.pretrained import resolve_base
 from builder.recipe import Recipe, TrainingRecipe, fit_context
+from builder.special_tokens import TokenIds
 from serving.errors import InputError
 
 FEW_STEPS = 20
@@ -28,7 +29,8 @@ def settled(recipe: Recipe) -> Recipe:
     """
     n_layer = recipe.model.n_layer
     if recipe.model.base:
-        geometry = read_geometry(resolve_base(recipe.model.base).weights)
+        # Its token ids are the tokenizer's to decide, and not looked at here.
+        geometry = read_geometry(resolve_base(recipe.model.base).weights, TokenIds(0, 0))
         n_layer = geometry.n_layer
         recipe = fit_context(recipe, geometry.n_positions, f"the context of model.base {recipe.model.base!r},")
     names = list(weight_names(n_layer))
