@@ -22,7 +22,7 @@ from serving.sampling import SamplingParams
 from serving.sampling.detokenizer import TextStream
 
 # A row's answer. What every correct client may meet is a status and no error, which would fail the rows of others too.
-RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD = 0, 1, -1, -2, -3
+RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD, CANCELLED = 0, 1, -1, -2, -3, -4
 
 SIGNATURES = frozenset({"prefill_slots", "decode_slots", "release_slots"})
 # What the graph does not compute, by the names of the fields of SamplingParams. Stop texts and stop token ids are
