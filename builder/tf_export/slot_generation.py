@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from builder.keras_backend import tf
-from builder.tf_export.slot_door import Pause
 from builder.tf_export.slot_step import MOST_ROWS, SlotStep
 
 
 def continue_rows(
-    step: SlotStep, pause: Pause, token_ids: Any, lengths: Any, max_new_tokens: Any, sampling: tuple[Any, ...]
+    step: SlotStep, token_ids: Any, lengths: Any, max_new_tokens: Any, sampling: tuple[Any, ...]
 ) -> dict[str, Any]:
     """Continue prompts [batch, width] that have been checked; return `token_ids` [batch, longest] and `lengths`."""
     state_of = step.state
@@ -31,18 +30,15 @@ def continue_rows(
     width = tf.maximum(tf.reduce_max(budget), 0)
 
     def turn(done: Any, made: Any, output: Any) -> Any:
-        state = state_of.read()
-        has, _ = state_of.find(state, request_id)
-        usable = tf.reduce_any(~state["occupied"] | state["idle"])
+        before = state_of.read()
+        has, _ = state_of.find(before, request_id)
         # Those that have a slot first: they must not miss a step.
         order = tf.argsort(tf.where(done, 2, tf.where(has, 0, 1)), stable=True)
-        rows = tf.boolean_mask(order, tf.gather(~done & (has | usable), order))[:MOST_ROWS]
-        passed = tf.cond(
-            tf.size(rows) > 0, lambda: _after(step.for_prompts(wishes, prompts, rows)), lambda: _after(pause())
-        )
-        with tf.control_dependencies([passed]):
+        rows = tf.boolean_mask(order, tf.gather(~done, order))[:MOST_ROWS]
+        with tf.control_dependencies([step.for_prompts(wishes, prompts, rows)]):
             state = state_of.read()
-        has, slot = state_of.find(state, request_id)
+        with tf.control_dependencies([step.pause_if_idle(before, state)]):
+            has, slot = state_of.find(state, request_id)
         ended = ~done & has & ~tf.gather(state["active"], slot)
         tokens = tf.cast(tf.gather(state["tokens"][:, :width], slot), tf.int32)
         output = tf.where(ended[:, None], tokens, output)
@@ -58,8 +54,3 @@ def continue_rows(
     output = output[:, : tf.maximum(tf.reduce_max(made), 0)]
     inside = tf.range(tf.shape(output)[1]) < made[:, None]
     return {"token_ids": tf.where(inside, output, step.geometry.eos_token_id), "lengths": made}
-
-
-def _after(op: Any) -> Any:
-    with tf.control_dependencies([op]):
-        return tf.constant(0)

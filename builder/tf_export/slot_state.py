@@ -26,8 +26,8 @@ FIELDS = (
 )
 _FLOATS = ("temperature", "top_p")
 _SECOND = 1_000_000
-# Request ids that are remembered as cancelled, each in the place that its low bits name.
-_CANCELLED = 1024
+# Requests that are remembered as cancelled, or as waiting, each in the place that its id's low bits name.
+_REMEMBERED = 1024
 # A whole answer's call enters every step. One that missed so many, for so long, has been given up.
 _STEPS_ABSENT, _SECONDS_ABSENT = 4, 0.5
 
@@ -49,7 +49,8 @@ class SlotState(tf.Module):  # type: ignore[misc]
         with tf.device("/device:CPU:0"):
             self.record = _integers([count, len(FIELDS) + positions])
             self.released, self.touched = _integers([count]), _integers([count])
-            self.cancelled, self.newest = _integers([_CANCELLED]), _integers([1])
+            self.cancelled, self.newest = _integers([_REMEMBERED]), _integers([1])
+            self.line = _integers([_REMEMBERED, 2])
 
     def read(self) -> State:
         """The committed state: FIELDS [slots], `tokens` [slots, n_positions] int64, and `occupied`, `idle` bool."""
@@ -85,11 +86,24 @@ class SlotState(tf.Module):  # type: ignore[misc]
 
     def cancel(self, request_id: Any) -> Any:
         """Give back whatever slots the requests [rows] have or may yet get."""
-        return self.cancelled.scatter_update(tf.IndexedSlices(request_id, request_id % _CANCELLED))
+        return self.cancelled.scatter_update(tf.IndexedSlices(request_id, request_id % _REMEMBERED))
 
     def is_cancelled(self, request_id: Any) -> Any:
         """Whether each request [rows] was cancelled."""
-        return (tf.gather(self.cancelled, request_id % _CANCELLED) == request_id) & (request_id != 0)
+        return (tf.gather(self.cancelled, request_id % _REMEMBERED) == request_id) & (request_id != 0)
+
+    def place_in_line(self, request_id: Any) -> Any:
+        """When each request [rows] asked for a slot first, as far as is remembered."""
+        place = request_id % _REMEMBERED
+        known = tf.gather(self.line.read_value(), place)
+        arrived = tf.where(known[:, 0] == request_id, known[:, 1], now())
+        noted = self.line.scatter_update(tf.IndexedSlices(tf.stack([request_id, arrived], axis=1), place))
+        with tf.control_dependencies([noted]):
+            return tf.identity(arrived)
+
+    def usable(self, state: State) -> Any:
+        """Which slots [slots] a prompt may take."""
+        return ~state["occupied"] | state["idle"]
 
     def find(self, state: State, request_id: Any) -> tuple[Any, Any]:
         """Whether each request [rows] has a slot, and which, [rows] int32."""

@@ -15,7 +15,7 @@ from builder.keras_backend import tf
 from builder.tf_export.kernels import PromptKernels, SlotKernels
 from builder.tf_export.sampling import choose
 from builder.tf_export.slot_cache import SlotCache
-from builder.tf_export.slot_door import enter
+from builder.tf_export.slot_door import enter, pause
 from builder.tf_export.slot_state import SlotState, State, now
 from serving.bundle import Geometry
 
@@ -57,9 +57,10 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         Slots that are `owned` belong to a call that enters every step.
         """
         limit = self.geometry.n_positions
+        arrived = tf.fill(tf.shape(request_id), now()) if owned else self.state.place_in_line(request_id)
         wishes = dict(zip(SAMPLING, sampling, strict=True)) | {
             "request_id": request_id,
-            "arrived": tf.fill(tf.shape(request_id), now()),
+            "arrived": arrived,
             "length": lengths,
             "budget": tf.minimum(max_new_tokens, limit - lengths),
             "owned": tf.fill(tf.shape(request_id), int(owned)),
@@ -78,6 +79,18 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         wishes = {"slot": slot, "generation": generation, "made": made}
         none = tf.zeros([tf.size(rows), self.geometry.n_positions], tf.int32)
         return self._enter({name: tf.gather(value, rows) for name, value in wishes.items()}, none)
+
+    def pause_if_idle(self, before: State, after: State) -> Any:
+        """Wait a little if nothing moved from one state to the other, and no slot is free; return a tensor, for order.
+
+        A prompt that waits for a slot would else come back at once, again and again.
+        """
+        moved = (before["made"] != after["made"]) | (before["generation"] != after["generation"])
+        return tf.cond(
+            tf.reduce_any(moved | self.state.usable(after)),
+            lambda: tf.constant(0),
+            lambda: _after(pause(f"{self._door}/pause")),
+        )
 
     def _enter(self, wishes: State, token_ids: Any) -> Any:
         if self._function is None:
@@ -138,7 +151,7 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         first = tf.argmax(tf.cast(same, tf.int32), axis=1, output_type=tf.int32) == tf.range(tf.size(lengths))
         wanted = prompts & first & ~known & ~self.state.is_cancelled(request_id)
 
-        usable = ~state["occupied"] | (state["idle"] & ~asked & ~self.state.named(old, known))
+        usable = self.state.usable(state) & ~(state["occupied"] & (asked | self.state.named(old, known)))
         # The lowest free slot first, since decoding costs as many rows as the highest one.
         order = tf.argsort(tf.cast(~usable, tf.int32), stable=True)
         free = tf.reduce_sum(tf.cast(usable, tf.int32))
@@ -242,6 +255,11 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         after = {"tokens": tokens, "made": made, "length": length, "active": state["active"] & ~ended}
         with tf.control_dependencies([self.state.commit(state | after)]):
             return tf.identity(made), tf.identity(ended)
+
+
+def _after(op: Any) -> Any:
+    with tf.control_dependencies([op]):
+        return tf.constant(0)
 
 
 def _sampling(values: State) -> tuple[Any, Any, Any, Any]:

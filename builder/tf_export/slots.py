@@ -24,15 +24,16 @@ from builder.tf_export.input_checks import (
     check_ranks,
     check_rows,
 )
-from builder.tf_export.slot_door import Pause
 from builder.tf_export.slot_generation import continue_rows
-from builder.tf_export.slot_state import SlotState, State
+from builder.tf_export.slot_state import SlotState, State, now
 from builder.tf_export.slot_step import MOST_ROWS, SAMPLING, SlotStep
 from serving.bundle import Geometry
 from serving.clients.slot_pool import AHEAD, CANCELLED, FINISHED, NO_FREE_SLOT, RUNNING, STALE
 
 # Tokens that one call waits for at most.
 _MOST = 64
+# Microseconds for which a prompt waits for a slot.
+_PATIENCE = 250_000
 
 
 class Slots(tf.Module):  # type: ignore[misc]
@@ -52,7 +53,6 @@ class Slots(tf.Module):  # type: ignore[misc]
         self.geometry, self.count = geometry, count
         self.state = SlotState(count, geometry.n_positions, lease)
         self.step = SlotStep(door, geometry, self.state, run)
-        self.pause = Pause(door)
 
     def prefill(
         self,
@@ -94,12 +94,16 @@ class Slots(tf.Module):  # type: ignore[misc]
         )
         wishes, token_ids = self.step.prompts(request_id, token_ids, lengths, max_new_tokens, values, owned=False)
 
-        def unplaced(state: State) -> Any:
-            usable = tf.reduce_any(~state["occupied"] | state["idle"])
-            found, _ = self.state.find(state, request_id)
-            return ~found & ~self.state.is_cancelled(request_id) & usable
+        patience = now() + _PATIENCE
 
-        state = self.until_answered(unplaced, lambda rows: self.step.for_prompts(wishes, token_ids, rows))
+        def unplaced(state: State) -> Any:
+            found, _ = self.state.find(state, request_id)
+            worth_it = tf.reduce_any(self.state.usable(state)) | (now() < patience)
+            return ~found & ~self.state.is_cancelled(request_id) & worth_it
+
+        state = self.until_answered(
+            unplaced, lambda rows: self.step.for_prompts(wishes, token_ids, rows), self.step.pause_if_idle
+        )
         has, slot = self.state.find(state, request_id)
         otherwise = tf.where(self.state.is_cancelled(request_id), CANCELLED, NO_FREE_SLOT)
         outputs = self._answer(state, has, slot, tf.zeros_like(slot), tf.ones_like(slot), otherwise)
@@ -142,7 +146,7 @@ class Slots(tf.Module):  # type: ignore[misc]
         touched = self.state.touch(slot, current(first))
         with tf.control_dependencies([touched]):
             state = self.until_answered(
-                unanswered, lambda rows: self.step.for_tokens(slot, generation, goal, rows), generation < 0
+                unanswered, lambda rows: self.step.for_tokens(slot, generation, goal, rows), once=generation < 0
             )
         valid = current(state) & (received <= made(state))
         outputs = self._answer(state, valid, slot, received, steps, tf.where(current(state), AHEAD, STALE))
@@ -166,28 +170,36 @@ class Slots(tf.Module):  # type: ignore[misc]
 
     def generate(self, token_ids: Any, lengths: Any, max_new_tokens: Any, *sampling: Any) -> dict[str, Any]:
         """Whole answers by the slots; see `slot_generation`."""
-        return continue_rows(self.step, self.pause, token_ids, lengths, max_new_tokens, sampling)
+        return continue_rows(self.step, token_ids, lengths, max_new_tokens, sampling)
 
     def until_answered(
-        self, unanswered: Callable[[State], Any], enter: Callable[[Any], Any], once: Any = False
+        self,
+        unanswered: Callable[[State], Any],
+        enter: Callable[[Any], Any],
+        rest: Callable[[State, State], Any] | None = None,
+        once: Any = False,
     ) -> State:
         """Enter with the rows that are `unanswered` by the state, a condition [batch], until none is; return the state.
 
-        `enter` takes the rows' numbers [some] and returns the op. Rows with `once` [batch] enter the first time.
+        `enter` takes the rows' numbers [some] and returns the op, `rest` the states before and after it and returns a
+        tensor. Rows with `once` [batch] enter the first time.
         """
 
         def rows(state: State, more: Any = False) -> Any:
             return tf.where(unanswered(state) | more)[:MOST_ROWS, 0]
 
-        def turn(rows_left: Any, state: State) -> Any:
+        def turn(rows_left: Any, before: State) -> Any:
             with tf.control_dependencies([enter(rows_left)]):
                 state = self.state.read()
-            return rows(state), state
+            with tf.control_dependencies([] if rest is None else [rest(before, state)]):
+                return rows(state), state
 
         state = self.state.read()
         start = (rows(state, once), state)
         shapes = (tf.TensorShape([None]), {name: value.shape for name, value in state.items()})
-        return tf.while_loop(lambda rows_left, _: tf.size(rows_left) > 0, turn, start, shape_invariants=shapes)[1]
+        _, answer = tf.while_loop(lambda rows_left, _: tf.size(rows_left) > 0, turn, start, shape_invariants=shapes)
+        found: State = answer
+        return found
 
     def _answer(self, state: State, valid: Any, slot: Any, received: Any, steps: Any, otherwise: Any) -> State:
         """Tokens of each valid row from `received` on, at most `steps`; the status `otherwise` for the other rows."""
