@@ -131,6 +131,12 @@ class TokenizerRecipe:
         2048, "Entries of the vocabulary, the 256 bytes and the end token included.", low=257, high=1_000_000
     )
     min_frequency: int = _key(2, "A pair is merged only if it occurs at least this often.", low=1)
+    unbroken_characters: int = _key(
+        1_500_000,
+        "Characters of scripts without spaces, such as Chinese, to learn from, taken evenly from the text; each takes "
+        "some 250 bytes of memory.",
+        low=1000,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from builder.data.tokenizer import (
     add_chat_template,
     copy_tokenizer,
     end_token_id,
+    even_sample,
     load_tokenizer,
     train_tokenizer,
     vocabulary_size,
@@ -156,16 +157,19 @@ def _make_tokenizer(recipe: Recipe, folder: Path) -> None:
         n_positions = _base_positions(base.weights, recipe.model.n_positions)
         copy_tokenizer(base.tokenizer, folder, n_positions)
     else:
-        # The end token inside a chat is no text to learn a vocabulary from; a plain document is one run.
-        texts = (
-            text
-            for document in read_file(folder.parent / "corpus" / TRAIN)
-            for text, _ in document.runs
-            if not (document.segments and text == END_TOKEN)
+        texts = even_sample(
+            lambda: _texts_to_learn(folder.parent / "corpus" / TRAIN), recipe.tokenizer.unbroken_characters
         )
         train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
     if recipe.instruction.is_set:
         add_chat_template(folder, Template.of(recipe.instruction).chat_template())
+
+
+def _texts_to_learn(path: Path) -> Iterator[str]:
+    """The texts that a vocabulary is learnt from; a plain document is one run."""
+    for document in read_file(path):
+        # The end token inside a chat is no text.
+        yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))
 
 
 def _base_positions(base: Path, otherwise: int) -> int:
