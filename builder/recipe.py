@@ -34,6 +34,9 @@ class CorpusRecipe:
     encoding: str = _key(
         "utf-8", "Encoding of texts without a byte-order mark, which decides where there is one: gb18030, cp1252, ..."
     )
+    transform: str = _key(
+        "", "Function that each text goes through before cleaning, FILE.py:FUNCTION or MODULE:FUNCTION; text to text."
+    )
     text_field: str = _key(
         "text", "Field of a .json or .jsonl record, or column of a table, that is the text; a.b is the field b in a."
     )

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from builder.data.instructions import Template
 from builder.data.text_decoding import check_encoding
+from builder.data.transforms import check_transform
 from builder.recipe import ModelRecipe, Recipe, resolve_preset
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
@@ -136,6 +137,8 @@ def _check_consistency(recipe: Recipe) -> None:
         raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
     corpus, model, training = recipe.corpus, recipe.model, recipe.training
     check_encoding(corpus.encoding, "recipe key 'corpus.encoding'")
+    if corpus.transform:
+        check_transform(corpus.transform)
     if 0 < corpus.max_characters < recipe.min_characters:
         raise InputError(
             f"recipe key 'corpus.max_characters' is {corpus.max_characters}, less than "
