@@ -27,7 +27,12 @@ def _key(
 class CorpusRecipe:
     """Where the text comes from and how it is split."""
 
-    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
+    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty takes the builtin text.")
+    builtin: str = _key(
+        "docstrings",
+        "What is read where there are no paths: the running Python's docstrings, or generated Chinese sentences.",
+        choices=("docstrings", "chinese"),
+    )
     document: str = _key(
         "file", "What is one document in .txt and .md files: the file, or each line of it.", choices=("file", "line")
     )

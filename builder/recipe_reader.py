@@ -192,6 +192,10 @@ def _check_instruction(recipe: Recipe) -> None:
         raise InputError("recipe key 'instruction.messages_field' stands instead of prompt_field; set one of the two")
     if instruction.input_field and not pair[0]:
         raise InputError("recipe key 'instruction.input_field' goes with a prompt; set instruction.prompt_field")
+    if instruction.is_set and recipe.corpus.builtin != "docstrings" and not recipe.corpus.paths:
+        raise InputError(
+            "recipe key 'instruction.prompt_field' needs records, which the builtin Chinese text has not; set corpus.paths"
+        )
     if instruction.messages_field and not recipe.corpus.paths:
         raise InputError(
             "recipe key 'instruction.messages_field' is for files, and docstrings have no turns; set corpus.paths"
