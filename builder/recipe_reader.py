@@ -194,7 +194,7 @@ def _check_instruction(recipe: Recipe) -> None:
         raise InputError("recipe key 'instruction.input_field' goes with a prompt; set instruction.prompt_field")
     if instruction.is_set and recipe.corpus.builtin != "docstrings" and not recipe.corpus.paths:
         raise InputError(
-            "recipe key 'instruction.prompt_field' needs records, which the builtin Chinese text has not; set corpus.paths"
+            "recipe key 'instruction.prompt_field' needs records, and the Chinese text has none; set corpus.paths"
         )
     if instruction.messages_field and not recipe.corpus.paths:
         raise InputError(

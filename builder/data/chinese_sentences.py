@@ -30,16 +30,6 @@ _NAMES = ("大象", "火车", "飞机", "自行车", "老虎", "房子", "桥", 
 def read_chinese_sentences() -> Iterator[Document]:
     """Yield the passages, of three to six sentences each."""
     draw = random.Random(20_000)
-    kinds: tuple[Callable[[random.Random], str], ...] = (
-        _sum,
-        _product,
-        _weekday,
-        _animal,
-        _leap_year,
-        _compare,
-        _buy,
-        _scene,
-    )
     for number in range(1, _DOCUMENTS + 1):
         sentences = [draw.choice(_KINDS)(draw) for _ in range(draw.randint(3, 6))]
         yield Document(str(number), "".join(sentences))
