@@ -152,6 +152,9 @@ class ModelRecipe:
     """Geometry and dropouts of GPT-2 trained from scratch, or the base checkpoint to start from."""
 
     base: str = _key("", "Folder (a bundle or run too) or hub name of a GPT-2 to fine-tune; empty trains from scratch.")
+    end_token: str = _key(
+        "", "With a base whose files name two: the token that ends a text, such as <|im_end|>; empty takes the base's."
+    )
     preset: str = _key("", "Named geometry (see builder/recipe.py); empty takes the four fields below.")
     vocab_size: int = _key(
         0, "Rows of the token embedding, from scratch; 0 takes the tokenizer's, more pads it.", low=0, high=10_000_000
@@ -173,7 +176,9 @@ class TrainingRecipe:
         4.0, "Passes over the training tokens; fractions allowed, 0 exports as it is.", low=0.0, high=10_000
     )
     batch_size: int = _key(16, "Rows a step.", low=1, high=65_536)
-    sequence_length: int = _key(128, "Tokens a row; at most n_positions.", low=8, high=65_536)
+    sequence_length: int = _key(
+        128, "Tokens a row, 8 to the model's n_positions; 0 takes n_positions, but 512 at most.", low=0, high=65_536
+    )
     packing: str = _key(
         "stream",
         "stream: documents joined by the end token and cut into rows. rows: one document a row, cut or padded.",
@@ -181,12 +186,10 @@ class TrainingRecipe:
     )
     optimizer: str = _key(
         "muon",
-        "muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all, as is usual for fine-tuning.",
-        choices=("adamw", "muon"),
+        "muon: Muon for the blocks' matrices, AdamW for the rest. adamw, adam, sgd: that one for all weights.",
+        choices=("adamw", "muon", "adam", "sgd"),
     )
-    learning_rate: float = _key(
-        1e-2, "Peak learning rate; for fine-tuning with adamw 5e-5 is usual.", low=0.0, high=1.0
-    )
+    learning_rate: float = _key(1e-2, "Peak learning rate.", low=0.0, high=1.0)
     adam_rate_ratio: float = _key(
         1.5, "With muon, AdamW's rate for embeddings, biases and norms over learning_rate.", low=0.0, high=100.0
     )
@@ -199,7 +202,13 @@ class TrainingRecipe:
     final_learning_rate_fraction: float = _key(
         0.05, "Cosine and linear end at this share of the peak.", low=0.0, high=1.0
     )
-    weight_decay: float = _key(0.25, "Decay of matrices; biases, norms and embeddings have none.", low=0.0, high=10.0)
+    weight_decay: float = _key(
+        0.25,
+        "Decay of matrices with muon and adamw; biases, norms and embeddings have none.",
+        low=0.0,
+        high=10.0,
+    )
+    momentum: float = _key(0.9, "With sgd, the momentum of the gradients; 0 is none.", low=0.0, high=0.9999)
     adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
     adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
     max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
@@ -247,6 +256,28 @@ class TrainingRecipe:
     devices: int = _key(0, "GPUs that a batch is split over; 0 takes all that are visible.", low=0, high=1024)
 
 
+# Defaults of the training keys of a recipe with `model.base`; the dataclass above has those of training from scratch.
+FINE_TUNING: dict[str, Any] = {
+    "epochs": 3.0,
+    "batch_size": 4,
+    "sequence_length": 0,
+    "optimizer": "adamw",
+    "learning_rate": 5e-5,
+    "warmup_fraction": 0.1,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+}
+LONGEST_ROW = 512
+"""Tokens of a row where `training.sequence_length` is 0 and the context is longer."""
+
+# Training keys that have no use with an optimizer.
+NO_USE = {
+    "muon": ("momentum",),
+    "adamw": ("momentum", "adam_rate_ratio"),
+    "adam": ("momentum", "adam_rate_ratio", "weight_decay"),
+    "sgd": ("adam_rate_ratio", "weight_decay", "adam_beta1", "adam_beta2"),
+}
+
 # Training keys that decide what is seen of a run, and by which loop it is made, but not what its weights become.
 OBSERVING = ("log_every", "tensorboard", "sample_prompts", "sample_tokens", "checkpoints_kept", "loop")
 
@@ -286,6 +317,11 @@ class VerifyRecipe:
     fp16_perplexity: float = _key(1e-3, "The same for ort/fp16; a variant over its gate is left out.", low=0.0, high=10)
     int8_perplexity: float = _key(0.01, "The same for ort/int8.", low=0.0, high=10)
     int4_perplexity: float = _key(0.03, "The same for ort/int4.", low=0.0, high=10)
+    better_than: str = _key(
+        "",
+        "Baseline whose perplexity on the validation text the model must beat, or the build fails; empty is none.",
+        choices=("", "unigram", "trigram"),
+    )
 
 
 @dataclass(frozen=True)
@@ -308,6 +344,20 @@ class Recipe:
         """Characters that a document has at least (see `CorpusRecipe.min_characters`)."""
         short = self.instruction.is_set or self.corpus.document == "line"
         return self.corpus.min_characters or (1 if short else 20)
+
+
+def fit_context(recipe: Recipe, n_positions: int, where: str = "model.n_positions") -> Recipe:
+    """Return `recipe` with the tokens of a row decided for a model of `n_positions`.
+
+    Raises InputError for rows longer than that; `where` says whose positions they are.
+    """
+    length = recipe.training.sequence_length or min(n_positions, LONGEST_ROW)
+    if length > n_positions:
+        raise InputError(
+            f"recipe key 'training.sequence_length' is {length}, longer than {where} {n_positions}; "
+            "lower it, or set it to 0, which takes what fits"
+        )
+    return replace(recipe, training=replace(recipe.training, sequence_length=length))
 
 
 # Named geometries: OpenAI's four releases of GPT-2 and DistilGPT-2, and small ones for two cores.

@@ -35,7 +35,8 @@ LAYERS = {
         "verification",
         "training onnx_export tf_export recipe_reader",
         "data model",
-        "recipe run_folder progress keras_backend",
+        "recipe run_folder progress keras_backend special_tokens",
+        "plain_files",
     ),
     "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
 }

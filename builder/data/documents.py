@@ -78,6 +78,14 @@ class Document:
         """The same document with these segments, and the text that they make."""
         return replace(self, text="".join(segment.text for segment in segments), segments=tuple(segments))
 
+    def with_end(self, text: str) -> Document:
+        """The same document with `text` as the end token behind each turn's answer."""
+        if not any(segment.part == END and segment.text not in ("", text) for segment in self.segments):
+            return self
+        return self.with_segments(
+            [Segment(text, END) if segment.part == END and segment.text else segment for segment in self.segments]
+        )
+
     def mapped(self, step: Callable[[str], tuple[str, bool]]) -> Document:
         """The document after a cleaning step: on its text, or on each prompt and answer by itself.
 

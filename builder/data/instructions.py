@@ -27,8 +27,8 @@ from builder.data.file_formats import (
     read_values,
     skips,
 )
-from builder.data.tokenizer import END_TOKEN
 from builder.recipe import CorpusRecipe, InstructionRecipe
+from builder.special_tokens import END_TOKEN
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
 

@@ -13,14 +13,15 @@ from typing import Any
 from builder.data.content_hashes import ContentHashes, Inputs, corpus_inputs
 from builder.data.process_map import usable_cores
 from builder.data.transforms import transform_hash
-from builder.model.pretrained import local_base, resolve_base
+from builder.model.pretrained import local_base
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.run_folder import STAMP, is_done, refusals_named, refuse_strangers, run_stage, stage_key
 from builder.stages.prepare import PARTS, prepare
 from builder.stages.prepare import WRITES as PREPARE_FILES
-from builder.stages.train import KEEPS, REPORT, quality, train
+from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, train
 from builder.stages.train import WRITES as TRAIN_FILES
+from builder.training.plan import fine_tuning_line, settled
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.bundle.publishing import check_destination
@@ -135,10 +136,11 @@ def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
     key = run.prepare_key()
 
     def work(folder: Path) -> None:
-        if run.recipe.model.base:
-            resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
+        recipe = settled(run.recipe)  # A name that leads nowhere is said before all the text is read.
+        if recipe.model.base:
+            reporter.line(fine_tuning_line(recipe))
         prepare(
-            run.recipe,
+            recipe,
             folder,
             reporter.line,
             key=key,
@@ -184,6 +186,11 @@ def train_stage(run: Run, reporter: Reporter) -> None:
         reporter.line("train: done already")
 
 
+def check_trained(run: Run) -> None:
+    """Hold the trained model to `verify.better_than` of its recipe. Raises TrainingError if it is no better."""
+    check_quality(run.recipe.verify, quality(json.loads((run.trained / REPORT).read_text(encoding="utf-8"))))
+
+
 def export_stage(run: Run, reporter: Reporter) -> Bundle:
     """Weights to a draft bundle. Raises InputError if this recipe is not trained."""
     if not is_done(run.trained, run.train_key()):
@@ -194,8 +201,9 @@ def export_stage(run: Run, reporter: Reporter) -> Bundle:
 
         run.draft.mkdir(parents=True)
         report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
-        # The loop is not in the key: the manifest names the one that made these weights.
-        recipe = replace(run.recipe, training=replace(run.recipe.training, loop=report["loop"]))
+        # The loop is not in the key, and a row's length may be the base's: the manifest has what made these weights.
+        settings = replace(run.recipe.training, **{key: report[key] for key in SETTINGS if key in report})
+        recipe = replace(run.recipe, training=settings)
         export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
 
     if not run_stage(run.draft.parent, run.export_key(), work, writes=EXPORT_FILES):
@@ -265,6 +273,7 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
         refuse_strangers(folder, writes, keeps)
     prepare_stage(run, reporter)
     train_stage(run, reporter)
+    check_trained(run)
     draft = export_stage(run, reporter)
     certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
     # From here on the draft is no longer the export that the stamp speaks of.

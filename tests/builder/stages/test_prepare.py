@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -54,14 +53,12 @@ def test_a_small_text_reports_its_smaller_vocabulary(tmp_path: Path) -> None:
     assert "of the 5,000 asked for" in lines[1]
 
 
-def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path) -> None:
     base = tmp_path / "base"
     train_tokenizer(["some other text, other text"] * 3, TokenizerRecipe(vocab_size=270), 16, base)
-    (base / "config.json").write_text('{"n_positions": 1024}')
-    module = types.ModuleType("builder.model.pretrained")
-    module.resolve_base = lambda name: types.SimpleNamespace(weights=tmp_path / name, tokenizer=tmp_path / name)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "builder.model.pretrained", module)
-    recipe = dataclasses.replace(small_recipe(tmp_path), model=ModelRecipe(base="base"))
+    sizes = {"vocab_size": 270, "n_positions": 1024, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    (base / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes))
+    recipe = dataclasses.replace(small_recipe(tmp_path), model=ModelRecipe(base=str(base)))
     prepare(recipe, tmp_path / "run", lambda line: None)
     tokenizer_folder = tmp_path / "run" / "tokenizer"
     assert (tokenizer_folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
