@@ -126,6 +126,8 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 @click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
 @click.option("--stop", multiple=True, metavar="TEXT",
               help="End before this text, where streams are; may be given several times.")  # fmt: skip
+@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
+              help="End at this token, where streams are; may be given several times.")  # fmt: skip
 @click.option(
     "--ignore-eos",
     is_flag=True,
@@ -165,7 +167,7 @@ def generate(
 
         loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
     server = _open(url, grpc_address, api_key, model, timeout, retries)
-    special = streamed or params.stop or params.ignore_eos
+    special = streamed or params.stop or params.stop_token_ids or params.ignore_eos
     perhaps = streamed is None and not as_json and sys.stdout.isatty()
     slots, completions = False, None
     if special or perhaps:
@@ -173,7 +175,8 @@ def generate(
         completions = None if slots else _completions(server, url, model, api_key)
     there = slots or completions is not None
     if special and not there:
-        wanted = "--stream" if streamed else "--stop" if params.stop else "--ignore-eos"
+        given_first = {"--stream": streamed, "--stop": params.stop, "--stop-token-id": params.stop_token_ids}
+        wanted = next((option for option, given in given_first.items() if given), "--ignore-eos")
         raise InputError(
             f"{wanted} needs a served model with slots, and {model!r} has none; leave it out, "
             "or, if 'gpt2-bundle serve' is behind it, name it by --url"
