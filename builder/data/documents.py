@@ -63,6 +63,13 @@ class Document:
         """Whether some answer has text; true of a plain document."""
         return not self.segments or any(segment.text for segment in self.segments if segment.part in (RESPONSE, CUT))
 
+    @property
+    def answer_characters(self) -> int:
+        """The length of the text without blanks at its ends, of an instruction document that of its answers."""
+        if not self.segments:
+            return len(self.text.strip())
+        return sum(len(segment.text.strip()) for segment in self.segments if segment.part in (RESPONSE, CUT))
+
     def with_text(self, text: str) -> Document:
         """The same plain document with another text."""
         return replace(self, text=text)

@@ -21,11 +21,18 @@ from serving.errors import InputError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 """What is written of a byte-level BPE; added_tokens.json stands with them where tokens were added."""
+PREPARED_FILES = (*TOKENIZER_FILES, "added_tokens.json", GENERATION_CONFIG)
+"""All files that a prepared tokenizer may consist of."""
 # The names of Hugging Face, those of OpenAI's own release, and KerasHub's.
 _VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("vocabulary.json", "merges.txt"))
 _PIECE_CHARACTERS = 1 << 11
-# A single white-space character between two others starts a new pre-token of GPT-2's pattern, whatever stands around.
-_SAFE_CUT = re.compile(r"(?<=\S)(?=[ \n]\S)")
+# Where GPT-2's pattern starts a new pre-token whatever stands around: at white space after anything else, and at a
+# punctuation mark after a letter. Of the latter only Chinese and Japanese ones are taken: texts of these languages have
+# no others to be cut at for pages, and their letters are letters in every version of Unicode.
+_SAFE_CUT = re.compile(
+    r"(?<=\S)(?=[ \t\n\r\u3000])"
+    r"|(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])(?=[，。！？；：、…—（）《》「」『』“”])"
+)
 
 
 def train_tokenizer(texts: Iterable[str], recipe: TokenizerRecipe, n_positions: int, folder: Path) -> Tokenizer:
@@ -125,7 +132,10 @@ def can_cut(tokenizer: Tokenizer) -> bool:
         and pattern.get("use_regex") is True
         and pattern.get("add_prefix_space") is False
         and not any(
-            token["lstrip"] or token["rstrip"] or token["content"].split() != [token["content"]]
+            token["lstrip"]
+            or token["rstrip"]
+            or _SAFE_CUT.search(f"x{token['content']}x", 2, len(token["content"]) + 1)
+            or token["content"].split() != [token["content"]]
             for token in state["added_tokens"]
         )
     )
@@ -227,8 +237,7 @@ def write_tokenizer_files(
 
 def tokenizer_folder_files(folder: Path) -> list[Path]:
     """Return the files of a prepared tokenizer that belong in a bundle, generation_config.json among them."""
-    names = (*TOKENIZER_FILES, "added_tokens.json", GENERATION_CONFIG)
-    return [folder / name for name in names if (folder / name).is_file()]
+    return [folder / name for name in PREPARED_FILES if (folder / name).is_file()]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -133,6 +133,7 @@ def load_weights(model: Any, folder: Path, adapter: Path | None = None) -> str:
 
 def load_model(folder: Path) -> GPT2:
     """Return the Keras model of a folder with config.json and model.safetensors."""
+    # TensorFlow, which a finished build that only looks for its base never loads.
     from builder.model.gpt2 import GPT2
 
     model = GPT2.create(read_geometry(folder))

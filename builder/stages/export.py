@@ -28,6 +28,7 @@ from builder.onnx_export.trace import trace
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe
 from builder.tf_export.byte_pair_tables import problem
+from builder.tf_export.fingerprint import settle_fingerprint
 from builder.tf_export.graph_tokenizer import GraphTokenizer
 from builder.tf_export.lint import Target, lint, refuse_errors
 from builder.tf_export.servable import Servable
@@ -85,6 +86,7 @@ def export(
 
     version_folder = draft / "savedmodel" / "1"
     signatures = servable(model, draft, recipe.export, reporter).save(version_folder)
+    settle_fingerprint(version_folder)
     requests = write_warmup(version_folder, recipe.name, geometry, tuple(signatures))
     refuse_errors(version_folder, lint(Target(version_folder, geometry)))
     for name, function in signatures.items():

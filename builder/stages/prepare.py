@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from builder.data.base_tokenizer import write_base_tokenizer
-from builder.data.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
+from builder.data.corpus import (
+    REPORT,
+    SCRATCH,
+    TRAIN,
+    VALIDATION,
+    CorpusReport,
+    iter_texts,
+    prepare_corpus,
+    read_report,
+)
 from builder.data.data_report import vocabulary_coverage, write_report
 from builder.data.document_batches import describe_loss
 from builder.data.documents import read_file
@@ -18,6 +27,7 @@ from builder.data.instructions import Template
 from builder.data.masked_shards import open_shard, write_masked_tokens
 from builder.data.token_shards import open_tokens, read_tokens, write_tokens
 from builder.data.tokenizer import (
+    PREPARED_FILES,
     add_chat_template,
     load_tokenizer,
     train_tokenizer,
@@ -33,14 +43,26 @@ if TYPE_CHECKING:
 
 SUMMARY, PAGE = "prepare.json", "report.html"
 PARTS = ("corpus", "tokenizer", "tokens")
+# What is written into the stage's folder, and into those of its parts.
+WRITES = (SUMMARY, PAGE)
+_CORPUS_FILES = (TRAIN, VALIDATION, REPORT, SCRATCH, "*.part", "train.left?")
+_TOKEN_FILES = tuple(f"{side}.{ending}" for side in ("train", "validation") for ending in ("bin", "json", "mask"))
 
 
-def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key: str = "", workers: int = 1) -> None:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    key: str = "",
+    workers: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
 
     `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
     tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
-    of `prepare_corpus`.
+    of `prepare_corpus`. `check` is called when the corpus was read, and raises if it is not what `key` is made of.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
     and if the training side has fewer tokens than one row of `training.sequence_length`.
@@ -48,13 +70,22 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     base = _read_base(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)
+    writes = dict(zip(PARTS, (_CORPUS_FILES, PREPARED_FILES, (*_TOKEN_FILES, "*.progress*")), strict=True))
     for part in PARTS if not key else ():
-        clear(folder / part)
-    ran = run_stage(folder / "corpus", stage_key(key, "corpus"), lambda part: _make_corpus(recipe, part, workers))
+        clear(folder / part, writes[part])
+    ran = run_stage(
+        folder / "corpus",
+        stage_key(key, "corpus"),
+        lambda part: _make_corpus(recipe, part, workers, check),
+        writes=writes["corpus"],
+    )
     corpus = read_report(folder / "corpus")
     report(_corpus_line(corpus) + _again(ran))
     ran = run_stage(
-        folder / "tokenizer", stage_key(key, "tokenizer"), lambda part: _make_tokenizer(recipe, base, part, report)
+        folder / "tokenizer",
+        stage_key(key, "tokenizer"),
+        lambda part: _make_tokenizer(recipe, base, part, report),
+        writes=writes["tokenizer"],
     )
     tokenizer = load_tokenizer(folder / "tokenizer")
     vocab_size, end = vocabulary_size(tokenizer), read_token_ids(folder / "tokenizer").eos
@@ -66,6 +97,7 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
         folder / "tokens",
         tokens_key,
         lambda part: _make_tokens(recipe, tokenizer, end, shards, tokens_key if key else ""),
+        writes=writes["tokens"],
         parts=half_done,
     )
     counts = {shard.stem: len(open_tokens(shard)) for shard in shards}
@@ -97,8 +129,9 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _make_corpus(recipe: Recipe, folder: Path, workers: int) -> None:
+def _make_corpus(recipe: Recipe, folder: Path, workers: int, check: Callable[[], None]) -> None:
     prepare_corpus(recipe, folder, workers)
+    check()
 
 
 def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequence[Path], key: str) -> None:
@@ -167,7 +200,8 @@ def _corpus_line(corpus: CorpusReport) -> str:
     skipped = sum(corpus.skipped_files.values())
     return (
         f"corpus: {corpus.train.documents:,} + {corpus.validation.documents:,} documents, "
-        f"{corpus.characters:,} characters, split by {corpus.split}"
+        f"{corpus.characters:,} characters, "
+        f"{corpus.validation.characters / corpus.characters:.1%} held out by {corpus.split}"
         + (f"; dropped {dropped}" if dropped else "")
         + (f"; skipped {skipped:,} files of other kinds" if skipped else "")
     )

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from builder.data.document_batches import counted_targets, first_prompts, is_plain
+from builder.data.document_batches import counted_targets, first_prompts, is_plain, make_sampler
 from builder.data.instructions import Template
 from builder.data.masked_shards import Shard, open_shard
 from builder.data.ngram_baselines import trigram_perplexity, unigram_perplexity
 from builder.data.tokenizer import load_tokenizer, vocabulary_size
 from builder.model.pretrained import Base, geometry_of, load_weights, resolve_base
 from builder.progress import Reporter
-from builder.recipe import ModelRecipe, Recipe
+from builder.recipe import ModelRecipe, Recipe, TrainingRecipe, VerifyRecipe
 from builder.special_tokens import TokenIds, read_token_ids
-from builder.training.metrics_log import MetricsLog, read_metrics
+from builder.training.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
+from builder.training.plan import adapter_line, limits, plan_steps, settings_line, settled
 from builder.training.training_report import REPORT_PAGE, write_report
 from serving.bundle import Geometry
-from serving.errors import InputError
+from serving.errors import InputError, TrainingError
 
 WEIGHTS = "model.safetensors"
 REPORT = "training.json"
+# What is written into the stage's folder, and what of it the next call keeps to resume from.
+WRITES = (WEIGHTS, "config.json", REPORT, REPORT_PAGE)
+KEEPS = ("checkpoint", METRICS, TENSORBOARD)
+SETTINGS = ("loop", "sequence_length")
+"""Keys of the report that say what a training setting was in fact, where the recipe leaves it open."""
 
 
 def hf_config(geometry: Geometry, recipe: ModelRecipe, pad: int | None = None) -> dict[str, Any]:
@@ -61,6 +69,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     Returns the report. A checkpoint of the same `run_id` in `folder` is taken up. Raises InputError for a base
     checkpoint that does not fit, TrainingError when the loss is not a number.
     """
+    recipe = settled(recipe)
     tokenizer = load_tokenizer(prepared / "tokenizer")
     ids = read_token_ids(prepared / "tokenizer")
     shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", ids.eos) for side in ("train", "validation"))
@@ -71,11 +80,6 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
         raise InputError(
             f"model.base {recipe.model.base!r}: its tokenizer has {vocab_size} entries, its weights only "
             f"{geometry.vocab_size}; name a whole checkpoint"
-        )
-    if recipe.training.sequence_length > geometry.n_positions:
-        raise InputError(
-            f"recipe key 'training.sequence_length' is {recipe.training.sequence_length}, longer than the "
-            f"{geometry.n_positions} positions of {recipe.model.base}"
         )
 
     # TensorFlow only now: what is wrong above is answered at once.
@@ -116,10 +120,18 @@ def _train(
         )
     if base is not None:
         reporter.line(f"base: {load_weights(model, base.weights, base.adapter)} of {recipe.model.base}")
-    if recipe.training.epochs:
-        choose_trainable(model, recipe.training)
-    reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
     settings = recipe.training
+    about = [f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}"]
+    trainable = 0
+    if settings.epochs:
+        choose_trainable(model, settings)
+        trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+        if settings.lora_rank or settings.freeze:
+            about.append(adapter_line(settings, trainable, geometry.parameters))
+        steps, _ = plan_steps(settings, make_sampler(shard, settings, recipe.seed).rows)
+        about.append(settings_line(settings, steps))
+    for line in about:
+        reporter.line(line)
     prompts = _prompts(recipe, tokenizer, held_out) if settings.sample_tokens else []
 
     continuations = Continuations(model, prompts, settings.sample_tokens)
@@ -137,7 +149,7 @@ def _train(
                 shown[:] = event.get("samples", [])
                 for prompt, text in shown:
                     reporter.line(f"  {prompt!r} -> {text!r}")
-                write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), event["history"], shown)
+                write_report(folder / REPORT_PAGE, recipe.name, about, read_metrics(folder), event["history"], shown)
 
         history = fit(
             model,
@@ -151,32 +163,49 @@ def _train(
             log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
             sample=sample,
         )
-    write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), history, shown or sample())
-    # With weights, n-grams are held to the same targets.
-    counted = None
-    if not is_plain(shard, settings):
-        counted = counted_targets(shard, settings), counted_targets(held_out, settings)
     exported = exported_row(history, recipe.training)
     report = {
         "loop": settings.loop,
+        "sequence_length": settings.sequence_length,
+        "steps": exported["step"],
         "parameters": geometry.parameters,
-        "training_tokens": len(shard.ids),
-        "validation_tokens": len(held_out.ids),
-        "validation_loss": exported["validation_loss"],
-        "validation_perplexity": exported["validation_perplexity"],
-        "validation_accuracy": exported["validation_accuracy"],
-        "unigram_perplexity": unigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
-        "trigram_perplexity": trigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+        "trainable_parameters": trainable,
+        "lora_rank": settings.lora_rank,
+        **figures(settings, geometry, shard, held_out, exported),
         "history": history,
     }
-    if counted:
-        report |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
     _say_how_it_compares(report, reporter)
+    for sentence in limits(report):
+        reporter.line(sentence)
+    about += limits(report)
+    write_report(folder / REPORT_PAGE, recipe.name, about, read_metrics(folder), history, shown or sample())
     write_safetensors(model, folder / WEIGHTS)
     config = hf_config(geometry, recipe.model, ids.pad)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def figures(
+    settings: TrainingRecipe, geometry: Geometry, shard: Shard, held_out: Shard, row: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the sizes of both sides, the validation figures of a history's `row`, and those of the n-grams."""
+    # With weights, n-grams are held to the same targets.
+    counted = None
+    if not is_plain(shard, settings):
+        counted = counted_targets(shard, settings), counted_targets(held_out, settings)
+    found = {
+        "training_tokens": len(shard.ids),
+        "validation_tokens": len(held_out.ids),
+        "validation_loss": row["validation_loss"],
+        "validation_perplexity": row["validation_perplexity"],
+        "validation_accuracy": row["validation_accuracy"],
+        "unigram_perplexity": unigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+        "trigram_perplexity": trigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
+    }
+    if counted:
+        found |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
+    return found
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list[int]]:
@@ -195,7 +224,19 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list
 
 def quality(report: dict[str, Any]) -> dict[str, float]:
     """The report's figures that a manifest carries."""
-    return {key: float(value) for key, value in report.items() if key not in ("history", "loop")}
+    return {key: float(value) for key, value in report.items() if key not in ("history", *SETTINGS)}
+
+
+def check_quality(recipe: VerifyRecipe, figures: Mapping[str, float]) -> None:
+    """Raise TrainingError if a model with these figures is not better than `recipe.better_than`."""
+    if not recipe.better_than:
+        return
+    ours, theirs = figures["validation_perplexity"], figures[f"{recipe.better_than}_perplexity"]
+    if not ours < theirs:
+        raise TrainingError(
+            f"validation perplexity {ours:.2f} is not below the {recipe.better_than}'s {theirs:.2f}, as "
+            "verify.better_than asks for; train longer, add text, or change that key"
+        )
 
 
 def _say_how_it_compares(report: dict[str, Any], reporter: Reporter) -> None:

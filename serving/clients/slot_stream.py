@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from serving.clients.slot_pool import STALE, SlotPool, SlotStream, check_slot_params
-from serving.clients.transport import END, Piece, RetryingClient, as_text
+from serving.clients.transport import EMPTY_PROMPT, Piece, RetryingClient, as_text
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 from serving.sampling.detokenizer import TextStream, TokenBytes
@@ -66,10 +66,10 @@ class SlotTexts:
         the slots are given back.
         """
         check_slot_params(params)
-        ids = self._encode([END, *prompts])
-        end, rows = ids[0][0], ids[1:]
+        rows = self._encode(prompts)
         if not all(rows):
-            raise InputError(f"a text may not be empty; {END} alone starts a new text")
+            raise InputError(EMPTY_PROMPT)
+        end = self._client.end_token()
         return self._run([SlotStream(row, params, end, lambda: self._open(params)) for row in rows], steps, whole)
 
     def _run(self, streams: list[SlotStream], steps: int, whole: bool) -> Iterator[Piece]:
@@ -155,8 +155,8 @@ class SlotTexts:
 
     def _open(self, params: SamplingParams) -> TextStream:
         if self._token_bytes is not None:
-            return TextStream(self._token_bytes, params.stop)
-        return TextStream(_ServerPieces(self._client), params.stop, self._special_tokens(params.stop))
+            return TextStream(self._token_bytes, params.stop_automaton)
+        return TextStream(_ServerPieces(self._client), params.stop_automaton, self._special_tokens(params.stop))
 
     def _special_tokens(self, texts: Sequence[str]) -> dict[str, int]:
         """Those of `texts` that are one token which the server's detokenizer leaves out, with its id."""

@@ -82,50 +82,65 @@ def _token_bytes(text: str) -> bytes:
         return text.encode("utf-8")
 
 
-class StopMatcher:
-    """Finds the first stop string in text given character by character (Aho and Corasick, 1975).
+class StopAutomaton:
+    """Finds the first stop string in text (Aho and Corasick, 1975). Immutable, so any number of matchers share one.
 
     The first one is the one whose last character comes first; among those that end there, the longest.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         """Build the automaton for `stop`, non-empty strings, in time and space linear in their joint length."""
+        self.texts = tuple(stop)
         self._next: list[dict[str, int]] = [{}]
-        self._depth, self._fallback, self._match = [0], [0], [0]
+        self.depth, self._fallback, self.match = [0], [0], [0]
         for text in stop:
             state = 0
             for character in text:
                 if character not in self._next[state]:
                     self._next[state][character] = len(self._next)
                     self._next.append({})
-                    self._depth.append(self._depth[state] + 1)
+                    self.depth.append(self.depth[state] + 1)
                     self._fallback.append(0)
-                    self._match.append(0)
+                    self.match.append(0)
                 state = self._next[state][character]
-            self._match[state] = self._depth[state]
+            self.match[state] = self.depth[state]
         pending = deque(self._next[0].values())
         while pending:
             state = pending.popleft()
-            self._match[state] = self._match[state] or self._match[self._fallback[state]]
+            self.match[state] = self.match[state] or self.match[self._fallback[state]]
             for character, child in self._next[state].items():
-                self._fallback[child] = self._step(self._fallback[state], character)
+                self._fallback[child] = self.step(self._fallback[state], character)
                 pending.append(child)
-        self._state = 0
 
-    def _step(self, state: int, character: str) -> int:
+    def step(self, state: int, character: str) -> int:
+        """The state after `character`."""
         while state and character not in self._next[state]:
             state = self._fallback[state]
         return self._next[state].get(character, 0)
 
+
+@functools.lru_cache(maxsize=16)
+def stop_automaton(stop: tuple[str, ...]) -> StopAutomaton:
+    """The automaton of `stop`. Callers tend to send the same ones with each request."""
+    return StopAutomaton(stop)
+
+
+class StopMatcher:
+    """A place in text given character by character, and the stop strings that end there."""
+
+    def __init__(self, stop: Sequence[str] | StopAutomaton) -> None:
+        self._automaton = stop if isinstance(stop, StopAutomaton) else StopAutomaton(stop)
+        self._state = 0
+
     def push(self, character: str) -> int:
         """Take one character and return the length of the stop string that ends with it, 0 if none does."""
-        self._state = self._step(self._state, character)
-        return self._match[self._state]
+        self._state = self._automaton.step(self._state, character)
+        return self._automaton.match[self._state]
 
     @property
     def held(self) -> int:
         """How many of the last characters are the beginning of some stop string."""
-        return self._depth[self._state]
+        return self._automaton.depth[self._state]
 
 
 class Pieces(Protocol):
@@ -165,18 +180,20 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Tokenizer | TokenBytes | Pieces,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | StopAutomaton | None = None,
         special: Mapping[str, int] | None = None,
     ) -> None:
         """Open a stream over `tokenizer`, a TokenBytes made once for many streams, or pieces from elsewhere.
 
-        `stop` are non-empty. `special` are the special tokens by text, for pieces from elsewhere.
+        `stop` are non-empty strings, or their automaton, made once for many streams. `special` are the special tokens
+        by text, for pieces from elsewhere.
         """
         if isinstance(tokenizer, Tokenizer):
             tokenizer = TokenBytes(tokenizer)
         if isinstance(tokenizer, TokenBytes):
             special = tokenizer.special
-        self._special = {special[text]: text for text in stop if text in special} if special else {}
+        texts = stop.texts if isinstance(stop, StopAutomaton) else stop or ()
+        self._special = {special[text]: text for text in texts if text in special} if special else {}
         self._pieces: Pieces = _BytePieces(tokenizer) if isinstance(tokenizer, TokenBytes) else tokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._held: deque[str] = deque()

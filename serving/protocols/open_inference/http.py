@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.errors import InputError
-from serving.protocols.json_requests import parse_object, while_connected
+from serving.protocols.json_requests import while_connected
 from serving.protocols.open_inference import metadata as models
 from serving.protocols.open_inference.infer import Answer, Stream, infer, open_stream
 from serving.protocols.open_inference.schema import GenerateBody, InferBody, InputTensor
@@ -23,7 +23,7 @@ from serving.server.errors import failure_of
 from serving.server.event_queue import time_limit
 from serving.server.event_stream import EventStream
 from serving.server.middleware import log
-from serving.server.request_bodies import parse_body, read_bytes, reading
+from serving.server.request_bodies import parse_body, parse_object, read_bytes, reading
 from serving.server.state import Server
 
 HEADER_LENGTH = "Inference-Header-Content-Length"

@@ -39,7 +39,7 @@ def test_prepare_leaves_corpus_tokenizer_tokens_and_a_summary(tmp_path: Path) ->
     train, validation = (open_tokens(tmp_path / "run" / "tokens" / f"{side}.bin") for side in ("train", "validation"))
     assert summary["tokens"] == {"train": len(train), "validation": len(validation)}
     assert summary["vocab_size"] == 300
-    assert summary["split"] == "lines"
+    assert summary["split"] == "ends of documents"
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     text = tokenizer.decode(train[:-1].tolist()) + tokenizer.decode(validation[:-1].tolist())
     assert text == (tmp_path / "book.txt").read_text()
@@ -67,8 +67,11 @@ def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path) -> None:
 
 def test_too_little_text_leaves_no_summary_not_even_an_old_one(tmp_path: Path) -> None:
     prepare(small_recipe(tmp_path), tmp_path / "run", lambda line: None)
-    with pytest.raises(InputError, match="one row needs 33; add text"):
+    with pytest.raises(InputError, match="too few to hold out"):
         prepare(small_recipe(tmp_path, lines=3), tmp_path / "run", lambda line: None)
+    short = dataclasses.replace(small_recipe(tmp_path, lines=12), training=TrainingRecipe(sequence_length=512))
+    with pytest.raises(InputError, match="one row needs 513; add text"):
+        prepare(short, tmp_path / "run", lambda line: None)
     assert not (tmp_path / "run" / "prepare.json").exists()
 
 

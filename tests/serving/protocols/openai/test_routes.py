@@ -369,13 +369,12 @@ def test_more_tokens_at_least_than_at_most_are_refused(raw: Any, most: dict[str,
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(raw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def encode(tokenizer: Any, text: str) -> list[int]:
-        raise AssertionError("encoded")
-
     # 1024 positions; the longest token is "<|endoftext|>" with 13 bytes.
-    monkeypatch.setattr("serving.protocols.openai.routes.encode", encode)
+    monkeypatch.setattr("serving.protocols.texts._encode", lambda *_: pytest.fail("encoded"))
     answer = raw.post("/v1/completions", json={"prompt": "a" * (13 * 1024 + 1)})
-    assert answer.status_code == 400 and "longer than the model's context of 1024" in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["code"] == "context_length_exceeded"
+    assert error["message"].startswith("This model's maximum context length is 1024 tokens; ")
     monkeypatch.undo()
     answer = raw.post("/v1/completions", json={"prompt": "a" * 13 * 1024})
     assert answer.status_code == 400 and f"a prompt of {13 * 1024}" in answer.json()["error"]["message"]
