@@ -115,6 +115,11 @@ def read_geometry(folder: Path, ids: TokenIds | None = None) -> Geometry:
     return geometry
 
 
+def read_sizes(folder: Path) -> Geometry:
+    """Return the geometry of the checkpoint in `folder`, whatever its config.json says of tokens; both ids are 0."""
+    return read_geometry(folder, TokenIds(0, 0))
+
+
 def query_scales(folder: Path, geometry: Geometry) -> list[float]:
     """Return what each block's queries are multiplied by so that plain attention, which divides by the root of the head
     size, is what config.json says: 1 unless it sets scale_attn_weights or scale_attn_by_inverse_layer_idx.
