@@ -89,6 +89,8 @@ def read_geometry(folder: Path, ids: TokenIds | None = None) -> Geometry:
     name = config.get("activation_function", "gelu_new")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise InputError(f"{path}: activation_function is {name!r}; can be built: {', '.join(_ACTIVATIONS)}")
+    if config.get("auto_map"):
+        raise InputError(f"{path}: auto_map names code of its own, which is never run; name a plain GPT-2 checkpoint")
     if config.get("add_cross_attention", False):
         raise InputError(f"{path}: add_cross_attention is {config['add_cross_attention']!r}; only False can be built")
     try:

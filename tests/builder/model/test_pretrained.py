@@ -78,6 +78,7 @@ def test_geometry_is_read(checkpoint: Path) -> None:
         ({"bos_token_id": -1}, "bos_token_id is -1, outside of the vocabulary of 257"),
         ({"activation_function": "swish"}, "activation_function is 'swish'; can be built: gelu_new, gelu_fast"),
         ({"activation_function": ["relu"]}, r"activation_function is \['relu'\]; can be built"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map names code of its own"),
         ({"add_cross_attention": True}, "add_cross_attention is True; only False"),
     ],
 )
