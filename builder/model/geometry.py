@@ -175,12 +175,3 @@ def recipe_geometry(model: ModelRecipe, vocab_size: int, ids: TokenIds) -> Geome
         bos_token_id=ids.bos,
         eos_token_id=ids.eos,
     )
-
-
-def check_heads(geometry: Geometry) -> None:
-    """Raise InputError for heads of a size that the optimised graphs cannot have."""
-    if geometry.n_embd % (8 * geometry.n_head):
-        raise InputError(
-            f"model.n_embd {geometry.n_embd} over model.n_head {geometry.n_head} makes heads of "
-            f"{geometry.n_embd / geometry.n_head:g}; ONNX Runtime's GroupQueryAttention takes multiples of 8 only"
-        )

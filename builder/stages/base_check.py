@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from builder.data.base_tokenizer import BaseTokenizer, read_base_tokenizer
-from builder.model.geometry import check_heads, read_sizes
+from builder.model.geometry import read_sizes
 from builder.model.lora_adapter import LoraAdapter
 from builder.model.pretrained import Base, resolve_base
 from builder.model.weight_matching import check_head, match_weights
@@ -26,7 +26,6 @@ def read_base(model: ModelRecipe) -> CheckedBase:
     """Return the base of a recipe. Raises InputError for one that is not there, not whole or not a GPT-2."""
     parts = resolve_base(model.base)
     geometry = read_sizes(parts.weights)
-    check_heads(geometry)
     check_head(parts.weights, match_weights(parts.weights, geometry))
     if parts.adapter is not None:
         LoraAdapter(parts.adapter, geometry)
