@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from builder.model.geometry import read_geometry
+from builder.model.geometry import read_sizes
 from builder.model.pretrained import resolve_base
 from builder.recipe import Recipe, TrainingRecipe, fit_context
-from builder.special_tokens import TokenIds
 from serving.errors import InputError
 
 FEW_STEPS = 20
@@ -29,8 +28,7 @@ def settled(recipe: Recipe) -> Recipe:
     """
     n_layer = recipe.model.n_layer
     if recipe.model.base:
-        # Its token ids are the tokenizer's to decide, and not looked at here.
-        geometry = read_geometry(resolve_base(recipe.model.base).weights, TokenIds(0, 0))
+        geometry = read_sizes(resolve_base(recipe.model.base).weights)
         n_layer = geometry.n_layer
         recipe = fit_context(recipe, geometry.n_positions, f"the context of model.base {recipe.model.base!r},")
     names = list(weight_names(n_layer))
