@@ -136,7 +136,6 @@ def test_long_texts_of_clients_that_left_hold_nobody(server: Attacked, text: str
 
 
 def _asking(where: str, text: str) -> tuple[str, bytes]:
-    import json
 
     asked: dict[str, tuple[str, Any]] = {
         "tokenize": ("/tokenize", {"prompt": text}),
