@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from html.parser import HTMLParser
 from typing import Literal
 
+from builder.data.text_boundaries import last_boundary
 from builder.recipe import CleaningRecipe
 
 Cleaned = tuple[str, bool]
@@ -154,14 +155,8 @@ def remove_lines(text: str, unwanted: Container[str]) -> Cleaned:
 
 
 def trim(text: str, limit: int) -> Cleaned:
-    """Cut a text to at most `limit` characters: at its last line end in the second half, else at a blank there."""
-    if len(text) <= limit:
-        return text, False
-    head = text[:limit]
-    cut = head.rfind("\n", limit // 2)
-    if cut < 0 and not text[limit].isspace():
-        cut = max(head.rfind(" ", limit // 2), head.rfind("\t", limit // 2))
-    return (head[:cut] if cut > 0 else head).rstrip(), True
+    """Cut a text to at most `limit` characters, at a boundary (see `text_boundaries.last_boundary`)."""
+    return (text, False) if len(text) <= limit else (text[: last_boundary(text, limit)].rstrip(), True)
 
 
 class _Text(HTMLParser):

@@ -209,10 +209,9 @@ def _measure(recipe: Recipe, chunk: Chunk) -> Chunk:
             trimmed = document.trimmed(settings.max_characters, trim)
             tally.changed("trim", document.text, trimmed.text)
             document = trimmed
-        text = document.content
         if not document.is_answered:
             tally.dropped["no response"] += 1
-        elif len(text.strip()) < settings.min_characters:
+        elif document.answer_characters < recipe.min_characters:
             tally.dropped["too short"] += 1
         elif settings.max_characters and len(document.text) > settings.max_characters:
             tally.dropped["too long"] += 1

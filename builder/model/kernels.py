@@ -21,10 +21,12 @@ class Kernels:
     Args:
         n_head: attention heads.
         attn_pdrop: dropout rate on the attention probabilities, active with `training=True`.
+        activation: the feed-forward layer's function, as `Geometry.activation_function` names it.
     """
 
-    def __init__(self, n_head: int, attn_pdrop: float = 0.0) -> None:
+    def __init__(self, n_head: int, attn_pdrop: float = 0.0, activation: str = "gelu_new") -> None:
         self.n_head = n_head
+        self.activation = activation
         self.attn_dropout = keras.layers.Dropout(attn_pdrop) if attn_pdrop else None
 
     def split_heads(self, qkv: Any) -> list[Any]:
@@ -77,9 +79,9 @@ class Kernels:
         """Apply a Keras LayerNormalization layer to [batch, sequence, n_embd]."""
         return layer(hidden)
 
-    def gelu(self, inner: Any) -> Any:
-        """GELU in its tanh form (Hendrycks & Gimpel 2016), elementwise."""
-        return ops.gelu(inner, approximate=True)
+    def activate(self, inner: Any) -> Any:
+        """Apply the activation elementwise: ReLU, GELU, or GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+        return ops.relu(inner) if self.activation == "relu" else ops.gelu(inner, approximate=self.activation != "gelu")
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:
         """Logits against the tied embedding: [batch, sequence, n_embd] to float32 [batch, sequence, vocab_size]."""

@@ -23,7 +23,7 @@ class OnnxKernels(Kernels):
     def __init__(
         self, geometry: Geometry, markers: MarkerTable, past: list[tuple[Any, Any]], attention_mask: Any
     ) -> None:
-        super().__init__(geometry.n_head)
+        super().__init__(geometry.n_head, activation=geometry.activation_function)
         self.geometry = geometry
         self.markers = markers
         self.past = past
@@ -162,8 +162,11 @@ class OptimisedKernels(OnnxKernels):
         rows = tf.reshape(rows, [batch, sequence, self.geometry.n_embd])
         return tf.reshape(tf.gather(rows, newest, axis=1, batch_dims=1), [-1, self.geometry.n_embd])
 
-    def gelu(self, inner: Any) -> Any:
-        (result,) = self.markers.emit("FastGelu", [inner], [tf.TensorSpec(inner.shape, inner.dtype)], domain=MICROSOFT)
+    def activate(self, inner: Any) -> Any:
+        if self.activation == "relu":
+            return tf.nn.relu(inner)
+        operator = "FastGelu" if self.activation == "gelu_new" else "Gelu"
+        (result,) = self.markers.emit(operator, [inner], [tf.TensorSpec(inner.shape, inner.dtype)], domain=MICROSOFT)
         return result
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:

@@ -85,6 +85,7 @@ def trace(
         extra_opset=[onnx.helper.make_opsetid(domain, 1) for domain in make_kernels.domains],
     )
     _drop_unused_domains(converted)
+    _number_constants(converted.graph)
     axes: dict[str, list[str | int]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
@@ -110,6 +111,27 @@ def _drop_unused_domains(model: onnx.ModelProto) -> None:
     for entry in list(model.opset_import):
         if entry.domain not in used:
             model.opset_import.remove(entry)
+
+
+def _number_constants(graph: Any) -> None:
+    """Keep one of several equal constants, and name and order them by first use.
+
+    tf2onnx keeps any of them, by the order of a set of strings, which is another one in each process.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    kept: dict[tuple[Any, ...], Any] = {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue
+            array = onnx.numpy_helper.to_array(tensor)
+            key = (array.dtype.str, array.shape, array.tobytes())
+            if key not in kept:
+                kept[key] = onnx.numpy_helper.from_array(array, f"constant_{len(kept)}")
+            node.input[index] = kept[key].name
+    del graph.initializer[:]
+    graph.initializer.extend(kept.values())
 
 
 def _rename(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

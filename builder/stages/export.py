@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from builder.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from builder.data.tokenizer import load_tokenizer, tokenizer_folder_files
 from builder.keras_backend import tf
 from builder.model.gpt2 import GPT2
 from builder.model.pretrained import load_model
@@ -28,6 +28,7 @@ from builder.onnx_export.trace import trace
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe
 from builder.tf_export.byte_pair_tables import problem
+from builder.tf_export.fingerprint import settle_fingerprint
 from builder.tf_export.graph_tokenizer import GraphTokenizer
 from builder.tf_export.lint import Target, lint, refuse_errors
 from builder.tf_export.servable import Servable
@@ -46,11 +47,9 @@ def export(
     """
     model = load_model(trained)
     geometry = model.geometry
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(prepared / "tokenizer" / name, draft / name)
+    for file in tokenizer_folder_files(prepared / "tokenizer"):
+        shutil.copyfile(file, draft / file.name)
     shutil.copyfile(trained / "config.json", draft / "config.json")
-    end = {"bos_token_id": geometry.bos_token_id, "eos_token_id": geometry.eos_token_id}
-    (draft / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n", encoding="utf-8")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
 
@@ -87,6 +86,7 @@ def export(
 
     version_folder = draft / "savedmodel" / "1"
     signatures = servable(model, draft, recipe.export, reporter).save(version_folder)
+    settle_fingerprint(version_folder)
     requests = write_warmup(version_folder, recipe.name, geometry, tuple(signatures))
     refuse_errors(version_folder, lint(Target(version_folder, geometry)))
     for name, function in signatures.items():

@@ -35,7 +35,7 @@ from serving.bundle.manifest import (
     to_json,
 )
 from serving.bundle.plain_files import hash_plain, read_plain
-from serving.bundle.publish import publish, sync_folder
+from serving.bundle.publishing import publish, sync_folder
 from serving.bundle.strict_json import MAX_BYTES, refuse
 from serving.errors import BundleError, InputError
 from serving.support.suggestions import did_you_mean
@@ -136,8 +136,9 @@ def write_manifest(
     """Hash every file in `folder`, then write `folder`/manifest.json, and return the manifest as it will be read.
 
     All files and the folders that hold them are flushed to disk first; the manifest replaces an older one atomically
-    and last, so a folder with a manifest is whole. `created` defaults to now. Raises BundleError for whatever
-    `open_bundle` would refuse: a symbolic link, an impossible file name, no tokenizer.json, a value out of range.
+    and last, so a folder with a manifest is whole. `created` defaults to the time in SOURCE_DATE_EPOCH (seconds since
+    1970), or to now. Raises BundleError for whatever `open_bundle` would refuse: a symbolic link, an impossible file
+    name, no tokenizer.json, a value out of range.
     """
     target = folder / MANIFEST_NAME
     unfinished = folder / _UNFINISHED_NAME
@@ -154,7 +155,7 @@ def write_manifest(
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
-        created=created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=created or _now().strftime("%Y-%m-%dT%H:%M:%SZ"),
         model=model,
         tokenizer=TokenizerFiles(
             id=f"sha256:{hashes[TOKENIZER_NAME]}", files=tuple(path for path in TOKENIZER_FILES if path in hashes)
@@ -180,6 +181,15 @@ def write_manifest(
         unfinished.unlink(missing_ok=True)
     sync_folder(folder)
     return manifest
+
+
+def _now() -> datetime:
+    """The present, or the time that reproducible builds agree on (reproducible-builds.org, SOURCE_DATE_EPOCH)."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return datetime.now(UTC) if epoch is None else datetime.fromtimestamp(int(epoch), UTC)
+    except (ValueError, OverflowError, OSError):
+        raise InputError(f"SOURCE_DATE_EPOCH is {epoch!r}; set it to seconds since 1970, or unset it") from None
 
 
 def open_bundle(folder: Path | str, check: Literal["hashes", "sizes"] = "hashes") -> Bundle:

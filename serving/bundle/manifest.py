@@ -85,7 +85,7 @@ class Geometry:
     n_head: Annotated[int, _count]
     n_inner: Annotated[int, _count]
     layer_norm_epsilon: Annotated[float, lambda value: None if 0 < value < 1 else "must lie between 0 and 1"]
-    activation_function: Literal["gelu_new"]
+    activation_function: Literal["gelu_new", "gelu", "relu"]
     bos_token_id: Annotated[int, _token_id]
     eos_token_id: Annotated[int, _token_id]
 

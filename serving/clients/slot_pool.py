@@ -22,7 +22,7 @@ from serving.sampling import SamplingParams
 from serving.sampling.detokenizer import TextStream
 
 # A row's answer. What every correct client may meet is a status and no error, which would fail the rows of others too.
-RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD = 0, 1, -1, -2, -3
+RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD, CANCELLED = 0, 1, -1, -2, -3, -4
 
 SIGNATURES = frozenset({"prefill_slots", "decode_slots", "release_slots"})
 # What the graph does not compute, by the names of the fields of SamplingParams. Stop texts and stop token ids are
@@ -80,11 +80,14 @@ class SlotStream:
         self.text = self._open_text()
         self.reason: Literal["stop", "length"] | None = None
         self.stopped_by: str | int | None = None
-        self._ask()
+        self.ask()
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
+        """Want a slot under a new name, with nothing received."""
         self.request_id = 1 + secrets.randbelow(2**63 - 1)
         self.slot, self.generation, self.received, self.status = -1, 0, 0, RUNNING
+        # Whether the server may have given it a slot that this side has not heard of.
+        self.asked = False
 
     def take(self, tokens: Sequence[int]) -> list[tuple[int, str]]:
         """Return each token that counts, with the text certain by it; sets `reason` if the last is among them."""
@@ -114,7 +117,7 @@ class SlotStream:
         """Make a prompt of all that came; it needs a slot anew."""
         self.prompt = (*self._prompt, *self.tokens)
         self.budget = self.params.max_new_tokens - len(self.tokens)
-        self._ask()
+        self.ask()
 
 
 class SlotPool:
@@ -146,6 +149,8 @@ class SlotPool:
         The others go on waiting. Raises ServerError, and then all of them wait.
         """
         token_ids, lengths = pad_right([stream.prompt for stream in streams])
+        for stream in streams:
+            stream.asked = True
         every = [stream.params for stream in streams]
         answer = self._predict(
             "prefill_slots",
@@ -163,8 +168,11 @@ class SlotPool:
         )
         placed = []
         for row, stream in enumerate(streams):
-            status = int(answer["status"][row])
+            status, stream.asked = int(answer["status"][row]), False
             if status == NO_FREE_SLOT:
+                continue
+            if status == CANCELLED:  # Somebody gave its name back.
+                stream.ask()
                 continue
             stream.status, stream.slot = status, int(answer["slot"][row])
             stream.generation = int(answer["generation"][row])
@@ -189,13 +197,42 @@ class SlotPool:
         return made
 
     def leave(self, streams: Collection[SlotStream]) -> None:
-        """Take streams out, wherever they are, and give their slots back, if the server answers in a few seconds."""
+        """Take streams out, wherever they are, and give their slots back, if the server answers in a few seconds.
+
+        A stream whose prompt was sent without an answer may have a slot: that one is given back by the stream's name.
+        """
         held = [stream for stream in self.running if stream in streams]
+        unheard = [stream for stream in self.waiting if stream in streams and stream.asked]
         self.running = [stream for stream in self.running if stream not in streams]
         self.waiting = deque(stream for stream in self.waiting if stream not in streams)
         for start in range(0, len(held), ROWS):
             with contextlib.suppress(ServerError):
                 self._predict("release_slots", _places(held[start : start + ROWS]), _FAREWELL)
+        for start in range(0, len(unheard), ROWS):
+            with contextlib.suppress(ServerError, InputError):
+                self._cancel(unheard[start : start + ROWS])
+
+    def _cancel(self, streams: Sequence[SlotStream]) -> None:
+        """Give back by name what slots `streams` have, and those that calls under way will still give them."""
+        names = np.array([stream.request_id for stream in streams], np.int64)
+        try:
+            self._predict("cancel_slots", {"request_id": names}, _FAREWELL)
+            return
+        except InputError:  # A SavedModel of before it had this signature.
+            pass
+        except ServerError as error:
+            if error.code not in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
+                raise
+        # The same name gets the same slot, whatever the prompt is; should it have none yet, the shortest costs least.
+        ones = np.ones(len(streams), np.int32)
+        shortest = {"token_ids": np.zeros([len(streams), 1], np.int32), "lengths": ones, "max_new_tokens": ones}
+        greedy = {"temperature": np.zeros(len(streams), np.float32), "top_k": 0 * ones}
+        greedy |= {"top_p": np.ones(len(streams), np.float32), "seed": np.zeros(len(streams), np.int64)}
+        answer = self._predict("prefill_slots", {"request_id": names, **shortest, **greedy}, _FAREWELL)
+        placed = np.asarray(answer["slot"]) >= 0
+        if placed.any():
+            held = {name: np.asarray(answer[name])[placed] for name in ("slot", "generation")}
+            self._predict("release_slots", held, _FAREWELL)
 
     def go_on(self, stream: SlotStream) -> None:
         """Give the slot of a stream that `goes_on` back, and let it wait for another, before all others."""

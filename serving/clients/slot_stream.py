@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from serving.clients.slot_pool import STALE, SlotPool, SlotStream, check_slot_params
-from serving.clients.transport import END, Piece, RetryingClient, as_text
+from serving.clients.transport import EMPTY_PROMPT, Piece, RetryingClient, as_text
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 from serving.sampling.detokenizer import TextStream, TokenBytes
@@ -65,10 +65,10 @@ class SlotTexts:
         the slots are given back.
         """
         check_slot_params(params)
-        ids = self._encode([END, *prompts])
-        end, rows = ids[0][0], ids[1:]
+        rows = self._encode(prompts)
         if not all(rows):
-            raise InputError(f"a text may not be empty; {END} alone starts a new text")
+            raise InputError(EMPTY_PROMPT)
+        end = self._client.end_token()
         return self._run([SlotStream(row, params, end, lambda: self._open(params)) for row in rows], steps, whole)
 
     def _run(self, streams: list[SlotStream], steps: int, whole: bool) -> Iterator[Piece]:

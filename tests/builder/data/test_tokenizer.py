@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
+from builder.data.base_tokenizer import read_base_tokenizer, write_base_tokenizer
 from builder.data.tokenizer import (
-    END_TOKEN,
     TOKENIZER_FILES,
     can_cut,
-    copy_tokenizer,
     end_token_id,
     load_tokenizer,
     pieces,
@@ -22,6 +21,7 @@ from builder.data.tokenizer import (
     vocabulary_size,
 )
 from builder.recipe import TokenizerRecipe
+from builder.special_tokens import END_TOKEN, GENERATION_CONFIG, TokenIds, read_token_ids
 from serving.errors import InputError
 
 TEXTS = [
@@ -50,7 +50,8 @@ def test_the_vocabulary_is_what_was_asked_for_and_ends_with_the_end_token(folder
     assert list(vocab.values()) == list(range(320))
     assert vocab[END_TOKEN] == 319
     assert len((folder / "merges.txt").read_text(encoding="utf-8").splitlines()) == 1 + 320 - 257
-    assert sorted(path.name for path in folder.iterdir()) == sorted(TOKENIZER_FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*TOKENIZER_FILES, GENERATION_CONFIG))
+    assert read_token_ids(folder) == TokenIds(319, 319)
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 128
 
 
@@ -115,8 +116,8 @@ def test_vocabulary_and_merges_alone_make_the_same_tokenizer(
     for text in [*TEXTS, *SAMPLES]:
         assert old.encode(text).ids == tokenizer.encode(text).ids
     copied = tmp_path / "copied"
-    copy_tokenizer(tmp_path, copied, 128)
-    for name in TOKENIZER_FILES:
+    write_base_tokenizer(read_base_tokenizer(tmp_path, tmp_path), 128, copied)
+    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         assert (copied / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -131,27 +132,31 @@ def test_stored_truncation_and_padding_are_switched_off(folder: Path, tmp_path: 
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    copied = copy_tokenizer(tmp_path, tmp_path / "copied", 16)
+    base = read_base_tokenizer(tmp_path, tmp_path)
+    write_base_tokenizer(base, 16, tmp_path / "copied")
+    copied = base.tokenizer
     assert copied.decode(copied.encode(TEXTS[0]).ids) == TEXTS[0]
     assert '"truncation": null' in (tmp_path / "copied" / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no tokenizer here; it needs tokenizer\.json"):
+    with pytest.raises(InputError, match=r"no tokenizer here; run 'gpt2-bundle prepare'"):
         load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"no tokenizer here; it needs tokenizer\.json"):
+        read_base_tokenizer(tmp_path, tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(InputError, match=r"vocab\.json and merges\.txt are not a tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(InputError, match=r"has no <\|endoftext\|> token"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="nothing says which token ends a text"):
+        read_base_tokenizer(tmp_path, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
         load_tokenizer(tmp_path)
     Tokenizer(models.WordLevel({END_TOKEN: 0}, unk_token=END_TOKEN)).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match="not a byte-level BPE"):
-        copy_tokenizer(tmp_path, tmp_path / "copied", 16)
+    with pytest.raises(InputError, match="neither a byte-level BPE nor a WordPiece"):
+        read_base_tokenizer(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("missing", [(), ("tokenizer.json",)])

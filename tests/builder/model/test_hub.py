@@ -13,8 +13,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from builder.model.geometry import read_geometry
 from builder.model.gpt2 import GPT2
-from builder.model.pretrained import Base, load_weights, read_geometry, resolve_base
+from builder.model.pretrained import Base, load_weights, resolve_base
 from serving.errors import InputError
 from tests.oracles.fixtures import FOLDER, max_difference, read_cases
 from tests.oracles.layouts import h5_tensors, write_h5
