@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from serving.commands.param_types import Seed
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 
@@ -58,7 +59,9 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; may be given several times."
 )
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option(
+    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")

@@ -370,7 +370,7 @@ def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
     submit = engine.submit
     engine.submit = lambda request, listener: (seen.append(request), submit(request, listener))[1]  # type: ignore
     body = {
-        "prompt": "A", "seed": -1, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1,
+        "prompt": "A", "seed": -2, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1,
         "frequency_penalty": -1.5, "logit_bias": {"5": -100}, "min_tokens": 2, "ignore_eos": True, "top_p": 0.5,
     }  # fmt: skip
     with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings(request_timeout=9))) as client:
@@ -381,7 +381,7 @@ def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
             assert answer.status_code == 400 and f"X-Request-Timeout is '{wrong}'" in answer.text
     first, second = seen
     params = first.params
-    assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 1, 0, 0.1, 0.5)
+    assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 2, 0, 0.1, 0.5)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.5, 1, -1.5)
     assert (params.logit_bias, params.min_tokens, params.ignore_eos) == (((5, -100.0),), 2, True)
     assert params.temperature == 1.0 and first.timeout == 2.5 and second.timeout == 9
