@@ -192,9 +192,9 @@ def generate(
         )
     streamed = there and perhaps if streamed is None else streamed
     given = texts if completions is None or loaded is None else _token_ids(texts, loaded)
-    if streamed and not as_json:
-        from serving.commands.generate import write
+    from serving.commands.generate import write
 
+    if streamed and not as_json:
         pieces = server.stream(texts, params, loaded) if completions is None else completions.stream(given, params)
         for text in _in_order(pieces, len(texts)):
             write(text)
@@ -204,7 +204,10 @@ def generate(
     else:
         made = completions.generate(given, params)
     for each in made:
-        click.echo(json.dumps(dataclasses.asdict(each)) if as_json else each.text)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(each)))
+        else:
+            write(each.text + "\n")
 
 
 def _wrote_by_stream(

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from serving.commands.param_types import Seed
-from serving.errors import InputError
+from serving.errors import InputError, printable
 from serving.sampling import SamplingParams
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
@@ -150,7 +150,9 @@ def _read_prompt(prompt: str) -> str:
 
 
 def write(text: str) -> None:
-    """Print `text` now, with '?' for what the terminal's encoding has no form for."""
+    """Print `text` now, with '?' for what the terminal's encoding has no form for, and no orders to a terminal."""
     encoding = sys.stdout.encoding or "utf-8"
+    if sys.stdout.isatty():
+        text = printable(text)
     click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     sys.stdout.flush()

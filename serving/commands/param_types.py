@@ -94,5 +94,5 @@ class Seed(click.ParamType[int]):
     name = "integer"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        seed: int = click.INT.convert(str(value), param, ctx)
+        seed: int = click.INT.convert(value, param, ctx)  # type: ignore[arg-type]
         return secrets.randbelow(2**63) if seed == -1 else seed
