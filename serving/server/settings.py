@@ -15,6 +15,8 @@ class Settings:
     """From arrival to the last token, the queue included; None is without end. Requests may ask for less."""
     body_timeout: float = 30.0
     """For a request's body to come in."""
+    ping_seconds: float = 15.0
+    """Between two comment lines in a stream that has no token yet; 0 sends none."""
     drain_timeout: float = 30.0
     """For accepted requests to end once the server is told to."""
     max_body_bytes: int = 4 * MEBIBYTE
