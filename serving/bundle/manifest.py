@@ -24,6 +24,8 @@ TOKENIZER_NAME = "tokenizer.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 DType = Literal["bool", "int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64", "string"]
 MAX_PATH_BYTES = 1024
+MAX_FILE_BYTES = 2**63 - 1
+MAX_ARTIFACTS = 10_000
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z", re.ASCII)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
@@ -145,7 +147,7 @@ class Artifact:
     """One file: its path inside the bundle, its size in bytes and its SHA-256 in hexadecimal."""
 
     path: Annotated[str, path_problem]
-    size: Annotated[int, _between(0, 2**63 - 1)]
+    size: Annotated[int, _between(0, MAX_FILE_BYTES)]
     sha256: Annotated[str, _sha256]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seconds
+from serving.commands.param_types import Seconds, Seed
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 
@@ -129,7 +129,9 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 @click.option("--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
 @click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option(
+    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+)
 @click.option("--stop", multiple=True, metavar="TEXT",
               help="End before this text, where streams are; may be given several times.")  # fmt: skip
 @click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
@@ -193,9 +195,9 @@ def generate(
         )
     streamed = there and perhaps if streamed is None else streamed
     given = texts if completions is None or loaded is None else _token_ids(texts, loaded)
-    if streamed and not as_json:
-        from serving.commands.generate import write
+    from serving.commands.generate import write
 
+    if streamed and not as_json:
         pieces = server.stream(texts, params, loaded) if completions is None else completions.stream(given, params)
         for text in _in_order(pieces, len(texts)):
             write(text)
@@ -205,7 +207,10 @@ def generate(
     else:
         made = completions.generate(given, params)
     for each in made:
-        click.echo(json.dumps(dataclasses.asdict(each)) if as_json else each.text)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(each)))
+        else:
+            write(each.text + "\n")
 
 
 def _wrote_by_stream(

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from serving.errors import InputError
+from serving.commands.param_types import Seed
+from serving.errors import InputError, printable
 from serving.sampling import SamplingParams
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
@@ -58,7 +59,9 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; may be given several times."
 )
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option(
+    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option(
     "--stop-token-id",
@@ -155,7 +158,9 @@ def _read_prompt(prompt: str) -> str:
 
 
 def write(text: str) -> None:
-    """Print `text` now, with '?' for what the terminal's encoding has no form for."""
+    """Print `text` now, with '?' for what the terminal's encoding has no form for, and no orders to a terminal."""
     encoding = sys.stdout.encoding or "utf-8"
+    if sys.stdout.isatty():
+        text = printable(text)
     click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     sys.stdout.flush()

@@ -13,17 +13,26 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
-from serving.bundle import Bundle
-from serving.errors import BundleError
+from serving.bundle import TOKENIZER_NAME, Bundle
+from serving.bundle.strict_json import refuse
+from serving.bundle.tokenizer_file import MAX_BYTES, check_tokenizer
+from serving.errors import BundleError, cut
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
-    path = bundle.path("tokenizer.json")
+    """The tokenizer of `bundle`, without padding or truncation. Raises BundleError if its tokenizer.json is none."""
+    data = bundle.read(TOKENIZER_NAME, MAX_BYTES)
+    check_tokenizer(data, str(bundle.folder))
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises the bare class.
-        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
+        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    except BaseException as error:  # The library raises the bare class, and panics with one that derives from none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = cut(" ".join(str(error)[:1000].split()), 200)
+        raise refuse(str(bundle.folder), f"tokenizer.json is not a tokenizer ({reason})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _byte_alphabet() -> dict[str, int]:
