@@ -27,8 +27,29 @@ def _key(
 class CorpusRecipe:
     """Where the text comes from and how it is split."""
 
-    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
-    text_field: str = _key("text", "Field of a .jsonl record, or column of a .csv or .parquet file, that is the text.")
+    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty takes the builtin text.")
+    builtin: str = _key(
+        "docstrings",
+        "What is read where there are no paths: the running Python's docstrings, or generated Chinese sentences.",
+        choices=("docstrings", "chinese"),
+    )
+    document: str = _key(
+        "file", "What is one document in .txt and .md files: the file, or each line of it.", choices=("file", "line")
+    )
+    encoding: str = _key(
+        "utf-8", "Encoding of texts without a byte-order mark, which decides where there is one: gb18030, cp1252, ..."
+    )
+    transform: str = _key(
+        "", "Function that each text goes through before cleaning, FILE.py:FUNCTION or MODULE:FUNCTION; text to text."
+    )
+    text_field: str = _key(
+        "text", "Field of a .json or .jsonl record, or column of a table, that is the text; a.b is the field b in a."
+    )
+    bad_records: str = _key(
+        "skip",
+        "Records that have null or a number where text should be: count them and go on (skip), or end (error).",
+        choices=("skip", "error"),
+    )
     label_field: str = _key("", "Field or column that is a document's label; empty reads none.")
     balance: str = _key(
         "none",
@@ -36,16 +57,28 @@ class CorpusRecipe:
         choices=("none", "cap", "down", "up"),
     )
     label_cap: int = _key(0, "With balance cap, the most documents of one label; 0 is no cap.", low=0)
-    validation_fraction: float = _key(0.05, "Share of the documents held out, chosen by hash.", low=0.001, high=0.5)
+    validation_fraction: float = _key(
+        0.05,
+        "Share of the text held out: documents chosen by hash, or where that misses it, the ends of long ones.",
+        low=0.001,
+        high=0.5,
+    )
     deduplicate: bool = _key(True, "Drop documents whose text, white space folded, was seen before.")
     near_duplicates: bool = _key(False, "Drop documents much like one seen before, by MinHash.")
     near_threshold: float = _key(0.8, "Jaccard similarity of shingles from which two are alike.", low=0.3, high=1.0)
     near_num_perm: int = _key(128, "Permutations of a MinHash signature; more estimate better.", low=16, high=1024)
     near_shingle_words: int = _key(5, "Words a shingle.", low=1, high=50)
-    min_characters: int = _key(20, "Drop documents shorter than this.", low=1)
+    min_characters: int = _key(
+        0,
+        "Drop documents shorter than this, by their text or by their responses alone; 0 takes 20, or 1 for "
+        "instructions and for documents of a line.",
+        low=0,
+    )
     max_characters: int = _key(0, "Drop documents longer than this, or trim them; 0 is no limit.", low=0)
     max_tokens: int = _key(0, "The same in tokens, the end token not counted.", low=0)
-    trim: bool = _key(False, "Cut documents that are too long at a line's or word's end instead of dropping them.")
+    trim: bool = _key(
+        False, "Cut documents that are too long, at a line's, a sentence's or a word's end, instead of dropping them."
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +99,7 @@ class InstructionRecipe:
     system_template: str = _key("", "What a system turn becomes, with {content} in it; empty takes the template's.")
     user_template: str = _key("", "The same of a user turn or prompt.")
     input_template: str = _key("", "The same of what input_field holds.")
+    tool_template: str = _key("", "The same of what a tool answered.")
     assistant_template: str = _key("", "The same of a response; must end in {content}, where the end token follows.")
 
     @property
@@ -105,6 +139,12 @@ class TokenizerRecipe:
         2048, "Entries of the vocabulary, the 256 bytes and the end token included.", low=257, high=1_000_000
     )
     min_frequency: int = _key(2, "A pair is merged only if it occurs at least this often.", low=1)
+    unbroken_characters: int = _key(
+        1_500_000,
+        "Characters of scripts without spaces, such as Chinese, to learn from, taken evenly from the text; each takes "
+        "some 250 bytes of memory.",
+        low=1000,
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +152,9 @@ class ModelRecipe:
     """Geometry and dropouts of GPT-2 trained from scratch, or the base checkpoint to start from."""
 
     base: str = _key("", "Folder (a bundle or run too) or hub name of a GPT-2 to fine-tune; empty trains from scratch.")
+    end_token: str = _key(
+        "", "With a base whose files name two: the token that ends a text, such as <|im_end|>; empty takes the base's."
+    )
     preset: str = _key("", "Named geometry (see builder/recipe.py); empty takes the four fields below.")
     vocab_size: int = _key(
         0, "Rows of the token embedding, from scratch; 0 takes the tokenizer's, more pads it.", low=0, high=10_000_000
@@ -133,7 +176,9 @@ class TrainingRecipe:
         4.0, "Passes over the training tokens; fractions allowed, 0 exports as it is.", low=0.0, high=10_000
     )
     batch_size: int = _key(16, "Rows a step.", low=1, high=65_536)
-    sequence_length: int = _key(128, "Tokens a row; at most n_positions.", low=8, high=65_536)
+    sequence_length: int = _key(
+        128, "Tokens a row, 8 to the model's n_positions; 0 takes n_positions, but 512 at most.", low=0, high=65_536
+    )
     packing: str = _key(
         "stream",
         "stream: documents joined by the end token and cut into rows. rows: one document a row, cut or padded.",
@@ -141,12 +186,10 @@ class TrainingRecipe:
     )
     optimizer: str = _key(
         "muon",
-        "muon: Muon for the blocks' matrices, AdamW for the rest. adamw: AdamW for all, as is usual for fine-tuning.",
-        choices=("adamw", "muon"),
+        "muon: Muon for the blocks' matrices, AdamW for the rest. adamw, adam, sgd: that one for all weights.",
+        choices=("adamw", "muon", "adam", "sgd"),
     )
-    learning_rate: float = _key(
-        1e-2, "Peak learning rate; for fine-tuning with adamw 5e-5 is usual.", low=0.0, high=1.0
-    )
+    learning_rate: float = _key(1e-2, "Peak learning rate.", low=0.0, high=1.0)
     adam_rate_ratio: float = _key(
         1.5, "With muon, AdamW's rate for embeddings, biases and norms over learning_rate.", low=0.0, high=100.0
     )
@@ -159,7 +202,13 @@ class TrainingRecipe:
     final_learning_rate_fraction: float = _key(
         0.05, "Cosine and linear end at this share of the peak.", low=0.0, high=1.0
     )
-    weight_decay: float = _key(0.25, "Decay of matrices; biases, norms and embeddings have none.", low=0.0, high=10.0)
+    weight_decay: float = _key(
+        0.25,
+        "Decay of matrices with muon and adamw; biases, norms and embeddings have none.",
+        low=0.0,
+        high=10.0,
+    )
+    momentum: float = _key(0.9, "With sgd, the momentum of the gradients; 0 is none.", low=0.0, high=0.9999)
     adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
     adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
     max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
@@ -207,6 +256,28 @@ class TrainingRecipe:
     devices: int = _key(0, "GPUs that a batch is split over; 0 takes all that are visible.", low=0, high=1024)
 
 
+# Defaults of the training keys of a recipe with `model.base`; the dataclass above has those of training from scratch.
+FINE_TUNING: dict[str, Any] = {
+    "epochs": 3.0,
+    "batch_size": 4,
+    "sequence_length": 0,
+    "optimizer": "adamw",
+    "learning_rate": 5e-5,
+    "warmup_fraction": 0.1,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+}
+LONGEST_ROW = 512
+"""Tokens of a row where `training.sequence_length` is 0 and the context is longer."""
+
+# Training keys that have no use with an optimizer.
+NO_USE = {
+    "muon": ("momentum",),
+    "adamw": ("momentum", "adam_rate_ratio"),
+    "adam": ("momentum", "adam_rate_ratio", "weight_decay"),
+    "sgd": ("adam_rate_ratio", "weight_decay", "adam_beta1", "adam_beta2"),
+}
+
 # Training keys that decide what is seen of a run, and by which loop it is made, but not what its weights become.
 OBSERVING = ("log_every", "tensorboard", "sample_prompts", "sample_tokens", "checkpoints_kept", "loop")
 
@@ -246,6 +317,11 @@ class VerifyRecipe:
     fp16_perplexity: float = _key(1e-3, "The same for ort/fp16; a variant over its gate is left out.", low=0.0, high=10)
     int8_perplexity: float = _key(0.01, "The same for ort/int8.", low=0.0, high=10)
     int4_perplexity: float = _key(0.03, "The same for ort/int4.", low=0.0, high=10)
+    better_than: str = _key(
+        "",
+        "Baseline whose perplexity on the validation text the model must beat, or the build fails; empty is none.",
+        choices=("", "unigram", "trigram"),
+    )
 
 
 @dataclass(frozen=True)
@@ -262,6 +338,26 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+
+    @property
+    def min_characters(self) -> int:
+        """Characters that a document has at least (see `CorpusRecipe.min_characters`)."""
+        short = self.instruction.is_set or self.corpus.document == "line"
+        return self.corpus.min_characters or (1 if short else 20)
+
+
+def fit_context(recipe: Recipe, n_positions: int, where: str = "model.n_positions") -> Recipe:
+    """Return `recipe` with the tokens of a row decided for a model of `n_positions`.
+
+    Raises InputError for rows longer than that; `where` says whose positions they are.
+    """
+    length = recipe.training.sequence_length or min(n_positions, LONGEST_ROW)
+    if length > n_positions:
+        raise InputError(
+            f"recipe key 'training.sequence_length' is {length}, longer than {where} {n_positions}; "
+            "lower it, or set it to 0, which takes what fits"
+        )
+    return replace(recipe, training=replace(recipe.training, sequence_length=length))
 
 
 # Named geometries: OpenAI's four releases of GPT-2 and DistilGPT-2, and small ones for two cores.

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from builder.data.instructions import Template
-from builder.recipe import ModelRecipe, Recipe, resolve_preset
+from builder.data.text_decoding import check_encoding
+from builder.data.transforms import check_transform
+from builder.recipe import FINE_TUNING, NO_USE, ModelRecipe, Recipe, fit_context, resolve_preset
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
 
@@ -42,10 +44,30 @@ def read_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     for override in overrides:
         _apply_override(table, override)
     recipe: Recipe = _build(Recipe, table, prefix="")
-    _check_model_keys(table.get("model", {}), recipe.model)
+    _check_model_keys(table, recipe.model)
     recipe = dataclasses.replace(recipe, model=resolve_preset(recipe.model))
+    recipe = _with_training_defaults(recipe, table.get("training", {}))
     _check_consistency(recipe)
-    return recipe
+    # The context of a base is known only when it is read.
+    return recipe if recipe.model.base else fit_context(recipe, recipe.model.n_positions)
+
+
+def _with_training_defaults(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """Put the defaults that depend on other keys in place of the dataclass's: those of a base and of an optimizer.
+
+    Raises InputError for a key that is `given` and has no use with the optimizer.
+    """
+    defaults = {key: value for key, value in FINE_TUNING.items() if recipe.model.base and key not in given}
+    training = dataclasses.replace(recipe.training, **defaults)
+    for key in NO_USE[training.optimizer]:
+        if given.get(key):
+            raise InputError(
+                f"recipe key 'training.{key}' has no use with training.optimizer {training.optimizer!r}; "
+                "leave it out, or choose another optimizer"
+            )
+    if "weight_decay" in NO_USE[training.optimizer]:
+        training = dataclasses.replace(training, weight_decay=0.0)
+    return dataclasses.replace(recipe, training=training)
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -118,8 +140,9 @@ def _checked(where: str, kind: Any, value: Any, metadata: Any) -> Any:
     return value
 
 
-def _check_model_keys(given: dict[str, Any], model: ModelRecipe) -> None:
+def _check_model_keys(table: dict[str, Any], model: ModelRecipe) -> None:
     """Refuse sizes that something else in the recipe decides, since they would be passed over in silence."""
+    given = table.get("model", {})
     decides = "base" if model.base else "preset" if model.preset else None
     keys = ("n_layer", "n_embd", "n_head", "n_positions") + (("preset", "vocab_size") if decides == "base" else ())
     sizes = [key for key in keys if given.get(key, "") not in ("", 0)]
@@ -128,16 +151,25 @@ def _check_model_keys(given: dict[str, Any], model: ModelRecipe) -> None:
             f"recipe key 'model.{decides}' is {getattr(model, decides)!r}, which decides model.{sizes[0]} too; "
             "give one of the two"
         )
+    tokenizer = next(iter(table.get("tokenizer", {})), "")
+    if model.base and tokenizer:
+        raise InputError(
+            f"recipe key 'tokenizer.{tokenizer}' has no use with model.base {model.base!r}, which brings its own "
+            "tokenizer; leave it out"
+        )
 
 
 def _check_consistency(recipe: Recipe) -> None:
     if not _NAME.fullmatch(recipe.name):
         raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
     corpus, model, training = recipe.corpus, recipe.model, recipe.training
-    if 0 < corpus.max_characters < corpus.min_characters:
+    check_encoding(corpus.encoding, "recipe key 'corpus.encoding'")
+    if corpus.transform:
+        check_transform(corpus.transform)
+    if 0 < corpus.max_characters < recipe.min_characters:
         raise InputError(
             f"recipe key 'corpus.max_characters' is {corpus.max_characters}, less than "
-            f"corpus.min_characters {corpus.min_characters}; raise the one or lower the other"
+            f"corpus.min_characters {recipe.min_characters}; raise the one or lower the other"
         )
     if corpus.balance != "none" and not corpus.label_field:
         raise InputError(
@@ -157,6 +189,10 @@ def _check_consistency(recipe: Recipe) -> None:
             f"recipe key 'training.accumulation' is {training.accumulation}, which does not divide "
             f"training.batch_size {training.batch_size}; change one of them"
         )
+    if 0 < training.sequence_length < 8:
+        raise InputError(
+            f"recipe key 'training.sequence_length' is {training.sequence_length}; it must be 0 or from 8 on"
+        )
     if training.lora_rank and training.freeze:
         raise InputError("recipe key 'training.freeze' has no use with training.lora_rank, which freezes all; drop one")
     if training.lora_rank and len(set(training.lora_targets)) != max(1, len(training.lora_targets)):
@@ -168,11 +204,6 @@ def _check_consistency(recipe: Recipe) -> None:
         return  # The base checkpoint's own geometry is checked when it is read.
     if model.n_embd % model.n_head:
         raise InputError(f"recipe key 'model.n_head' is {model.n_head}, which does not divide n_embd {model.n_embd}")
-    if training.sequence_length > model.n_positions:
-        raise InputError(
-            f"recipe key 'training.sequence_length' is {training.sequence_length}, longer than "
-            f"model.n_positions {model.n_positions}; lower the one or raise the other"
-        )
 
 
 def _check_instruction(recipe: Recipe) -> None:
@@ -187,6 +218,10 @@ def _check_instruction(recipe: Recipe) -> None:
         raise InputError("recipe key 'instruction.messages_field' stands instead of prompt_field; set one of the two")
     if instruction.input_field and not pair[0]:
         raise InputError("recipe key 'instruction.input_field' goes with a prompt; set instruction.prompt_field")
+    if instruction.is_set and recipe.corpus.builtin != "docstrings" and not recipe.corpus.paths:
+        raise InputError(
+            "recipe key 'instruction.prompt_field' needs records, and the Chinese text has none; set corpus.paths"
+        )
     if instruction.messages_field and not recipe.corpus.paths:
         raise InputError(
             "recipe key 'instruction.messages_field' is for files, and docstrings have no turns; set corpus.paths"

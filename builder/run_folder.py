@@ -3,6 +3,9 @@
 A stamp holds a key made of everything that decides the stage's output, and the sizes of the files that came of it. A
 stage whose stamp has the same key, and whose files have these sizes, is not run again; any other state of its folder
 is thrown away, but for what the stage itself keeps to resume from.
+
+Only what a stage wrote is thrown away: its folder has a marker, which a folder with other files never gets, and each
+stage names what it writes there. A folder with anything else in it, or one that is a link, is refused.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from serving.errors import GPT2BundleError
+from serving.errors import GPT2BundleError, InputError
 
-STAMP = "stage.json"
+STAMP, MARKER = "stage.json", ".stage"
+_MARK = "A stage of gpt2-bundle keeps its work in this folder and empties it; keep nothing of your own here.\n"
 
 
 def stage_key(*parts: Any) -> str:
@@ -44,27 +49,35 @@ def locked(run: Path) -> Iterator[None]:
 
 def is_done(folder: Path, key: str) -> bool:
     """Whether the stage in `folder` was finished with this key, and its files still have their sizes."""
+    stamp = _stamp(folder)
     try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        if not isinstance(stamp, dict) or stamp.get("key") != key:
-            return False
-        return all((folder / name).stat().st_size == size for name, size in stamp["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        return stamp["key"] == key and all(
+            (folder / name).stat().st_size == size for name, size in stamp["files"].items()
+        )
+    except (OSError, KeyError, AttributeError):
         return False
 
 
 def run_stage(
-    folder: Path, key: str, work: Callable[[Path], None], keep: tuple[str, ...] = (), parts: tuple[str, ...] = ()
+    folder: Path,
+    key: str,
+    work: Callable[[Path], None],
+    *,
+    writes: tuple[str, ...],
+    keep: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
 ) -> bool:
     """Run `work(folder)` unless the stage is done already, then stamp it; return whether it ran.
 
-    Everything in `folder` but the names in `keep` and `parts` is removed first. `keep` is no part of the stage's
-    output; `parts` is, and `work` itself takes over what it finds there or makes it anew.
+    `writes` are the names, or patterns of names, that `work` gives what it leaves in `folder`. They are removed first.
+    The names in `keep` and `parts` are not: `keep` is no part of the stage's output; `parts` is, and `work` itself
+    takes over what it finds there or makes it anew. Raises InputError as `refuse_strangers` does.
     """
     if is_done(folder, key):
         return False
-    clear(folder, keep + parts)
+    clear(folder, writes, keep + parts)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text(_MARK, encoding="utf-8")
     with refusals_named(folder):
         work(folder)
     partial = folder / (STAMP + ".partial")
@@ -74,8 +87,58 @@ def run_stage(
     return True
 
 
+def refuse_strangers(folder: Path, writes: tuple[str, ...], kept: tuple[str, ...] = ()) -> None:
+    """Raise InputError if emptying a stage's folder could remove what the stage did not write.
+
+    That is a folder that is a link, one with anything in it and no marker, and one with anything of another name than
+    in `writes` and `kept`, or that is not among the files of its stamp.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"{folder}: a link, and a stage empties its folder; remove the link (the whole run's folder may be one)"
+        )
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder}: a file where a stage keeps its work; move it away")
+    found = _strangers(folder, writes, kept)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise InputError(
+            f"{folder}: {', '.join(found[:3])}{more} did not come from this stage, which empties its folder; move that "
+            "away, or set another name or --runs"
+        )
+
+
+def _strangers(folder: Path, writes: tuple[str, ...], kept: tuple[str, ...]) -> list[str]:
+    own = (*writes, *kept, MARKER, STAMP, STAMP + ".partial")
+    entries = sorted(folder.iterdir())
+    stamp = _stamp(folder)
+    if not stamp and not (folder / MARKER).is_file():
+        return [entry.name for entry in entries]
+    strangers = [
+        entry.name
+        for entry in entries
+        if (entry.is_symlink() and entry.name not in kept) or not any(fnmatchcase(entry.name, name) for name in own)
+    ]
+    if stamp and not strangers:
+        stamped = stamp.get("files", {})
+        strangers = [name for name in _sizes(folder, kept) if name not in stamped and name not in own]
+    return strangers
+
+
+def _stamp(folder: Path) -> dict[str, Any]:
+    """What the stamp in a folder says; nothing if there is none or it is broken."""
+    try:
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
 def _sizes(folder: Path, keep: tuple[str, ...]) -> dict[str, int]:
-    paths = [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in keep and path.is_file()]
+    own = (*keep, MARKER)
+    paths = [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in own and path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(paths)}
 
 
@@ -100,15 +163,19 @@ def refusals_named(folder: Path) -> Iterator[None]:
         raise
 
 
-def clear(folder: Path, keep: tuple[str, ...] = ()) -> None:
-    """Empty a stage's folder, the stamp first, so that a kill on the way cannot leave a stamp on half a stage."""
+def clear(folder: Path, writes: tuple[str, ...], keep: tuple[str, ...] = ()) -> None:
+    """Empty a stage's folder, the stamp first, so that a kill on the way cannot leave a stamp on half a stage.
+
+    Raises InputError as `refuse_strangers` does, before anything is removed.
+    """
+    refuse_strangers(folder, writes, keep)
     if not folder.exists():
         return
     (folder / STAMP).unlink(missing_ok=True)
     for entry in folder.iterdir():
-        if entry.name in keep:
+        if entry.name in (*keep, MARKER):
             continue
-        if entry.is_dir() and not entry.is_symlink():
+        if entry.is_dir():
             shutil.rmtree(entry)
         else:
             entry.unlink()

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_build import Fails, TinyBuild, write_corpus
+
+# A test that reads the standard error stream may run after one that loads TensorFlow by its official messages.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+_LOGGERS = ("gpt2_bundle", "gpt2_bundle.access", "serving", "uvicorn")
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    """The server's loggers as they were, after each test: `serve` configures them for its process."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    kept = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in kept:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

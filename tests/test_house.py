@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +35,8 @@ LAYERS = {
         "verification",
         "training onnx_export tf_export recipe_reader",
         "data model",
-        "recipe run_folder progress keras_backend",
+        "recipe run_folder progress keras_backend special_tokens",
+        "plain_files",
     ),
     "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
 }
@@ -166,6 +168,27 @@ def test_the_contract_needs_only_the_standard_library(place: str) -> None:
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:
                 assert name in own or str(name).partition(".")[0] in sys.stdlib_module_names, f"{place} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("serving", "tensorflow onnxruntime"),
+        ("serving.clients.session_transport", "tensorflow"),
+        ("builder.stages.pipeline", "tensorflow onnx onnxruntime"),
+        # The training stage with all that it imports when it runs.
+        (
+            "builder.training.trainer, builder.training.samples, builder.model.safetensors_file",
+            "onnx tf2onnx onnxruntime",
+        ),
+    ],
+)
+def test_an_import_loads_no_runtime_that_it_does_not_need(module: str, absent: str) -> None:
+    code = f"import sys, {module}; print(*sorted(set({absent.split()}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == ""
 
 
 def test_only_the_backend_that_is_named_so_imports_a_runtime() -> None:

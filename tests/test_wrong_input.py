@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from builder.run_folder import locked
-from tests.tiny_build import Fails, TinyBuild, contents
+from builder.recipe import Recipe
+from builder.run_folder import locked, refuse_strangers
+from builder.stages.pipeline import Run
+from serving.cli import run
+from tests.tiny_build import Fails, TinyBuild, contents, write_corpus
 
 STAGES = ("prepare", "train", "export", "verify", "build")
 
@@ -84,13 +88,33 @@ def test_a_folder_without_text(fails: Fails, fresh: TinyBuild, tmp_path: Path) -
 # One stage before the other.
 
 
-def test_stages_out_of_order(fails: Fails, fresh: TinyBuild, tiny: TinyBuild) -> None:
+def test_stages_out_of_order(fails: Fails, fresh: TinyBuild, tiny: TinyBuild, tmp_path: Path) -> None:
+    fresh = replace(fresh, runs=tmp_path / "other")
     fails(["train", *fresh.options()], 2, "run 'gpt2-bundle prepare'")
     fails(["export", *fresh.options()], 2, "run 'gpt2-bundle train'")
     fails(["verify", *fresh.options()], 2, "run 'gpt2-bundle export'")
     fails(["verify", *tiny.options()], 2, "run 'gpt2-bundle export'")
     fails(["train", *tiny.options("seed=5")], 2, "run 'gpt2-bundle prepare'")
     fails(["export", *tiny.options("training.learning_rate=0.5")], 2, "run 'gpt2-bundle train'")
+
+
+def test_stages_go_on_with_what_was_read_when_the_corpus_changes_or_goes(
+    tiny: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = replace(tiny, corpus=write_corpus(tmp_path / "c.txt", 300))
+    said = "the corpus has changed since it was read: this goes on with what was read"
+    assert run(["prepare", *own.options()]) == 0
+    with own.corpus.open("a") as file:
+        file.write("One more line of text.\n")
+    assert run(["train", *own.options()]) == 0
+    assert said in capfd.readouterr().out
+    own.corpus.unlink()
+    assert run(["train", *own.options()]) == 0
+    out = capfd.readouterr().out
+    assert said in out and "train: done already" in out
+    write_corpus(own.corpus, 300)
+    assert run(["train", *own.options()]) == 0
+    assert said not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("command", STAGES)
@@ -100,6 +124,29 @@ def test_another_command_in_the_same_run(fails: Fails, tiny: TinyBuild, command:
     with locked(tiny.run):
         fails(arguments, 1, "another gpt2-bundle command works in", str(tiny.run))
     assert contents(tiny.runs) == before
+
+
+@pytest.mark.parametrize("stage", ["prepare", "prepare/corpus", "train", "export"])
+def test_a_stage_leaves_alone_what_it_did_not_write(fails: Fails, tiny: TinyBuild, tmp_path: Path, stage: str) -> None:
+    (tiny.run / stage).mkdir(parents=True, exist_ok=True)
+    (tiny.run / stage / "train.py").write_text("print('mine')")
+    before = contents(tiny.runs)
+    command = "prepare" if stage == "prepare/corpus" else "build"
+    arguments = tiny.build("seed=5") if command == "build" else ["prepare", *tiny.options("seed=5")]
+    fails(arguments, 2, "train.py did not come from this stage", str(tiny.run / stage))
+    after = contents(tiny.runs)
+    assert {name: after.get(name) for name in before if name.endswith("train.py")} == {
+        f"tiny/{stage}/train.py": b"print('mine')"
+    }
+    if command == "build":
+        assert after == before
+
+
+def test_every_file_of_a_build_is_named_by_its_stage(built: TinyBuild) -> None:
+    """Else the next build would refuse its own work."""
+    run = Run(Recipe(name="tiny"), built.run)
+    for folder, writes, keeps in run.stage_files():
+        refuse_strangers(folder, writes, keeps)
 
 
 # Options of generate.

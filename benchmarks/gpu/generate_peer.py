@@ -51,9 +51,7 @@ class Served:
     def __init__(self, bundle: Bundle, device: str) -> None:
         gpu = device != "cpu"
         self.found = find_server(gpu)
-        self._process = TFServingProcess(
-            "tf-serving", bundle, self.found, "grpc", batching=False, gpu=gpu, own_session=False
-        )
+        self._process = TFServingProcess("tf-serving", bundle, self.found, "grpc", gpu=gpu, own_session=False)
         try:
             self._transport = self._process.connect(self._process.start())
         except BaseException:

@@ -16,17 +16,27 @@ import click
               "a bundle that was trained on instructions]")  # fmt: skip
 @click.option("--window", type=int, metavar="N", help="Tokens read at once; the model's context by default.")
 @click.option("--stride", type=int, metavar="N", help="Tokens between two windows; half a window by default.")
+@click.option("--graph", metavar="NAME",
+              help="Graph to measure as it is served, such as ort/int8 or savedmodel, and how far it is from the "
+              "Keras weights.  [default: the Keras weights]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def evaluate(
-    bundle: Path, text: str, text_field: str | None, window: int | None, stride: int | None, as_json: bool
+    bundle: Path,
+    text: str,
+    text_field: str | None,
+    window: int | None,
+    stride: int | None,
+    graph: str | None,
+    as_json: bool,
 ) -> None:
-    """Perplexity of a text by a sliding window, through the Keras weights of BUNDLE.
+    """Perplexity of a text by a sliding window, through the Keras weights of BUNDLE or one of its graphs.
 
     Each token but the first is scored once, with all the context that the first window to reach it holds. A smaller
     stride gives more context and costs more passes. Of a bundle that was trained on instructions, PATH has records
     with the same fields, and the responses alone are scored; --text-field reads plain text instead.
     """
-    from builder.verification.perplexity import evaluate_bundle, instruction_of
+    from builder.verification.paired_loss import relative_difference
+    from builder.verification.perplexity import evaluate_bundle, instruction_of, open_graph
     from serving.bundle import open_bundle
 
     opened = open_bundle(bundle)
@@ -37,6 +47,7 @@ def evaluate(
         stride=stride,
         text_field=text_field or "text",
         instruction=instruction_of(opened) if text_field is None else None,
+        backend=None if graph is None else open_graph(opened, graph),
     )
     if as_json:
         click.echo(json.dumps(record))
@@ -45,3 +56,8 @@ def evaluate(
             f"perplexity {record['perplexity']:.3f} ({record['loss']:.4f} nats a token) over {record['tokens']:,} "
             f"tokens, window {record['window']}, stride {record['stride']}"
         )
+        if graph is not None:
+            click.echo(
+                f"{graph}: {relative_difference(record)} from the Keras weights in float32, whose perplexity is "
+                f"{record['reference_perplexity']:.3f}"
+            )

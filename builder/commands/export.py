@@ -17,7 +17,8 @@ def export(**options: Any) -> None:
 
     from builder.progress import Reporter
     from builder.run_folder import locked
-    from builder.stages.pipeline import export_stage
+    from builder.stages.pipeline import as_prepared, export_stage
 
+    reporter = Reporter()
     with locked(run.folder):
-        export_stage(run, Reporter())
+        export_stage(as_prepared(run, reporter), reporter)

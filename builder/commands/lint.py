@@ -22,7 +22,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 @click.command()
-@click.argument("folder", metavar="SAVEDMODEL|BUNDLE", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="SAVEDMODEL|BUNDLE|DEPLOYMENT", type=click.Path(path_type=Path))
 @click.option("--ms-per-token", type=Number(min=0, min_open=True), metavar="MS",
               help="Milliseconds a token on the machine that will serve; measured here by default.")  # fmt: skip
 @click.option("--no-measure", is_flag=True, help="Run nothing; the worst case then needs --ms-per-token.")
@@ -44,12 +44,13 @@ def lint(
     batch: int | None,
     as_json: bool,
 ) -> None:
-    """Check whether stock TensorFlow Serving can serve a SavedModel, a bundle's or anyone's.
+    """Check whether stock TensorFlow Serving can serve a SavedModel, a bundle's, a deployment's or anyone's.
 
-    Looks for ops that the server does not link, tensors without names or ranks, requests that cannot be merged, padding
-    that changes answers, generations longer than the REST timeout, and too much memory. Exit code 1 on errors;
-    warnings and notes do not fail. A longest generation over the REST timeout is a warning, a single token over it an
-    error.
+    Looks for ops that open files or run foreign code, or that the server does not link, tensors without names or ranks,
+    requests that cannot be merged, padding that changes answers, batching by the server, generations longer than the
+    REST timeout, and too much memory. Exit code 1 on errors; warnings and notes do not fail. A longest generation over
+    the REST timeout is a warning, a single token over it an error. A SavedModel with ops that no export of this project
+    has is not run.
     """
     from builder.tf_export.lint import find_target, refuse_errors
     from builder.tf_export.lint import lint as find

@@ -20,7 +20,8 @@ def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
 
     from builder.progress import Reporter
     from builder.run_folder import locked
-    from builder.stages.pipeline import train_stage
+    from builder.stages.pipeline import as_prepared, train_stage
 
+    reporter = Reporter()
     with locked(run.folder):
-        train_stage(run, Reporter())
+        train_stage(as_prepared(run, reporter), reporter)

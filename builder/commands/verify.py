@@ -31,16 +31,21 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
 
     from builder.progress import Reporter
     from builder.run_folder import locked
-    from builder.stages.pipeline import open_draft, verify_bundle
+    from builder.stages.pipeline import as_prepared, open_draft, verify_bundle
+    from builder.stages.train import check_quality
     from serving.bundle import open_bundle
     from serving.errors import ParityError
 
     reporter = Reporter()
     if bundle is not None:
-        certificate, _ = verify_bundle(open_bundle(bundle), run.recipe.verify.batch_size, reporter)
+        opened = open_bundle(bundle)
+        check_quality(run.recipe.verify, opened.manifest.quality)
+        certificate, _ = verify_bundle(opened, run.recipe.verify.batch_size, reporter)
     else:
         with locked(run.folder):
-            certificate, _ = verify_bundle(open_draft(run), run.recipe.verify.batch_size, reporter)
+            draft = open_draft(as_prepared(run, reporter))
+            check_quality(run.recipe.verify, draft.manifest.quality)
+            certificate, _ = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
             path = run.draft.parent / "verification.json"
             path.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
             reporter.line(f"wrote {path}")

@@ -1,7 +1,8 @@
 """Read, curate and split the documents, and write both sides as JSON lines.
 
-Which side a document falls on depends on its text and the seed only, so the same text is always on the same side,
-whatever else the corpus holds. Memory holds what `curation` says.
+Which side a document falls on depends on its text and the seed only, so the same text is on the same side whatever
+else the corpus holds, as long as that gives both sides their share (see `train_split`). Memory holds what `curation`
+says.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +19,16 @@ from pathlib import Path
 
 from builder.data.curation import Tally, curate, share
 from builder.data.documents import Document, read_file, write_document
+from builder.data.file_formats import Skipped
 from builder.data.label_balance import balance
 from builder.data.sources import find_sources, read_documents, read_sources
+from builder.data.train_split import Sizes, is_near, refusal, split_by_size
 from builder.recipe import Recipe
 from serving.errors import InputError
 
-TRAIN, VALIDATION, REPORT = "train.jsonl", "validation.jsonl", "report.json"
+TRAIN, VALIDATION, REPORT, SCRATCH = "train.jsonl", "validation.jsonl", "report.json", "scratch"
+
+_BUILTIN = {"docstrings": "Python standard library docstrings", "chinese": "generated Chinese sentences"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class CorpusReport:
     """What went into the corpus, what was changed or left out and why.
 
     `cleaning`, `lengths` and `samples` are those of `curation.Tally`, `labels` is that of `balance`. `split` is
-    "documents", or "lines" or "one document" where whole documents chosen by hash could not fill both sides (see
-    `prepare_corpus`). `sha256` is that of train.jsonl followed by validation.jsonl.
+    "documents", or where their hashes alone missed the share, "documents, by size" or "ends of documents" (see
+    `train_split`). `sha256` is that of train.jsonl followed by validation.jsonl.
     """
 
     source: str
@@ -72,26 +78,28 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
 
     The result does not depend on the number of `workers`, processes that clean and compare texts.
 
-    Chance may give one side nothing, or far too little or too much, when a corpus is a few documents or one large one.
-    If the held-out share of the characters is not within a factor of five of `validation_fraction`, each document's
-    last lines are held out instead; if no document has two lines, the one document with the lowest hash is. Raises
-    InputError if nothing is left after cleaning, if the text cannot fill two sides, and for what cannot be read.
+    If the share that the documents' hashes hold out is not near `validation_fraction`, `train_split` divides them by
+    their sizes. Raises InputError if nothing is left after cleaning, if the text cannot be divided near that share, and
+    for what cannot be read.
     """
     settings = recipe.corpus
+    bad: Skipped = Counter()
     if settings.paths:
         sources = find_sources(settings.paths)
-        documents = read_sources(sources, settings, recipe.instruction)
+        documents = read_sources(sources, settings, recipe.instruction, bad)
         source, files, skipped = "files", len(sources.files), sources.skipped
     else:
         documents = read_documents(settings, recipe.instruction)
-        source, files, skipped = "Python standard library docstrings", 0, {}
+        source, files, skipped = _BUILTIN[settings.builtin], 0, {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
     tally = Tally()
-    kept = curate(documents, recipe, folder / "scratch", tally, workers)
+    kept = curate(documents, recipe, folder / SCRATCH, tally, workers)
     fraction = settings.validation_fraction
     with contextlib.closing(kept):
         sides = _write(folder, ((document, place < fraction) for document, place in kept))
+    tally.read += bad.total()
+    tally.dropped.update(bad)
     if not sum(side.documents for side in sides):
         reasons = ", ".join(f"{count} {why}" for why, count in tally.dropped.items())
         raise InputError(
@@ -99,8 +107,8 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
             "name more text in corpus.paths or lower corpus.min_characters"
         )
     split = "documents"
-    if not _balanced(sides, fraction):
-        split, sides = _split_again(recipe, folder, sides)
+    if not _is_near(sides, fraction):
+        split, sides = _split_again(recipe, folder)
     labels: dict[str, dict[str, int]] = {}
     if settings.label_field:
         labels = balance(folder / TRAIN, settings, recipe.seed)
@@ -154,46 +162,20 @@ def _write(folder: Path, documents: Iterable[tuple[Document, bool]]) -> tuple[Si
     return SideReport(counts[0], characters[0]), SideReport(counts[1], characters[1])
 
 
-def _balanced(sides: tuple[SideReport, SideReport], fraction: float) -> bool:
-    held_out = sides[1].characters / max(1, sides[0].characters + sides[1].characters)
-    return fraction / 5 <= held_out <= min(5 * fraction, (1 + fraction) / 2)
+def _is_near(sides: tuple[SideReport, SideReport], fraction: float) -> bool:
+    return is_near(sides[1].characters, sides[0].characters + sides[1].characters, fraction)
 
 
-def _split_again(
-    recipe: Recipe, folder: Path, sides: tuple[SideReport, SideReport]
-) -> tuple[str, tuple[SideReport, SideReport]]:
-    """Split the two files just written anew: by lines, else one document against the rest."""
-    fraction = recipe.corpus.validation_fraction
-    by_lines = _write(folder, _cut_documents(_read_both(folder), fraction))
-    if by_lines[0].documents and by_lines[1].documents:
-        return "lines", by_lines
-    total = sum(side.documents for side in sides)
-    if total > 1:
-        seed = str(recipe.seed).encode()
-        shares = ((share(document.content, seed), index) for index, document in enumerate(_read_both(folder)))
-        chosen = min(shares)[1]
-        pairs = ((document, index == chosen) for index, document in enumerate(_read_both(folder)))
-        return "one document", _write(folder, pairs)
-    raise InputError(
-        f"corpus: one document of one line ({by_lines[0].characters} characters) cannot be split into training and "
-        "validation text; name at least two documents or lines, and some "
-        f"{8 * recipe.training.sequence_length} characters to fill a row of {recipe.training.sequence_length} tokens"
-    )
-
-
-def _cut_documents(documents: Iterable[Document], fraction: float) -> Iterator[tuple[Document, bool]]:
-    """Hold out the last lines of each document, at least `fraction` of its characters."""
-    for document in documents:
-        text = document.text
-        target = int(len(text) * (1 - fraction))
-        before, after = text.rfind("\n", 0, target) + 1, text.find("\n", target) + 1
-        for cut in (before, after):
-            if not document.segments and text[:cut].strip() and text[cut:].strip():
-                yield Document(document.name, text[:cut], document.label), False
-                yield Document(f"{document.name} (end)", text[cut:], document.label), True
-                break
-        else:
-            yield document, False
+def _split_again(recipe: Recipe, folder: Path) -> tuple[str, tuple[SideReport, SideReport]]:
+    """Divide the documents of the two files just written by their sizes."""
+    fraction, seed = recipe.corpus.validation_fraction, str(recipe.seed).encode()
+    sizes = Sizes.of(_read_both(folder), lambda text: share(text, seed))
+    sides = _write(folder, split_by_size(sizes, lambda: _read_both(folder), fraction))
+    if not _is_near(sides, fraction):
+        characters = sides[0].characters, sides[1].characters
+        raise refusal(characters, len(sizes.characters), fraction, recipe.training.sequence_length)
+    cut = sides[0].documents + sides[1].documents > len(sizes.characters)
+    return "ends of documents" if cut else "documents, by size", sides
 
 
 def _read_both(folder: Path) -> Iterator[Document]:

@@ -42,7 +42,7 @@ def read_docstrings(library: Path | None = None) -> Iterator[Document]:
     """
     root = Path(sysconfig.get_path("stdlib")) if library is None else library
     empty = True
-    for path in _source_files(root):
+    for path in source_files(root):
         for name, _, text in _docstrings(path, root):
             empty = False
             yield Document(name, text)
@@ -59,7 +59,7 @@ def read_functions(library: Path | None = None) -> Iterator[tuple[str, str, str]
     The signature is the `def` line with its annotations, on one line and without decorators.
     """
     root = Path(sysconfig.get_path("stdlib")) if library is None else library
-    for path in _source_files(root):
+    for path in source_files(root):
         for name, node, text in _docstrings(path, root):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 keyword = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
@@ -67,7 +67,8 @@ def read_functions(library: Path | None = None) -> Iterator[tuple[str, str, str]
                 yield name, f"{keyword} {node.name}({ast.unparse(node.args)}){returns}:", text
 
 
-def _source_files(root: Path) -> list[Path]:
+def source_files(root: Path) -> list[Path]:
+    """Return the sources under `root` that `read_docstrings` reads, sorted by path."""
     found: list[Path] = []
     for parent, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("config-")]

@@ -169,8 +169,8 @@ def training_batches(
 def validation_batches(shard: Shard, recipe: TrainingRecipe) -> tf.data.Dataset:
     """Return a dataset of (inputs, targets, weights of 0 and 1) that has each counted target once.
 
-    Packed as a stream, as `tokens.validation_dataset`; with one document a row, in the order of the documents, each cut
-    as in training.
+    Packed as a stream, as `packed_batches.validation_dataset`; with one document a row, in the order of the
+    documents, each cut as in training.
     """
     length, size = recipe.sequence_length, recipe.batch_size // recipe.accumulation
     if is_plain(shard, recipe):

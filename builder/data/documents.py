@@ -63,6 +63,13 @@ class Document:
         """Whether some answer has text; true of a plain document."""
         return not self.segments or any(segment.text for segment in self.segments if segment.part in (RESPONSE, CUT))
 
+    @property
+    def answer_characters(self) -> int:
+        """The length of the text without blanks at its ends, of an instruction document that of its answers."""
+        if not self.segments:
+            return len(self.text.strip())
+        return sum(len(segment.text.strip()) for segment in self.segments if segment.part in (RESPONSE, CUT))
+
     def with_text(self, text: str) -> Document:
         """The same plain document with another text."""
         return replace(self, text=text)
@@ -70,6 +77,14 @@ class Document:
     def with_segments(self, segments: list[Segment]) -> Document:
         """The same document with these segments, and the text that they make."""
         return replace(self, text="".join(segment.text for segment in segments), segments=tuple(segments))
+
+    def with_end(self, text: str) -> Document:
+        """The same document with `text` as the end token behind each turn's answer."""
+        if not any(segment.part == END and segment.text not in ("", text) for segment in self.segments):
+            return self
+        return self.with_segments(
+            [Segment(text, END) if segment.part == END and segment.text else segment for segment in self.segments]
+        )
 
     def mapped(self, step: Callable[[str], tuple[str, bool]]) -> Document:
         """The document after a cleaning step: on its text, or on each prompt and answer by itself.

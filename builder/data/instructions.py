@@ -10,6 +10,7 @@ What a model reads in training before a response is, to the letter, what `chat_t
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,17 @@ from typing import Any
 
 from builder.data.docstrings import read_functions
 from builder.data.documents import END, FRAME, PROMPT, RESPONSE, Document, Segment
-from builder.data.file_formats import checked_label, checked_text, json_kind, read_values
-from builder.data.tokenizer import END_TOKEN
+from builder.data.file_formats import (
+    NotTextError,
+    Skipped,
+    checked_label,
+    checked_text,
+    json_kind,
+    read_values,
+    skips,
+)
 from builder.recipe import CorpusRecipe, InstructionRecipe
+from builder.special_tokens import END_TOKEN
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
 
@@ -32,16 +41,27 @@ _BUILT_IN = {
         "system": "{content}\n\n",
         "user": "### Instruction:\n{content}\n\n",
         "input": "### Input:\n{content}\n\n",
+        "tool": "### Tool:\n{content}\n\n",
         "assistant": "### Response:\n{content}",
     },
     "chat": {
         "system": "{content}\n\n",
         "user": "User:\n{content}\n\n",
         "input": "Context:\n{content}\n\n",
+        "tool": "Tool:\n{content}\n\n",
         "assistant": "Assistant:\n{content}",
     },
 }
-_ROLES = {role: role for role in _BUILT_IN["chat"]} | {"human": "user", "gpt": "assistant"}
+# Other names of the roles: OpenAI's, and those of ShareGPT's exports.
+_ALIASES = {
+    "system": ("developer",),
+    "user": ("human",),
+    "tool": ("function", "observation"),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "model"),
+}
+_ROLES = {role: role for role in _BUILT_IN["chat"]} | {
+    alias: role for role, aliases in _ALIASES.items() for alias in aliases
+}
 _TURN_KEYS = (("role", "content"), ("from", "value"))
 
 
@@ -58,6 +78,7 @@ class Template:
             "system": recipe.system_template,
             "user": recipe.user_template,
             "input": recipe.input_template,
+            "tool": recipe.tool_template,
             "assistant": recipe.assistant_template,
         }
         pieces = {role: _split(role, own[role] or piece) for role, piece in _BUILT_IN[recipe.template].items()}
@@ -89,9 +110,14 @@ class Template:
 
     def chat_template(self) -> str:
         """The template in Jinja, as transformers' `apply_chat_template` reads it from tokenizer_config.json."""
-        branches = "".join(
-            f"{{% {'elif' if index else 'if'} message['role'] == '{role}' %}}{_literal(before)}"
-            f"{{{{ message['content'] | trim }}}}{'{{ eos_token }}' if role == 'assistant' else _literal(after)}"
+        content = (
+            "{% set content = message['content'] or '' %}{% if content is not string %}"
+            "{% set content = content | map(attribute='text') | join %}{% endif %}"
+        )
+        names = {role: [role, *_ALIASES.get(role, ())] for role in self.pieces}
+        branches = content + "".join(
+            f"{{% {'elif' if index else 'if'} message['role'] in {names[role]} %}}{_literal(before)}"
+            f"{{{{ content | trim }}}}{'{{ eos_token }}' if role == 'assistant' else _literal(after)}"
             for index, (role, (before, after)) in enumerate(self.pieces.items())
         )
         return (
@@ -101,25 +127,35 @@ class Template:
         )
 
 
-def read_instructions(path: Path, corpus: CorpusRecipe, recipe: InstructionRecipe) -> Iterator[Document]:
-    """Yield each record of a .jsonl, .csv or .parquet file as a document whose name is its line or row number.
+def read_instructions(
+    path: Path, corpus: CorpusRecipe, recipe: InstructionRecipe, skipped: Skipped | None = None
+) -> Iterator[Document]:
+    """Yield each record of a file with fields as a document whose name is its line, record or row number.
 
-    Raises InputError, with the file and the line or row, for records without the fields or with anything but text in
-    them, and for chat turns that are none.
+    `skipped` counts the records that `corpus.bad_records` leaves out. Raises InputError, with the file and the line or
+    row, for records without the fields or with anything but text in them, and for chat turns that are none.
     """
+    skipped = Counter() if skipped is None else skipped
     template = Template.of(recipe)
     fields = _fields(recipe)
     if corpus.label_field:
         fields["corpus.label_field"] = corpus.label_field
-    for place, where, values in read_values(path, fields):
+    for place, where, values in read_values(path, fields, corpus, skipped):
         label = checked_label(values[-1], where, corpus.label_field) if corpus.label_field else ""
-        if recipe.messages_field:
-            turns = _chat(values[0], f"{where}: field {recipe.messages_field!r}")
-        else:
-            names = [recipe.prompt_field, recipe.response_field, recipe.input_field]
-            texts = [_text(value, where, name) for value, name in zip(values, names, strict=False) if name]
-            turns = _pair(*texts)
+        try:
+            turns = _turns(values, where, recipe)
+        except NotTextError as error:
+            if not skips(error, corpus, skipped):
+                raise
+            continue
         yield Document(place, "", label).with_segments(template.segments(turns) or [Segment("", FRAME)])
+
+
+def _turns(values: tuple[Any, ...], where: str, recipe: InstructionRecipe) -> list[Turn]:
+    if recipe.messages_field:
+        return _chat(values[0], f"{where}: field {recipe.messages_field!r}")
+    names = [recipe.prompt_field, recipe.response_field, recipe.input_field]
+    return _pair(*(_text(value, where, name) for value, name in zip(values, names, strict=False) if name))
 
 
 def read_function_instructions(recipe: InstructionRecipe) -> Iterator[Document]:
@@ -174,8 +210,25 @@ def _chat(value: Any, where: str) -> list[Turn]:
         if not isinstance(role, str) or role not in _ROLES:
             known = did_you_mean(str(role), _ROLES)
             raise InputError(f"{place}: role {role!r}{known}; mend the record or leave it out")
-        turns.append((_ROLES[role], _text(turn[keys[1]], place, keys[1])))
+        turns.append((_ROLES[role], _content(turn, place, keys[1])))
     return turns
+
+
+def _content(turn: dict[str, Any], place: str, key: str) -> str:
+    """The text of a turn, also where it comes in parts, as OpenAI's API has them."""
+    value = turn[key]
+    if not value and turn.get("tool_calls"):
+        raise NotTextError(
+            f"{place}: a call of a tool, not text; mend the record or leave it out", "tool call instead of text"
+        )
+    if not isinstance(value, list):
+        return _text(value, place, key)
+    texts = [part.get("text") if isinstance(part, dict) else None for part in value]
+    if not all(isinstance(text, str) for text in texts):
+        raise NotTextError(
+            f"{place}: {key!r} has a part that is no text; mend the record or leave it out", "part that is no text"
+        )
+    return "".join(_text(text, place, key) for text in texts)
 
 
 def _split(role: str, piece: str) -> tuple[str, str]:

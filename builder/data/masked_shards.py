@@ -54,7 +54,13 @@ def open_shard(path: Path, end_token: int) -> Shard:
 
 
 def write_masked_tokens(
-    documents: Iterable[Document], tokenizer: Tokenizer, path: Path, *, max_tokens: int = 0, trim: bool = False
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    max_tokens: int = 0,
+    trim: bool = False,
+    end_token: int | None = None,
 ) -> int:
     """Encode instruction documents into the shard `path` (.bin), its mask and its index; return the tokens.
 
@@ -63,7 +69,8 @@ def write_masked_tokens(
     document is cut behind its last counted token that is left, and one that has none is left out as `no_response`;
     where a response was cut, nothing says that it ended, so the end token there is not counted.
     """
-    end, size = end_token_id(tokenizer), vocabulary_size(tokenizer)
+    end = end_token_id(tokenizer) if end_token is None else end_token
+    size = vocabulary_size(tokenizer)
     name, dtype = ("uint16", "<u2") if size <= 1 << 16 else ("uint32", "<u4")
     path.parent.mkdir(parents=True, exist_ok=True)
     index, mask_path = path.with_suffix(".json"), path.with_suffix(".mask")
@@ -104,16 +111,19 @@ def write_masked_tokens(
     return written["count"]
 
 
-def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def encode_document(
+    document: Document, tokenizer: Tokenizer, end_token: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Return the ids and the mask of one document, its end token included."""
-    return next(_encoded([document], tokenizer, end_token_id(tokenizer)))
+    end = end_token_id(tokenizer) if end_token is None else end_token
+    return next(_encoded([document], tokenizer, end))
 
 
 def _encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, end: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    cut = can_cut(tokenizer)
-    for batch in _batches(documents):
+    cut, end_text = can_cut(tokenizer), str(tokenizer.id_to_token(end))
+    for batch in _batches(document.with_end(end_text) for document in documents):
         runs = [(index, text, counted) for index, document in enumerate(batch) for text, counted in document.runs]
         parts = [
             (index, part, counted)

@@ -1,7 +1,8 @@
 """What a model must beat: unigram and trigram perplexities on the very tokens that it is validated on.
 
-Both score every validation token but the first, which are the targets of `tokens.validation_dataset`. The trigram sees
-the two tokens before, the second validation token only the one there is. A document's end is just its end token.
+Both score every validation token but the first, which are the targets of `packed_batches.validation_dataset`. The
+trigram sees the two tokens before, the second validation token only the one there is. A document's end is just its end
+token.
 """
 
 from __future__ import annotations

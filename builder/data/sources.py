@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from builder.data.chinese_sentences import read_chinese_sentences
 from builder.data.docstrings import read_docstrings
 from builder.data.documents import Document
-from builder.data.file_formats import kind_of, kinds, read_records
+from builder.data.file_formats import Skipped, kind_of, kinds, read_records
 from builder.data.instructions import read_function_instructions, read_instructions
 from builder.recipe import CorpusRecipe, InstructionRecipe
 from serving.errors import InputError
@@ -42,8 +43,9 @@ def find_sources(paths: Sequence[str], asked: str = "corpus.paths") -> Sources:
     """Return the files behind `paths` (files, folders or globs): entries in their order, each entry's files sorted.
 
     A file that two entries reach is read once. In folders and globs, hidden files and unknown endings are skipped and
-    counted. Raises InputError for a path that does not exist, a glob that matches nothing, a folder or glob without a
-    readable file, and a file named directly whose kind is not read; `asked` says in it where the paths were given.
+    counted, and in a folder .json files where there are texts of another kind. Raises InputError for a path that does
+    not exist, a glob that matches nothing, a folder or glob without a readable file, and a file named directly whose
+    kind is not read; `asked` says in it where the paths were given.
     """
     files: list[SourceFile] = []
     skipped: Counter[str] = Counter()
@@ -60,8 +62,10 @@ def find_sources(paths: Sequence[str], asked: str = "corpus.paths") -> Sources:
 _PLAIN = InstructionRecipe()
 
 
-def read_documents(recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN) -> Iterator[Document]:
-    """Yield every document of `recipe.paths`, lazily and in a fixed order; without paths, Python's own docstrings.
+def read_documents(
+    recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN, skipped: Skipped | None = None
+) -> Iterator[Document]:
+    """Yield every document of `recipe.paths`, lazily and in a fixed order; without paths, the builtin text.
 
     With an `instruction` that is set, records are read as `instructions.read_instructions` says.
 
@@ -69,28 +73,40 @@ def read_documents(recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN
     directly that holds no text; and, at the end, if no document had any.
     """
     if recipe.paths:
-        yield from read_sources(find_sources(recipe.paths), recipe, instruction)
+        yield from read_sources(find_sources(recipe.paths), recipe, instruction, skipped)
     elif instruction.is_set:
         yield from read_function_instructions(instruction)
+    elif recipe.builtin == "chinese":
+        yield from read_chinese_sentences()
     else:
         yield from read_docstrings()
 
 
-def read_sources(sources: Sources, recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN) -> Iterator[Document]:
-    """Yield the documents of files already found; see `read_documents`."""
+def read_sources(
+    sources: Sources,
+    recipe: CorpusRecipe,
+    instruction: InstructionRecipe = _PLAIN,
+    skipped: Skipped | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of files already found; see `read_documents`. `skipped` counts the records left out."""
+    skipped = Counter() if skipped is None else skipped
     any_content = False
     for source in sources.files:
-        content = False
+        content, before = False, Counter(skipped)
         if source.path.stat().st_size == 0:
             if source.named:
                 raise InputError(f"{source.path}: the file is empty; put text in it or leave it out of {sources.asked}")
             yield Document(source.name, "")
             continue
-        for document in _records(source.path, recipe, instruction):
+        for document in _records(source.path, recipe, instruction, skipped):
             content = content or bool(document.content.strip())
             yield replace(document, name=f"{source.name}:{document.name}" if document.name else source.name)
         if source.named and not content:
-            raise InputError(f"{source.path}: no text in it, only white space or no records; leave it out")
+            others = ", ".join(f"{skipped[why] - before[why]} x {why}" for why in skipped if skipped[why] > before[why])
+            raise InputError(
+                f"{source.path}: no text in it, only {others or 'white space or no records'}; leave it out"
+                + (" or name another field" if others else "")
+            )
         any_content = any_content or content
     if not any_content:
         names = ", ".join(sorted({source.name for source in sources.files})[:3])
@@ -98,11 +114,11 @@ def read_sources(sources: Sources, recipe: CorpusRecipe, instruction: Instructio
         raise InputError(f"{sources.asked}: {found}; name files with text")
 
 
-def _records(path: Path, recipe: CorpusRecipe, instruction: InstructionRecipe) -> Iterator[Document]:
+def _records(path: Path, recipe: CorpusRecipe, instruction: InstructionRecipe, skipped: Skipped) -> Iterator[Document]:
     if instruction.is_set:
-        yield from read_instructions(path, recipe, instruction)
+        yield from read_instructions(path, recipe, instruction, skipped)
         return
-    for record in read_records(path, recipe.text_field, recipe.label_field):
+    for record in read_records(path, recipe, skipped):
         yield Document(*record)
 
 
@@ -115,7 +131,9 @@ def _expand(entry: str, skipped: Counter[str], asked: str) -> list[SourceFile]:
             raise InputError(f"{path}: this kind of file is not read; give one of {kinds()}")
         return [SourceFile(path, path.name, named=True)]
     if path.is_dir():
-        found = [(file, Path(path.name) / file.relative_to(path)) for file in _walk(path)]
+        # The folder's own name, also where it is given as "." or "..".
+        folder = Path(os.path.abspath(path)).name  # noqa: PTH100 - resolve() would follow links.
+        found = [(file, Path(folder) / file.relative_to(path)) for file in _walk(path)]
         return _readable(entry, "folder", found, skipped)
     if not glob.has_magic(entry):
         raise InputError(f"{path}: no such file or folder; check {asked}")
@@ -148,6 +166,11 @@ def _readable(entry: str, what: str, found: Sequence[tuple[Path, Path]], skipped
             endings[path.suffix.lower() or "no ending"] += 1
         else:
             kept.append(SourceFile(path, name.as_posix(), named=False))
+    if what == "folder" and any(kind_of(source.path) != ".json" for source in kept):
+        # Beside texts, .json files are most often settings.
+        for source in [source for source in kept if kind_of(source.path) == ".json"]:
+            kept.remove(source)
+            endings[".json"] += 1
     if not kept:
         others = ", ".join(f"{count} x {ending}" for ending, count in sorted(endings.items())) or "nothing at all"
         raise InputError(f"{entry}: no readable file in this {what} (it has {others}); give one of {kinds()}")

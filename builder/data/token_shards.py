@@ -48,12 +48,13 @@ def write_tokens(
     max_tokens: int = 0,
     trim: bool = False,
     resume_key: str = "",
+    end_token: int | None = None,
 ) -> int:
     """Encode `texts` into the shard `path` (a .bin file) with its index beside it, and return the number of tokens.
 
-    Each document, empty ones too, is followed by the end token. Ids are uint16 up to a vocabulary of 65,536, else
-    uint32. Documents are encoded in parallel batches of about a million characters; a long one is cut first, where that
-    changes no token, so memory is bounded.
+    Each document, empty ones too, is followed by `end_token`, which is that of `<|endoftext|>` by default. Ids are
+    uint16 up to a vocabulary of 65,536, else uint32. Documents are encoded in parallel batches of about a million
+    characters; a long one is cut first, where that changes no token, so memory is bounded.
 
     With `max_tokens`, a document of more is left out, or with `trim` cut to its first ones; the index counts these as
     `too_long`.
@@ -61,7 +62,8 @@ def write_tokens(
     With `resume_key`, a name of all that decides the shard, progress is noted now and then in a file beside it
     (.progress, the caller's to remove), and a shard that was left half written with the same key is gone on with.
     """
-    end, vocab_size = end_token_id(tokenizer), vocabulary_size(tokenizer)
+    end = end_token_id(tokenizer) if end_token is None else end_token
+    vocab_size = vocabulary_size(tokenizer)
     name = "uint16" if vocab_size <= 1 << 16 else "uint32"
     path.parent.mkdir(parents=True, exist_ok=True)
     index = path.with_suffix(".json")
@@ -193,7 +195,8 @@ def _batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]
     for text in texts:
         for piece, last in pieces(text) if cut else [(text, True)]:
             batch.append((piece, last))
-            characters += len(piece) + 1
+            # A character of three bytes is as much to encode as three of one.
+            characters += (len(piece) if piece.isascii() else 3 * len(piece)) + 1
             if characters >= _BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0

@@ -69,7 +69,7 @@ class Block(keras.layers.Layer):  # type: ignore[misc]
         context = kernels.wanted(self.index, kernels.attention(self.index, qkv, training))
         attended = kernels.dense(self.attn_c_proj, context)
         hidden = kernels.wanted(self.index, hidden) + self.dropout(attended, training=training)
-        inner = kernels.gelu(kernels.dense(self.c_fc, kernels.layer_norm(self.ln_2, hidden)))
+        inner = kernels.activate(kernels.dense(self.c_fc, kernels.layer_norm(self.ln_2, hidden)))
         return hidden + self.dropout(kernels.dense(self.mlp_c_proj, inner), training=training)
 
 
@@ -77,7 +77,7 @@ class GPT2(keras.Model):  # type: ignore[misc]
     """GPT-2 as a language model: token ids [batch, sequence] int32 to logits [batch, sequence, vocab_size].
 
     Args:
-        geometry: sizes; `Geometry.activation_function` must be "gelu_new" (the tanh form).
+        geometry: sizes and activation.
         embd_pdrop, attn_pdrop, resid_pdrop: dropout rates in [0, 1), active only with `training=True`.
     """
 
@@ -102,7 +102,7 @@ class GPT2(keras.Model):  # type: ignore[misc]
         self.dropout = keras.layers.Dropout(embd_pdrop, name="embedding_dropout")
         self.blocks = [Block(geometry, index, resid_pdrop, name=f"h_{index}") for index in range(geometry.n_layer)]
         self.ln_f = keras.layers.LayerNormalization(epsilon=geometry.layer_norm_epsilon, name="ln_f")
-        self.plain = Kernels(geometry.n_head, attn_pdrop)
+        self.plain = Kernels(geometry.n_head, attn_pdrop, geometry.activation_function)
 
     @classmethod
     def create(cls, geometry: Geometry, **options: Any) -> Self:

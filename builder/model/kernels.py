@@ -21,10 +21,12 @@ class Kernels:
     Args:
         n_head: attention heads.
         attn_pdrop: dropout rate on the attention probabilities, active with `training=True`.
+        activation: the feed-forward layer's function, as `Geometry.activation_function` names it.
     """
 
-    def __init__(self, n_head: int, attn_pdrop: float = 0.0) -> None:
+    def __init__(self, n_head: int, attn_pdrop: float = 0.0, activation: str = "gelu_new") -> None:
         self.n_head = n_head
+        self.activation = activation
         self.attn_dropout = keras.layers.Dropout(attn_pdrop) if attn_pdrop else None
 
     def split_heads(self, qkv: Any) -> list[Any]:
@@ -77,8 +79,13 @@ class Kernels:
         """Apply a Keras LayerNormalization layer to [batch, sequence, n_embd]."""
         return layer(hidden)
 
-    def gelu(self, inner: Any) -> Any:
-        """GELU in its tanh form (Hendrycks & Gimpel 2016), elementwise."""
+    def activate(self, inner: Any) -> Any:
+        """Apply the activation elementwise: ReLU, GELU, or GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+        if self.activation == "relu":
+            return ops.relu(inner)
+        if self.activation == "gelu":
+            # Written out: TensorFlow takes erfc for it, which ONNX has no operator for.
+            return 0.5 * inner * (1.0 + ops.erf(inner * math.sqrt(0.5)))
         return ops.gelu(inner, approximate=True)
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:

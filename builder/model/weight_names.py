@@ -21,6 +21,8 @@ _LAYERS = {
     **dict.fromkeys(("ln_1", "ln_2", "ln_f"), ("gamma:0", "beta:0", "g", "b")),
     **dict.fromkeys(("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), ("weight:0", "bias:0", "w", "b")),
 }
+_OBJECT = re.compile(r"(?:.*/)?transformer/(.+)/\.ATTRIBUTES/VARIABLE_VALUE")
+_OBJECT_BLOCK = re.compile(r"h/(\d+)/")
 _IN_A_BLOCK = re.compile(r"h\.(\d+)\.(.+)")
 
 
@@ -46,6 +48,18 @@ def stored_names(layout: Layout, name: str) -> tuple[str, ...]:
     if layout == "h5":
         return (f"h_._{number}/{path}/{ours}" if block else f"{path}/{ours}",)
     return (f"model/h{number}/{path}/{theirs}" if block else f"model/{path}/{theirs}",)
+
+
+def h5_name_of_object(name: str) -> str | None:
+    """Return the h5 name of a variable that `save_weights` of a TensorFlow class wrote to an object checkpoint.
+
+    None for what is no variable of the model: the object graph, a counter, an optimizer's slot.
+    """
+    found = _OBJECT.fullmatch(name)
+    if not found or "/.OPTIMIZER_SLOT/" in name:
+        return None
+    block = _OBJECT_BLOCK.match(found[1])
+    return (f"h_._{block[1]}/{found[1][block.end() :]}" if block else found[1]) + ":0"
 
 
 def fits(layout: Layout, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

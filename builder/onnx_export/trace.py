@@ -54,7 +54,8 @@ def trace(
     order = {id(variable): index for index, (_, variable) in enumerate(named)}
     weight_order = [order[id(variable)] for variable in model.trainable_variables]
     n_cache = 2 * geometry.n_layer
-    cache_shape = [None, geometry.n_head, None, geometry.head_dim]
+    head_dim = make_kernels.cache_head_dim(geometry)
+    cache_shape = [None, geometry.n_head, None, head_dim]
     signature = [
         tf.TensorSpec([None, None], tf.int64, name="input_ids"),
         tf.TensorSpec([None, None], tf.int64, name="attention_mask"),
@@ -85,6 +86,7 @@ def trace(
         extra_opset=[onnx.helper.make_opsetid(domain, 1) for domain in make_kernels.domains],
     )
     _drop_unused_domains(converted)
+    _number_constants(converted.graph)
     axes: dict[str, list[str | int]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
@@ -92,10 +94,10 @@ def trace(
     }
     past = cache_names("past_key_values", geometry.n_layer)
     present = cache_names("present", geometry.n_layer)
-    axes |= {name: ["batch_size", geometry.n_head, past_axis, geometry.head_dim] for name in past}
+    axes |= {name: ["batch_size", geometry.n_head, past_axis, head_dim] for name in past}
     inputs = [*axes, *[name for name, _ in named]]
     axes |= {name: list(variable.shape) for name, variable in named}
-    axes |= {name: ["batch_size", geometry.n_head, present_axis, geometry.head_dim] for name in present}
+    axes |= {name: ["batch_size", geometry.n_head, present_axis, head_dim] for name in present}
     axes["logits"] = list(logits_shape)
     _rename(converted.graph, inputs, ["logits", *present])
     for value in [*converted.graph.input, *converted.graph.output]:
@@ -110,6 +112,27 @@ def _drop_unused_domains(model: onnx.ModelProto) -> None:
     for entry in list(model.opset_import):
         if entry.domain not in used:
             model.opset_import.remove(entry)
+
+
+def _number_constants(graph: Any) -> None:
+    """Keep one of several equal constants, and name and order them by first use.
+
+    tf2onnx keeps any of them, by the order of a set of strings, which is another one in each process.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    kept: dict[tuple[Any, ...], Any] = {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            tensor = tensors.get(name)
+            if tensor is None:
+                continue
+            array = onnx.numpy_helper.to_array(tensor)
+            key = (array.dtype.str, array.shape, array.tobytes())
+            if key not in kept:
+                kept[key] = onnx.numpy_helper.from_array(array, f"constant_{len(kept)}")
+            node.input[index] = kept[key].name
+    del graph.initializer[:]
+    graph.initializer.extend(kept.values())
 
 
 def _rename(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

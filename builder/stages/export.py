@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from builder.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from builder.data.tokenizer import load_tokenizer, tokenizer_folder_files
 from builder.keras_backend import tf
 from builder.model.gpt2 import GPT2
 from builder.model.pretrained import load_model
@@ -28,6 +28,7 @@ from builder.onnx_export.trace import trace
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe
 from builder.tf_export.byte_pair_tables import problem
+from builder.tf_export.fingerprint import settle_fingerprint
 from builder.tf_export.graph_tokenizer import GraphTokenizer
 from builder.tf_export.lint import Target, lint, refuse_errors
 from builder.tf_export.servable import Servable
@@ -35,6 +36,7 @@ from builder.tf_export.warmup import write_warmup
 from builder.verification.golden import GOLDEN, versions, write_golden
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
 from serving.deploy.tf_serving_config import config_files
+from serving.errors import InputError
 
 
 def export(
@@ -46,11 +48,9 @@ def export(
     """
     model = load_model(trained)
     geometry = model.geometry
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(prepared / "tokenizer" / name, draft / name)
+    for file in tokenizer_folder_files(prepared / "tokenizer"):
+        shutil.copyfile(file, draft / file.name)
     shutil.copyfile(trained / "config.json", draft / "config.json")
-    end = {"bos_token_id": geometry.bos_token_id, "eos_token_id": geometry.eos_token_id}
-    (draft / "generation_config.json").write_text(json.dumps(end, indent=2) + "\n", encoding="utf-8")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
 
@@ -72,6 +72,10 @@ def export(
     for precision in recipe.export.variants:
         path = f"ort/{precision}/model.onnx"
         int8_caches = precision in recipe.export.int8_caches
+        if int8_caches and geometry.padded_head_dim != geometry.head_dim:
+            raise InputError(
+                f"export.int8_caches: heads of {geometry.head_dim} have no int8 cache, only multiples of 8"
+            )
         calibration = None
         if precision == "int4" or int8_caches:
             calibration = Calibration(model, calibration_texts(shard, geometry.n_positions, recipe.seed))
@@ -87,6 +91,7 @@ def export(
 
     version_folder = draft / "savedmodel" / "1"
     signatures = servable(model, draft, recipe.export, reporter).save(version_folder)
+    settle_fingerprint(version_folder)
     requests = write_warmup(version_folder, recipe.name, geometry, tuple(signatures))
     refuse_errors(version_folder, lint(Target(version_folder, geometry)))
     for name, function in signatures.items():

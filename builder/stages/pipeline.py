@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from builder.data.content_hashes import ContentHashes, Inputs, corpus_inputs
 from builder.data.process_map import usable_cores
-from builder.data.sources import find_sources
-from builder.model.pretrained import local_base, resolve_base
+from builder.data.transforms import transform_hash
+from builder.model.pretrained import local_base
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
-from builder.run_folder import STAMP, clear, is_done, refusals_named, run_stage, stage_key
+from builder.run_folder import STAMP, is_done, refusals_named, refuse_strangers, run_stage, stage_key
 from builder.stages.prepare import PARTS, prepare
-from builder.stages.train import REPORT, quality, train
-from builder.training.metrics_log import METRICS, TENSORBOARD
+from builder.stages.prepare import WRITES as PREPARE_FILES
+from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, train
+from builder.stages.train import WRITES as TRAIN_FILES
+from builder.training.plan import fine_tuning_line, settled
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
-from serving.bundle.publish import check_destination
+from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
 
-
-def _look(paths: Sequence[Path]) -> list[tuple[str, Any, int]]:
-    """What is known of files without reading them."""
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+# In the folder of `prepare`: what it read.
+INPUTS = "inputs.json"
+# In the folder of `export`: the draft, and what `verify` says of it.
+EXPORT_FILES = ("bundle", "verification.json")
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,80 @@ class Run:
     def draft(self) -> Path:
         return self.folder / "export" / "bundle"
 
+    def stage_files(self) -> list[tuple[Path, tuple[str, ...], tuple[str, ...]]]:
+        """Each stage's folder, what the stage writes there, and what of it the next call keeps."""
+        return [
+            (self.prepared, (*PREPARE_FILES, INPUTS), PARTS),
+            (self.trained, TRAIN_FILES, KEEPS),
+            (self.draft.parent, EXPORT_FILES, ()),
+        ]
+
+    @cached_property
+    def hashes(self) -> ContentHashes:
+        return ContentHashes(self.folder / "hashes.json")
+
+    @cached_property
+    def corpus(self) -> Inputs:
+        """What the corpus holds when this is first asked for: a file that changes later belongs to the next build."""
+        return corpus_inputs(self.recipe.corpus, self.hashes)
+
+    @cached_property
+    def transform(self) -> str:
+        """The source of the function that texts go through."""
+        return transform_hash(self.recipe.corpus.transform) if self.recipe.corpus.transform else ""
+
+    @cached_property
+    def base(self) -> Inputs | str:
+        """The files of a base checkpoint in a local folder, as `corpus`; else its name."""
+        base = local_base(self.recipe.model.base) if self.recipe.model.base else None
+        if base is None:
+            return self.recipe.model.base
+        return self.hashes.all_of((path.name, path) for path in base.files() if path.is_file())
+
     def prepare_key(self) -> str:
-        """Of the corpus (its files by size and time, or the Python whose docstrings it is), tokenizer and base."""
+        """Of the texts, of all that decides what becomes of them, and of the base that brings the tokenizer."""
         recipe = self.recipe
-        files: list[tuple[str, Any, int]]
-        if recipe.corpus.paths:
-            files = _look([file.path for file in find_sources(recipe.corpus.paths).files])
-        else:
-            files = [(sys.base_prefix, platform.python_version(), 0)]
-        model: Any = recipe.model.n_positions
-        if recipe.model.base:
-            base = local_base(recipe.model.base)
-            model = recipe.model.base, _look(base.files()) if base else []
+        corpus = {key: value for key, value in asdict(recipe.corpus).items() if key not in ("paths", "transform")}
+        parts = corpus, asdict(recipe.instruction), asdict(recipe.cleaning), asdict(recipe.tokenizer)
         sequence = recipe.training.sequence_length, recipe.training.packing
-        parts = asdict(recipe.corpus), asdict(recipe.instruction), asdict(recipe.cleaning), asdict(recipe.tokenizer)
-        return stage_key(__version__, *parts, recipe.seed, model, sequence, files)
+        model = (recipe.model.n_positions, self.base)
+        return stage_key(__version__, *parts, recipe.seed, model, sequence, self.corpus, self.transform)
 
     def train_key(self) -> str:
         """Of the tokens and of what decides the weights: both loops' are equal but for rounding, so it is not said."""
         recipe = self.recipe
         training = {key: value for key, value in asdict(recipe.training).items() if key not in OBSERVING}
-        return stage_key(self.prepare_key(), asdict(recipe.model), training, recipe.seed)
+        model = asdict(recipe.model) | {"base": self.base}
+        return stage_key(self.prepare_key(), model, training, recipe.seed)
 
     def export_key(self) -> str:
         return stage_key(self.train_key(), asdict(self.recipe.export), asdict(self.recipe.verify), self.recipe.name)
+
+
+def as_prepared(run: Run, reporter: Reporter) -> Run:
+    """Return the run for the texts that its tokens were made of, which a stage after `prepare` goes on from.
+
+    If the corpus has changed since, or is gone, a line says so.
+    """
+    try:
+        stored = json.loads((run.prepared / INPUTS).read_text(encoding="utf-8"))
+        texts: Inputs = [(str(name), str(digest)) for name, digest in stored]
+    except (OSError, ValueError, TypeError):
+        return run
+    try:
+        changed = run.corpus != texts
+    except InputError:
+        changed = True
+    if not changed:
+        return run
+    then = Run(run.recipe, run.folder)
+    then.__dict__["corpus"] = texts
+    if is_done(run.prepared, then.prepare_key()):
+        reporter.line(
+            "the corpus has changed since it was read: this goes on with what was read; 'prepare' reads it again"
+        )
+        return then
+    return run
 
 
 def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
@@ -85,12 +136,31 @@ def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
     key = run.prepare_key()
 
     def work(folder: Path) -> None:
-        if run.recipe.model.base:
-            resolve_base(run.recipe.model.base)  # A name that leads nowhere is said before all the text is read.
-        prepare(run.recipe, folder, reporter.line, key=key, workers=workers or usable_cores())
+        recipe = settled(run.recipe)  # A name that leads nowhere is said before all the text is read.
+        if recipe.model.base:
+            reporter.line(fine_tuning_line(recipe))
+        prepare(
+            recipe,
+            folder,
+            reporter.line,
+            key=key,
+            workers=workers or usable_cores(),
+            check=partial(_unchanged, run),
+        )
+        (folder / INPUTS).write_text(json.dumps(run.corpus) + "\n", encoding="utf-8")
 
-    if not run_stage(run.prepared, key, work, parts=PARTS):
+    if not run_stage(run.prepared, key, work, writes=(*PREPARE_FILES, INPUTS), parts=PARTS):
         reporter.line("prepare: done already")
+
+
+def _unchanged(run: Run) -> None:
+    """Raise InputError if the texts are no longer those that the run's keys are made of."""
+    now = Run(run.recipe, run.folder).corpus
+    if Run(run.recipe, run.folder).transform != run.transform:
+        raise InputError("corpus.transform changed while the corpus was read; run the same command again")
+    if now != run.corpus:
+        changed = sorted({name for name, _ in set(now) ^ set(run.corpus)}) or ["the order of the files"]
+        raise InputError(f"corpus: {', '.join(changed[:3])} changed while it was read; run the same command again")
 
 
 def _refuse_as_base(run: Run, folder: Path, what: str) -> None:
@@ -112,8 +182,13 @@ def train_stage(run: Run, reporter: Reporter) -> None:
 
     # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
     # run that is not taken up are dropped when the new one begins.
-    if not run_stage(run.trained, key, work, keep=("checkpoint", METRICS, TENSORBOARD)):
+    if not run_stage(run.trained, key, work, writes=TRAIN_FILES, keep=KEEPS):
         reporter.line("train: done already")
+
+
+def check_trained(run: Run) -> None:
+    """Hold the trained model to `verify.better_than` of its recipe. Raises TrainingError if it is no better."""
+    check_quality(run.recipe.verify, quality(json.loads((run.trained / REPORT).read_text(encoding="utf-8"))))
 
 
 def export_stage(run: Run, reporter: Reporter) -> Bundle:
@@ -126,11 +201,12 @@ def export_stage(run: Run, reporter: Reporter) -> Bundle:
 
         run.draft.mkdir(parents=True)
         report = json.loads((run.trained / REPORT).read_text(encoding="utf-8"))
-        # The loop is not in the key: the manifest names the one that made these weights.
-        recipe = replace(run.recipe, training=replace(run.recipe.training, loop=report["loop"]))
+        # The loop is not in the key, and a row's length may be the base's: the manifest has what made these weights.
+        settings = replace(run.recipe.training, **{key: report[key] for key in SETTINGS if key in report})
+        recipe = replace(run.recipe, training=settings)
         export(recipe, run.prepared, run.trained, run.draft, quality(report), reporter)
 
-    if not run_stage(run.draft.parent, run.export_key(), work):
+    if not run_stage(run.draft.parent, run.export_key(), work, writes=EXPORT_FILES):
         reporter.line("export: done already")
     return open_draft(run)
 
@@ -142,8 +218,10 @@ def open_draft(run: Run) -> Bundle:
     try:
         return open_bundle(run.draft)
     except GPT2BundleError as error:
-        clear(run.draft.parent)
-        raise BundleError(f"the export was changed ({error}); it was thrown away, run the same command again") from None
+        clear_stamp(run)
+        raise BundleError(
+            f"the export was changed ({error}); run the same command again, which makes it anew"
+        ) from None
 
 
 def verify_bundle(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,8 +269,11 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
         return done
     # Now, and not after hours of training.
     check_destination(destination)
+    for folder, writes, keeps in run.stage_files():
+        refuse_strangers(folder, writes, keeps)
     prepare_stage(run, reporter)
     train_stage(run, reporter)
+    check_trained(run)
     draft = export_stage(run, reporter)
     certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
     # From here on the draft is no longer the export that the stamp speaks of.

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from builder.data.corpus import TRAIN, VALIDATION, CorpusReport, iter_texts, prepare_corpus, read_report
+from builder.data.base_tokenizer import write_base_tokenizer
+from builder.data.corpus import (
+    REPORT,
+    SCRATCH,
+    TRAIN,
+    VALIDATION,
+    CorpusReport,
+    iter_texts,
+    prepare_corpus,
+    read_report,
+)
 from builder.data.data_report import vocabulary_coverage, write_report
 from builder.data.document_batches import describe_loss
 from builder.data.documents import read_file
@@ -17,42 +27,69 @@ from builder.data.instructions import Template
 from builder.data.masked_shards import open_shard, write_masked_tokens
 from builder.data.token_shards import open_tokens, read_tokens, write_tokens
 from builder.data.tokenizer import (
-    END_TOKEN,
+    PREPARED_FILES,
     add_chat_template,
-    copy_tokenizer,
-    end_token_id,
+    even_sample,
     load_tokenizer,
     train_tokenizer,
     vocabulary_size,
 )
 from builder.recipe import Recipe
 from builder.run_folder import clear, run_stage, stage_key
+from builder.special_tokens import END_TOKEN, read_token_ids
 from serving.errors import InputError
+
+if TYPE_CHECKING:
+    from builder.stages.base_check import CheckedBase
 
 SUMMARY, PAGE = "prepare.json", "report.html"
 PARTS = ("corpus", "tokenizer", "tokens")
+# What is written into the stage's folder, and into those of its parts.
+WRITES = (SUMMARY, PAGE)
+_CORPUS_FILES = (TRAIN, VALIDATION, REPORT, SCRATCH, "*.part", "train.left?")
+_TOKEN_FILES = tuple(f"{side}.{ending}" for side in ("train", "validation") for ending in ("bin", "json", "mask"))
 
 
-def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key: str = "", workers: int = 1) -> None:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    key: str = "",
+    workers: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
 
     `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
     tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
-    of `prepare_corpus`.
+    of `prepare_corpus`. `check` is called when the corpus was read, and raises if it is not what `key` is made of.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
     and if the training side has fewer tokens than one row of `training.sequence_length`.
     """
+    base = _read_base(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)
+    writes = dict(zip(PARTS, (_CORPUS_FILES, PREPARED_FILES, (*_TOKEN_FILES, "*.progress*")), strict=True))
     for part in PARTS if not key else ():
-        clear(folder / part)
-    ran = run_stage(folder / "corpus", stage_key(key, "corpus"), lambda part: _make_corpus(recipe, part, workers))
+        clear(folder / part, writes[part])
+    ran = run_stage(
+        folder / "corpus",
+        stage_key(key, "corpus"),
+        lambda part: _make_corpus(recipe, part, workers, check),
+        writes=writes["corpus"],
+    )
     corpus = read_report(folder / "corpus")
     report(_corpus_line(corpus) + _again(ran))
-    ran = run_stage(folder / "tokenizer", stage_key(key, "tokenizer"), lambda part: _make_tokenizer(recipe, part))
+    ran = run_stage(
+        folder / "tokenizer",
+        stage_key(key, "tokenizer"),
+        lambda part: _make_tokenizer(recipe, base, part, report),
+        writes=writes["tokenizer"],
+    )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    vocab_size = vocabulary_size(tokenizer)
+    vocab_size, end = vocabulary_size(tokenizer), read_token_ids(folder / "tokenizer").eos
     report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size) + _again(ran))
     shards = [(folder / "tokens" / name).with_suffix(".bin") for name in (TRAIN, VALIDATION)]
     tokens_key = stage_key(key, "tokens")
@@ -60,11 +97,12 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     run_stage(
         folder / "tokens",
         tokens_key,
-        lambda part: _make_tokens(recipe, tokenizer, shards, tokens_key if key else ""),
+        lambda part: _make_tokens(recipe, tokenizer, end, shards, tokens_key if key else ""),
+        writes=writes["tokens"],
         parts=half_done,
     )
     counts = {shard.stem: len(open_tokens(shard)) for shard in shards}
-    loss = describe_loss([open_shard(shard, end_token_id(tokenizer)) for shard in shards], recipe.training)
+    loss = describe_loss([open_shard(shard, end) for shard in shards], recipe.training)
     report(f"tokens: {counts['train']:,} for training, {counts['validation']:,} for validation")
     total = sum(counts.values())
     summary: dict[str, Any] = {
@@ -92,12 +130,13 @@ def prepare(recipe: Recipe, folder: Path, report: Callable[[str], None], *, key:
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _make_corpus(recipe: Recipe, folder: Path, workers: int) -> None:
+def _make_corpus(recipe: Recipe, folder: Path, workers: int, check: Callable[[], None]) -> None:
     prepare_corpus(recipe, folder, workers)
+    check()
 
 
-def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[Path], key: str) -> None:
-    limits: dict[str, Any] = {"max_tokens": recipe.corpus.max_tokens, "trim": recipe.corpus.trim}
+def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequence[Path], key: str) -> None:
+    limits: dict[str, Any] = {"max_tokens": recipe.corpus.max_tokens, "trim": recipe.corpus.trim, "end_token": end}
     for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
         source = shard.parent.parent / "corpus" / name
         if recipe.instruction.is_set:
@@ -113,34 +152,36 @@ def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, shards: Sequence[Path], k
         shard.with_suffix(".progress").unlink(missing_ok=True)
 
 
-def _make_tokenizer(recipe: Recipe, folder: Path) -> None:
-    if recipe.model.base:
-        from builder.model.pretrained import resolve_base  # It may ask the hub, which a model from scratch never needs.
+def _read_base(recipe: Recipe) -> CheckedBase | None:
+    """The recipe's base, so that what is wrong with it is said before any text is read."""
+    if not recipe.model.base:
+        return None
+    from builder.stages.base_check import read_base  # It may ask the hub, which a model from scratch never needs.
 
-        base = resolve_base(recipe.model.base)
-        n_positions = _base_positions(base.weights, recipe.model.n_positions)
-        copy_tokenizer(base.tokenizer, folder, n_positions)
+    return read_base(recipe.model)
+
+
+def _make_tokenizer(recipe: Recipe, base: CheckedBase | None, folder: Path, report: Callable[[str], None]) -> None:
+    if base is not None:
+        for note in base.tokenizer.notes:
+            report(note)
+        if recipe.instruction.is_set and base.tokenizer.files.chat_template:
+            report("chat template: the recipe's instruction template replaces it")
+        write_base_tokenizer(base.tokenizer, base.geometry.n_positions, folder)
     else:
-        # The end token inside a chat is no text to learn a vocabulary from; a plain document is one run.
-        texts = (
-            text
-            for document in read_file(folder.parent / "corpus" / TRAIN)
-            for text, _ in document.runs
-            if not (document.segments and text == END_TOKEN)
+        texts = even_sample(
+            lambda: _texts_to_learn(folder.parent / "corpus" / TRAIN), recipe.tokenizer.unbroken_characters
         )
         train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
     if recipe.instruction.is_set:
         add_chat_template(folder, Template.of(recipe.instruction).chat_template())
 
 
-def _base_positions(base: Path, otherwise: int) -> int:
-    """The context length in a checkpoint's configuration; what is wrong with it is for the reader of its weights."""
-    for name, key in (("config.json", "n_positions"), ("hparams.json", "n_ctx")):
-        try:
-            return int(json.loads((base / name).read_text(encoding="utf-8"))[key])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return otherwise
+def _texts_to_learn(path: Path) -> Iterator[str]:
+    """The texts that a vocabulary is learnt from; a plain document is one run."""
+    for document in read_file(path):
+        # The end token inside a chat is no text.
+        yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))
 
 
 def _again(ran: bool) -> str:
@@ -163,7 +204,8 @@ def _corpus_line(corpus: CorpusReport) -> str:
     skipped = sum(corpus.skipped_files.values())
     return (
         f"corpus: {corpus.train.documents:,} + {corpus.validation.documents:,} documents, "
-        f"{corpus.characters:,} characters, split by {corpus.split}"
+        f"{corpus.characters:,} characters, "
+        f"{corpus.validation.characters / corpus.characters:.1%} held out by {corpus.split}"
         + (f"; dropped {dropped}" if dropped else "")
         + (f"; skipped {skipped:,} files of other kinds" if skipped else "")
     )

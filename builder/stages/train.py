@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from builder.data.document_batches import counted_targets, first_prompts, is_plain
+from builder.data.document_batches import counted_targets, first_prompts, is_plain, make_sampler
 from builder.data.instructions import Template
 from builder.data.masked_shards import Shard, open_shard
 from builder.data.ngram_baselines import trigram_perplexity, unigram_perplexity
-from builder.data.tokenizer import end_token_id, load_tokenizer, vocabulary_size
+from builder.data.tokenizer import load_tokenizer, vocabulary_size
 from builder.model.pretrained import Base, geometry_of, load_weights, resolve_base
 from builder.progress import Reporter
-from builder.recipe import ModelRecipe, Recipe
-from builder.training.metrics_log import MetricsLog, read_metrics
+from builder.recipe import ModelRecipe, Recipe, TrainingRecipe, VerifyRecipe
+from builder.special_tokens import TokenIds, read_token_ids
+from builder.training.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
+from builder.training.plan import adapter_line, limits, plan_steps, settings_line, settled
 from builder.training.training_report import REPORT_PAGE, write_report
 from serving.bundle import Geometry
-from serving.errors import InputError
+from serving.errors import InputError, TrainingError
 
 WEIGHTS = "model.safetensors"
 REPORT = "training.json"
+# What is written into the stage's folder, and what of it the next call keeps to resume from.
+WRITES = (WEIGHTS, "config.json", REPORT, REPORT_PAGE)
+KEEPS = ("checkpoint", METRICS, TENSORBOARD)
+SETTINGS = ("loop", "sequence_length")
+"""Keys of the report that say what a training setting was in fact, where the recipe leaves it open."""
 
 
-def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
+def hf_config(geometry: Geometry, recipe: ModelRecipe, pad: int | None = None) -> dict[str, Any]:
     """The model's config.json as Hugging Face's GPT2Config reads it, with the dropouts that it was trained with.
 
     GPT2Config takes a dropout that is not there as 0.1; KerasHub refuses to read a folder without them.
@@ -47,6 +56,7 @@ def hf_config(geometry: Geometry, recipe: ModelRecipe) -> dict[str, Any]:
         "resid_pdrop": recipe.resid_pdrop,
         "bos_token_id": geometry.bos_token_id,
         "eos_token_id": geometry.eos_token_id,
+        **({} if pad is None else {"pad_token_id": pad}),
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
@@ -59,21 +69,17 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     Returns the report. A checkpoint of the same `run_id` in `folder` is taken up. Raises InputError for a base
     checkpoint that does not fit, TrainingError when the loss is not a number.
     """
+    recipe = settled(recipe)
     tokenizer = load_tokenizer(prepared / "tokenizer")
-    end = end_token_id(tokenizer)
-    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", end) for side in ("train", "validation"))
+    ids = read_token_ids(prepared / "tokenizer")
+    shard, held_out = (open_shard(prepared / "tokens" / f"{side}.bin", ids.eos) for side in ("train", "validation"))
     vocab_size = vocabulary_size(tokenizer)
     base = resolve_base(recipe.model.base) if recipe.model.base else None
-    geometry = geometry_of(recipe.model, vocab_size, end, base)
+    geometry = geometry_of(recipe.model, vocab_size, ids, base)
     if vocab_size > geometry.vocab_size:
         raise InputError(
             f"model.base {recipe.model.base!r}: its tokenizer has {vocab_size} entries, its weights only "
             f"{geometry.vocab_size}; name a whole checkpoint"
-        )
-    if recipe.training.sequence_length > geometry.n_positions:
-        raise InputError(
-            f"recipe key 'training.sequence_length' is {recipe.training.sequence_length}, longer than the "
-            f"{geometry.n_positions} positions of {recipe.model.base}"
         )
 
     # TensorFlow only now: what is wrong above is answered at once.
@@ -82,13 +88,14 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     with training_devices(recipe.training) as devices:
         if devices > 1:
             reporter.line(f"training on {devices} devices")
-        return _train(recipe, base, geometry, shard, held_out, tokenizer, folder, run_id, reporter)
+        return _train(recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter)
 
 
 def _train(
     recipe: Recipe,
     base: Base | None,
     geometry: Geometry,
+    ids: TokenIds,
     shard: Shard,
     held_out: Shard,
     tokenizer: Tokenizer,
@@ -112,11 +119,19 @@ def _train(
             resid_pdrop=recipe.model.resid_pdrop,
         )
     if base is not None:
-        reporter.line(f"base: {load_weights(model, base.weights)} of {recipe.model.base}")
-    if recipe.training.epochs:
-        choose_trainable(model, recipe.training)
-    reporter.line(f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}")
+        reporter.line(f"base: {load_weights(model, base.weights, base.adapter)} of {recipe.model.base}")
     settings = recipe.training
+    about = [f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}"]
+    trainable = 0
+    if settings.epochs:
+        choose_trainable(model, settings)
+        trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+        if settings.lora_rank or settings.freeze:
+            about.append(adapter_line(settings, trainable, geometry.parameters))
+        steps, _ = plan_steps(settings, make_sampler(shard, settings, recipe.seed).rows)
+        about.append(settings_line(settings, steps))
+    for line in about:
+        reporter.line(line)
     prompts = _prompts(recipe, tokenizer, held_out) if settings.sample_tokens else []
 
     continuations = Continuations(model, prompts, settings.sample_tokens)
@@ -134,7 +149,7 @@ def _train(
                 shown[:] = event.get("samples", [])
                 for prompt, text in shown:
                     reporter.line(f"  {prompt!r} -> {text!r}")
-                write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), event["history"], shown)
+                write_report(folder / REPORT_PAGE, recipe.name, about, read_metrics(folder), event["history"], shown)
 
         history = fit(
             model,
@@ -148,32 +163,49 @@ def _train(
             log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
             sample=sample,
         )
-    write_report(folder / REPORT_PAGE, recipe.name, read_metrics(folder), history, shown or sample())
+    exported = exported_row(history, recipe.training)
+    report = {
+        "loop": settings.loop,
+        "sequence_length": settings.sequence_length,
+        "steps": exported["step"],
+        "parameters": geometry.parameters,
+        "trainable_parameters": trainable,
+        "lora_rank": settings.lora_rank,
+        **figures(settings, geometry, shard, held_out, exported),
+        "history": history,
+    }
+    _say_how_it_compares(report, reporter)
+    for sentence in limits(report):
+        reporter.line(sentence)
+    about += limits(report)
+    write_report(folder / REPORT_PAGE, recipe.name, about, read_metrics(folder), history, shown or sample())
+    write_safetensors(model, folder / WEIGHTS)
+    config = hf_config(geometry, recipe.model, ids.pad)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def figures(
+    settings: TrainingRecipe, geometry: Geometry, shard: Shard, held_out: Shard, row: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the sizes of both sides, the validation figures of a history's `row`, and those of the n-grams."""
     # With weights, n-grams are held to the same targets.
     counted = None
     if not is_plain(shard, settings):
         counted = counted_targets(shard, settings), counted_targets(held_out, settings)
-    exported = exported_row(history, recipe.training)
-    report = {
-        "loop": settings.loop,
-        "parameters": geometry.parameters,
+    found = {
         "training_tokens": len(shard.ids),
         "validation_tokens": len(held_out.ids),
-        "validation_loss": exported["validation_loss"],
-        "validation_perplexity": exported["validation_perplexity"],
-        "validation_accuracy": exported["validation_accuracy"],
+        "validation_loss": row["validation_loss"],
+        "validation_perplexity": row["validation_perplexity"],
+        "validation_accuracy": row["validation_accuracy"],
         "unigram_perplexity": unigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
         "trigram_perplexity": trigram_perplexity(shard.ids, held_out.ids, geometry.vocab_size, counted),
-        "history": history,
     }
     if counted:
-        report |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
-    _say_how_it_compares(report, reporter)
-    write_safetensors(model, folder / WEIGHTS)
-    config = hf_config(geometry, recipe.model)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
+        found |= {"counted_training_tokens": int(counted[0].sum()), "counted_validation_tokens": int(counted[1].sum())}
+    return found
 
 
 def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list[int]]:
@@ -192,7 +224,19 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list
 
 def quality(report: dict[str, Any]) -> dict[str, float]:
     """The report's figures that a manifest carries."""
-    return {key: float(value) for key, value in report.items() if key not in ("history", "loop")}
+    return {key: float(value) for key, value in report.items() if key not in ("history", *SETTINGS)}
+
+
+def check_quality(recipe: VerifyRecipe, figures: Mapping[str, float]) -> None:
+    """Raise TrainingError if a model with these figures is not better than `recipe.better_than`."""
+    if not recipe.better_than:
+        return
+    ours, theirs = figures["validation_perplexity"], figures[f"{recipe.better_than}_perplexity"]
+    if not ours < theirs:
+        raise TrainingError(
+            f"validation perplexity {ours:.2f} is not below the {recipe.better_than}'s {theirs:.2f}, as "
+            "verify.better_than asks for; train longer, add text, or change that key"
+        )
 
 
 def _say_how_it_compares(report: dict[str, Any], reporter: Reporter) -> None:

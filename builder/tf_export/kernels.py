@@ -23,7 +23,7 @@ class ServableKernels(Kernels):
     """
 
     def __init__(self, geometry: Geometry) -> None:
-        super().__init__(geometry.n_head)
+        super().__init__(geometry.n_head, activation=geometry.activation_function)
         self.geometry = geometry
         self.present: Cache = []
         # Set before the call, by whoever has them.
@@ -36,8 +36,8 @@ class ServableKernels(Kernels):
     def dense(self, layer: Any, hidden: Any) -> Any:
         return self.weights.dense(layer, hidden)
 
-    def gelu(self, inner: Any) -> Any:
-        return tf.nn.gelu(inner, approximate=True)
+    def activate(self, inner: Any) -> Any:
+        return tf.nn.gelu(inner, approximate=True) if self.activation == "gelu_new" else super().activate(inner)
 
     def layer_norm(self, layer: Any, hidden: Any) -> Any:
         mean = tf.reduce_mean(hidden, axis=-1, keepdims=True)

@@ -8,35 +8,48 @@ from pathlib import Path
 from typing import Any
 
 from builder.keras_backend import tf
+from builder.tf_export.lint_config import check_configuration, check_contents, check_own_contents
 from builder.tf_export.lint_costs import check_memory, check_time, largest_batch, measure, memory
 from builder.tf_export.lint_graph import Finding, check_ops, check_signatures
 from serving.bundle import MANIFEST_NAME, Geometry, open_bundle
+from serving.deploy.tf_serving import MARKER, read_deployment
+from serving.deploy.versions import versions_in
 from serving.errors import BundleError, InputError
+from serving.protobuf.saved_model_ops import find_problems
 
 _ORDER = ("error", "warning", "note")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A SavedModel's version folder, and the geometry of its model where a bundle says it."""
+    """A SavedModel's version folder, and the geometry of its model where a bundle says it: one of this project's."""
 
     version: Path
     geometry: Geometry | None = None
 
 
 def find_target(folder: Path) -> Target:
-    """The SavedModel of a bundle, of a TensorFlow Serving model folder (its newest version), or `folder` itself.
+    """The SavedModel of a bundle, of a deployment or a TensorFlow Serving model folder (the newest version), or
+    `folder` itself.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, and BundleError for a damaged bundle or deployment.
     """
     if (folder / MANIFEST_NAME).is_file():
         return Target(folder / "savedmodel" / "1", open_bundle(folder, check="sizes").manifest.model)
-    if (folder / "saved_model.pb").is_file():
-        return Target(folder)
-    versions = [path for path in folder.glob("*/saved_model.pb") if path.parent.name.isdecimal()]
-    if versions:
-        return Target(max(versions, key=lambda path: int(path.parent.name)).parent)
-    raise InputError(f"{folder}: no SavedModel here (saved_model.pb, or numbered folders with one) and no bundle")
+    if (folder / MARKER).is_file():
+        deployment = read_deployment(folder)
+        return Target(_newest(folder / deployment.model), deployment.geometry)
+    return Target(folder if (folder / "saved_model.pb").is_file() else _newest(folder))
+
+
+def _newest(model: Path) -> Path:
+    versions = [model / str(version) for version in versions_in(model)]
+    there = [version for version in versions if (version / "saved_model.pb").is_file()]
+    if not there:
+        raise InputError(
+            f"{model}: no SavedModel here (saved_model.pb, or numbered folders with one), no bundle and no deployment"
+        )
+    return there[-1]
 
 
 def lint(
@@ -56,11 +69,19 @@ def lint(
     rows of the largest batch, by default those that the batching parameters beside the SavedModel allow. Raises
     BundleError for a file that is no SavedModel for serving.
     """
+    problems = [*find_problems(target.version)]
+    if target.geometry is not None and problems:
+        return check_own_contents(problems)
     meta_graph = read_meta_graph(target.version)
-    findings = [*check_ops(meta_graph), *check_signatures(meta_graph)]
+    findings = [
+        *check_ops(meta_graph),
+        *check_contents(meta_graph, problems),
+        *check_signatures(meta_graph),
+        *check_configuration(target.version),
+    ]
     context = context or (target.geometry.n_positions if target.geometry else None)
     broken = any(finding.level == "error" for finding in findings)
-    if run and ms_per_token is None and not broken:
+    if run and ms_per_token is None and not broken and not problems:
         ms_per_token = measure(target.version)
     if ms_per_token is not None and context is not None:
         findings.append(check_time(ms_per_token, context, timeout))

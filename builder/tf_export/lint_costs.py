@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from builder.tf_export.lint_config import batching_files, read_text
 from builder.tf_export.lint_graph import Finding
 from serving.bundle import Geometry
-from serving.deploy.tf_serving_config import BATCH_SIZES, BATCHING
+from serving.deploy.tf_serving_config import BATCH_SIZES
 
 _PARAMETERS = {"token_ids", "lengths", "max_new_tokens", "temperature", "top_k", "top_p", "seed"}
 _STEPS = 16
@@ -84,14 +85,12 @@ def largest_batch(version: Path) -> int:
     """The largest batch that the server will run: of the batching parameters that stand beside the SavedModel in a
     bundle (`deploy/tf_serving`) or a deployment (`config`), or else of those that this project writes.
     """
-    for above in (version.parent.parent, version.parent.parent.parent):
-        for path in (above / "deploy" / "tf_serving" / BATCHING, above / "config" / BATCHING):
-            if path.is_file():
-                text = path.read_text(encoding="utf-8", errors="replace")
-                sizes = re.findall(r"^\s*allowed_batch_sizes\s*:\s*(\d+)", text, re.MULTILINE)
-                sizes = sizes or re.findall(r"^\s*max_batch_size\s*\{\s*value\s*:\s*(\d+)", text, re.MULTILINE)
-                if sizes:
-                    return max(int(size) for size in sizes)
+    for path in batching_files(version):
+        text = read_text(path)
+        sizes = re.findall(r"^\s*allowed_batch_sizes\s*:\s*(\d{1,9})", text, re.MULTILINE)
+        sizes = sizes or re.findall(r"^\s*max_batch_size\s*\{\s*value\s*:\s*(\d{1,9})", text, re.MULTILINE)
+        if sizes:
+            return max(int(size) for size in sizes)
     return BATCH_SIZES[-1]
 
 

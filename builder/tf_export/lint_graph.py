@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from builder.keras_backend import tf
 
-_PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
+PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 # Signatures that a SavedModel keeps for its loader.
 _INTERNAL = ("__saved_model_init_op", "__saved_model_train_op")
 # What the server links beside core TensorFlow (tensorflow/serving, tensorflow_serving/model_servers/BUILD,
@@ -57,7 +57,7 @@ def check_ops(meta_graph: Any) -> Iterator[Finding]:
         if (where, kind) in seen or node.op in functions:
             continue
         seen.add((where, kind))
-        if node.op in _PYTHON:
+        if node.op in PYTHON:
             yield Finding(
                 "error", "ops", where, f"{node.op} calls Python, which the server has not; use TensorFlow ops"
             )
@@ -89,6 +89,12 @@ def _xla(where: str, what: str) -> Finding:
     return Finding(
         "error", "ops", where, f"{what} needs XLA, which the server compiles only with flags; export without"
     )
+
+
+def reached_functions(meta_graph: Any) -> set[str]:
+    """Names of the functions that a session can reach."""
+    functions = {function.signature.name: function for function in meta_graph.graph_def.library.function}
+    return {where for where, _ in _reachable(meta_graph.graph_def, functions)} - {"graph"}
 
 
 def _reachable(graph: Any, functions: dict[str, Any]) -> Iterator[tuple[str, Any]]:

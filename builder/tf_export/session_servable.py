@@ -12,13 +12,15 @@ import numpy as np
 from builder.keras_backend import tf
 from serving.backends.base import pad_right
 from serving.errors import BundleError
+from serving.protobuf.saved_model_ops import check_saved_model
 
 
 class SessionServable:
     """One loaded SavedModel in a session of its own; tensors are fed and fetched by the signatures' names."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises BundleError for what TensorFlow cannot load."""
+        """Raises BundleError for what holds more than an export does, and for what TensorFlow cannot load."""
+        check_saved_model(folder)
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
             with self._session.graph.as_default():

@@ -28,6 +28,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     Args:
         folder: where checkpoints go.
         steps: updates of the weights in the whole run.
+        interval: updates between two validations.
         start: how far the run has come.
         notify: gets a dictionary after every step, and one with the key "validation" after every validation.
         log: where figures are written.
@@ -40,6 +41,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         folder: Path,
         run_id: str,
         steps: int,
+        interval: int,
         start: Progress,
         notify: Notify,
         log: MetricsLog | None = None,
@@ -52,6 +54,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         if log is not None:
             log.open_at(start.step)
         self.recipe, self.folder, self.run_id, self.steps, self.notify = recipe, folder, run_id, steps, notify
+        self.interval = interval
         self.step, self.history = start.step, list(start.history)
         self.calls = start.step * recipe.accumulation
         self.interval_start, self.interval_step = time.monotonic(), start.step
@@ -77,7 +80,8 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
             return
         self.step += 1
         self.notify({"step": self.step, "steps": self.steps, "loss": loss, "tokens_per_second": self._speed()})
-        if self.log is not None and self.step % self.log.every == 0:
+        # At the end of an interval too, so that even a run of one step has a line.
+        if self.log is not None and (self.step % self.log.every == 0 or self.step % self.interval == 0):
             self._log(self.log, loss)
 
     def _log(self, log: MetricsLog, mean: float) -> None:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from builder.model.gpt2 import GPT2, named_variables
 from builder.recipe import TrainingRecipe
+from builder.training.plan import unknown_weight
 from serving.errors import InputError
 
 
@@ -21,10 +22,7 @@ def choose_trainable(model: GPT2, recipe: TrainingRecipe) -> None:
     for pattern in recipe.freeze:
         found = [variable for name, variable in named if fnmatchcase(name, pattern.removeprefix("transformer."))]
         if not found:
-            raise InputError(
-                f"recipe key 'training.freeze': {pattern!r} names no weight; they are called as in a Hugging Face "
-                "checkpoint, for example 'wte.weight', 'h.0.*' or '*.bias'"
-            )
+            raise unknown_weight(pattern)
         for variable in found:
             variable.trainable = False
     if recipe.lora_rank:

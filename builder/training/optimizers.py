@@ -8,6 +8,7 @@ from typing import Any
 
 from builder.keras_backend import keras, ops, tf
 from builder.recipe import TrainingRecipe
+from builder.training.plan import warmup_steps
 
 
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
@@ -86,9 +87,17 @@ class MeasuredAdamW(_Measured, keras.optimizers.AdamW):  # type: ignore[misc]
     """AdamW that keeps its gradients' norm."""
 
 
+class MeasuredAdam(_Measured, keras.optimizers.Adam):  # type: ignore[misc]
+    """Adam that keeps its gradients' norm."""
+
+
+class MeasuredSGD(_Measured, keras.optimizers.SGD):  # type: ignore[misc]
+    """Stochastic gradient descent that keeps its gradients' norm."""
+
+
 def make_schedule(recipe: TrainingRecipe, steps: int) -> Any:
     """The learning rate as a function of the update's number, 0 to `steps` - 1; see `recipe.schedule`."""
-    warmup = min(steps - 1, round(steps * recipe.warmup_fraction))
+    warmup = warmup_steps(recipe, steps)
     if recipe.schedule != "cosine":
         return WarmUp(
             recipe.schedule,
@@ -107,7 +116,7 @@ def make_schedule(recipe: TrainingRecipe, steps: int) -> Any:
 
 
 def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
-    """Muon or AdamW with the recipe's schedule; biases, norms and embeddings are not decayed.
+    """The recipe's optimizer with its schedule; biases, norms and embeddings are not decayed.
 
     Muon (Jordan et al., 2024) orthogonalises the momentum of each block's matrices; scaled as by Liu et al. (2025,
     arXiv:2502.16982), one rate means updates of AdamW's size. AdamW fits what is no matrix, and the embeddings.
@@ -117,23 +126,30 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
     """
     parts = recipe.accumulation
     rate = make_schedule(recipe, steps)
-    shared: dict[str, Any] = {"weight_decay": recipe.weight_decay, "global_clipnorm": recipe.max_grad_norm}
+    shared: dict[str, Any] = {"global_clipnorm": recipe.max_grad_norm}
     if parts > 1:
         rate = PerUpdate(rate, parts)
         shared["gradient_accumulation_steps"] = parts
     if recipe.ema > 0:
         shared |= {"use_ema": True, "ema_momentum": recipe.ema ** (1 / parts)}
-    if recipe.optimizer == "muon":
+    if recipe.optimizer == "sgd":
+        optimizer = MeasuredSGD(rate, momentum=recipe.momentum, **shared)
+    elif recipe.optimizer == "adam":
+        optimizer = MeasuredAdam(rate, beta_1=recipe.adam_beta1, beta_2=recipe.adam_beta2, **shared)
+    elif recipe.optimizer == "muon":
         optimizer = MeasuredMuon(
             rate,
             adam_lr_ratio=recipe.adam_rate_ratio,
             adam_beta_1=recipe.adam_beta1,
             adam_beta_2=recipe.adam_beta2,
             adam_weight_decay=None,
+            weight_decay=recipe.weight_decay,
             **shared,
         )
     else:
-        optimizer = MeasuredAdamW(rate, beta_1=recipe.adam_beta1, beta_2=recipe.adam_beta2, **shared)
+        optimizer = MeasuredAdamW(
+            rate, weight_decay=recipe.weight_decay, beta_1=recipe.adam_beta1, beta_2=recipe.adam_beta2, **shared
+        )
     optimizer.gradient_norm = tf.Variable(
         0.0, trainable=False, name="gradient_norm", aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
     )

@@ -21,6 +21,7 @@ from builder.training.custom_loop import run_epochs
 from builder.training.glibc_heap import kept_heap
 from builder.training.metrics_log import MetricsLog
 from builder.training.optimizers import make_optimizer
+from builder.training.plan import plan_steps
 from serving.errors import TrainingError
 
 
@@ -39,6 +40,15 @@ class LanguageModel(GPT2):
         self.perplexity = Perplexity(name="perplexity")
         self.accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
         self.label_smoothing = 0.0
+
+    def compile(self, *, optimizer: Any = None, jit_compile: Any = "auto", **options: Any) -> None:
+        """Set the optimizer. Raises TypeError for a loss or metrics, since this model computes its own."""
+        if options:
+            raise TypeError(
+                f"LanguageModel has a loss and metrics of its own, so it takes no {', '.join(options)}; "
+                "compile a builder.model.gpt2.GPT2 for others"
+            )
+        super().compile(optimizer=optimizer, jit_compile=jit_compile)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -86,18 +96,6 @@ def layer_precision(precision: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def plan_steps(recipe: TrainingRecipe, rows: int) -> tuple[int, int]:
-    """Return (steps in all, steps between validations); the first is rounded up to a multiple of the second.
-
-    `rows` are those of an epoch. No epochs are no steps.
-    """
-    if recipe.epochs == 0:
-        return 0, 1
-    steps = max(1, math.ceil(recipe.epochs * rows / recipe.batch_size))
-    interval = math.ceil(steps / recipe.validations)
-    return interval * math.ceil(steps / interval), interval
-
-
 def fit(
     model: LanguageModel,
     recipe: TrainingRecipe,
@@ -131,7 +129,7 @@ def fit(
     optimizer.build(model.trainable_variables)
     best = recipe.keep == "best"
     start = load_checkpoint(folder, model, optimizer, run_id, with_best=best) or Progress(0, [])
-    watch = Watch(recipe, folder, run_id, steps, start, notify, log, sample)
+    watch = Watch(recipe, folder, run_id, steps, interval, start, notify, log, sample)
     if sampler and start.step < steps and not watch.is_stale:
         watch.rows_of = sampler.starts
         with kept_heap():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _CURVES = (
 def write_report(
     path: Path,
     name: str,
+    about: Sequence[str],
     records: list[dict[str, float]],
     history: list[dict[str, Any]],
     samples: list[tuple[str, str]],
@@ -29,12 +31,14 @@ def write_report(
     Args:
         path: the .html file.
         name: what the run is called.
+        about: lines on the model and its settings.
         records: `builder.training.metrics_log.read_metrics`.
         history: one row a validation.
         samples: (prompt, continuation) of the last validation.
     """
+    parts = [section("Run", "<p>" + "<br>".join(escape(line) for line in about) + "</p>")] if about else []
     losses = {"training": _points(records, "loss"), "validation": _points(records, "validation_loss")}
-    parts = [_chart("Loss, nats a token", {side: points for side, points in losses.items() if points})]
+    parts += [_chart("Loss, nats a token", {side: points for side, points in losses.items() if points})]
     parts += [_chart(title, {key: _points(records, key)}) for key, title in _CURVES]
     parts.append(section("Validations", _table(history)))
     texts = "\n".join(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>" for prompt, text in samples)

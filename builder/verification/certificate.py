@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from builder.keras_backend import tf
 from builder.model.pretrained import load_model
 from builder.progress import Reporter
 from builder.tf_export.session_servable import SessionServable
+from builder.training.plan import FEW_TOKENS, limits
 from builder.verification.golden import GOLDEN, versions
 from builder.verification.logit_parity import (
     Reference,
@@ -27,9 +28,11 @@ from builder.verification.logit_parity import (
     window_losses_cached,
     window_losses_full,
 )
-from builder.verification.quantization_loss import distributions, greedy_record, problem
+from builder.verification.paired_loss import relative_difference
+from builder.verification.quantization_loss import distributions, greedy_record, is_certain, problem
 from builder.verification.sampling_parity import compare_choices
 from builder.verification.text_parity import compare_text, judge_text
+from builder.verification.transformers_reading import check_reading
 from serving.backends.base import Backend
 from serving.backends.onnx import OnnxBackend
 from serving.backends.tensorflow import TensorFlowBackend
@@ -37,6 +40,7 @@ from serving.bundle import Bundle
 from serving.errors import BundleError, ParityError
 
 CERTIFICATE = "verification.json"
+VERIFIED, TOO_FEW = "verified", "too few tokens"
 _OPTIMISED, _PORTABLE, _SAVEDMODEL = "ort/fp32", "onnx/portable", "savedmodel"
 
 
@@ -49,6 +53,8 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     """
     golden = _read_golden(bundle)
     prompts, text = golden["prompts"], np.array(golden["text"], np.int64)
+    reading = check_reading(bundle, golden)
+    reporter.line(f"compared the reading of transformers {reading['version']} on {reading['texts']} texts")
     model = load_model(bundle.folder)
     reference = _reference(model)
     optimised, portable = OnnxBackend(bundle, _OPTIMISED), OnnxBackend(bundle, _PORTABLE)
@@ -111,6 +117,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     certificate = {
         "schema_version": 1,
         "passed": True,
+        **_status(variants, count, bundle.manifest.quality),
         "reference": "Keras, float32, full recompute without a cache",
         "prompts": len(prompts),
         "new_tokens": golden["new_tokens"],
@@ -120,6 +127,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "greedy": greedy,
         "choices": choices,
         "text": texts,
+        "transformers": reading,
         "variants": variants,
         "left_out": {name: table["problem"] for name, table in variants.items() if "problem" in table},
         "versions": versions(),
@@ -128,6 +136,8 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
             *[f"{name} on a GPU: it ran on the processor" for name in variants if graphs[name].precision == "fp16"],
         ],
     }
+    for sentence in certificate["limits"]:
+        reporter.line(sentence)
     return certificate, golden | {"expected": candidates.tolist()}
 
 
@@ -149,19 +159,35 @@ def _certify_variants(
         greedy = greedy_record(backends[name], golden["prompts"], candidates, batch_size)
         table = distribution.table(perplexity) | greedy | {"gate": golden["gates"][name]}
         found = problem(table, table["gate"])
-        variants[name] = table | ({"problem": found} if found else {})
-        verdict = f"LEFT OUT: {found}" if found else f"perplexity {table['perplexity_relative']:+.3%}"
+        status = VERIFIED if is_certain(table, table["gate"]) else TOO_FEW
+        variants[name] = table | ({"problem": found} if found else {"status": status})
+        verdict = f"LEFT OUT: {found}" if found else f"{status}, perplexity {relative_difference(table)}"
         reporter.line(
             f"{name}: {verdict}; the likeliest token is the same at {table['top1_agreement']:.2%} of the text"
         )
     return variants
 
 
+def _status(variants: dict[str, dict[str, Any]], tokens: int, quality: Mapping[str, float]) -> dict[str, Any]:
+    """The certificate's `status` and `limits`: whether its figures are of enough tokens, and what they cannot say."""
+    found = limits(quality)
+    thin = [name for name, table in variants.items() if table.get("status") == TOO_FEW]
+    if tokens < FEW_TOKENS:
+        found.append(
+            f"{TOO_FEW}: perplexities were compared on {tokens} tokens (fewer than {FEW_TOKENS:,}), so the gates of "
+            "variants prove little; add validation text"
+        )
+    elif thin:
+        found.append(f"{TOO_FEW}: {', '.join(thin)} may miss the gate on another text; raise verify.perplexity_tokens")
+    return {"status": TOO_FEW if tokens < FEW_TOKENS or thin else VERIFIED, "limits": found}
+
+
 def summary(certificate: dict[str, Any]) -> dict[str, Any]:
     """The few figures of a certificate that the manifest carries."""
     runtimes = certificate["runtimes"]
     return {
-        "verified": True,
+        "verified": certificate["status"] == VERIFIED,
+        "status": certificate["status"],
         "certificate": CERTIFICATE,
         "max_abs": {name: table["every_step"]["max_abs"] for name, table in runtimes.items()},
         "greedy_tokens": min(record["of"] for record in certificate["greedy"].values()),

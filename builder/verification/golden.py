@@ -16,7 +16,17 @@ from builder.onnx_export.precisions import PRECISIONS
 from builder.recipe import VerifyRecipe
 
 GOLDEN = "golden.json"
-_PACKAGES = ("tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime", "numpy", "tokenizers", "safetensors")
+_PACKAGES = (
+    "tensorflow",
+    "keras",
+    "tf2onnx",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "transformers",
+)
 
 
 def versions() -> dict[str, str]:

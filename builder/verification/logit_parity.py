@@ -182,7 +182,13 @@ def window_losses_full(reference: Reference, windows: NDArray[np.int64]) -> floa
     return _losses(logits.reshape(-1, logits.shape[-1]), windows[:, 1:].reshape(-1))
 
 
-def _losses(logits: FloatArray, targets: NDArray[np.int64]) -> float:
+def token_losses(logits: FloatArray, targets: NDArray[Any]) -> NDArray[np.float64]:
+    """Negative log-likelihoods (nats) of `targets` [rows] under logits [rows, vocab_size]."""
     shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
     normaliser = np.log(np.exp(shifted).sum(-1))
-    return float((normaliser - shifted[np.arange(len(targets)), targets]).sum())
+    losses: NDArray[np.float64] = normaliser - shifted[np.arange(len(targets)), targets]
+    return losses
+
+
+def _losses(logits: FloatArray, targets: NDArray[np.int64]) -> float:
+    return float(token_losses(logits, targets).sum())

@@ -1,9 +1,9 @@
-"""Perplexity of a text by a sliding window, from a bundle's Keras weights."""
+"""Perplexity of a text by a sliding window, from a bundle's Keras weights or through a graph as it is served."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ from builder.data.file_formats import has_fields
 from builder.data.masked_shards import COUNTED, encode_document
 from builder.data.sources import find_sources, read_sources
 from builder.data.tokenizer import load_tokenizer
-from builder.model.pretrained import read_geometry
+from builder.model.geometry import read_geometry
 from builder.recipe import CorpusRecipe, InstructionRecipe
+from builder.special_tokens import read_token_ids
+from builder.verification.logit_parity import token_losses
+from builder.verification.paired_loss import perplexity_interval
+from serving.backends.base import Backend
+from serving.backends.loader import load_backend
 from serving.bundle import Bundle
 from serving.errors import InputError
 
@@ -36,34 +41,61 @@ def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int]]:
         begin += stride
 
 
-def score(
-    model: Any, ids: NDArray[np.int32], window: int, stride: int, counted: NDArray[np.bool_] | None = None
-) -> tuple[float, int]:
-    """Return (sum of negative log-likelihoods in nats, tokens scored) of `ids` [count] by `windows`, in float32.
+Losses = Callable[[NDArray[np.int32], int], NDArray[np.float64]]
+"""Of rows of ids [rows, length + 1], the negative log-likelihoods (nats) of tokens number first + 1 and later."""
 
-    `counted` [count] says which tokens are scored; all but the first are if it is None.
-    """
+
+def model_losses(model: Any) -> Losses:
+    """The losses of a Keras GPT-2 in float32, by whole passes."""
     from builder.keras_backend import tf
 
     @tf.function  # type: ignore[untyped-decorator]
     def losses(inputs: Any, targets: Any) -> Any:
         return tf.nn.sparse_softmax_cross_entropy_with_logits(targets, model(inputs, training=False))
 
+    def of(rows: NDArray[np.int32], first: int) -> NDArray[np.float64]:
+        found: NDArray[Any] = losses(tf.constant(rows[:, :-1]), tf.constant(rows[:, 1:])).numpy()
+        return found[:, first:].astype(np.float64)
+
+    return of
+
+
+def backend_losses(backend: Backend) -> Losses:
+    """The losses of a runtime as it serves: a prefill of the context, then a step for each token."""
+
+    def of(rows: NDArray[np.int32], first: int) -> NDArray[np.float64]:
+        length = rows.shape[1] - 1
+        state, logits = backend.prefill(rows[:, : first + 1].tolist(), length)
+        found = [token_losses(logits, rows[:, first + 1])]
+        for place in range(first + 1, length):
+            logits = backend.decode(state, rows[:, place].astype(np.int64))
+            found.append(token_losses(logits, rows[:, place + 1]))
+        return np.stack(found, axis=1)
+
+    return of
+
+
+def score(
+    losses: Losses, ids: NDArray[np.int32], window: int, stride: int, counted: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """Return the negative log-likelihoods, in nats, of the tokens of `ids` [count] by `windows`, in their order.
+
+    `counted` [count] says which tokens are scored; all but the first are if it is None.
+    """
     places = list(windows(len(ids), window, stride))
-    total, scored = 0.0, 0
+    scored = []
     padded = np.pad(ids, (0, window + 1))
     for start in range(0, len(places), _BATCH):
         batch = places[start : start + _BATCH]
         batch += [batch[-1]] * (_BATCH - len(batch))  # One shape, one trace; the copies are not counted.
         rows = np.stack([padded[begin : begin + window + 1] for begin, _ in batch])
-        found = losses(tf.constant(rows[:, :-1]), tf.constant(rows[:, 1:])).numpy().astype(np.float64)
+        earliest = min(first for _, first in batch)
+        found = losses(rows, earliest)
         for row, (begin, first) in enumerate(places[start : start + _BATCH]):
             last = min(window, len(ids) - 1 - begin)
             chosen = slice(None) if counted is None else counted[begin + 1 + first : begin + 1 + last]
-            losses_here = found[row, first:last][chosen]
-            total += float(losses_here.sum())
-            scored += len(losses_here)
-    return total, scored
+            scored.append(found[row, first - earliest : last - earliest][chosen])
+    return np.concatenate(scored)
 
 
 def read_ids(
@@ -74,12 +106,12 @@ def read_ids(
     Also which of them are scored [count]: with an `instruction`, those of responses, unless all files are .txt or .md.
     Raises InputError if none is scored.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, end = load_tokenizer(folder), read_token_ids(folder).eos
     sources = find_sources([text], "--text")
     if instruction is None or not any(has_fields(source.path) for source in sources.files):
         instruction = InstructionRecipe()
     encoded = [
-        encode_document(document.ended(), tokenizer)
+        encode_document(document.ended(), tokenizer, end)
         for document in read_sources(sources, CorpusRecipe(text_field=text_field), instruction)
         if document.is_answered
     ]
@@ -100,6 +132,21 @@ def instruction_of(bundle: Bundle) -> InstructionRecipe | None:
     return recipe if recipe.is_set else None
 
 
+def open_graph(bundle: Bundle, name: str) -> Backend:
+    """Load a bundle's graph by name ("ort/int8", "onnx/portable", or "savedmodel") to measure what it serves.
+
+    Raises InputError for a name that the bundle does not have, and for a graph that gives no logits.
+    """
+    if name == "savedmodel":
+        return load_backend(bundle, "tensorflow")
+    graph = bundle.graph(name)
+    if graph.runtime == "tensorflow":
+        raise InputError(f"--graph {name}: one signature of the SavedModel; name 'savedmodel'")
+    if graph.cache == "none":
+        raise InputError(f"--graph {name}: it chooses tokens and has no weights; name a graph such as 'ort/fp32'")
+    return load_backend(bundle, "onnx", name)
+
+
 def evaluate_bundle(
     folder: Path,
     text: str,
@@ -108,8 +155,12 @@ def evaluate_bundle(
     stride: int | None = None,
     text_field: str = "text",
     instruction: InstructionRecipe | None = None,
-) -> dict[str, float]:
+    backend: Backend | None = None,
+) -> dict[str, Any]:
     """Return perplexity, loss (nats a token), tokens scored, window and stride of a bundle on a text.
+
+    With a `backend`, of one of the bundle's graphs, they are what it serves, and there are also the Keras weights'
+    `reference_perplexity`, `perplexity_relative` to it, and the 95 % interval of that.
 
     With an `instruction`, the text is records, and the tokens of their responses alone are scored.
 
@@ -126,6 +177,21 @@ def evaluate_bundle(
     if not 1 <= stride <= window:
         raise InputError(f"--stride {stride}: it must be from 1 to the window, {window}, or tokens would be left out")
     ids, counted = read_ids(folder, text, text_field, instruction)
-    total, scored = score(load_model(folder), ids, window, stride, counted)
-    loss = total / scored
-    return {"perplexity": math.exp(loss), "loss": loss, "tokens": scored, "window": window, "stride": stride}
+    reference = score(model_losses(load_model(folder)), ids, window, stride, counted)
+    found = reference if backend is None else score(backend_losses(backend), ids, window, stride, counted)
+    loss = float(found.mean())
+    record: dict[str, Any] = {
+        "perplexity": math.exp(loss),
+        "loss": loss,
+        "tokens": len(found),
+        "window": window,
+        "stride": stride,
+    }
+    if backend is not None:
+        difference = found - reference
+        record |= {
+            "reference_perplexity": math.exp(float(reference.mean())),
+            "perplexity_relative": math.expm1(float(difference.mean())),
+            "perplexity_relative_interval": perplexity_interval(difference),
+        }
+    return record

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from builder.training.plan import FEW_TOKENS
 from builder.verification.logit_parity import Reference, batches, greedy_tokens
+from builder.verification.paired_loss import perplexity_interval
 from serving.backends.base import Backend, FloatArray
 
 _PERCENTILES = (50, 90, 99)
@@ -32,9 +34,14 @@ class Distribution:
     loss: float = 0.0
     largest: float = 0.0
     bins: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1 << _HALF, np.int64))
+    loss_differences: list[NDArray[np.float64]] = field(default_factory=list)
+    """Of each token, in the order of the text, by batches: the variant's loss minus the reference's."""
 
-    def compare(self, reference: FloatArray, ours: FloatArray, targets: NDArray[np.int64]) -> None:
-        """Take in one position of some rows: logits [rows, vocab_size] of both, and the tokens that follow, [rows]."""
+    def compare(self, reference: FloatArray, ours: FloatArray, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Take in one position of some rows: logits [rows, vocab_size] of both, and the tokens that follow, [rows].
+
+        Returns by how much the variant's loss of each is higher, [rows].
+        """
         rows = np.arange(len(targets))
         theirs, mine = _log_softmax(reference), _log_softmax(ours)
         self.positions += len(targets)
@@ -46,6 +53,8 @@ class Distribution:
         # Not-a-number compares false with everything, so it must be made to count.
         self.largest = max(self.largest, math.inf if math.isnan(worst) else worst)
         self.bins += np.bincount(difference.ravel().view(np.uint32) >> _HALF, minlength=1 << _HALF)
+        higher: NDArray[np.float64] = theirs[rows, targets] - mine[rows, targets]
+        return higher
 
     def table(self, reference_perplexity: float) -> dict[str, Any]:
         """The figures as JSON: KL divergence in nats a token, logit differences as percentiles good to one in 128."""
@@ -55,6 +64,7 @@ class Distribution:
             "tokens": self.positions,
             "perplexity": perplexity,
             "perplexity_relative": perplexity / reference_perplexity - 1,
+            "perplexity_relative_interval": perplexity_interval(np.concatenate(self.loss_differences)),
             "top1_agreement": self.same_choice / self.positions,
             "kl_divergence": self.divergence / self.positions,
             "logit_difference": differences | {"max": self.largest},
@@ -81,10 +91,12 @@ def distributions(
         expected = reference(texts)
         for name, backend in backends.items():
             state, logits = backend.prefill(texts[:, :1].tolist(), texts.shape[1])
+            higher = []
             for position in range(1, texts.shape[1]):
-                result[name].compare(expected[:, position - 1], logits, texts[:, position])
+                higher.append(result[name].compare(expected[:, position - 1], logits, texts[:, position]))
                 if position < texts.shape[1] - 1:
                     logits = backend.decode(state, texts[:, position])
+            result[name].loss_differences.append(np.stack(higher, axis=1).ravel())
     return result
 
 
@@ -113,6 +125,12 @@ def greedy_record(
         "alone": {"equal": int((alone == ours[: len(some)]).sum()), "of": alone.size},
         "by_prefill": {"equal": int((logits.argmax(-1) == ours[: len(some), -1]).sum()), "of": len(some)},
     }
+
+
+def is_certain(table: Mapping[str, Any], gate: float) -> bool:
+    """Whether the figures are of enough tokens to say that the variant keeps its gate, and not by chance."""
+    interval = table["perplexity_relative_interval"]
+    return table["tokens"] >= FEW_TOKENS and interval is not None and max(map(abs, interval)) <= gate
 
 
 def problem(table: Mapping[str, Any], gate: float) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 from serving.backends.base import FloatArray, IntArray, check_capacity, check_room, pad_right
 from serving.bundle import Bundle
 from serving.errors import BundleError
+from serving.protobuf.saved_model_ops import check_saved_model
 from serving.support.tensorflow_import import tf
 
 GRAPH = "savedmodel/prefill"
@@ -29,10 +30,12 @@ class TensorFlowBackend:
     """The SavedModel of a bundle, run by its `prefill` and `decode` signatures."""
 
     def __init__(self, bundle: Bundle) -> None:
+        """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""
         geometry = bundle.manifest.model
         self.name = "savedmodel"
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
         folder = bundle.path(bundle.graph(GRAPH).path).parent
+        check_saved_model(folder)
         try:
             # Kept whole: signatures do not keep the variables that they read alive.
             self.loaded = tf.saved_model.load(str(folder))

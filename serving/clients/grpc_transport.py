@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,16 +58,46 @@ class GrpcTransport:
 
         self._predict = method(tf_messages.PREDICTION_SERVICE, "Predict", "Predict")
         self._metadata = method(tf_messages.PREDICTION_SERVICE, "GetModelMetadata", "GetModelMetadata")
+        self._predict_streamed = channel.stream_stream(
+            f"/{tf_messages.PREDICTION_SERVICE}/PredictStreamed",
+            request_serializer=self._messages["PredictRequest"].SerializeToString,
+            response_deserializer=self._messages["PredictResponse"].FromString,
+        )
         self._status = method(tf_messages.MODEL_SERVICE, "GetModelStatus", "GetModelStatus")
         self._known: dict[str, Any] | None = None
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        request = self._messages["PredictRequest"]()
-        request.model_spec.name, request.model_spec.signature_name = self._model, signature
-        for name, value in inputs.items():
-            _fill(request.inputs[name], value if isinstance(value, np.ndarray) else self._typed(signature, name, value))
-        response = self._ask(self._predict, request, timeout)
+        response = self._ask(self._predict, self._request(signature, inputs), timeout)
         return {name: _array(tensor) for name, tensor in response.outputs.items()}
+
+    def predict_streamed(
+        self, signature: str, inputs: Mapping[str, Any], timeout: float
+    ) -> Generator[dict[str, Any], None, None]:
+        """Outputs of each increment of PredictStreamed; `timeout` seconds for each. Closing it ends the call.
+
+        Raises ServerError, with the code UNIMPLEMENTED where the server has no such call.
+        """
+        call = self._predict_streamed(iter([self._request(signature, inputs)]), metadata=self._call_metadata)
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                for response in call:
+                    answers.put(response)
+                answers.put(None)
+            except self._grpc.RpcError as error:
+                answers.put(error)
+
+        threading.Thread(target=read, name="stream", daemon=True).start()
+        try:
+            while (answer := answers.get(timeout=timeout)) is not None:
+                if isinstance(answer, self._grpc.RpcError):
+                    raise self._failure(answer)
+                yield {name: _array(tensor) for name, tensor in answer.outputs.items()}
+        except queue.Empty:
+            raise ServerError(f"{self._address}: nothing came within {timeout:g} s", "DEADLINE_EXCEEDED") from None
+        finally:
+            call.cancel()
 
     def metadata(self, timeout: float) -> dict[str, Any]:
         request = self._messages["GetModelMetadataRequest"](metadata_field=["signature_def"])
@@ -95,6 +127,13 @@ class GrpcTransport:
             for each in response.model_version_status
         ]
 
+    def _request(self, signature: str, inputs: Mapping[str, Any]) -> Any:
+        request = self._messages["PredictRequest"]()
+        request.model_spec.name, request.model_spec.signature_name = self._model, signature
+        for name, value in inputs.items():
+            _fill(request.inputs[name], value if isinstance(value, np.ndarray) else self._typed(signature, name, value))
+        return request
+
     def _typed(self, signature: str, name: str, value: Any) -> Any:
         """Lists as an array of the type that the signature says; unknown names are left for the server to refuse."""
         if self._known is None:
@@ -115,8 +154,11 @@ class GrpcTransport:
         try:
             return method(request, timeout=timeout, metadata=self._call_metadata)
         except self._grpc.RpcError as error:
-            code = error.code().name
-            raise ServerError(f"{self._address}: {code}: {error.details()}", code) from None
+            raise self._failure(error) from None
+
+    def _failure(self, error: Any) -> ServerError:
+        code = error.code().name
+        return ServerError(f"{self._address}: {code}: {error.details()}", code)
 
 
 def _fill(tensor: Any, value: Any) -> None:

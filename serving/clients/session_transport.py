@@ -11,17 +11,20 @@ from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
 from serving.clients.transport import Transport
 from serving.errors import BundleError, InputError, ServerError
+from serving.protobuf.saved_model_ops import check_saved_model
 
 
 class SessionTransport:
     """The SavedModel of a bundle behind `serving.clients.transport.Transport`, with variables of its own."""
 
     def __init__(self, bundle: Bundle) -> None:
+        """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""
         with runtime_errors("tensorflow"):
             from serving.backends.tensorflow import GRAPH
             from serving.support.tensorflow_import import tf
         self._tf = tf
         folder = bundle.path(bundle.graph(GRAPH).path).parent
+        check_saved_model(folder)
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
             with self._session.graph.as_default():

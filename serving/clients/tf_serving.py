@@ -5,9 +5,10 @@ REST needs the standard library and numpy alone; gRPC needs the extra `client`.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,19 +16,31 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from serving.backends.base import pad_right
+from serving.clients.outliving_calls import CALL_SECONDS, CallGoesOnError, OutlivingCalls
+from serving.clients.predict_stream import StreamedTexts, sampling_inputs
+from serving.clients.request_checks import check_inputs
 from serving.clients.slot_pool import SIGNATURES, check_graph_params
 from serving.clients.slot_stream import SlotTexts
-from serving.clients.transport import END, Piece, Transport, as_text
+from serving.clients.transport import EMPTY_PROMPT, Piece, Transport, as_text
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 
-# The server had no room or was not there: the same request may be sent again.
-_PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED"})
+# The server had no room or was not there, or dropped the request with others that it was merged with: the same request
+# may be sent again.
+_PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED"})
 # Or its answer was lost, where the request changes nothing or says by itself what it wants.
 _LOST = _PASSING | {"DEADLINE_EXCEEDED"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 # Tokens a call where nobody watches them come.
 _STEPS = 8
+# One row of the other inputs of `serving_default`.
+_ONE_GREEDY = (
+    ("lengths", 1, np.int32),
+    ("temperature", 0.0, np.float32),
+    ("top_k", 0, np.int32),
+    ("top_p", 1.0, np.float32),
+    ("seed", 0, np.int64),
+)
 _T = TypeVar("_T")
 
 
@@ -47,8 +60,12 @@ class TFServingClient:
     0.1 s to 2 s and are shortened by a random part, so that clients do not come back all at once.
     """
 
-    def __init__(self, transport: Transport, *, timeout: float = 60.0, retries: int = 4) -> None:
+    def __init__(
+        self, transport: Transport, *, timeout: float = 60.0, retries: int = 4, eos_token_id: int | None = None
+    ) -> None:
+        """Without `eos_token_id`, the token that ends a text, the server is asked for it where it is needed."""
         self._transport, self.timeout, self._retries = transport, timeout, retries
+        self._eos, self._signatures = eos_token_id, dict[str, Any]()
         self.sleep: Callable[[float], None] = time.sleep
         self._random = random.Random()
 
@@ -58,18 +75,62 @@ class TFServingClient:
         """Run a signature; returns its outputs by name as arrays, one row a row of the inputs.
 
         Pass `idempotent` False for a signature that changes the server's state: it is then sent once. Raises
-        ServerError with the server's own sentence.
+        InputError for no rows, unequal ones and a rank that is not the signature's, and ServerError with the server's
+        own sentence.
         """
+        if not self._signatures:
+            self._signatures = self.metadata()
+        check_inputs(inputs, self._signatures.get(signature, {}).get("inputs", {}))
         codes = _PASSING if idempotent else frozenset()
         return self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
 
-    def repeat(self, signature: str, inputs: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
+    def repeat(
+        self,
+        signature: str,
+        inputs: Mapping[str, Any],
+        timeout: float | None = None,
+        late: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> dict[str, Any]:
         """Run a signature that may be run again with the same inputs, as those of slots may.
 
-        It is sent again after an answer was lost too: each try but the last has half of the time that is left.
-        `timeout` replaces the client's.
+        It is sent again after an answer was lost too: each try but the last is waited for half of the time that is
+        left. `timeout` replaces the client's. A try that is no longer waited for is not cancelled, since it shares its
+        work with those of others: it ends by itself, and `late` is given its outputs, or None for its error. Raises
+        CallGoesOnError where the caller's patience ends first.
         """
-        return self.attempt(lambda left: self._transport.predict(signature, inputs, left), _LOST, timeout)
+        seconds = max(CALL_SECONDS, self.timeout)
+        calls = OutlivingCalls(lambda: self._transport.predict(signature, inputs, seconds), late)
+
+        def wait(left: float) -> dict[str, Any]:
+            calls.start()
+            try:
+                return calls.wait(left)
+            except TimeoutError:
+                raise CallGoesOnError(self.timeout if timeout is None else timeout) from None
+
+        try:
+            return self.attempt(wait, _LOST, timeout)
+        finally:
+            calls.leave()
+
+    def end_token(self) -> int:
+        """The token that ends a text: as given, or as the server fills rows up with it behind their lengths."""
+        if self._eos is None:
+            self._eos = self._ask_end_token()
+        return self._eos
+
+    def _ask_end_token(self) -> int:
+        if "tokenize" in self.metadata():
+            outputs = self.predict({"text": np.array([b"a", b"a a a"], np.object_)}, "tokenize")
+        else:
+            rows = {name: np.array([value] * 2, kind) for name, value, kind in _ONE_GREEDY}
+            rows |= {"token_ids": np.zeros([2, 1], np.int32), "max_new_tokens": np.array([1, 2], np.int32)}
+            outputs = self.predict(rows)
+        token_ids, lengths = np.asarray(outputs["token_ids"]), np.asarray(outputs["lengths"])
+        if lengths[0] < token_ids.shape[1]:
+            return int(token_ids[0][lengths[0]])
+        # The row that may be longer is not: it ended early, at its end token.
+        return int(token_ids[1][lengths[1] - 1])
 
     def jitter(self, pause: float) -> float:
         """`pause` shortened by a random part of at most a half."""
@@ -98,7 +159,32 @@ class TFServingClient:
         text here; `ignore_eos` works at temperature 0. Closing the iterator gives the slots back. Raises InputError
         at once for what slots cannot do; ServerError as `SlotTexts.run` says.
         """
-        return SlotTexts(self, tokenizer).run([prompts] if isinstance(prompts, str) else prompts, params, steps=steps)
+        given = [prompts] if isinstance(prompts, str) else prompts
+        return SlotTexts(self, tokenizer).run(given, params, steps=steps)
+
+    def predict_stream(
+        self, prompts: Sequence[str | Sequence[int]] | str, params: SamplingParams, tokenizer: Tokenizer | None = None
+    ) -> Iterator[Piece]:
+        """Continue texts or token ids by PredictStreamed and give each piece as it comes.
+
+        For a server without slots, such as `gpt2-bundle serve`: TensorFlow Serving gives the whole answer at once. The
+        client's timeout is the longest wait for a piece. Closing the iterator ends the call. Raises InputError at once
+        for what the graph does not know, and ServerError, UNIMPLEMENTED where the server has no such call.
+        """
+        given = [prompts] if isinstance(prompts, str) else prompts
+        return StreamedTexts(self._open_stream, self.end_token, tokenizer).run(given, params)
+
+    def _open_stream(self, signature: str, inputs: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """The increments of PredictStreamed, asked for again until the first is there."""
+        streamed = getattr(self._transport, "predict_streamed", None)
+        if streamed is None:
+            raise ServerError("PredictStreamed is a call of gRPC alone", "UNIMPLEMENTED")
+
+        def begin(left: float) -> Generator[dict[str, Any], None, None]:
+            increments = streamed(signature, inputs, self.timeout)
+            return _put_before(next(increments, None), increments)
+
+        return self.attempt(begin)
 
     def has_slots(self) -> bool:
         """Whether the model has the signatures of slots."""
@@ -118,6 +204,8 @@ class TFServingClient:
         By default slots are used for what the one request cannot do: stop texts and token ids, `ignore_eos`. Raises
         InputError for what the graph does not know, and where neither the model nor the caller has a tokenizer.
         """
+        if not texts:
+            return []
         special = bool(params.stop or params.stop_token_ids or params.ignore_eos)
         if slots or (slots is None and special):
             pieces = SlotTexts(self, tokenizer).run(texts, params, steps=_STEPS, whole=True)
@@ -129,14 +217,7 @@ class TFServingClient:
             raise InputError(
                 "stop texts, stop_token_ids and ignore_eos need slots; the graph's loop does not know them"
             )
-        rows = len(texts)
-        parameters = {
-            "max_new_tokens": np.full(rows, params.max_new_tokens, np.int32),
-            "temperature": np.full(rows, params.temperature, np.float32),
-            "top_k": np.full(rows, params.top_k, np.int32),
-            "top_p": np.full(rows, params.top_p, np.float32),
-            "seed": np.full(rows, params.seed, np.int64),
-        }
+        parameters = sampling_inputs(params, len(texts))
         if tokenizer is None or "generate_text" in self.metadata():
             given = np.array([text.encode("utf-8") for text in texts], np.object_)
             outputs = self.predict({"text": given, **parameters}, "generate_text")
@@ -144,11 +225,11 @@ class TFServingClient:
             return [Continuation(as_text(text), int(count), as_text(reason)) for text, count, reason in columns]
         prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         if not all(prompts):
-            raise InputError(f"a text may not be empty; {END} alone starts a new text")
+            raise InputError(EMPTY_PROMPT)
         token_ids, lengths = pad_right(prompts)
         padded = {"token_ids": token_ids.astype(np.int32), "lengths": lengths.astype(np.int32)}
         outputs = self.predict(padded | parameters)
-        end = tokenizer.token_to_id(END)
+        end = self.end_token()
         made = []
         for row, count in zip(outputs["token_ids"], outputs["lengths"], strict=True):
             ids = [int(token) for token in row[: int(count)]]
@@ -173,3 +254,12 @@ class TFServingClient:
                 self.sleep(wait)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         raise AssertionError("the last try returns or raises")
+
+
+def _put_before(
+    first: dict[str, Any] | None, rest: Generator[dict[str, Any], None, None]
+) -> Generator[dict[str, Any], None, None]:
+    with contextlib.closing(rest):
+        if first is not None:
+            yield first
+            yield from rest

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-END = "<|endoftext|>"
+EMPTY_PROMPT = "a prompt may not be empty; the end-of-text token alone starts a new text"
 
 
 class Transport(Protocol):
@@ -33,8 +33,17 @@ class RetryingClient(Protocol):
     ) -> dict[str, Any]:
         """Run a signature; returns its outputs by name as arrays."""
 
-    def repeat(self, signature: str, inputs: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """Run a signature that may be run again with the same inputs."""
+    def repeat(
+        self,
+        signature: str,
+        inputs: Mapping[str, Any],
+        timeout: float | None = None,
+        late: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> dict[str, Any]:
+        """Run a signature that may be run again with the same inputs; `late` is given what nobody waited for."""
+
+    def end_token(self) -> int:
+        """The token that ends a text."""
 
     def jitter(self, pause: float) -> float:
         """`pause` shortened by a random part."""

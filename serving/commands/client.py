@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seconds
+from serving.commands.param_types import Seconds, Seed
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 
@@ -52,7 +52,13 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _open(
-    url: str | None, grpc_address: str | None, api_key: str | None, model: str, timeout: float, retries: int
+    url: str | None,
+    grpc_address: str | None,
+    api_key: str | None,
+    model: str,
+    timeout: float,
+    retries: int,
+    eos_token_id: int | None = None,
 ) -> TFServingClient:
     from serving.clients.tf_serving import TFServingClient
     from serving.clients.transport import Transport
@@ -68,7 +74,7 @@ def _open(
         from serving.clients.grpc_transport import GrpcTransport
 
         transport = GrpcTransport(grpc_address or "", model, api_key)
-    return TFServingClient(transport, timeout=timeout, retries=retries)
+    return TFServingClient(transport, timeout=timeout, retries=retries, eos_token_id=eos_token_id)
 
 
 @client.command()
@@ -123,16 +129,20 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 @click.option("--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
 @click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option(
+    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+)
 @click.option("--stop", multiple=True, metavar="TEXT",
               help="End before this text, where streams are; may be given several times.")  # fmt: skip
+@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
+              help="End at this token, where streams are; may be given several times.")  # fmt: skip
 @click.option(
     "--ignore-eos",
     is_flag=True,
     help="Go on after the end-of-text token; over slots, at temperature 0.",
 )
 @click.option("--stream/--no-stream", "streamed", default=None,
-              help="Print as it comes, over slots or from 'gpt2-bundle serve'; by default on a terminal.")  # fmt: skip
+              help="Print as it comes: over slots, or from 'gpt2-bundle serve'; by default on a terminal.")  # fmt: skip
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="BUNDLE",
               help="A bundle whose tokenizer is used here instead of the server's.")  # fmt: skip
 @_server_options
@@ -158,31 +168,36 @@ def generate(
     texts = [text for prompt in prompts for text in (_lines() if prompt == "-" else [prompt])]
     if not texts:
         raise InputError("standard input has no line; give at least one prompt")
-    loaded = None
+    loaded, end = None, None
     if tokenizer is not None:
         from serving.bundle import open_bundle
         from serving.sampling.detokenizer import load_tokenizer
 
-        loaded = load_tokenizer(open_bundle(tokenizer, check="sizes"))
-    server = _open(url, grpc_address, api_key, model, timeout, retries)
-    special = streamed or params.stop or params.ignore_eos
+        bundle = open_bundle(tokenizer, check="sizes")
+        loaded, end = load_tokenizer(bundle), bundle.manifest.model.eos_token_id
+    server = _open(url, grpc_address, api_key, model, timeout, retries, end)
+    special = streamed or params.stop or params.stop_token_ids or params.ignore_eos
     perhaps = streamed is None and not as_json and sys.stdout.isatty()
     slots, completions = False, None
     if special or perhaps:
         slots = server.has_slots()
         completions = None if slots else _completions(server, url, model, api_key)
     there = slots or completions is not None
+    plain = grpc_address is not None and not (as_json or params.ignore_eos)
+    if plain and not there and (special or perhaps) and _wrote_by_stream(server, texts, params, loaded, streamed):
+        return
     if special and not there:
-        wanted = "--stream" if streamed else "--stop" if params.stop else "--ignore-eos"
+        given_first = {"--stream": streamed, "--stop": params.stop, "--stop-token-id": params.stop_token_ids}
+        wanted = next((option for option, given in given_first.items() if given), "--ignore-eos")
         raise InputError(
             f"{wanted} needs a served model with slots, and {model!r} has none; leave it out, "
-            "or, if 'gpt2-bundle serve' is behind it, name it by --url"
+            "or, if 'gpt2-bundle serve' answers there, name it by --url"
         )
     streamed = there and perhaps if streamed is None else streamed
     given = texts if completions is None or loaded is None else _token_ids(texts, loaded)
-    if streamed and not as_json:
-        from serving.commands.generate import write
+    from serving.commands.generate import write
 
+    if streamed and not as_json:
         pieces = server.stream(texts, params, loaded) if completions is None else completions.stream(given, params)
         for text in _in_order(pieces, len(texts)):
             write(text)
@@ -192,7 +207,37 @@ def generate(
     else:
         made = completions.generate(given, params)
     for each in made:
-        click.echo(json.dumps(dataclasses.asdict(each)) if as_json else each.text)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(each)))
+        else:
+            write(each.text + "\n")
+
+
+def _wrote_by_stream(
+    server: TFServingClient,
+    texts: list[str],
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    streamed: bool | None,
+) -> bool:
+    """Print the continuations by PredictStreamed; False, with nothing printed, where the server does not have it."""
+    from serving.commands.generate import write
+    from serving.errors import ServerError
+
+    pieces = _in_order(server.predict_stream(texts, params, tokenizer), len(texts))
+    try:
+        first = next(pieces)
+    except ServerError as error:
+        if error.code != "UNIMPLEMENTED":
+            raise
+        return False
+    if streamed is not False:
+        write(first)
+        for text in pieces:
+            write(text)
+    else:
+        write(first + "".join(pieces))
+    return True
 
 
 def _completions(server: TFServingClient, url: str | None, model: str, api_key: str | None) -> Completions | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from serving.commands.param_types import Number
-from serving.deploy.tf_serving import IMAGE_VERSION
+from serving.deploy.tf_serving import IMAGE_VERSION, KEEP, Deployed
+from serving.deploy.tf_serving_config import POLL_SECONDS, THREADS, ServerOptions
 
 
 @click.command()
@@ -21,6 +22,12 @@ from serving.deploy.tf_serving import IMAGE_VERSION
               help="Tag of tensorflow/serving.")  # fmt: skip
 @click.option("--rest-timeout", type=Number(min=0.001, max=86_400), default=30.0, show_default=True,
               metavar="SECONDS", help="After which the server ends a REST request.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1, 4096), default=THREADS, show_default=True,
+              help="Requests that the server works on at once, by REST and by gRPC each.")  # fmt: skip
+@click.option("--keep-versions", type=click.IntRange(min=1), default=KEEP, show_default=True, metavar="N",
+              help="Versions of the model that stay in the folder; older ones are removed.")  # fmt: skip
+@click.option("--server-batching", is_flag=True,
+              help="Have the server merge requests; config/batching_parameters.txt names the risks.")  # fmt: skip
 @click.option("--no-copy", is_flag=True, help="Mount the SavedModel from the bundle instead of copying it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def deploy(
@@ -29,20 +36,43 @@ def deploy(
     output: Path | None,
     image_version: str,
     rest_timeout: float,
+    threads: int,
+    keep_versions: int,
+    server_batching: bool,
     no_copy: bool,
     as_json: bool,
 ) -> None:
     """Write a folder that serves BUNDLE: by docker compose, on CPU or GPU, or by the server's binary.
 
-    A deployment that is there already is replaced in one step; any other folder with files in it is refused.
+    A deployment of the same model in the folder gets the SavedModel as its next version, which a running server loads.
+    Any other folder with files in it is refused.
     """
     from serving.bundle import open_bundle
     from serving.deploy.tf_serving import write_tf_serving
 
     opened = open_bundle(bundle)
     destination = output or Path("deploy") / f"{opened.manifest.name}-{target}"
-    folder = write_tf_serving(opened, destination, version=image_version, rest_timeout=rest_timeout, copy=not no_copy)
+    fresh = not (destination / "deployment.json").exists()
+    options = ServerOptions(rest_timeout, threads, server_batching)
+    done = write_tf_serving(
+        opened, destination, options, image_version=image_version, copy=not no_copy, keep=keep_versions
+    )
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), "target": target, "name": opened.manifest.name}))
+        record = {"folder": str(done.folder), "target": target, "name": opened.manifest.name, "version": done.version,
+                  "added": done.added, "removed": list(done.removed)}  # fmt: skip
+        click.echo(json.dumps(record))
     else:
-        click.echo(f"wrote {folder}; start it with: cd {shlex.quote(str(folder))} && docker compose up (or ./run.sh)")
+        click.echo(_said(done, fresh=fresh))
+
+
+def _said(done: Deployed, *, fresh: bool) -> str:
+    place = shlex.quote(str(done.folder))
+    start = f"start it with: cd {place} && docker compose up (or ./run.sh)"
+    if not done.kept:
+        again = "" if fresh else "a server that runs from it must be started again; "
+        return f"wrote {done.folder}; {again}{start}"
+    gone = f"; removed version {', '.join(map(str, done.removed))}" if done.removed else ""
+    if done.added:
+        return f"added version {done.version} to {done.folder}; a running server loads it within {POLL_SECONDS} s{gone}"
+    same = f"version {done.version} in {done.folder} is this SavedModel already"
+    return f"{same}; wrote the configuration, which a server reads when it starts{gone}"

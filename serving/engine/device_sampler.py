@@ -39,6 +39,7 @@ def sample_there(backend: ChoosingSlotBackend, owners: Sequence[Continuation | N
 def _request(owners: Sequence[Continuation | None], vocab_size: int) -> Request:
     each = [_NOBODY if owner is None else owner.params for owner in owners]
     made = [0 if owner is None else owner.made for owner in owners]
+    seeds = [0 if owner is None else owner.seed for owner in owners]
     top_k = np.array([one.top_k for one in each], np.int64)
     temperature = np.array([one.temperature for one in each], np.float32)
     wanted = np.where(top_k > 0, top_k, USUAL_CANDIDATES)[(temperature > 0) & (top_k != 1)]
@@ -48,7 +49,7 @@ def _request(owners: Sequence[Continuation | None], vocab_size: int) -> Request:
         top_k,
         np.array([one.top_p for one in each], np.float32),
         np.array([one.min_p for one in each], np.float32),
-        uniform(np.array([one.seed for one in each], np.int64), np.array(made, np.int64)),
+        uniform(np.array(seeds, np.int64), np.array(made, np.int64)),
         join_edits([None if history is None else history.edits for history in histories]),
         min(int(wanted.max(initial=1)), MAX_CANDIDATES, vocab_size),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from serving.backends.base import FloatArray
 from serving.engine.api import GenerationRequest, Listener, Logprobs
@@ -34,6 +34,8 @@ class Continuation:
     task: Task
     index: int
     params: SamplingParams
+    """The request's, which all continuations share; `seed` is what differs."""
+    seed: int
     text: TextStream
     history: History | None
     """None where neither bias nor penalties change anything."""
@@ -97,16 +99,19 @@ def open_task(
     eos_token_id: int,
     token_bytes: TokenBytes,
 ) -> Task:
-    """A task for `request`, each of whose continuations may have `budget` tokens."""
+    """A task for `request`, each of whose continuations may have `budget` tokens.
+
+    What its continuations share is built once: a request may have many, long stop texts and a bias for each token.
+    """
     params = request.params
     deadline = None if timeout is None else arrived + timeout
     task = Task(request, listener, arrived, deadline, budget, params.end_ids(eos_token_id))
     task.flush = getattr(listener, "flush", None)
     if request.prompt_logprobs is not None:
         task.scores = [None]
+    history = History([request.prompt], [params], eos_token_id)
     for index in range(request.n):
-        own = params if index == 0 else replace(params, seed=request.seed(index))
-        history = History([request.prompt], [own], eos_token_id)
-        text = TextStream(token_bytes, own.stop)
-        task.continuations.append(Continuation(task, index, own, text, None if history.empty else history))
+        text = TextStream(token_bytes, params.stop_automaton)
+        own = None if history.empty else history.copy()
+        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own))
     return task

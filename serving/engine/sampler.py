@@ -88,7 +88,7 @@ def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: lis
         np.array([one.params.temperature for one in each], np.float32),
         np.array([one.params.top_k for one in each], np.int64),
         np.array([one.params.top_p for one in each], np.float32),
-        np.array([one.params.seed for one in each], np.int64),
+        np.array([one.seed for one in each], np.int64),
         np.array([one.made for one in each], np.int64),
         np.array([one.params.min_p for one in each], np.float32),
     ).tolist()

@@ -106,7 +106,7 @@ class SignatureEngine:
                 request.prompt,
                 dataclasses.replace(request.params, seed=request.seed(index)),
                 self.eos_token_id,
-                lambda: TextStream(self._token_bytes, request.params.stop),
+                lambda: TextStream(self._token_bytes, request.params.stop_automaton),
             )
             for index in range(request.n)
         ]

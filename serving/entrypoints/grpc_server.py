@@ -52,6 +52,7 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
         import grpc
 
         from serving.protobuf.open_inference import INFERENCE_SERVICE
+        from serving.protobuf.tf_serving import PREDICTION_SERVICE
         from serving.protocols import grpc_health
         from serving.protocols.open_inference.grpc import OpenInference
         from serving.protocols.tf_serving.grpc import TensorFlowServing
@@ -72,9 +73,10 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
     def admit(context: Any) -> None:
         _admit(server, context)
 
+    tensorflow = TensorFlowServing(server, lambda context: _timeout(server, context))
     services = {
         service: {name: (handler, asked) for name, (handler, asked, _) in methods.items()}
-        for service, methods in TensorFlowServing(server, lambda context: _timeout(server, context)).methods().items()
+        for service, methods in tensorflow.methods().items()
     }
     services[INFERENCE_SERVICE] = v2.methods()
     for service, methods in services.items():
@@ -94,6 +96,9 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
                 server, f"{service}/{name}", v2.stream, lambda context: _admit(server, context, counted=False)
             )
             handlers[name] = grpc.stream_stream_rpc_method_handler(streaming, None, _serialize)
+        if service == PREDICTION_SERVICE:
+            streaming = guarded(server, f"{service}/PredictStreamed", tensorflow.predict_streamed, admit)
+            handlers["PredictStreamed"] = grpc.stream_stream_rpc_method_handler(streaming, None, _serialize)
         listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     check = grpc_health.Health(server, services).check
     probe = unary(

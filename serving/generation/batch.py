@@ -103,9 +103,11 @@ def token_budget(
             f"{name} has {len(prompt)} tokens, which leaves no room in a context of {length}; "
             f"shorten it to {length - needed}"
         )
+    bias_ids = params.biases[0]
     for what, ids in (
         ("", prompt),
-        ("the logit_bias of ", [token for token, _ in params.logit_bias]),
+        # In ascending order, and many at most once for all prompts of a call.
+        ("the logit_bias of ", bias_ids[[0, -1]].tolist() if len(bias_ids) else ()),
         ("the stop_token_ids of ", params.stop_token_ids),
     ):
         if not ids or (min(ids) >= 0 and max(ids) < vocab_size):

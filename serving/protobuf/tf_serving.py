@@ -55,7 +55,11 @@ TABLE = {
         " float_val:float*=5 double_val:double*=6 int_val:int32*=7 string_val:bytes*=8 int64_val:int64*=10"
         " bool_val:bool*=11 uint32_val:uint32*=16 uint64_val:uint64*=17"
     ),
-    "PredictRequest": "model_spec:ModelSpec=1 inputs:map<TensorProto>=2 output_filter:string*=3",
+    "PredictRequest": (
+        "model_spec:ModelSpec=1 inputs:map<TensorProto>=2 output_filter:string*=3"
+        " predict_streamed_options:PredictStreamedOptions=5"
+    ),
+    "PredictStreamedOptions": "request_state:int32=1 split_dimensions:map<int32>=2 return_single_response:bool=3",
     "PredictResponse": "model_spec:ModelSpec=2 outputs:map<TensorProto>=1",
     "GetModelMetadataRequest": "model_spec:ModelSpec=1 metadata_field:string*=2",
     "GetModelMetadataResponse": "model_spec:ModelSpec=1 metadata:map<Any>=2",

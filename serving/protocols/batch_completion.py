@@ -7,14 +7,10 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, Handle, PromptEvent, TokenEvent
 from serving.server.errors import error_of
+from serving.server.event_queue import beside_if, takes_long
 from serving.server.tracing import OpenSpan, Span
-
-# Above so many characters, or ids, the tokenizer works beside the event loop and not in it.
-_LONG_TEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -38,14 +34,23 @@ async def complete(engine: Engine, requests: Sequence[GenerationRequest], open_s
     heard: list[list[Event]] = [[] for _ in requests]
     handles: list[Handle] = []
     span: Span | None = None
-    try:
+    cancelled = False
+
+    def submit_all() -> None:
         for request, events, future in zip(requests, heard, ended, strict=True):
             handles.append(_submit(engine, request, loop, events, future))
+            if cancelled:
+                handles[-1].cancel()
+                return
+
+    try:
+        await beside_if(takes_long(requests), submit_all)
         span = open_span() if requests else None
         await asyncio.gather(*ended)
         rows = [_row(events) for events in heard]
     except BaseException as error:
-        for handle in handles:
+        cancelled = True
+        for handle in list(handles):
             handle.cancel()
         for future in ended:
             future.cancel()
@@ -108,29 +113,3 @@ def _row(events: Sequence[Event]) -> Row:
         finish,
         next((event for event in events if isinstance(event, PromptEvent)), None),
     )
-
-
-async def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text; long ones are encoded in another thread."""
-    if sum(map(len, texts)) <= _LONG_TEXT:
-        return _encode(tokenizer, texts)
-    return await encode_beside(tokenizer, texts)
-
-
-async def encode_beside(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The same in another thread, and by the batch, for which alone the tokenizer lets go of the interpreter."""
-    return await asyncio.to_thread(_encode, tokenizer, texts)
-
-
-async def decode(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The text of each row of token ids, without special tokens; many are decoded in another thread."""
-
-    def work() -> list[str]:
-        texts: list[str] = tokenizer.decode_batch(list(rows), skip_special_tokens=True)
-        return texts
-
-    return await asyncio.to_thread(work) if sum(map(len, rows)) > _LONG_TEXT else work()
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    return [item.ids for item in tokenizer.encode_batch(list(texts), add_special_tokens=False)]

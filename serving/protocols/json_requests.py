@@ -1,9 +1,8 @@
-"""What the handlers of several HTTP protocols do with a request: read its JSON, and stop when its client goes."""
+"""What the handlers of several HTTP protocols do: make arrays of JSON's numbers, and stop when the client goes."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -11,23 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from serving.errors import InputError
 from serving.server.errors import ClientGoneError
 
 _T = TypeVar("_T")
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """`data` as a JSON object. NaN and Infinity are read, as TensorFlow Serving reads them. Raises InputError."""
-    try:
-        value = json.loads(data)
-    except RecursionError:
-        raise InputError("the body is nested too deeply") from None
-    except ValueError as error:
-        raise InputError(f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError("the body must be a JSON object")
-    return value
 
 
 def number_array(values: list[Any], kind: Any) -> NDArray[Any] | None:

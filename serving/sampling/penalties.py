@@ -7,6 +7,7 @@ penalties are subtracted. Before `min_tokens`, tokens that would end the generat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,31 +70,25 @@ class History:
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_token_id: int | None = None
     ) -> None:
         """Without `eos_token_id`, only `stop_token_ids` are held back by `min_tokens`."""
-        rows = len(prompts)
         self._params = list(params)
         self._ends = [each.end_ids(eos_token_id) if each.min_tokens else frozenset() for each in params]
-        self._made = [0] * rows
-        self._places: list[dict[int, int]] = [{} for _ in prompts]
+        self._made = [0] * len(prompts)
         self._counts: list[dict[int, int]] = [{} for _ in prompts]
-        self.edits = Edits(
-            np.zeros((rows, 1), np.int64),
-            np.zeros((rows, 1), np.float32),
-            np.ones((rows, 1), np.float32),
-            np.zeros((rows, 1), np.float32),
-        )
-        for row, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-            for token, bias in each.logit_bias:
-                # The place first: it may move the arrays.
-                place = self._place(row, token)
-                self.edits.bias[row, place] = bias
-            if each.repetition_penalty != 1:
-                for token in prompt:
-                    place = self._place(row, token)
-                    self.edits.repetition[row, place] = each.repetition_penalty
-            for token in sorted(self._ends[row]):
-                place = self._place(row, token)
-                self.edits.bias[row, place] = -np.inf
-            self._pad(row)
+        rows = [_first_edits(*row) for row in zip(prompts, params, self._ends, strict=True)]
+        self._sorted = [ids for ids, *_ in rows]
+        """Each row's first ids, in ascending order and in the first columns."""
+        self._places: list[dict[int, int]] = [{} for _ in prompts]
+        """Columns of the ids after those."""
+        self.edits = _stacked(rows)
+        self._shared = True
+
+    def copy(self) -> History:
+        """Another history that begins as this one does, and shares its arrays until one of the two changes them."""
+        new = copy.copy(self)
+        new._made = list(self._made)
+        new._counts, new._places = ([dict(each) for each in rows] for rows in (self._counts, self._places))
+        self._shared = new._shared = True
+        return new
 
     @property
     def empty(self) -> bool:
@@ -109,6 +104,7 @@ class History:
         count = self._counts[row][token] = self._counts[row].get(token, 0) + 1
         if not (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty):
             return
+        self._own()
         place = self._place(row, token)
         self.edits.repetition[row, place] = params.repetition_penalty
         self.edits.penalty[row, place] = params.frequency_penalty * count + params.presence_penalty
@@ -116,19 +112,32 @@ class History:
             self._pad(row)
 
     def _let_end(self, row: int) -> None:
+        self._own()
         biases = dict(self._params[row].logit_bias)
         for token in self._ends[row]:
-            self.edits.bias[row, self._places[row][token]] = biases.get(token, 0)
+            self.edits.bias[row, self._place(row, token)] = biases.get(token, 0)
         self._pad(row)
+
+    def _own(self) -> None:
+        """Copy the arrays if another history, or the parameters, have them too."""
+        if self._shared:
+            edits = self.edits
+            self.edits = Edits(edits.ids.copy(), edits.bias.copy(), edits.repetition.copy(), edits.penalty.copy())
+            self._shared = False
 
     def _place(self, row: int, token: int) -> int:
         """The column of `token` in `row`, a new one with an edit that changes nothing if it had none."""
+        first = self._sorted[row]
+        at = int(np.searchsorted(first, token))
+        if at < len(first) and first[at] == token:
+            return at
         places = self._places[row]
         if token not in places:
-            place = places[token] = len(places)
-            if place == self.edits.ids.shape[1]:
+            place = places[token] = len(first) + len(places)
+            width = self.edits.ids.shape[1]
+            if place == width:
                 # Doubled, so that a long text seldom moves; the new half repeats the first entry.
-                self.edits = Edits(*(np.concatenate([each, np.repeat(each[:, :1], place, 1)], 1) for each in self._all))
+                self.edits = Edits(*(np.concatenate([each, np.repeat(each[:, :1], width, 1)], 1) for each in self._all))
             for each, neutral in zip(self._all, (token, 0, 1, 0), strict=True):
                 each[row, place] = neutral
         return places[token]
@@ -138,9 +147,35 @@ class History:
         return self.edits.ids, self.edits.bias, self.edits.repetition, self.edits.penalty
 
     def _pad(self, row: int) -> None:
-        used = max(1, len(self._places[row]))
+        used = max(1, len(self._sorted[row]) + len(self._places[row]))
         for each in self._all:
             each[row, used:] = each[row, 0]
+
+
+def _first_edits(
+    prompt: Sequence[int], params: SamplingParams, ends: frozenset[int]
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    """The ids that are edited from the beginning, in ascending order, their biases and their repetition penalties."""
+    ids, bias = params.biases
+    said = np.array(sorted(set(prompt)) if params.repetition_penalty != 1 else [], np.int64)
+    ending = np.array(sorted(ends), np.int64)
+    if not len(said) and not len(ending):
+        return ids, bias, np.ones(len(ids), np.float32)
+    every = np.union1d(np.union1d(ids, said), ending)
+    biases, repetition = np.zeros(len(every), np.float32), np.ones(len(every), np.float32)
+    biases[np.searchsorted(every, ids)] = bias
+    biases[np.searchsorted(every, ending)] = -np.inf
+    repetition[np.searchsorted(every, said)] = params.repetition_penalty
+    return every, biases, repetition
+
+
+def _stacked(rows: Sequence[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]) -> Edits:
+    """The first edits of all rows as one; those of a single row are not copied."""
+    each = [
+        Edits(ids[None], bias[None], repetition[None], np.zeros((1, len(ids)), np.float32)) if len(ids) else None
+        for ids, bias, repetition in rows
+    ]
+    return each[0] if len(each) == 1 and each[0] is not None else join_edits(each)
 
 
 def _edits(params: SamplingParams) -> bool:

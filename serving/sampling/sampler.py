@@ -10,12 +10,14 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serving.errors import BundleError, InputError
+from serving.sampling.detokenizer import StopAutomaton, stop_automaton
 from serving.sampling.token_draw import draw_token
 
 MAX_TEMPERATURE = 1000.0
@@ -80,6 +82,19 @@ class SamplingParams:
                 raise InputError(f"stop has {text!r}; each stop string must be non-empty, valid Unicode text")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
+
+    @cached_property
+    def stop_automaton(self) -> StopAutomaton | None:
+        """The automaton of `stop`, built once for all texts that end there; None without any."""
+        return stop_automaton(self.stop) if self.stop else None
+
+    @cached_property
+    def biases(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """`logit_bias` as token ids, ascending, and what is added to their logits; both [entries], read-only."""
+        ids = np.fromiter((token for token, _ in self.logit_bias), np.int64, len(self.logit_bias))
+        values = np.fromiter((value for _, value in self.logit_bias), np.float32, len(self.logit_bias))
+        ids.flags.writeable = values.flags.writeable = False
+        return ids, values
 
     def end_ids(self, eos_token_id: int | None) -> frozenset[int]:
         """The tokens that end the generation, where `eos_token_id` is the end-of-text token."""

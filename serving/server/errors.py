@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.engine.api import DrainingError, FinishEvent, QueueFullError
-from serving.errors import GPT2BundleError, InputError
+from serving.errors import GPT2BundleError, InputError, one_line
 from serving.server.registry import ModelNotFoundError, ModelNotReadyError
 
 INTERNAL_SENTENCE = "internal error; the server's log has it under this request's id"
@@ -33,6 +33,10 @@ class BodyTooLargeError(GPT2BundleError):
 
 class BodyEncodingError(GPT2BundleError):
     """A request's body is packed in a way that is not unpacked here."""
+
+
+class BodiesFullError(GPT2BundleError):
+    """The bodies of all requests together are over the limit."""
 
 
 class BodyTimeoutError(GPT2BundleError):
@@ -92,6 +96,16 @@ class FieldError(InputError):
         self.param = param
 
 
+class ContextLengthError(FieldError):
+    """A prompt, or it and what is to be added, does not fit the model's context of `n_positions` tokens.
+
+    The sentence begins as OpenAI's does, by which clients know this error.
+    """
+
+    def __init__(self, n_positions: int, problem: str, param: str) -> None:
+        super().__init__(f"This model's maximum context length is {n_positions} tokens; {problem}", param)
+
+
 RETRY_SECONDS = 1
 """When to try again what is unavailable now and says no time of its own."""
 
@@ -100,6 +114,7 @@ INTERNAL = Kind(500, "INTERNAL", "server_error")
 
 TABLE: dict[type[BaseException], Kind] = {
     InputError: INVALID,
+    ContextLengthError: Kind(400, "INVALID_ARGUMENT", "invalid_request_error", "context_length_exceeded"),
     UnauthenticatedError: Kind(401, "UNAUTHENTICATED", "authentication_error", "invalid_api_key"),
     ModelNotFoundError: Kind(404, "NOT_FOUND", "invalid_request_error", "model_not_found"),
     BodyTimeoutError: Kind(408, "DEADLINE_EXCEEDED", "invalid_request_error"),
@@ -109,6 +124,7 @@ TABLE: dict[type[BaseException], Kind] = {
     RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
     ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),
     UnsupportedCallError: Kind(501, "UNIMPLEMENTED", "invalid_request_error"),
+    BodiesFullError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),
     GenerationEndedError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
@@ -123,7 +139,7 @@ def failure_of(error: BaseException) -> Failure:
     if kind is INTERNAL:
         return Failure(INTERNAL, INTERNAL_SENTENCE)
     retry_after = getattr(error, "retry_after", RETRY_SECONDS if kind.status == 503 else None)
-    return Failure(kind, " ".join(str(error).split()), getattr(error, "param", None), retry_after)
+    return Failure(kind, one_line(error), getattr(error, "param", None), retry_after)
 
 
 def error_of(event: FinishEvent) -> GPT2BundleError | None:

@@ -12,10 +12,15 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from serving.engine.api import DrainingError, Engine, Event, FinishEvent, GenerationRequest, Handle, Listener
+from serving.sampling import SamplingParams
 from serving.server.errors import ClientGoneError, FieldError
 from serving.server.registry import ModelRegistry, ServedModel
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+_MANY = 64
+"""Continuations of one call from which on they are submitted in another thread."""
+_LONG = 1024
+"""The same for characters of stop texts and entries of a bias together."""
 _Result = TypeVar("_Result")
 
 
@@ -26,8 +31,8 @@ class Generation:
     looked, so a loop that is behind does less work for each token and not more.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest]) -> None:
-        """Submit all of `requests` or, if one is refused, none: raises what `Engine.submit` raises."""
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+        self._requests = requests
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Event]] = deque()
         self._notified = False
@@ -35,13 +40,26 @@ class Generation:
         self._watch: asyncio.Task[None] | None = None
         self._handles: list[Handle] = []
         self._open = sum(request.n for request in requests)
-        self.client_gone = False
+        self._cancelled = self.client_gone = False
+
+    @classmethod
+    async def open(cls, engine: Engine, requests: Sequence[GenerationRequest]) -> Generation:
+        """Submit all of `requests` or, if one is refused, none: raises what `Engine.submit` raises."""
+        generation = cls(requests)
         try:
-            for index, request in enumerate(requests):
-                self._handles.append(engine.submit(request, self._listener(index)))
+            await beside_if(takes_long(requests), lambda: generation._submit(engine))
         except BaseException:
-            self.cancel()
+            generation.cancel()
             raise
+        return generation
+
+    def _submit(self, engine: Engine) -> None:
+        for index, request in enumerate(self._requests):
+            handle = engine.submit(request, self._listener(index))
+            self._handles.append(handle)
+            if self._cancelled:  # By the loop, while this runs in another thread.
+                handle.cancel()
+                return
 
     def _listener(self, index: int) -> Listener:
         def listen(event: Event) -> None:  # In the engine's thread.
@@ -92,7 +110,8 @@ class Generation:
 
     def cancel(self) -> None:
         """Free every slot within one step."""
-        for handle in self._handles:
+        self._cancelled = True
+        for handle in list(self._handles):
             handle.cancel()
 
     def close(self) -> None:
@@ -104,13 +123,26 @@ class Generation:
             self._watch = None
 
 
+def takes_long(requests: Sequence[GenerationRequest]) -> bool:
+    """Whether taking `requests` in takes an engine so long that the event loop should not wait for it."""
+    if sum(request.n for request in requests) > _MANY:
+        return True
+    params = requests[0].params if requests else SamplingParams()
+    return sum(map(len, params.stop)) + len(params.logit_bias) + len(params.stop_token_ids) > _LONG
+
+
+async def beside_if(long: bool, work: Callable[[], _Result]) -> _Result:
+    """The result of `work`, done in another thread where it takes `long`."""
+    return await asyncio.to_thread(work) if long else work()
+
+
 async def submit(
     registry: ModelRegistry, name: str, make: Callable[[ServedModel], Awaitable[Sequence[GenerationRequest]]]
 ) -> tuple[ServedModel, Generation]:
     """Submit what `make` makes for the version of `name` that answers now, or for its successor if it is swapped."""
 
     async def begin(model: ServedModel) -> Generation:
-        return Generation(model.engine, await make(model))
+        return await Generation.open(model.engine, await make(model))
 
     return await with_model(registry, name, None, begin)
 

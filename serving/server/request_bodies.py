@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 from starlette.requests import Request
 
-from serving.errors import InputError
+from serving.errors import InputError, cut
 from serving.server.errors import BodyEncodingError, BodyTooLargeError, FieldError
 from serving.server.state import Server
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound="RequestBody")
 _Result = TypeVar("_Result")
 _LONG_BODY = 65_536
 """Bytes from which on a body is read in another thread, so that streams under way do not wait for it."""
+MAX_VALUES = 163_840
+"""In one body of JSON: the token ids of 128 prompts that fill a context of 1,024, and a quarter more."""
+_MAX_IGNORED = 256
+_ignored: set[tuple[type[BaseModel], str]] = set()
+"""Unknown fields that the log has."""
+log = logging.getLogger("gpt2_bundle.server")
+MAX_FIELDS = 256
+"""Of one body."""
+MAX_ID = 2**31 - 1
 _GZIP = 16 + zlib.MAX_WBITS
 _WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 
 
 class RequestBody(BaseModel):
-    """A body whose unknown fields are ignored and whose known ones must have their own type."""
+    """A body whose known fields must have their own type. Unknown ones are logged once each, and ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def refuse(cls, fields: Mapping[str, Any]) -> None:
+        """Raise FieldError for one of `fields`, as they came, that is understood and not done here."""
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
@@ -77,35 +91,60 @@ def _unpacked(data: bytes, encoding: str, most: int) -> bytes:
 
 def parse_body(data: bytes, kind: type[Body]) -> Body:
     """JSON as `kind`. Raises FieldError."""
+    fields = parse_object(data)
+    kind.refuse(fields)
+    if kind.model_config.get("extra") == "ignore":
+        for name in fields.keys() - kind.model_fields.keys():
+            _say_ignored(kind, name)
+    return check_fields(fields, kind)
+
+
+def _say_ignored(kind: type[BaseModel], name: str) -> None:
+    if len(_ignored) < _MAX_IGNORED and (kind, name) not in _ignored:
+        _ignored.add((kind, name))
+        log.info("the field %r of a %s is not known here, and ignored", cut(name), kind.__name__)
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """`data` as a JSON object. NaN and Infinity are read, as TensorFlow Serving reads them. Raises FieldError."""
+    check_values(data)
     try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        again = _with_whole_numbers(data)
-        if again is None:
-            raise _field_error(error) from None
-    try:
-        return kind.model_validate_json(again)
-    except ValidationError as error:
-        raise _field_error(error) from None
+        value = from_json(data)
+    except ValueError as error:
+        raise FieldError(f"the body is not JSON: {error}", None) from None
+    if not isinstance(value, dict):
+        raise FieldError("the body must be a JSON object", None)
+    if len(value) > MAX_FIELDS:
+        raise FieldError(f"the body has {len(value)} fields; it may have {MAX_FIELDS}", None)
+    return value
 
 
-def _with_whole_numbers(data: bytes) -> str | None:
-    """The JSON text `data` with numbers such as 2.0 as integers, which JSON Schema says they are; None without any."""
-    found = False
+def check_values(data: bytes) -> None:
+    """Refuse JSON of more than MAX_VALUES values before it is read: a reader holds the interpreter all that while.
 
-    def number(text: str) -> int | float:
-        nonlocal found
-        value = float(text)
-        if not value.is_integer():
-            return value
-        found = True
-        return int(value)
+    Commas and brackets are counted, those inside texts too. Raises FieldError.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise FieldError(
+            f"the body has more than {MAX_VALUES} values (commas and brackets); send several requests", None
+        )
 
-    try:
-        text = json.dumps(json.loads(data, parse_float=number))
-    except (ValueError, RecursionError):
-        return None
-    return text if found else None
+
+def whole_number(value: Any) -> Any:
+    """2.0 as 2, which JSON Schema says it is; anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def token_ids(value: Any, most: int = MAX_VALUES) -> list[int]:
+    """`value` if it is a list of at most `most` token ids; whole numbers may be written as 2.0. Raises ValueError."""
+    if not isinstance(value, list):
+        raise ValueError("must be a list of token ids")
+    if len(value) > most:
+        raise ValueError(f"must have at most {most} token ids")
+    ids = list(map(whole_number, value)) if float in set(map(type, value)) else value
+    if not set(map(type, ids)) <= {int} or (ids and not (min(ids) >= 0 and max(ids) <= MAX_ID)):
+        raise ValueError(f"must be a list of token ids, whole numbers from 0 to {MAX_ID}")
+    return ids
 
 
 def check_fields(fields: Mapping[str, Any], kind: type[Body]) -> Body:
@@ -117,11 +156,10 @@ def check_fields(fields: Mapping[str, Any], kind: type[Body]) -> Body:
 
 
 def _field_error(error: ValidationError) -> FieldError:
+    # A list ends its validation at its first error (`fail_fast`), so there are few.
     first = error.errors(include_url=False, include_input=False)[0]
     problem = first["msg"].removeprefix("Value error, ")
     problem = problem[:1].lower() + problem[1:]
-    if first["type"] == "json_invalid":
-        return FieldError(f"the body is not JSON: {problem.removeprefix('invalid JSON: ')}", None)
     place = ".".join(map(str, first["loc"]))[:200]
     if not place:
         return FieldError(f"the body: {problem}", None)

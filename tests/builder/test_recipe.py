@@ -51,7 +51,8 @@ def test_without_anything_it_is_the_default() -> None:
 def test_every_default_is_within_its_own_bounds_and_explained(key: str) -> None:
     field, value = LEAVES[key]
     section, _, name = key.rpartition(".")
-    inner = getattr(read_recipe(None, [f"{key}={as_toml(value)}"]), section) if section else read_recipe()
+    needs = {"training.momentum": ["training.optimizer=sgd"]}.get(key, [])
+    inner = getattr(read_recipe(None, [f"{key}={as_toml(value)}", *needs]), section) if section else read_recipe()
     assert getattr(inner, name) == value
     assert len(field.metadata["help"]) > 10 and field.metadata["help"].endswith(".")
 
@@ -116,6 +117,8 @@ GEOMETRY = ("n_layer", "n_embd", "n_head", "n_positions")
         ("corpus.min_characters=1" + "0" * 30, ["'corpus.min_characters'"]),
         ("corpus.min_characters=1" + "0" * 5000, ["takes an integer"]),
         ("corpus.min_characters=0x" + "f" * 5000, ["too large"]),
+        ("corpus.encoding=gb18031", ["'corpus.encoding' is 'gb18031'", "did you mean 'gb18030'"]),
+        ("corpus.encoding=hex", ["no text encoding"]),
         ("corpus.max_characters=3", ["'corpus.max_characters' is 3, less than corpus.min_characters 20"]),
         ("corpus.balance=up", ["'corpus.balance' is 'up'", "corpus.label_field"]),
         ("corpus.label_cap=3", ["'corpus.label_cap' is 3", "set balance to 'cap'"]),
@@ -147,6 +150,10 @@ def test_heads_must_divide_the_width() -> None:
 def test_a_row_must_fit_the_context() -> None:
     assert "longer than model.n_positions 64" in refusal("model.n_positions=64", "training.sequence_length=65")
     assert read_recipe(None, ["model.n_positions=64", "training.sequence_length=64"]).training.sequence_length == 64
+    for context, expected in ((16, 16), (512, 512), (1024, 512)):
+        recipe = read_recipe(None, [f"model.n_positions={context}", "training.sequence_length=0"])
+        assert recipe.training.sequence_length == expected
+    assert "must be 0 or from 8 on" in refusal("training.sequence_length=7")
     # A base checkpoint has a context of its own, known only when it is read.
     assert read_recipe(None, ["model.base=gpt2", "training.sequence_length=1024"]).model.base == "gpt2"
 
@@ -162,6 +169,35 @@ def test_a_base_and_a_geometry_contradict_each_other(other: str) -> None:
     message = refusal("model.base=gpt2", other)
     assert "model.base" in message and other.partition("=")[0] in message
     assert read_recipe(None, ["model.base=gpt2", 'model.preset=""']).model.base == "gpt2"
+
+
+def test_with_a_base_the_defaults_are_those_of_a_fine_tune(tmp_path: Path) -> None:
+    training = read_recipe(None, ["model.base=gpt2"]).training
+    assert (training.optimizer, training.learning_rate, training.warmup_fraction) == ("adamw", 5e-5, 0.1)
+    assert (training.weight_decay, training.sequence_length) == (0.01, 0)
+    path = tmp_path / "r.toml"
+    path.write_text('[model]\nbase = "gpt2"\n[training]\nlearning_rate = 1e-4\n')
+    training = read_recipe(path, ["training.epochs=7"]).training
+    assert (training.learning_rate, training.epochs, training.optimizer) == (1e-4, 7.0, "adamw")
+
+
+def test_the_tokenizer_is_the_bases() -> None:
+    message = refusal("model.base=gpt2", "tokenizer.vocab_size=300")
+    assert "'tokenizer.vocab_size' has no use with model.base 'gpt2'" in message
+
+
+def test_a_key_that_the_optimizer_does_not_read_is_refused() -> None:
+    for optimizer, key in (
+        ("adam", "weight_decay"),
+        ("sgd", "adam_beta2"),
+        ("adamw", "momentum"),
+        ("muon", "momentum"),
+    ):
+        message = refusal(f"training.optimizer={optimizer}", f"training.{key}=0.5")
+        assert f"'training.{key}' has no use with training.optimizer {optimizer!r}" in message
+    assert read_recipe(None, ["training.optimizer=adam"]).training.weight_decay == 0.0
+    assert read_recipe(None, ["training.optimizer=adam", "training.weight_decay=0"]).training.weight_decay == 0.0
+    assert read_recipe(None, ["training.optimizer=sgd", "training.momentum=0.5"]).training.momentum == 0.5
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -9,12 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from builder.run_folder import STAMP, clear, is_done, locked, refusals_named, run_stage, stage_key
-from serving.errors import GPT2BundleError
+from builder import run_folder
+from builder.run_folder import MARKER, STAMP, clear, is_done, locked, refusals_named, stage_key
+from serving.errors import GPT2BundleError, InputError
+from tests.tiny_build import contents
+
+
+def run_stage(folder: Path, key: str, work: Callable[[Path], None], keep: tuple[str, ...] = ()) -> bool:
+    return run_folder.run_stage(folder, key, work, writes=("out", "half", "deep"), keep=keep)
 
 
 class Work:
@@ -48,20 +55,69 @@ def test_a_stage_runs_once_for_its_key(tmp_path: Path) -> None:
     assert work.runs == 2 and is_done(folder, "other") and not is_done(folder, "k")
 
 
-def test_what_another_run_left_is_removed_but_for_what_is_kept(tmp_path: Path) -> None:
+def test_what_an_earlier_run_left_is_removed_but_for_what_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "stage"
-    (folder / "old" / "deep").mkdir(parents=True)
-    (folder / "old.txt").touch()
+    run_stage(folder, "k", Work(), keep=("keep",))
     (folder / "keep").mkdir()
     (folder / "keep" / "state").write_text("s")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "precious").touch()
-    (folder / "link").symlink_to(outside)
-    run_stage(folder, "k", Work(), keep=("keep",))
-    assert sorted(path.name for path in folder.iterdir()) == ["keep", "out", STAMP]
+    (folder / STAMP).unlink()
+    (folder / "half").mkdir()
+    (folder / "half" / "done").touch()
+    run_stage(folder, "other", Work(), keep=("keep",))
+    assert sorted(path.name for path in folder.iterdir()) == [MARKER, "keep", "out", STAMP]
     assert (folder / "keep" / "state").read_text() == "s"
-    assert (outside / "precious").exists()
+
+
+def strange(folder: Path, kind: str) -> str:
+    """Put something of the user's own into or in the place of a stage's folder; return a word of the refusal."""
+    outside = folder.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "precious").write_text("x")
+    if kind == "foreign folder":
+        folder.mkdir(parents=True)
+        (folder / "out").write_text("the user's own, of a name that the stage has too")
+        return "out did not come from this stage"
+    if kind == "link in place":
+        folder.symlink_to(outside)
+        return "a link, and a stage empties its folder"
+    if kind == "file in place":
+        folder.write_text("x")
+        return "a file where a stage keeps its work"
+    run_stage(folder, "k", lambda place: ((place / "deep").mkdir(), (place / "deep" / "out").touch()))  # type: ignore[func-returns-value]
+    if kind == "file":
+        (folder / "train.py").write_text("x")
+        return "train.py did not come from this stage"
+    if kind == "file, half done":
+        (folder / STAMP).unlink()
+        (folder / "train.py").write_text("x")
+        return "train.py did not come"
+    if kind == "link inside":
+        (folder / "out").symlink_to(outside)
+        return "out did not come"
+    (folder / "deep" / "notes.txt").write_text("x")
+    return "deep/notes.txt did not come"
+
+
+KINDS = (
+    "foreign folder",
+    "link in place",
+    "file in place",
+    "file",
+    "file, half done",
+    "link inside",
+    "file deep inside",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_stage_did_not_write_is_refused_and_stays(tmp_path: Path, kind: str) -> None:
+    folder, work = tmp_path / "run" / "stage", Work()
+    folder.parent.mkdir()
+    words = strange(folder, kind)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=words):
+        run_stage(folder, "other", work)
+    assert contents(tmp_path) == before and work.runs == 0
 
 
 def test_work_that_fails_leaves_no_stamp_and_is_done_again(tmp_path: Path) -> None:
@@ -83,14 +139,18 @@ def test_a_broken_stamp_is_none(tmp_path: Path, content: bytes) -> None:
     assert not is_done(tmp_path, "k")
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_clear_takes_the_stamp_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_stage(tmp_path / "stage", "k", Work())
-    monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    run_stage(tmp_path / "stage", "k", lambda folder: (folder / "deep").mkdir())
+    monkeypatch.setattr(shutil, "rmtree", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        clear(tmp_path / "stage")
-    assert not is_done(tmp_path / "stage", "k") and (tmp_path / "stage" / "out").exists()
+        clear(tmp_path / "stage", ("deep",))
+    assert not is_done(tmp_path / "stage", "k") and (tmp_path / "stage" / "deep").exists()
     monkeypatch.undo()
-    clear(tmp_path / "nowhere")
+    clear(tmp_path / "nowhere", ())
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -105,7 +165,7 @@ def work(folder):
     sys.stdin.readline()
 
 with locked(Path(sys.argv[1])):
-    run_stage(Path(sys.argv[1]) / "stage", "k", work)
+    run_stage(Path(sys.argv[1]) / "stage", "k", work, writes=("half",))
 """
 
 
@@ -173,9 +233,8 @@ def test_a_stage_that_lost_a_file_since_is_not_done(tmp_path: Path, damage: str)
 
     folder = tmp_path / "stage"
     run_stage(folder, "k", work, keep=("kept",))
-    (folder / "later").touch()
     (folder / "kept" / "state").unlink()
-    assert is_done(folder, "k"), "what is kept, and what came later, is not the stage's output"
+    assert is_done(folder, "k"), "what is kept is not the stage's output"
     path = folder / "deep" / "out"
     if damage == "missing":
         path.unlink()

@@ -43,8 +43,9 @@ def read_cases(name: str) -> dict[str, Case]:
 @functools.cache
 def keras_model(name: str) -> Any:
     """The fixture's weights in our Keras model; shared by all tests, so nobody may change it."""
+    from builder.model.geometry import read_geometry
     from builder.model.gpt2 import GPT2
-    from builder.model.pretrained import load_weights, read_geometry
+    from builder.model.pretrained import load_weights
 
     model = GPT2.create(read_geometry(FOLDER / name))
     load_weights(model, FOLDER / name)

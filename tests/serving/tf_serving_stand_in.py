@@ -4,7 +4,8 @@ It is not tensorflow_model_server: it loads as that does and answers in its mess
 merges requests of a signature that come within `gather` seconds, padding ragged inputs with zeros. `failures` holds
 statuses that the next calls get instead of an answer; `delay` is seconds. `lost` holds what becomes of the next answers
 once they are computed: a status instead, or seconds that they come late. `pad` is how often the first row of each call
-is repeated behind the others, as the server's batching does.
+is repeated behind the others, as the server's batching does. `cancelled` are the signatures of gRPC calls whose caller
+was gone when they ended, for which TensorFlow Serving would have cancelled the work.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ HTTP = {
     "INVALID_ARGUMENT": 400,
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429,
+    "ABORTED": 409,
+    "CANCELLED": 499,
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
@@ -78,6 +81,7 @@ class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
         self._lock, self._waiting = threading.Lock(), dict[str, Merged]()
         self.lost: list[str | float] = []
         self.run_calls: list[str] = []
+        self.cancelled: list[str] = []
         self.calls, self.delay, self.pad = 0, 0.0, 0
         self.url = self.address = ""
 
@@ -159,6 +163,8 @@ class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_servi
             response = predict_pb2.PredictResponse()
             for name, value in self.run(request.model_spec.signature_name or "serving_default", inputs).items():
                 response.outputs[name].CopyFrom(tf.make_tensor_proto(value))
+            if not context.is_active():
+                self.cancelled.append(request.model_spec.signature_name)
             return response
 
         return self.answer(context, request.model_spec.name, work)

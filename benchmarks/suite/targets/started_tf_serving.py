@@ -15,7 +15,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
@@ -23,6 +22,7 @@ from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
 from serving.bundle import Bundle
 from serving.clients.transport import Transport
 from serving.deploy.tf_serving import IMAGE_VERSION, write_tf_serving
+from serving.deploy.tf_serving_config import ServerOptions
 from serving.errors import InputError, RuntimeMissingError, ServerError
 
 VARIABLE, BINARY = "TENSORFLOW_MODEL_SERVER", "tensorflow_model_server"
@@ -81,7 +81,6 @@ class TFServingProcess:
     Args:
         name: what errors begin with.
         how: by which protocol its readiness is asked, "grpc" or "rest".
-        batching: whether calls are merged, of at most 16 rows then; without, a call has as many as it likes.
         gpu: whether a container is given the GPUs, by the image for them.
         own_session: whether signals of this process's terminal and group do not reach it.
     """
@@ -93,13 +92,12 @@ class TFServingProcess:
         found: Found,
         how: str,
         *,
-        batching: bool = True,
         gpu: bool = False,
         own_session: bool = True,
     ) -> None:
         self.pid: int | None = None
         self._name, self._bundle, self._found, self._how = name, bundle, found, how
-        self._batching, self._gpu, self._own_session = batching, gpu, own_session
+        self._gpu, self._own_session = gpu, own_session
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._container = f"gpt2-bundle-bench-{secrets.token_hex(4)}"
@@ -157,20 +155,19 @@ class TFServingProcess:
 
     def _deploy(self, destination: Path) -> Path:
         """Write the deployment; a copy of the SavedModel only where its path cannot be written into a script."""
-        how: dict[str, Any] = {"version": IMAGE_VERSION, "rest_timeout": _REST_SECONDS}
+        options = ServerOptions(_REST_SECONDS)
         try:
-            return write_tf_serving(self._bundle, destination, **how, copy=False)
+            return write_tf_serving(self._bundle, destination, options, copy=False).folder
         except InputError:
-            return write_tf_serving(self._bundle, destination, **how, copy=True)
+            return write_tf_serving(self._bundle, destination, options).folder
 
     def _as_binary(self, deployment: Path, grpc_port: int, rest_port: int) -> list[str]:
-        more = [] if self._batching else ["--enable_batching=false", "--batching_parameters_file="]
-        return [str(deployment / "run.sh"), f"--port={grpc_port}", f"--rest_api_port={rest_port}", *more]
+        return [str(deployment / "run.sh"), f"--port={grpc_port}", f"--rest_api_port={rest_port}"]
 
     def _in_container(self, deployment: Path, grpc_port: int, rest_port: int) -> list[str]:
         model, source = self._bundle.manifest.name, (self._bundle.folder / "savedmodel").resolve()
         flags = ["--port=8500", "--rest_api_port=8501", "--model_config_file=/config/models.config"]
-        flags += [flag for flag in deployment_flags(deployment) if self._batching or "batching" not in flag]
+        flags += deployment_flags(deployment)
         return [
             # A container's first process does not end by SIGTERM alone; podman's helper for that may be missing.
             self._found.command, "run", "--rm", *(["--init"] if self._found.command == "docker" else []),

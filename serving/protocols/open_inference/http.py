@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.errors import InputError
-from serving.protocols.json_requests import parse_object, while_connected
+from serving.protocols.json_requests import while_connected
 from serving.protocols.open_inference import metadata as models
 from serving.protocols.open_inference.infer import Answer, Stream, infer, open_stream
 from serving.protocols.open_inference.schema import GenerateBody, InferBody, InputTensor
@@ -23,7 +23,7 @@ from serving.server.errors import failure_of
 from serving.server.event_queue import time_limit
 from serving.server.event_stream import EventStream
 from serving.server.middleware import log
-from serving.server.request_bodies import parse_body, read_bytes, reading
+from serving.server.request_bodies import parse_body, parse_object, read_bytes, reading
 from serving.server.state import Server
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -105,10 +105,7 @@ async def generate_stream(request: Request) -> Response:
         return EventStream(_events_of(_event(_generated(body, answer))))
     stream = await open_stream(_server(request), asked)
     stream.generation.watch(request)
-    pieces = stream.pieces()
-    # Whatever refuses the request now still has a status of its own.
-    first = await anext(pieces)
-    return EventStream(_events(request, body, stream, first, pieces))
+    return EventStream(_events(request, body, stream), _server(request).settings.ping_seconds)
 
 
 async def _events_of(*events: bytes) -> AsyncGenerator[bytes, None]:
@@ -120,12 +117,9 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
-async def _events(
-    request: Request, body: GenerateBody, stream: Stream, first: Answer, pieces: AsyncGenerator[Answer, None]
-) -> AsyncGenerator[bytes, None]:
+async def _events(request: Request, body: GenerateBody, stream: Stream) -> AsyncGenerator[bytes, None]:
     try:
-        async with contextlib.aclosing(pieces):
-            yield _event(_generated(body, first))
+        async with contextlib.aclosing(stream.pieces()) as pieces:
             async for piece in pieces:
                 yield _event(_generated(body, piece))
     except Exception as error:

@@ -25,14 +25,17 @@ from serving.protocols.open_inference.signatures import (
     selected,
 )
 from serving.protocols.openai.routes import make_requests, read_prompts
+from serving.protocols.texts import LONG_TEXT
 from serving.protocols.tf_serving import signatures as tf_signatures
 from serving.protocols.tf_serving.signatures import Call, objects, padded
 from serving.server.errors import error_of
-from serving.server.event_queue import Generation, with_model
+from serving.server.event_queue import Generation, beside_if, with_model
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 from serving.server.tracing import COMPLETION, Span, start_span
 
+_MANY = 16
+"""Texts from which on their options are checked in another thread."""
 _T = TypeVar("_T")
 
 
@@ -80,7 +83,7 @@ async def open_stream(server: Server, request: InferRequest) -> Stream:
 
     async def work(model: ServedModel) -> Stream:
         ((prepared, prompt_tokens),) = await _prepare(server, model, request)
-        generation = Generation(model.engine, [prepared])
+        generation = await Generation.open(model.engine, [prepared])
         return Stream(model, generation, request, prompt_tokens, start_span(COMPLETION, request.headers, model.name))
 
     _, stream = await _on_model(server, request, work)
@@ -150,9 +153,12 @@ async def _prepare(server: Server, model: ServedModel, request: InferRequest) ->
     """For each text its request to the engine and how many tokens its prompt has."""
     prepared = []
     limit = request.limit()
-    rows = bodies(request, server.settings.max_prompts)
+    rows = await beside_if(
+        request.inputs["text_input"].size > _MANY, lambda: bodies(request, server.settings.max_prompts)
+    )
+    beside = sum(len(text) for body in rows for text in body.prompt) > LONG_TEXT
     for index, body in enumerate(rows):
-        prompts = await read_prompts(body, model, server.settings.max_prompt_tokens)
+        prompts = await read_prompts(body, model, server.settings.max_prompt_tokens, beside)
         request_id = request.request_id if len(rows) == 1 else f"{request.request_id}-{index}"
         (made,) = make_requests(body, prompts, model, limit, request_id)
         prepared.append((made, len(made.prompt)))

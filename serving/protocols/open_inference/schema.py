@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from serving.protocols.open_inference.signatures import OPTIONS
-from serving.protocols.openai.schema import CompletionRequest
-from serving.server.request_bodies import RequestBody
+from serving.protocols.open_inference.tensors import MAX_AXES
+from serving.protocols.openai.schema import CompletionRequest, Texts
+from serving.server.request_bodies import RequestBody, whole_number
 
 Parameters = dict[str, Any]
+MAX_TENSORS = 64
+"""Inputs of one request, and outputs; no signature has half as many."""
 
 
 class Named(RequestBody):
@@ -23,7 +27,7 @@ class Named(RequestBody):
 class InputTensor(Named):
     """An input, its values here or, as many bytes as its parameter `binary_data_size` says, behind the JSON."""
 
-    shape: list[int]
+    shape: list[Annotated[int, BeforeValidator(whole_number)]] = Field(max_length=MAX_AXES, fail_fast=True)
     datatype: str
     data: list[Any] | None = Field(None, description="In one list, row by row, or in nested lists.")
 
@@ -40,8 +44,10 @@ class InferBody(RequestBody):
         default_factory=dict,
         description="signature_name, binary_data_output, timeout (microseconds), and options that are no tensors.",
     )
-    inputs: list[InputTensor]
-    outputs: list[RequestedOutput] = Field(default_factory=list, description="All of them if left out.")
+    inputs: list[InputTensor] = Field(max_length=MAX_TENSORS, fail_fast=True)
+    outputs: list[RequestedOutput] = Field(
+        default_factory=list, max_length=MAX_TENSORS, fail_fast=True, description="All of them if left out."
+    )
 
 
 class OutputTensor(BaseModel):
@@ -74,7 +80,12 @@ class GenerateBody(RequestBody):
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_options)
 
-    text_input: str | list[str] = Field(description="Text; several, in a list, only without a stream.")
+    @classmethod
+    def refuse(cls, fields: Mapping[str, Any]) -> None:
+        """See `RequestBody.refuse`."""
+        CompletionRequest.refuse(fields)
+
+    text_input: Texts = Field(description="Text; several, in a list, only without a stream.")
     id: str = Field("", description="Given back with the answer.")
     parameters: Parameters = Field(default_factory=dict)
 

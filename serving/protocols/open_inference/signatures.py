@@ -168,9 +168,11 @@ def filled(request: InferRequest) -> Arrays:
 
 def bodies(request: InferRequest, most: int) -> list[CompletionRequest]:
     """Each text with its options as a body of OpenAI's completions, which checks them."""
+    count = len(request.inputs["text_input"])
+    if not 1 <= count <= most:
+        raise InputError(f"text_input has {count} texts; it must have 1 to {most}")
     texts = [each.decode("utf-8", "replace") for each in request.inputs["text_input"].tolist()]
-    if not 1 <= len(texts) <= most:
-        raise InputError(f"text_input has {len(texts)} texts; it must have 1 to {most}")
+    CompletionRequest.refuse(request.parameters)
     shared = {name: request.parameters[name] for name in OPTIONS if name in request.parameters}
     columns: dict[str, list[Any]] = {}
     for name, array in request.inputs.items():

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from serving.errors import InputError
 from serving.protocols.json_requests import number_array
+from serving.server.request_bodies import MAX_VALUES
 
 TYPES: dict[str, Any] = {
     "BOOL": np.bool_,
@@ -35,7 +36,7 @@ TYPES: dict[str, Any] = {
     "BYTES": np.object_,
 }
 """numpy's types by the protocol's names; an element of BYTES is a `bytes`."""
-_MAX_AXES = 8
+MAX_AXES = 8
 _LENGTH = struct.Struct("<I")
 
 
@@ -51,9 +52,12 @@ class TensorSpec:
 def _checked_size(name: str, datatype: str, shape: Sequence[int]) -> int:
     if datatype not in TYPES:
         raise InputError(f"{name} has the datatype {datatype[:40]!r}; there are {', '.join(TYPES)}")
-    if len(shape) > _MAX_AXES or any(size < 0 for size in shape):
+    if len(shape) > MAX_AXES or any(size < 0 for size in shape):
         raise InputError(f"{name} has no shape that a tensor can have")
-    return math.prod(shape)
+    size = math.prod(shape)
+    if datatype == "BYTES" and size > MAX_VALUES:
+        raise InputError(f"{name} has {size} elements; a tensor of BYTES may have {MAX_VALUES}")
+    return size
 
 
 def _shaped(name: str, array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
@@ -129,14 +133,15 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes) -> NDA
 def _strings(name: str, size: int, data: bytes) -> NDArray[Any]:
     values: list[bytes] = []
     at = 0
-    while at < len(data):
+    while at < len(data) and len(values) <= size:
         begin = at + _LENGTH.size
         at = begin + (_LENGTH.unpack_from(data, at)[0] if begin <= len(data) else 0)
         if at > len(data) or begin > len(data):
             raise InputError(f"{name} ends inside an element: each is its length in 4 bytes and then its bytes")
         values.append(data[begin:at])
     if len(values) != size:
-        raise InputError(f"{name} has {len(values)} elements, and its shape needs {size}")
+        many = f"more than {size}" if len(values) > size else str(len(values))
+        raise InputError(f"{name} has {many} elements, and its shape needs {size}")
     array = np.empty(size, np.object_)
     array[:] = values
     return array

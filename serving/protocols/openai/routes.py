@@ -5,26 +5,24 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from tokenizers import Tokenizer
 
 from serving.engine.api import GenerationRequest
 from serving.errors import InputError
-from serving.protocols.batch_completion import encode_beside
+from serving.protocols.json_requests import while_connected
 from serving.protocols.model_status import model_status
 from serving.protocols.openai.choices import Prompt, token_names
 from serving.protocols.openai.schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serving.protocols.openai.stream import Run, stream
+from serving.protocols.texts import LONG_TEXT, TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, SamplingParams
-from serving.sampling.detokenizer import longest_token
-from serving.server.errors import FieldError
-from serving.server.event_queue import submit, time_limit
+from serving.server.errors import ContextLengthError, FieldError
+from serving.server.event_queue import beside_if, submit, time_limit
 from serving.server.event_stream import EventStream
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.request_bodies import read_body
@@ -32,10 +30,7 @@ from serving.server.state import Server
 from serving.server.tracing import COMPLETION, start_span
 
 DEFAULT_MAX_TOKENS = 16
-LONG_TEXT = 2048
-"""Characters from which on a text is encoded in another thread, so that streams under way do not wait."""
 _ENGINE_FIELDS = {"prompt", "n", "logprobs"} | {each.name for each in fields(SamplingParams)}
-_Result = TypeVar("_Result")
 
 
 async def completions(request: Request) -> Response:
@@ -51,10 +46,12 @@ async def completions(request: Request) -> Response:
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
-        return make_requests(body, prompts, model, limit, request_id)
+        long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
+        return await beside_if(long, lambda: make_requests(body, prompts, model, limit, request_id))
 
     try:
-        model, generation = await submit(server.registry, model_name(server.registry, body.model), make)
+        opening = submit(server.registry, model_name(server.registry, body.model), make)
+        model, generation = await (while_connected(request, opening) if _takes_long(body) else opening)
     except FieldError:
         raise
     except InputError as error:  # The engine's own.
@@ -64,11 +61,10 @@ async def completions(request: Request) -> Response:
         generation.watch(request)
         span = start_span(COMPLETION, request.headers, model.name)
         run = Run(body, model, prompts, generation, request_id, span, request.state)
-        first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
-        if body.stream:
-            return EventStream(stream(run, first))
-        while first:
-            first = run.take(await generation.next())
+        if body.stream:  # At once: the engine has accepted it, and it may wait long for its first token.
+            return EventStream(stream(run), server.settings.ping_seconds)
+        while run.take(await generation.next()):
+            pass
         answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
     except BaseException as error:
         if run is None:
@@ -78,6 +74,11 @@ async def completions(request: Request) -> Response:
         raise
     run.close()
     return answer
+
+
+def _takes_long(body: CompletionRequest) -> bool:
+    """Whether the client may be gone before its prompts are read."""
+    return sum(len(given) for given in body.prompt if isinstance(given, str)) > LONG_TEXT
 
 
 def model_name(registry: ModelRegistry, name: str | None) -> str:
@@ -111,33 +112,36 @@ def _check(body: CompletionRequest, server: Server) -> None:
         raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
 
 
-async def read_prompts(body: CompletionRequest, model: ServedModel, most: int | None) -> list[Prompt]:
-    """The prompts as token ids, each with room for `max_tokens` behind it."""
+async def read_prompts(
+    body: CompletionRequest, model: ServedModel, most: int | None, beside: bool = False
+) -> list[Prompt]:
+    """The prompts as token ids, each with room for `max_tokens` after it; `beside` is as for `encode_prompts`.
+
+    Raises FieldError for one over `most` tokens, and ContextLengthError.
+    """
     tokenizer, engine = model.engine.tokenizer, model.engine
+    tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+    texts = [given for given in body.prompt if isinstance(given, str)]
+    try:
+        encoded = iter(await encode_prompts(tokenizer, texts, engine.n_positions, beside))
+    except TooLongError as error:
+        raise ContextLengthError(engine.n_positions, f"{error}; shorten it", "prompt") from None
     prompts = []
     for given in body.prompt:
-        if isinstance(given, str) and len(given) > LONG_TEXT:
-            # No text of more bytes can have few enough tokens, and encoding it would take its time.
-            longest = await asyncio.to_thread(longest_token, tokenizer)
-            if len(given.encode()) > engine.n_positions * longest:
-                raise FieldError(
-                    f"a prompt is longer than the model's context of {engine.n_positions} tokens; shorten it", "prompt"
-                )
-        ids = tuple(await encode(tokenizer, given) if isinstance(given, str) else given)
+        ids = tuple(next(encoded) if isinstance(given, str) else given)
         echo = None
         if body.echo:
             echo = given if isinstance(given, str) else tokenizer.decode(list(ids), skip_special_tokens=False)
         prompts.append(Prompt(ids or (engine.eos_token_id,), implied=not ids, echo=echo))
-    tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
     room = tokens if _prompt_only(body, model) else max(tokens, 1)
     for prompt in prompts:
         length = len(prompt.ids)
         if most is not None and length > most:
             raise FieldError(f"a prompt has {length} tokens; this server takes at most {most}", "prompt")
         if length + room > engine.n_positions:
-            raise FieldError(
-                f"the model's context has {engine.n_positions} tokens; a prompt of {length} and max_tokens {tokens} "
-                "do not fit; shorten one of them",
+            raise ContextLengthError(
+                engine.n_positions,
+                f"a prompt of {length} and max_tokens {tokens} do not fit; shorten one of them",
                 "prompt" if length >= engine.n_positions else "max_tokens",
             )
     return prompts
@@ -146,19 +150,6 @@ async def read_prompts(body: CompletionRequest, model: ServedModel, most: int | 
 def _prompt_only(body: CompletionRequest, model: ServedModel) -> bool:
     """Whether nothing is to be added to the prompts; an engine that cannot do so adds a token that nobody sees."""
     return body.max_tokens == 0 and "prompt_only" not in model.engine.unsupported
-
-
-async def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The token ids of `text`."""
-    if len(text) > LONG_TEXT:
-        (ids,) = await encode_beside(tokenizer, [text])
-        return ids
-    short: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return short
-
-
-async def _elsewhere_if(long: bool, function: Callable[[], _Result]) -> _Result:
-    return await asyncio.to_thread(function) if long else function()
 
 
 def make_requests(
@@ -228,7 +219,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest)
     registry: ModelRegistry = request.app.state.server.registry
     engine = registry.get(model_name(registry, body.model)).engine
-    ids = await encode(engine.tokenizer, body.prompt)
+    (ids,) = await while_connected(request, encode_texts(engine.tokenizer, [body.prompt]))
 
     def answer() -> Response:
         strings = [engine.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
@@ -236,7 +227,7 @@ async def tokenize(request: Request) -> Response:
             {"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings}
         )
 
-    return await _elsewhere_if(len(ids) > LONG_TEXT, answer)
+    return await beside_if(len(ids) > LONG_TEXT, answer)
 
 
 async def detokenize(request: Request) -> Response:
@@ -244,12 +235,10 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest)
     registry: ModelRegistry = request.app.state.server.registry
     engine = registry.get(model_name(registry, body.model)).engine
-    wrong = next((token for token in body.tokens if token >= engine.vocab_size), None)
-    if wrong is not None:
+    wrong = max(body.tokens, default=0)
+    if wrong >= engine.vocab_size:
         raise FieldError(f"tokens has {wrong}, but the vocabulary has {engine.vocab_size} tokens", "tokens")
-    text = await _elsewhere_if(
-        len(body.tokens) > LONG_TEXT, lambda: engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
-    )
+    (text,) = await while_connected(request, decode(engine.tokenizer, [body.tokens], special=True))
     return JSONResponse({"prompt": text})
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from serving.engine.api import MAX_CONTINUATIONS, MAX_LOGPROBS
+from serving.protocols.openai.unsupported import refuse_unsupported
 from serving.sampling import MAX_BIAS, MAX_TEMPERATURE
-from serving.server.request_bodies import RequestBody
+from serving.server.request_bodies import MAX_ID, RequestBody, token_ids, whole_number
 
+MAX_PROMPTS = 4096
+"""In one body; a server takes fewer."""
+MAX_BIASES = 131_072
+"""More than any vocabulary that is served has."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
-"""Characters of one; each continuation has an automaton of as many states."""
-_INT = 2**31 - 1
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _INT}, "minItems": 1}
+"""Characters of one; a call's continuations share an automaton of as many states."""
+MAX_STOP_IDS = 1024
+_ID = {"type": "integer", "minimum": 0, "maximum": MAX_ID}
+_IDS = {"type": "array", "items": _ID, "minItems": 1}
 
 _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
@@ -22,7 +29,7 @@ Prompts = list[str] | list[list[int]]
 
 
 def _prompts(value: Any) -> Prompts:
-    """Any of the four forms of a prompt as a list of prompts of one kind."""
+    """Any of the four forms of a prompt as a list of prompts of one kind, which the first item says."""
     problem = "must be a string, a list of strings, a list of token ids, or a list of such lists"
     if value is None:
         return [""]
@@ -30,26 +37,23 @@ def _prompts(value: Any) -> Prompts:
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError(problem)
-    if all(isinstance(item, str) for item in value):
-        return value
-    if _are_ids(value):
-        return [value]
-    if all(isinstance(item, list) and item and _are_ids(item) for item in value):
-        return value
-    raise ValueError(problem)
-
-
-def _are_ids(value: list[Any]) -> bool:
-    return all(type(item) is int and 0 <= item <= _INT for item in value)
+    kind = type(value[0])
+    if kind not in (str, list):
+        return [token_ids(value)]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"must have at most {MAX_PROMPTS} prompts")
+    if set(map(type, value)) != {kind} or (not all(value) and kind is list):
+        raise ValueError(problem)
+    return value if kind is str else [token_ids(item) for item in value]
 
 
 def _stops(value: Any) -> list[str]:
     """`stop` as a list."""
     stops = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and len(stops) > MAX_STOPS:
+        raise ValueError(f"must have at most {MAX_STOPS} strings")
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise ValueError("must be a non-empty string or a list of them")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"must have at most {MAX_STOPS} strings")
     if any(len(text) > MAX_STOP_LENGTH for text in stops):
         raise ValueError(f"must be of at most {MAX_STOP_LENGTH} characters")
     return stops
@@ -62,6 +66,8 @@ def _bias(value: Any) -> dict[int, float]:
         return {}
     if not isinstance(value, dict):
         raise ValueError(problem)
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"must have at most {MAX_BIASES} token ids")
     bias: dict[int, float] = {}
     for key, amount in value.items():
         numeric = isinstance(amount, (int, float)) and not isinstance(amount, bool)
@@ -69,6 +75,30 @@ def _bias(value: Any) -> dict[int, float]:
             raise ValueError(problem)
         bias[int(key)] = float(amount)
     return bias
+
+
+def _texts(value: Any) -> str | list[str]:
+    """A text, or several."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and not 1 <= len(value) <= MAX_PROMPTS:
+        raise ValueError(f"must have 1 to {MAX_PROMPTS} texts")
+    if not isinstance(value, list) or set(map(type, value)) != {str}:
+        raise ValueError("must be a string or a list of strings")
+    return value
+
+
+def _stop_ids(value: Any) -> list[int]:
+    return token_ids(value, MAX_STOP_IDS)
+
+
+Texts = Annotated[
+    str | list[str],
+    BeforeValidator(_texts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+]
+_Whole = BeforeValidator(whole_number)
+_Natural = Annotated[int, Field(ge=0, le=MAX_ID), _Whole]
 
 
 class StreamOptions(RequestBody):
@@ -81,7 +111,10 @@ class StreamOptions(RequestBody):
 
 
 class CompletionRequest(RequestBody):
-    """A prompt to continue. Fields that are not here are ignored; null is the same as leaving a field out."""
+    """A prompt to continue; null is the same as leaving a field out.
+
+    A field of other servers that would change the answer and is not done here is refused; others are ignored.
+    """
 
     model: str | None = Field(None, description="A name from /v1/models; the first one if left out.")
     prompt: Annotated[
@@ -99,11 +132,14 @@ class CompletionRequest(RequestBody):
             }
         ),
     ] = Field(default_factory=lambda: [""], description="Text or token ids; an empty text starts a new document.")
-    max_tokens: int | None = Field(None, ge=0, le=_INT, description="Tokens to add at most; 0 only with echo.")
+    max_tokens: _Natural | None = Field(None, description="Tokens to add at most; 0 only with echo.")
+    max_completion_tokens: _Natural | None = Field(None, description="Another name of max_tokens.")
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_CONTINUATIONS, description="Continuations of each prompt.")
-    best_of: int | None = Field(None, description="Only what n is.")
+    n: Annotated[int, Field(ge=1, le=MAX_CONTINUATIONS), _Whole] | None = Field(
+        None, description="Continuations of each prompt."
+    )
+    best_of: Annotated[int, _Whole] | None = Field(None, description="Only what n is.")
     stop: Annotated[
         list[str],
         BeforeValidator(_stops),
@@ -118,7 +154,9 @@ class CompletionRequest(RequestBody):
         ),
     ] = Field(default_factory=list, description="Text that ends a continuation and is not part of it.")
     echo: bool | None = Field(None, description="Give the prompt back before its continuation.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="How many of the likeliest tokens to report.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Whole] | None = Field(
+        None, description="How many of the likeliest tokens to report."
+    )
     logit_bias: Annotated[
         dict[int, float],
         BeforeValidator(_bias),
@@ -135,20 +173,46 @@ class CompletionRequest(RequestBody):
             }
         ),
     ] = Field(default_factory=dict, description="Added to tokens' logits, by id.")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="Equal seeds give equal text.")
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _Whole] | None = Field(
+        None, description="Equal seeds give equal text; -1 is none."
+    )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     stream: bool | None = Field(None, description="Answer with server-sent events, a chunk at a time.")
     stream_options: StreamOptions | None = None
     suffix: str | None = Field(None, description="Not supported; GPT-2 continues text only at its end.")
     user: str | None = Field(None, description="Ignored.")
-    top_k: int | None = Field(None, ge=-1, le=_INT, description="Sample among the k likeliest; 0 or -1 is all.")
+    top_k: Annotated[int, Field(ge=-1, le=MAX_ID), _Whole] | None = Field(
+        None, description="Sample among the k likeliest; 0 or -1 is all."
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    min_tokens: int | None = Field(None, ge=0, le=_INT)
+    min_tokens: _Natural | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=_INT)]] | None = None
+    stop_token_ids: (
+        Annotated[
+            list[int],
+            BeforeValidator(_stop_ids),
+            WithJsonSchema({"type": "array", "items": _ID, "maxItems": MAX_STOP_IDS}),
+        ]
+        | None
+    ) = None
     return_token_ids: bool | None = Field(None, description="Give each choice's token ids too, as they come.")
+
+    @classmethod
+    def refuse(cls, fields: Mapping[str, Any]) -> None:
+        """See `RequestBody.refuse`."""
+        refuse_unsupported(fields)
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> CompletionRequest:
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise ValueError("max_tokens and max_completion_tokens differ; leave one out")
+            self.max_tokens = self.max_completion_tokens
+        if self.seed == -1:
+            self.seed = None
+        return self
 
 
 class Logprobs(BaseModel):
@@ -246,7 +310,7 @@ class DetokenizeRequest(RequestBody):
     """Token ids to turn into text."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=_INT)]]
+    tokens: Annotated[list[int], BeforeValidator(token_ids), WithJsonSchema({"type": "array", "items": _ID})]
 
 
 class Text(BaseModel):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
+from serving.protobuf.tables import read_message
 from serving.protobuf.tf_serving import MESSAGES, MODEL_SERVICE, PREDICTION_SERVICE, SIGNATURE_MAP_URL
 from serving.protocols.model_status import model_status
+from serving.protocols.tf_serving.increments import STREAMED, Increments, open_increments
 from serving.protocols.tf_serving.signatures import SIGNATURES, Arrays, Call, Tensor, find, run
 from serving.server.errors import UnsupportedCallError
 from serving.server.event_queue import with_model
@@ -37,6 +42,26 @@ _KINDS: dict[int, tuple[Any, str]] = {
 _STRING = 7
 _MAX_ELEMENTS = 1 << 26
 _UNKNOWN = 2  # google.rpc.Code of a version that says what is wrong with it.
+# PredictStreamedOptions.RequestState. Its others, NONE and END_SPLIT, say that the request is whole.
+_SPLIT, _CANCEL = 1, 3
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A PredictRequest: signature, model and version, outputs wanted, inputs."""
+
+    name: str
+    model: tuple[str, int | None]
+    wanted: list[str]
+    inputs: Arrays
+
+    def response(self, model: ServedModel, outputs: Arrays) -> Any:
+        """The PredictResponse of `outputs` as `model` made them."""
+        response = MESSAGES["PredictResponse"]()
+        _fill_spec(response.model_spec, model.name, model.version, self.name)
+        for key in self.wanted:
+            fill(response.outputs[key], outputs[key], find(self.name).outputs[key])
+        return response
 
 
 class TensorFlowServing:
@@ -74,6 +99,45 @@ class TensorFlowServing:
         }
 
     async def predict(self, request: Any, context: Any) -> Any:
+        asked = self._read(request)
+
+        def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
+            return run(asked.name, self._call(model, context), asked.inputs)
+
+        model, outputs = await with_model(self._server.registry, *asked.model, work)
+        return asked.response(model, outputs)
+
+    async def predict_streamed(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        """PredictStreamed: one request, answered in increments; `serving.protocols.tf_serving.increments` says how.
+
+        A signature that has none, and a request for a single response, is answered as by Predict. The stream ends when
+        its client cancels or goes away.
+        """
+        request = await _first(requests)
+        if request.predict_streamed_options.return_single_response or (
+            (request.model_spec.signature_name or "serving_default") not in STREAMED
+        ):
+            await context.write(await self.predict(request, context))
+            return
+        asked = self._read(request)
+
+        def work(model: ServedModel) -> Coroutine[Any, Any, Increments]:
+            return open_increments(asked.name, self._call(model, context), asked.inputs)
+
+        model, increments = await with_model(self._server.registry, *asked.model, work)
+        reading = asyncio.ensure_future(_end_early(requests, increments))
+        try:
+            async with contextlib.aclosing(increments.outputs()) as every:
+                async for outputs in every:
+                    await context.write(asked.response(model, outputs))
+            if reading.done():
+                reading.result()
+        finally:
+            reading.cancel()
+            increments.close()
+
+    def _read(self, request: Any) -> _Asked:
+        """What is asked for, checked. Raises InputError and what `ModelRegistry.get` raises."""
         name = request.model_spec.signature_name
         signature = find(name)
         model_name, version = request.model_spec.name, _version(request.model_spec)
@@ -83,19 +147,12 @@ class TensorFlowServing:
         if unknown:
             raise InputError(f"the signature has no output {unknown[0][:80]!r}; it has {', '.join(signature.outputs)}")
         inputs = {key: array_of(key, tensor) for key, tensor in request.inputs.items()}
-        limit, headers = self._timeout(context), headers_of(context)
+        return _Asked(name or "serving_default", (model_name, version), wanted, inputs)
 
-        def work(model: ServedModel) -> Coroutine[Any, Any, Arrays]:
-            span = functools.partial(start_span, COMPLETION, headers, model.name)
-            most = (self._server.settings.max_prompts, self._server.settings.max_prompt_tokens)
-            return run(name, Call(model.engine, limit, request_id(), *most, span), inputs)
-
-        model, outputs = await with_model(self._server.registry, model_name, version, work)
-        response = MESSAGES["PredictResponse"]()
-        _fill_spec(response.model_spec, model.name, model.version, name or "serving_default")
-        for key in wanted:
-            fill(response.outputs[key], outputs[key], signature.outputs[key])
-        return response
+    def _call(self, model: ServedModel, context: Any) -> Call:
+        span = functools.partial(start_span, COMPLETION, headers_of(context), model.name)
+        most = (self._server.settings.max_prompts, self._server.settings.max_prompt_tokens)
+        return Call(model.engine, self._timeout(context), request_id(), *most, span)
 
     async def metadata(self, request: Any, context: Any) -> Any:
         fields = list(request.metadata_field)
@@ -125,6 +182,32 @@ class TensorFlowServing:
             added.status.error_message = each["status"]["error_message"]
             added.status.error_code = _UNKNOWN if added.status.error_message else 0
         return response
+
+
+async def _first(requests: AsyncIterator[bytes]) -> Any:
+    """The request of a stream. Raises InputError if there is none, and UnsupportedCallError for one in parts.
+
+    A message without inputs announces the request, as newer clients do, and is passed over.
+    """
+    async for data in requests:
+        request = MESSAGES["PredictRequest"]()
+        read_message(data, request)
+        if request.predict_streamed_options.request_state == _SPLIT:
+            raise UnsupportedCallError("requests in parts (SPLIT) are not offered here; send the inputs in one message")
+        if request.inputs or request.model_spec.signature_name:
+            return request
+    raise InputError("PredictStreamed needs a request with inputs")
+
+
+async def _end_early(requests: AsyncIterator[bytes], increments: Increments) -> None:
+    """End the generation when the client cancels by a message. Raises InputError for a second request."""
+    async for data in requests:
+        request = MESSAGES["PredictRequest"]()
+        increments.cancel()
+        read_message(data, request)
+        if request.predict_streamed_options.request_state != _CANCEL:
+            raise InputError("PredictStreamed takes one request in a stream; open another for the next")
+        return
 
 
 def _unimplemented(name: str, instead: str) -> Any:

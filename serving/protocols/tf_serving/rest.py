@@ -20,13 +20,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serving.errors import InputError
-from serving.protocols.json_requests import number_array, parse_object, while_connected
+from serving.protocols.json_requests import number_array, while_connected
 from serving.protocols.model_status import model_status, parse_version
 from serving.protocols.tf_serving.signatures import SIGNATURES, Arrays, Call, Signature, Tensor, find, run
 from serving.server.errors import UnsupportedCallError
 from serving.server.event_queue import time_limit, with_model
 from serving.server.registry import ModelRegistry, ServedModel
-from serving.server.request_bodies import read_bytes, reading
+from serving.server.request_bodies import parse_object, read_bytes, reading
 from serving.server.settings import Settings
 from serving.server.tracing import COMPLETION, start_span
 
@@ -69,7 +69,7 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
         model_name, version = request.path_params["name"], _version(request)
         registry.get(model_name, version)  # A missing model is said before a wrong body.
         data = await read_bytes(request)
-        name, by_rows, inputs = await reading(data, lambda: _read_predict(data))
+        name, by_rows, inputs = await reading(data, lambda: _read_predict(data, settings.max_prompts))
         request_id = getattr(request.state, "request_id", "")
         limit = time_limit(request, settings.request_timeout)
 
@@ -103,8 +103,8 @@ def routes(registry: ModelRegistry, settings: Settings) -> list[Route]:
     return sorted(made, key=lambda route: -len(route.path))
 
 
-def _read_predict(data: bytes) -> tuple[str, bool, Arrays]:
-    """The signature's name, whether the body has rows, and the inputs. Raises InputError."""
+def _read_predict(data: bytes, most: int) -> tuple[str, bool, Arrays]:
+    """The signature's name, whether the body has rows, at most `most`, and the inputs. Raises InputError."""
     body = parse_object(data)
     name = body.get("signature_name", "serving_default")
     if not isinstance(name, str):
@@ -113,7 +113,7 @@ def _read_predict(data: bytes) -> tuple[str, bool, Arrays]:
     by_rows = "instances" in body
     if by_rows == ("inputs" in body):
         raise InputError('the body must have either "instances", a list of rows, or "inputs", columns by name')
-    columns = _columns(signature, body["instances"]) if by_rows else _named(signature, body["inputs"])
+    columns = _columns(signature, body["instances"], most) if by_rows else _named(signature, body["inputs"])
     return name, by_rows, {key: _array(key, signature.inputs.get(key), value) for key, value in columns.items()}
 
 
@@ -133,10 +133,12 @@ def _named(signature: Signature, inputs: Any) -> dict[str, Any]:
     return {next(iter(signature.inputs)): inputs}
 
 
-def _columns(signature: Signature, instances: Any) -> dict[str, Any]:
+def _columns(signature: Signature, instances: Any, most: int) -> dict[str, Any]:
     """Columns of a list of rows, each an object, or the bare value of a signature of one input."""
     if not isinstance(instances, list) or not instances:
         raise InputError('"instances" must be a list of at least one row')
+    if len(instances) > most:
+        raise InputError(f'"instances" has {len(instances)} rows; it must have 1 to {most}')
     if len(signature.inputs) == 1 and not (isinstance(instances[0], dict) and set(instances[0]) != {"b64"}):
         return {next(iter(signature.inputs)): instances}
     for index, row in enumerate(instances):

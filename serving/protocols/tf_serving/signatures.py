@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engine.api import Engine, GenerationRequest
-from serving.errors import InputError
-from serving.protocols.batch_completion import Row, complete, decode, encode
+from serving.errors import InputError, cut
+from serving.protocols.batch_completion import Row, complete
+from serving.protocols.texts import TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
-from serving.sampling.detokenizer import longest_token
 from serving.server.tracing import OpenSpan, Span
 
 Arrays = dict[str, NDArray[Any]]
@@ -70,10 +71,17 @@ async def run(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> Arra
 
     Raises InputError for what a signature refuses, and what `serving.protocols.batch_completion.complete` raises.
     """
+    check_inputs(name, call, inputs)
+    return await find(name).run(call, dict(inputs))
+
+
+def check_inputs(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Raise InputError unless `inputs` are those of signature `name`, by name, type, rank and rows."""
     signature = find(name)
     missing, unknown = sorted(signature.inputs.keys() - inputs.keys()), sorted(inputs.keys() - signature.inputs.keys())
     if missing or unknown:
-        said = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        said = [f"missing: {', '.join(missing)}"] * bool(missing)
+        said += [f"unknown: {', '.join(cut(name) for name in unknown[:8])}"] * bool(unknown)
         raise InputError(f"the signature takes {', '.join(signature.inputs)}; {'; '.join(said)}")
     for key, wanted in signature.inputs.items():
         value = inputs[key]
@@ -88,7 +96,6 @@ async def run(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> Arra
             raise InputError(f"{key} must have one value for each row of {first}")
     if not 1 <= rows <= call.max_rows:
         raise InputError(f"the request has {rows} rows; it must have 1 to {call.max_rows}")
-    return await signature.run(call, dict(inputs))
 
 
 def find(name: str) -> Signature:
@@ -96,31 +103,18 @@ def find(name: str) -> Signature:
     try:
         return SIGNATURES[name or "serving_default"]
     except KeyError:
-        raise InputError(f'Serving signature key "{name}" not found; there are {", ".join(SIGNATURES)}') from None
+        raise InputError(f'Serving signature key "{cut(name)}" not found; there are {", ".join(SIGNATURES)}') from None
 
 
 async def _serving_default(call: Call, inputs: Arrays) -> Arrays:
-    prompts = _prompts(call, inputs["token_ids"], inputs["lengths"])
-    rows = await _continue(call, prompts, _parameters(inputs))
+    rows = await _continue(call, await read_prompts(call, inputs), read_parameters(inputs))
     token_ids, lengths = padded([row.token_ids if row else () for row in rows], call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
 
 
 async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
-    engine = call.engine
-    parameters = _parameters(inputs)
-    texts: list[bytes] = inputs["text"].tolist()
-    too_long = f"the prompt is longer than the context of {engine.n_positions} tokens"
-    if not all(texts):
-        raise InputError("text may not be empty; <|endoftext|> alone starts a new text")
-    # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
-    if max(map(len, texts)) > engine.n_positions * longest_token(engine.tokenizer):
-        raise InputError(too_long)
-    prompts = await encode(engine.tokenizer, [_text(text) for text in texts])
-    longest = max(map(len, prompts))
-    if longest > engine.n_positions:
-        raise InputError(f"{too_long}; the longest one has {longest}")
-    _check_length(call, longest)
+    engine, parameters = call.engine, read_parameters(inputs)
+    prompts = await read_prompts(call, inputs)
     rows = await _continue(call, prompts, parameters)
     stopped = [bool(row and row.token_ids and row.token_ids[-1] == engine.eos_token_id) for row in rows]
     return {
@@ -131,8 +125,28 @@ async def _generate_text(call: Call, inputs: Arrays) -> Arrays:
     }
 
 
+async def read_prompts(call: Call, inputs: Arrays) -> Sequence[Sequence[int]]:
+    """The token ids of each row, given as such or as text, checked as the graph checks them. Raises InputError."""
+    engine = call.engine
+    if "text" not in inputs:
+        return _prompts(call, inputs["token_ids"], inputs["lengths"])
+    texts: list[bytes] = inputs["text"].tolist()
+    too_long = f"the prompt is longer than the context of {engine.n_positions} tokens"
+    if not all(texts):
+        raise InputError("text may not be empty; the end-of-text token alone starts a new text")
+    try:
+        prompts = await encode_prompts(engine.tokenizer, [_text(text) for text in texts], engine.n_positions)
+    except TooLongError:
+        raise InputError(too_long) from None
+    longest = max(map(len, prompts))
+    if longest > engine.n_positions:
+        raise InputError(f"{too_long}; the longest one has {longest}")
+    _check_length(call, longest)
+    return prompts
+
+
 async def _tokenize(call: Call, inputs: Arrays) -> Arrays:
-    rows = await encode(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
+    rows = await encode_texts(call.engine.tokenizer, [_text(text) for text in inputs["text"].tolist()])
     token_ids, lengths = padded(rows, call.engine.eos_token_id)
     return {"token_ids": token_ids, "lengths": lengths}
 
@@ -153,7 +167,7 @@ async def _score(call: Call, inputs: Arrays) -> Arrays:
     # A row of one token has nothing before it: its log-probability is 0 by definition.
     scored = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
     one = SamplingParams(max_new_tokens=1)
-    requests = [_request(call, prompts[index], one, prompt_logprobs=0, prompt_only=True) for index in scored]
+    requests = [make_request(call, prompts[index], one, prompt_logprobs=0, prompt_only=True) for index in scored]
     for index, row in zip(scored, await complete(call.engine, requests, call.open_span), strict=True):
         assert row.prompt is not None and row.prompt.logprobs is not None
         for place, logprobs in enumerate(row.prompt.logprobs):
@@ -166,13 +180,14 @@ async def _continue(
 ) -> list[Row | None]:
     """Each prompt's continuation; None for one that fills the context, which the graph continues by nothing."""
     roomy = [index for index, prompt in enumerate(prompts) if len(prompt) < call.engine.n_positions]
-    requests = [_request(call, prompts[index], parameters[index]) for index in roomy]
+    requests = [make_request(call, prompts[index], parameters[index]) for index in roomy]
     rows = await complete(call.engine, requests, call.open_span)
     made: dict[int, Row] = dict(zip(roomy, rows, strict=True))
     return [made.get(index) for index in range(len(prompts))]
 
 
-def _request(call: Call, prompt: Sequence[int], params: SamplingParams, **more: Any) -> GenerationRequest:
+def make_request(call: Call, prompt: Sequence[int], params: SamplingParams, **more: Any) -> GenerationRequest:
+    """The engine's request for one row."""
     return GenerationRequest(tuple(prompt), params, timeout=call.timeout, request_id=call.request_id, **more)
 
 
@@ -201,7 +216,7 @@ def _check_ids(engine: Engine, token_ids: NDArray[Any]) -> None:
         raise InputError(f"token_ids must be from 0 to {engine.vocab_size - 1}, padding included")
 
 
-def _parameters(inputs: Arrays) -> list[SamplingParams]:
+def read_parameters(inputs: Arrays) -> list[SamplingParams]:
     """Each row's parameters, checked as the graph checks them and then within the bounds of SamplingParams."""
     counts, temperatures, top_ks, top_ps, seeds = (inputs[name] for name in _PARAMETERS)
     if counts.min() < 1:
@@ -227,8 +242,10 @@ def _parameters(inputs: Arrays) -> list[SamplingParams]:
 
 
 def _seed(seed: int) -> int:
+    if seed == -1:  # No seed, as vLLM and llama.cpp have it.
+        return secrets.randbelow(MAX_SEED)
     if seed < 0:
-        raise InputError(f"seed must be from 0 to {MAX_SEED}")
+        raise InputError(f"seed must be from 0 to {MAX_SEED}, or -1 for none")
     return seed
 
 

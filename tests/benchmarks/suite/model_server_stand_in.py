@@ -23,7 +23,8 @@ def main() -> None:
     for flag in ("--model_name", "--model_base_path"):
         parser.add_argument(flag, required=True)
     for flag in ("--enable_batching", "--batching_parameters_file", "--monitoring_config_file",
-                 "--rest_api_timeout_in_ms", "--file_system_poll_wait_seconds",
+                 "--rest_api_timeout_in_ms", "--rest_api_num_threads", "--grpc_max_threads",
+                 "--file_system_poll_wait_seconds",
                  "--tensorflow_intra_op_parallelism", "--tensorflow_inter_op_parallelism"):  # fmt: skip
         parser.add_argument(flag)
     given = parser.parse_args()

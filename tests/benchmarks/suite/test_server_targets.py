@@ -188,7 +188,7 @@ def test_a_container_engine_runs_the_official_image_with_the_deployment(bundle, 
     assert f"type=bind,source={bundle.folder.resolve()}/savedmodel,target=/models/{name},readonly" in given
     flags = [flag for flag in given if flag.startswith("--") and "=" in flag]
     assert flags[:3] == ["--port=8500", "--rest_api_port=8501", "--model_config_file=/config/models.config"]
-    assert "--batching_parameters_file=/config/batching_parameters.txt" in flags
+    assert not any("batching" in flag for flag in flags)
     assert "--rest_api_timeout_in_ms=600000" in flags and len(flags) == len({flag.split("=")[0] for flag in flags})
 
     program(tmp_path, ENGINE.format(image=1, folder=tmp_path), "docker")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def test_chats_in_both_forms(tmp_path: Path) -> None:
 )
 def test_records_that_are_none(tmp_path: Path, record: Any, recipe: InstructionRecipe, words: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        read(lines(tmp_path / "a.jsonl", [record]), recipe)
+        list(read_instructions(lines(tmp_path / "a.jsonl", [record]), CorpusRecipe(bad_records="error"), recipe))
     assert "a.jsonl, line 1" in str(caught.value)
     for word in words:
         assert word in str(caught.value)
@@ -125,6 +126,51 @@ def test_settings_that_are_none(overrides: list[str], words: list[str]) -> None:
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_other_names_of_roles_and_content_in_parts(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    openai = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts},
+              {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Hello."}]  # fmt: skip
+    shared = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi there"},
+              {"from": "observation", "value": "sunny"}, {"from": "chatgpt", "value": "Hello."}]  # fmt: skip
+    expected = "Be brief.\n\nUser:\nHi there\n\nTool:\nsunny\n\nAssistant:\nHello."
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"messages": openai}, {"messages": shared}]))
+    assert [document.text for document in read(path, CHAT)] == [expected, expected]
+    render = jinja2.Environment().from_string(Template.of(CHAT).chat_template()).render
+    assert render(messages=openai, eos_token=END_TOKEN) == expected + END_TOKEN
+    named = [{"role": turn["from"], "content": turn["value"]} for turn in shared]
+    assert render(messages=named, eos_token=END_TOKEN) == expected + END_TOKEN
+
+
+def test_records_with_what_is_no_text_are_counted(tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    calls = [{"function": {"name": "weather", "arguments": "{}"}}]
+    bad: list[Any] = [
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]},
+        {"messages": [{"role": "user", "content": 7}]},
+        None,
+    ]
+    path, skipped = lines(tmp_path / "a.jsonl", [good, *bad]), Counter[str]()
+    assert len(list(read_instructions(path, CorpusRecipe(), CHAT, skipped))) == 1
+    assert skipped == {"part that is no text": 1, "tool call instead of text": 1, "number instead of text": 1,
+                       "null instead of text": 1}  # fmt: skip
+    for record in bad:
+        with pytest.raises(InputError, match="line 1"):
+            list(read_instructions(lines(path, [record]), CorpusRecipe(bad_records="error"), CHAT))
+
+
+def test_short_pairs_stay(tmp_path: Path) -> None:
+    records = [{"instruction": f"{n}+{n}?", "input": "", "output": str(n + n)} for n in range(200)]
+    records += [{"instruction": f"第{n}问", "input": "", "output": "好"} for n in range(50)]
+    path = lines(tmp_path / "a.jsonl", records)
+    corpus = CorpusRecipe(paths=(str(path),))
+    report = prepare_corpus(Recipe(corpus=corpus, instruction=ALPACA), tmp_path / "corpus")
+    assert (report.documents, report.dropped) == (250, {})
+    report = prepare_corpus(Recipe(corpus=replace(corpus, min_characters=3), instruction=ALPACA), tmp_path / "corpus")
+    assert report.documents == 150 and report.dropped == {"too short": 100}
 
 
 CUSTOM = InstructionRecipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
+import builder.data.tokenizer
+from builder.data.base_tokenizer import read_base_tokenizer, write_base_tokenizer
 from builder.data.tokenizer import (
-    END_TOKEN,
     TOKENIZER_FILES,
     can_cut,
-    copy_tokenizer,
     end_token_id,
+    even_sample,
     load_tokenizer,
     pieces,
     train_tokenizer,
     vocabulary_size,
 )
 from builder.recipe import TokenizerRecipe
+from builder.special_tokens import END_TOKEN, GENERATION_CONFIG, TokenIds, read_token_ids
 from serving.errors import InputError
 
 TEXTS = [
@@ -50,7 +53,8 @@ def test_the_vocabulary_is_what_was_asked_for_and_ends_with_the_end_token(folder
     assert list(vocab.values()) == list(range(320))
     assert vocab[END_TOKEN] == 319
     assert len((folder / "merges.txt").read_text(encoding="utf-8").splitlines()) == 1 + 320 - 257
-    assert sorted(path.name for path in folder.iterdir()) == sorted(TOKENIZER_FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*TOKENIZER_FILES, GENERATION_CONFIG))
+    assert read_token_ids(folder) == TokenIds(319, 319)
     assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 128
 
 
@@ -115,8 +119,8 @@ def test_vocabulary_and_merges_alone_make_the_same_tokenizer(
     for text in [*TEXTS, *SAMPLES]:
         assert old.encode(text).ids == tokenizer.encode(text).ids
     copied = tmp_path / "copied"
-    copy_tokenizer(tmp_path, copied, 128)
-    for name in TOKENIZER_FILES:
+    write_base_tokenizer(read_base_tokenizer(tmp_path, tmp_path), 128, copied)
+    for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         assert (copied / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -131,27 +135,31 @@ def test_stored_truncation_and_padding_are_switched_off(folder: Path, tmp_path: 
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    copied = copy_tokenizer(tmp_path, tmp_path / "copied", 16)
+    base = read_base_tokenizer(tmp_path, tmp_path)
+    write_base_tokenizer(base, 16, tmp_path / "copied")
+    copied = base.tokenizer
     assert copied.decode(copied.encode(TEXTS[0]).ids) == TEXTS[0]
     assert '"truncation": null' in (tmp_path / "copied" / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def test_folders_without_a_usable_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no tokenizer here; it needs tokenizer\.json"):
+    with pytest.raises(InputError, match=r"no tokenizer here; run 'gpt2-bundle prepare'"):
         load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"no tokenizer here; it needs tokenizer\.json"):
+        read_base_tokenizer(tmp_path, tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 0}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(InputError, match=r"vocab\.json and merges\.txt are not a tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(InputError, match=r"has no <\|endoftext\|> token"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="nothing says which token ends a text"):
+        read_base_tokenizer(tmp_path, tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
         load_tokenizer(tmp_path)
     Tokenizer(models.WordLevel({END_TOKEN: 0}, unk_token=END_TOKEN)).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match="not a byte-level BPE"):
-        copy_tokenizer(tmp_path, tmp_path / "copied", 16)
+    with pytest.raises(InputError, match="neither a byte-level BPE nor a WordPiece"):
+        read_base_tokenizer(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("missing", [(), ("tokenizer.json",)])
@@ -170,3 +178,49 @@ def test_transformers_reads_it_as_gpt2(
             ids = tokenizer.encode(text).ids
             assert theirs(text)["input_ids"] == ids
             assert theirs.decode(ids) == text
+
+
+CHINESE = (
+    "\u3000\u3000话说天下大势，分久必合，合久必分。周末七国分争，并入于秦！及秦灭之后，楚、汉分争，又并入于汉…\n\u3000\u3000“真的吗？”他问—",
+    "これはペンです。「そうですか」、はい！\n\n　　次の行\t《本》（一）ABC，don't。 I'm，it's… 3，4。５，six",
+)
+
+
+@pytest.mark.parametrize("text", CHINESE)
+def test_pieces_of_chinese_and_japanese_have_the_tokens_of_the_whole(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(["".join(CHINESE) * 3], TokenizerRecipe(vocab_size=400), 16, tmp_path)
+    draw = random.Random(3)
+    mixed = "".join(draw.choices(text + "。，  \n\u3000x'1é\u0301", k=3000))
+    for whole in (text, text * 50, mixed):
+        for size in (1, 5, 40):
+            monkeypatch.setattr(builder.data.tokenizer, "_PIECE_CHARACTERS", size)
+            parts = [piece for piece, _ in pieces(whole)]
+            assert "".join(parts) == whole
+            assert len(parts) > 1 and (whole is mixed or max(map(len, parts)) < size + 40)
+            assert [id for part in parts for id in tokenizer.encode(part).ids] == tokenizer.encode(whole).ids
+    monkeypatch.undo()
+    longest = max(map(len, (piece for piece, _ in pieces(CHINESE[0] * 500))))
+    assert longest < 2100, "a novel without a blank is never one piece"
+
+
+def test_an_added_token_that_a_cut_could_split_forbids_cuts(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens([END_TOKEN, "[PAD]", "<|im_start|>"])
+    assert can_cut(tokenizer)
+    tokenizer.add_special_tokens(["完。结"])
+    assert not can_cut(tokenizer)
+
+
+def test_a_vocabulary_is_learnt_from_an_even_part_of_a_long_text_without_spaces() -> None:
+    english = ["some words of a text " * 500]
+    clause = "".join(chr(0x4E00 + place) for place in range(9))
+    chinese = [clause + "，" for _ in range(100)]
+    assert list(even_sample(lambda: english + chinese, 900)) == english + chinese
+    sample = "".join(even_sample(lambda: english + chinese, 450))
+    assert sample.count(english[0]) == 1 and 48 <= sample.count(clause) <= 50
+    novel = "".join(chinese) * 100
+    part = list(even_sample(lambda: [novel], 9000))
+    assert 7000 < sum(map(len, part)) < 12_000
+    assert all(piece in novel for piece in part)

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from builder.keras_backend import keras, tf
+from builder.model.geometry import read_geometry
 from builder.model.gpt2 import GPT2, named_variables
-from builder.model.pretrained import load_weights, read_geometry
+from builder.model.pretrained import load_weights
 from builder.model.safetensors_file import write_safetensors
 from tests.oracles.fixtures import FOLDER, NAMES, keras_model, max_difference, read_cases
 

@@ -13,8 +13,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from builder.model.geometry import read_geometry
 from builder.model.gpt2 import GPT2
-from builder.model.pretrained import Base, load_weights, read_geometry, resolve_base
+from builder.model.pretrained import Base, load_weights, resolve_base
 from serving.errors import InputError
 from tests.oracles.fixtures import FOLDER, max_difference, read_cases
 from tests.oracles.layouts import h5_tensors, write_h5
@@ -102,6 +103,20 @@ def test_h5_is_fetched_only_where_there_are_no_safetensors(hub: Hub) -> None:
     (hub.files / "model.safetensors").unlink()
     resolve_base("gpt2")
     assert hub.fetched == {"config.json", "tf_model.h5", "tokenizer.json", "merges.txt"}
+
+
+def test_settings_of_the_tokenizer_and_adapters_are_fetched(hub: Hub) -> None:
+    names = (
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "vocab.txt",
+    )
+    for name in (*names, "notes.txt"):
+        (hub.files / name).write_text("{}")
+    resolve_base("gpt2")
+    assert set(names) < hub.fetched and "notes.txt" not in hub.fetched
 
 
 def test_shards_are_fetched(hub: Hub) -> None:

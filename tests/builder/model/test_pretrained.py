@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from builder.model.geometry import read_geometry
 from builder.model.gpt2 import GPT2, named_variables
-from builder.model.pretrained import geometry_of, load_weights, read_geometry
+from builder.model.pretrained import geometry_of, load_weights
 from builder.recipe import ModelRecipe
+from builder.special_tokens import TokenIds
 from builder.stages.train import hf_config
 from serving.bundle import Geometry
 from serving.errors import InputError
@@ -74,10 +76,9 @@ def test_geometry_is_read(checkpoint: Path) -> None:
         ({"n_head": 5}, "n_head 5 does not divide n_embd 24"),
         ({"eos_token_id": 257}, "eos_token_id is 257, outside of the vocabulary of 257"),
         ({"bos_token_id": -1}, "bos_token_id is -1, outside of the vocabulary of 257"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'; only 'gelu_new' can be built"),
-        ({"scale_attn_weights": False}, "scale_attn_weights is False; only True"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; only False"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; only True"),
+        ({"activation_function": "swish"}, "activation_function is 'swish'; can be built: gelu_new, gelu_fast"),
+        ({"activation_function": ["relu"]}, r"activation_function is \['relu'\]; can be built"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map names code of its own"),
         ({"add_cross_attention": True}, "add_cross_attention is True; only False"),
     ],
 )
@@ -187,7 +188,7 @@ def test_a_missing_tensor_is_named(checkpoint: Path) -> None:
     stored = load_file(checkpoint / "model.safetensors")
     del stored["transformer.h.1.mlp.c_fc.bias"], stored["transformer.ln_f.bias"]
     save_file(stored, checkpoint / "model.safetensors")
-    refused(checkpoint, r"tensor 'h\.1\.mlp\.c_fc\.bias' is missing \(2 in all\); fetch it again")
+    refused(checkpoint, r"tensor 'h\.1\.mlp\.c_fc\.bias' is missing \(2 in all\) in model\.safetensors; name ")
 
 
 def test_another_shape_is_named(checkpoint: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_truncated_file_is_refused(checkpoint: Path) -> None:
 
 def test_pickled_weights_are_never_opened(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    refused(checkpoint, r"only pickled weights \(\.bin\) here, which are never unpickled; convert them")
+    refused(checkpoint, r"only pickled weights \(pytorch_model\.bin\) here, which are never unpickled; convert them")
 
 
 def test_a_folder_without_weights_is_refused(checkpoint: Path) -> None:
@@ -224,14 +225,14 @@ def test_a_folder_without_weights_is_refused(checkpoint: Path) -> None:
 
 def test_a_recipe_decides_the_geometry(checkpoint: Path) -> None:
     own = ModelRecipe(n_positions=32, n_embd=48, n_layer=3, n_head=2)
-    assert geometry_of(own, 300, 5) == Geometry(300, 32, 48, 3, 2, 192, 1e-5, "gelu_new", 5, 5)
-    assert geometry_of(ModelRecipe(base=str(checkpoint)), 300, 5) == read_geometry(checkpoint)
+    assert geometry_of(own, 300, TokenIds(5, 6)) == Geometry(300, 32, 48, 3, 2, 192, 1e-5, "gelu_new", 6, 5)
+    assert geometry_of(ModelRecipe(base=str(checkpoint)), 300, TokenIds(256, 256)) == read_geometry(checkpoint)
 
 
-def test_heads_that_cannot_be_exported_are_refused_before_the_training() -> None:
-    for model in (ModelRecipe(n_embd=60, n_head=5), ModelRecipe(base=str(FOLDER / "odd_heads"))):
-        with pytest.raises(InputError, match=r"makes heads of (12|5); .* takes multiples of 8 only"):
-            geometry_of(model, 300, 5)
+@pytest.mark.parametrize(("n_embd", "n_head", "padded"), [(60, 5, 16), (48, 2, 24), (15, 3, 8), (8, 8, 8)])
+def test_heads_are_padded_to_a_multiple_of_8(n_embd: int, n_head: int, padded: int) -> None:
+    geometry = geometry_of(ModelRecipe(n_embd=n_embd, n_head=n_head), 300, TokenIds(5, 5))
+    assert geometry.padded_head_dim == padded
 
 
 def test_the_configuration_names_the_dropouts_of_its_training(checkpoint):

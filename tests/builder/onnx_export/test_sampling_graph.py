@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.onnx_export.sampling_graph import choose_model
-from serving import sampling
+from serving.sampling import sampler
 
 Row = dict[str, Any]
 _SESSIONS: dict[int, Any] = {}
@@ -47,8 +47,8 @@ def in_graph(logits: Any, parameters: Row, draw: Any, candidates: int, edits: Ro
 def on_host(logits: Any, parameters: Row, draw: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The host's tokens for given random numbers."""
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "uniform", lambda seed, step: np.asarray(draw, np.float32))
-        return sampling.choose(logits, **parameters, seed=0, step=0)
+        patch.setattr(sampler, "uniform", lambda seed, step: np.asarray(draw, np.float32))
+        return sampler.choose(logits, **parameters, seed=0, step=0)
 
 
 def rows_of_parameters(random: np.random.Generator, rows: int, vocab_size: int) -> Row:
@@ -70,7 +70,7 @@ def test_draws_agree(vocab_size: int, count: int, kind: str, monkeypatch: pytest
         logits = 3 * random.standard_normal((3000, vocab_size)).astype(np.float32)
         logits = {"smooth": logits, "ties": np.round(logits), "equal": np.zeros_like(logits)}[kind]
         parameters = rows_of_parameters(random, len(logits), vocab_size)
-        draw = sampling.uniform(random.integers(0, 2**63, len(logits)), number)
+        draw = sampler.uniform(random.integers(0, 2**63, len(logits)), number)
         wanted = on_host(logits, parameters, draw, monkeypatch)
         for candidates in {vocab_size, min(vocab_size, 5)}:
             outputs = in_graph(logits, parameters, draw, candidates)

@@ -45,7 +45,9 @@ def test_the_bundle_has_what_the_format_asks_for(bundle: Bundle) -> None:
         assert bundle.path(name).stat().st_size > 0
     assert manifest.quality["validation_perplexity"] > 1 and manifest.quality["trigram_perplexity"] > 1
     parity = manifest.parity
-    assert parity["verified"] is True and parity["greedy_equal"] == parity["greedy_tokens"] == 24
+    # Its 94 tokens of text prove nothing of the gates.
+    assert parity["verified"] is False and parity["status"] == "too few tokens"
+    assert parity["greedy_equal"] == parity["greedy_tokens"] == 24
     assert set(parity["max_abs"]) == {"ort/fp32", "onnx/portable", "savedmodel"}
     assert 0 <= max(parity["max_abs"].values()) < 1e-4 and parity["perplexity_relative"] < 1e-4
     assert manifest.provenance.recipe["training"]["epochs"] == 0.1
@@ -67,6 +69,13 @@ def test_the_golden_record_holds_the_held_out_text_and_what_is_expected_of_it(bu
 def test_the_certificate_says_what_was_compared(bundle: Bundle) -> None:
     certificate = json.loads(bundle.path("verification.json").read_text())
     assert certificate["passed"] is True and certificate["schema_version"] == 1
+    statuses = [certificate["status"], *(table["status"] for table in certificate["variants"].values())]
+    assert statuses == ["too few tokens"] * 3
+    assert any("perplexities were compared on 94 tokens" in sentence for sentence in certificate["limits"])
+    assert any("training took 6" in sentence for sentence in certificate["limits"])
+    for table in certificate["variants"].values():
+        low, high = table["perplexity_relative_interval"]
+        assert low < table["perplexity_relative"] < high
     for table in certificate["runtimes"].values():
         assert {name: table[name]["rows"] for name in ("every_step", "prefill", "first_decode", "last_position")} == {
             "every_step": 24, "prefill": 4, "first_decode": 4, "last_position": 4,
@@ -86,6 +95,8 @@ def test_the_card_is_what_was_measured(bundle: Bundle) -> None:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"| this model | {bundle.manifest.quality['validation_perplexity']:.2f} |" in card
     assert card.count("| 24 of 24 |") == 3 and "base_model" not in card
+    assert "Status: too few tokens." in card and card.count("| too few tokens |") == 2
+    assert "Trained from scratch: 6 steps of 4 x 32 tokens with muon" in card and "Too few steps: " in card
     assert card.endswith("\n")
 
 
@@ -221,7 +232,7 @@ def test_a_damaged_draft_is_thrown_away(tiny: TinyBuild, capfd: pytest.CaptureFi
     config.write_text(config.read_text().replace("gpt2", "gtp2"))
     assert run(["verify", *tiny.options()]) == 1
     err = capfd.readouterr().err
-    assert "thrown away, run the same command again" in err and err.count("\n") == 1
+    assert "run the same command again, which makes it anew" in err and err.count("\n") == 1
     assert not (tiny.run / "export" / "bundle").exists()
     assert run(["verify", *tiny.options()]) == 2
     assert "run 'gpt2-bundle export'" in capfd.readouterr().err
@@ -279,15 +290,33 @@ def test_an_output_that_cannot_be_used_is_found_before_the_work(
     assert b"mine" in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
-def test_a_bundle_is_a_base_to_go_on_from(built: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_a_base_to_go_on_from(
+    built: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = [s for s in built.settings if not s.startswith(("model.", "tokenizer.", "training.epochs"))]
-    tuned = TinyBuild(built.corpus, tmp_path / "runs", tmp_path / "dist", (*settings, "training.epochs=0.02"))
+    tuned = TinyBuild(
+        built.corpus,
+        tmp_path / "runs",
+        tmp_path / "dist",
+        (*settings, "training.epochs=0.02", "training.lora_rank=2", "training.lora_targets=attn.c_attn"),
+    )
     monkeypatch.chdir(built.dist.parent)
     assert run([*tuned.build(), "--base", "dist/tiny"]) == 0
     opened = open_bundle(tuned.bundle)
     assert opened.manifest.model == open_bundle(built.bundle).manifest.model
     assert opened.manifest.tokenizer.id == open_bundle(built.bundle).manifest.tokenizer.id
     assert opened.path("model.safetensors").read_bytes() != (built.bundle / "model.safetensors").read_bytes()
+    assert "base: dist/tiny, fine-tuned for 0.02 epochs of 4 x 32 tokens with adamw, learning rate 5e-05" in (
+        out := capsys.readouterr().out
+    )
+    assert "with adamw, learning rate 5e-05 (cosine, 0 steps of warm-up), weight decay 0.01" in out
+    assert "LoRA of rank 2 on attn.c_attn: 512 parameters are trained (1.40% of 36,608)" in out
+    quality = opened.manifest.quality
+    assert (quality["lora_rank"], quality["trainable_parameters"], quality["steps"]) == (2, 512, 2)
+    card = opened.path("README.md").read_text()
+    assert "Fine-tuned from tiny with LoRA of rank 2 on attn.c_attn: 2 steps of 4 x 32 tokens with adamw" in card
+    assert "512 of 36,608 parameters were trained" in card
+    assert "LoRA of rank 2" in (tuned.run / "train" / "report.html").read_text()
     # Of the base, the card gives the folder's own name.
     assert "base_model: tiny\n" in opened.path("README.md").read_text()
 

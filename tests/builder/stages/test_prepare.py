@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def test_prepare_leaves_corpus_tokenizer_tokens_and_a_summary(tmp_path: Path) ->
     train, validation = (open_tokens(tmp_path / "run" / "tokens" / f"{side}.bin") for side in ("train", "validation"))
     assert summary["tokens"] == {"train": len(train), "validation": len(validation)}
     assert summary["vocab_size"] == 300
-    assert summary["split"] == "lines"
+    assert summary["split"] == "ends of documents"
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     text = tokenizer.decode(train[:-1].tolist()) + tokenizer.decode(validation[:-1].tolist())
     assert text == (tmp_path / "book.txt").read_text()
@@ -54,14 +53,12 @@ def test_a_small_text_reports_its_smaller_vocabulary(tmp_path: Path) -> None:
     assert "of the 5,000 asked for" in lines[1]
 
 
-def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path) -> None:
     base = tmp_path / "base"
     train_tokenizer(["some other text, other text"] * 3, TokenizerRecipe(vocab_size=270), 16, base)
-    (base / "config.json").write_text('{"n_positions": 1024}')
-    module = types.ModuleType("builder.model.pretrained")
-    module.resolve_base = lambda name: types.SimpleNamespace(weights=tmp_path / name, tokenizer=tmp_path / name)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "builder.model.pretrained", module)
-    recipe = dataclasses.replace(small_recipe(tmp_path), model=ModelRecipe(base="base"))
+    sizes = {"vocab_size": 270, "n_positions": 1024, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    (base / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes))
+    recipe = dataclasses.replace(small_recipe(tmp_path), model=ModelRecipe(base=str(base)))
     prepare(recipe, tmp_path / "run", lambda line: None)
     tokenizer_folder = tmp_path / "run" / "tokenizer"
     assert (tokenizer_folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
@@ -70,8 +67,11 @@ def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path, monkeypa
 
 def test_too_little_text_leaves_no_summary_not_even_an_old_one(tmp_path: Path) -> None:
     prepare(small_recipe(tmp_path), tmp_path / "run", lambda line: None)
-    with pytest.raises(InputError, match="one row needs 33; add text"):
+    with pytest.raises(InputError, match="too few to hold out"):
         prepare(small_recipe(tmp_path, lines=3), tmp_path / "run", lambda line: None)
+    short = dataclasses.replace(small_recipe(tmp_path, lines=12), training=TrainingRecipe(sequence_length=512))
+    with pytest.raises(InputError, match="one row needs 513; add text"):
+        prepare(short, tmp_path / "run", lambda line: None)
     assert not (tmp_path / "run" / "prepare.json").exists()
 
 

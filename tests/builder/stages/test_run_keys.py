@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
 
+import pytest
+
+from builder.data.content_hashes import ContentHashes
 from builder.recipe_reader import read_recipe
-from builder.stages.pipeline import Run
+from builder.stages.pipeline import Run, _unchanged
+from serving.errors import InputError
 
 
 def test_the_keys_follow_what_decides_each_stage(tmp_path: Path) -> None:
@@ -31,11 +38,67 @@ def test_the_keys_follow_what_decides_each_stage(tmp_path: Path) -> None:
 def test_a_base_checkpoint_that_changed_is_read_anew(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
+
+    def keys(name: str | Path = base) -> tuple[str, str]:
+        ours = Run(read_recipe(None, [f"model.base={name}"]), tmp_path)
+        return ours.prepare_key(), ours.train_key()
+
     (base / "model.safetensors").write_bytes(b"1")
-    ours = Run(read_recipe(None, [f"model.base={base}"]), tmp_path)
-    before = ours.prepare_key(), ours.train_key()
-    (base / "model.safetensors").write_bytes(b"22")
-    assert ours.train_key() != before[1]
-    now = ours.prepare_key()
+    before = keys()
+    os.utime(base / "model.safetensors", (1, 1))
+    assert keys() == before == keys(f"{base}/../base")
+    (base / "model.safetensors").write_bytes(b"2")
+    now = keys()
+    assert now[0] != before[0] and now[1] != before[1]
     (base / "tokenizer.json").write_text("{}")
-    assert ours.prepare_key() != now
+    assert keys()[0] != now[0]
+
+
+def test_the_key_is_of_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = Path("texts")
+    texts.mkdir()
+    (texts / "c.txt").write_text("some text")
+
+    def key(*paths: str) -> str:
+        return Run(read_recipe(None, [f"corpus.paths={json.dumps(paths)}"]), tmp_path / "run").prepare_key()
+
+    before = key("texts/c.txt")
+    for spelling in ("./texts/c.txt", str(tmp_path / "texts" / "c.txt"), "texts/../texts/c.txt"):
+        assert key(spelling) == before, spelling
+    folder = key("texts")
+    assert folder == key("./texts/") == key(str(tmp_path / "texts"))
+    monkeypatch.chdir(texts)
+    assert folder == key(".") == key("../texts")
+    assert key("*.txt") == key("./*.txt") == key(str(tmp_path / "texts" / "*.txt"))
+    os.utime("c.txt", (1, 1))
+    assert key("c.txt") == before
+    Path("c.txt").write_text("other text")
+    assert key("c.txt") != before
+
+
+def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.txt"
+    path.write_bytes(b"x" * (2 << 20))
+    os.utime(path, (1e9, 1e9))
+    first = ContentHashes(tmp_path / "hashes.json").of(path)
+    assert first == hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert ContentHashes(tmp_path / "hashes.json").of(path) == first
+    monkeypatch.undo()
+    with path.open("ab") as file:
+        file.write(b"y")
+    assert ContentHashes(tmp_path / "hashes.json").of(path) != first
+    (tmp_path / "hashes.json").write_text("[broken")
+    assert ContentHashes(tmp_path / "hashes.json").of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_build_goes_on_with_the_texts_that_it_began_with(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt"
+    path.write_text("some text")
+    run = Run(read_recipe(None, [f"corpus.paths={path}"]), tmp_path / "run")
+    key = run.train_key()
+    path.write_text("other text")
+    assert run.train_key() == key
+    with pytest.raises(InputError, match=r"corpus: c\.txt changed while it was read; run the same command again"):
+        _unchanged(run)

@@ -14,7 +14,7 @@ from builder.keras_backend import tf
 from builder.tf_export.lint import Target, find_target, lint, read_meta_graph
 from builder.tf_export.lint_costs import check_time, largest_batch, memory, parse_size, stored_bytes
 from builder.tf_export.lint_graph import Finding, check_ops
-from serving.bundle import Geometry
+from serving.bundle import Geometry, open_bundle
 from serving.cli import run
 from tests.oracles.fixtures import keras_model
 from tests.tiny_build import Fails
@@ -172,6 +172,41 @@ def test_the_largest_batch_is_the_served_one(tmp_path: Path, real_bundle: Path) 
     assert largest_batch(deployed) == 2
 
 
+def test_a_deployment_is_known_by_its_folder(
+    real_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    folder = tmp_path / "here"
+    for more in ([], ["--no-copy"]):
+        assert run(["deploy", str(real_bundle), "--target", "tfserving", "--output", str(folder), *more]) == 0
+        assert find_target(folder).geometry == open_bundle(real_bundle).manifest.model
+        capfd.readouterr()
+        assert run(["lint", str(folder), "--no-measure", "--json"]) == 0
+        record = json.loads(capfd.readouterr().out.splitlines()[-1])
+        assert record["warnings"] == 0 and record["savedmodel"].endswith("/1")
+    (folder / "deployment.json").write_text('{"schema_version": 1}')
+    fails(["lint", str(folder)], 1, "deploy the bundle again")
+
+
+def test_batching_by_the_server_is_a_warning(real_bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    command = ["deploy", str(real_bundle), "--target", "tfserving", "--output", str(folder)]
+    assert run([*command, "--server-batching"]) == 0
+
+    def warned() -> list[str]:
+        return [each.message for each in lint(find_target(folder)) if each.level == "warning"]
+
+    (message,) = warned()
+    assert "a request of zero rows never ends" in message and "fails all requests merged with it" in message
+    path = folder / "config/batching_parameters.txt"
+    path.write_text(path.read_text() + "pad_variable_length_inputs: true\n")
+    assert any("ends the server process" in message for message in warned()) and len(warned()) == 2
+    path.unlink()
+    (message,) = warned()
+    (folder / "run.sh").write_text("exec server --enable_batching=false\n")
+    (folder / "compose.yaml").write_text("")
+    assert not warned()
+
+
 def test_memory_against_a_budget(real_bundle: Path, fails: Fails) -> None:
     # GPT-2's geometry, counted by hand: 16 rows of 1024 with 12 layers of 768.
     parts = memory(real_bundle / "savedmodel/1", GPT2, 16)
@@ -202,6 +237,6 @@ def test_what_is_no_savedmodel(tmp_path: Path, fails: Fails, real_bundle: Path) 
 def test_a_build_ends_on_an_error(tmp_path: Path, fresh: Any, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     from builder.tf_export import lint_graph
 
-    monkeypatch.setattr(lint_graph, "_PYTHON", ("MatMul",))
+    monkeypatch.setattr(lint_graph, "PYTHON", ("MatMul",))
     fails(fresh.build("training.epochs=0", "export.variants=[]"), 1, "MatMul calls Python")
     assert not fresh.bundle.exists()

@@ -9,7 +9,7 @@ import pytest
 
 from builder.keras_backend import tf
 from builder.tf_export.sampling import choose, uniform
-from serving import sampling
+from serving.sampling import sampler
 
 
 def numbers(random: np.random.Generator, rows: int) -> tuple[Any, Any]:
@@ -26,7 +26,7 @@ def test_uniform_is_equal_to_the_bit(compiled: bool) -> None:
     draw = tf.function(uniform) if compiled else uniform
     ours = draw(tf.constant(seeds, tf.int64), tf.constant(steps, tf.int64)).numpy()
     assert ours.dtype == np.float32
-    np.testing.assert_array_equal(ours.view(np.uint32), sampling.uniform(seeds, steps).view(np.uint32))
+    np.testing.assert_array_equal(ours.view(np.uint32), sampler.uniform(seeds, steps).view(np.uint32))
 
 
 def rows_of_parameters(random: np.random.Generator, rows: int, vocab_size: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_choices_are_equal(vocab_size: int, ties: bool) -> None:
     parameters = rows_of_parameters(random, rows, vocab_size)
     chosen = in_graph(logits, **parameters)
     assert chosen.dtype == tf.int32
-    wanted = sampling.choose(logits, **parameters)
+    wanted = sampler.choose(logits, **parameters)
     different = np.flatnonzero(chosen.numpy() != wanted)
     assert not different.size, (different[:5], {key: value[different[:5]] for key, value in parameters.items()})
     assert len(np.unique(wanted)) > 1
@@ -72,10 +72,10 @@ def test_greedy_takes_the_lowest_id_among_equals_with_or_without_sampled_neighbo
 
 def test_a_draw_on_a_border_falls_to_the_right_of_it() -> None:
     half, zero = 24011979, 1005731
-    assert sampling.uniform([half, zero], 0).tolist() == [0.5, 0.0]
+    assert sampler.uniform([half, zero], 0).tolist() == [0.5, 0.0]
     parameters = {"temperature": [1.0] * 2, "top_k": [0] * 2, "top_p": [1.0] * 2, "seed": [half, zero], "step": [0] * 2}
     logits = np.zeros((2, 4), np.float32)
-    assert sampling.choose(logits, **parameters).tolist() == [2, 0]
+    assert sampler.choose(logits, **parameters).tolist() == [2, 0]
     assert in_graph(logits, **parameters).numpy().tolist() == [2, 0]
 
 

@@ -16,7 +16,7 @@ from builder.recipe import ExportRecipe
 from builder.tf_export.session_servable import SessionServable
 from builder.tf_export.warmup import WARMUP, write_warmup
 from serving.bundle import open_bundle
-from serving.deploy.tf_serving_config import BATCH_SIZES, config_files
+from serving.deploy.tf_serving_config import BATCH_SIZES, BATCHING_RISKS, config_files
 from tests.tf_serving_protos import message
 from tests.tiny_build import TinyBuild
 
@@ -74,7 +74,7 @@ def test_only_signatures_that_are_there_are_warmed_up(built: TinyBuild, tmp_path
 def test_the_bundle_has_the_servers_files_and_the_protos_parse_them(built: TinyBuild) -> None:
     bundle = open_bundle(built.bundle)
     texts = {name: bundle.path(f"deploy/tf_serving/{name}").read_text() for name in config_files("tiny")}
-    assert texts == config_files("tiny")
+    assert texts == config_files("tiny") and "batching_parameters.txt" not in texts
 
     models = text_format.Parse(texts["models.config"], ModelServerConfig()).model_config_list.config
     assert [(model.name, model.base_path, model.model_platform) for model in models] == [
@@ -82,14 +82,18 @@ def test_the_bundle_has_the_servers_files_and_the_protos_parse_them(built: TinyB
     ]
     assert models[0].model_version_policy.latest.num_versions == 1
 
-    batching = text_format.Parse(texts["batching_parameters.txt"], message("BatchingParameters"))
+    monitoring = text_format.Parse(texts["monitoring.config"], message("MonitoringConfig"))
+    assert monitoring.prometheus_config.enable and monitoring.prometheus_config.path.startswith("/")
+
+
+def test_the_batching_that_one_may_ask_for_pads_nothing() -> None:
+    text = config_files("tiny", batching=True)["batching_parameters.txt"]
+    assert all(risk in text for risk in BATCHING_RISKS)
+    batching = text_format.Parse(text, message("BatchingParameters"))
     # What the server asks of the sizes: increasing, and the last one is the largest batch.
     sizes = list(batching.allowed_batch_sizes)
     assert sizes == sorted(set(sizes)) and sizes[-1] == batching.max_batch_size.value
-    assert batching.pad_variable_length_inputs and batching.max_enqueued_batches.value > 0
-
-    monitoring = text_format.Parse(texts["monitoring.config"], message("MonitoringConfig"))
-    assert monitoring.prometheus_config.enable and monitoring.prometheus_config.path.startswith("/")
+    assert not batching.pad_variable_length_inputs and batching.max_enqueued_batches.value > 0
 
 
 def test_a_field_that_the_server_does_not_know_is_refused() -> None:

@@ -43,7 +43,8 @@ def test_metrics_have_a_line_an_interval_and_survive_a_stop(tmp_path: Path, chan
     recipe = replace(SHORT, **changes)
     losses = train(tmp_path, MetricsLog(tmp_path, every=2), recipe)
     records = read_metrics(tmp_path)
-    assert [record["step"] for record in records] == [2, 4, 5, 6, 8, 10, 10]
+    # Every second step, each validation, and the loss of the steps before it.
+    assert [record["step"] for record in records] == [2, 4, 5, 5, 6, 8, 10, 10]
     lines = [record for record in records if "loss" in record]
     assert all(set(line) == {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second"} for line in lines)
     assert [line["loss"] for line in lines[:2]] == pytest.approx([losses[1], 2 * losses[3] - losses[1]], rel=1e-4)
@@ -56,10 +57,16 @@ def test_metrics_have_a_line_an_interval_and_survive_a_stop(tmp_path: Path, chan
         file.write('{"step": 9, "lo')
     train(tmp_path / "b", MetricsLog(tmp_path / "b", every=2), recipe)
     again = read_metrics(tmp_path / "b")
-    assert [record["step"] for record in again] == [2, 4, 5, 6, 8, 10, 10]
+    assert [record["step"] for record in again] == [2, 4, 5, 5, 6, 8, 10, 10]
     for ours, theirs in zip(again, records, strict=True):
         for key in ours.keys() - {"tokens_per_second"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_a_run_of_one_step_has_a_training_loss(tmp_path: Path) -> None:
+    (loss,) = train(tmp_path, MetricsLog(tmp_path, every=10), replace(SHORT, epochs=0.001))
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 1] and records[0]["loss"] == pytest.approx(loss)
 
 
 def test_the_gradient_norm_is_that_of_the_gradients() -> None:
@@ -119,11 +126,12 @@ def test_the_page_stands_alone_and_shows_every_curve(tmp_path: Path) -> None:
     ]
     row = {"step": 3, "train_loss": 1.0, "validation_loss": 1.25, "validation_perplexity": 3.49}
     write_report(
-        tmp_path / "r.html", "a<b", [*records, {"step": 3, "validation_loss": 1.25}],
+        tmp_path / "r.html", "a<b", ["LoRA of rank <8>"], [*records, {"step": 3, "validation_loss": 1.25}],
         [row | {"validation_accuracy": 0.5}], [("<i>", "\udcff & so")],
     )  # fmt: skip
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert page.count('role="img"') == 4 and page.count("<polyline") == 4 + 2 and page.count("<circle") == 1
+    assert "<p>LoRA of rank &lt;8&gt;</p>" in page
     assert "prefers-color-scheme: dark" in page and "&lt;i&gt;" in page and "a&lt;b" in page and "&amp; so" in page
     assert not re.search(r"https?://|src=|@import|<script", page)
     # The first value is the highest and the last the lowest, at the two ends of the axes.

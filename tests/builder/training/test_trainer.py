@@ -13,7 +13,8 @@ from builder.keras_backend import keras
 from builder.model.gpt2 import named_variables
 from builder.recipe import TrainingRecipe
 from builder.training.optimizers import make_optimizer
-from builder.training.trainer import LanguageModel, fit, plan_steps
+from builder.training.plan import limits, plan_steps, weight_names
+from builder.training.trainer import LanguageModel, fit
 from serving.bundle import Geometry
 from serving.errors import TrainingError
 
@@ -48,9 +49,28 @@ def test_steps_cover_the_epochs_in_equal_intervals():
     assert plan_steps(replace(RECIPE, epochs=0.0), 100) == (0, 1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_learns_what_context_tells(tmp_path, optimizer):
-    rate = 1e-2 if optimizer == "muon" else 5e-3
+def test_weights_are_known_by_name_before_there_is_a_model():
+    names = [name.removeprefix("transformer.") for name, _ in named_variables(LanguageModel.create(GEOMETRY))]
+    assert list(weight_names(GEOMETRY.n_layer)) == names
+
+
+def test_figures_of_a_short_run_or_a_short_text_are_said_to_be_so():
+    assert limits({"steps": 20, "validation_tokens": 1000}) == limits({"steps": 0, "validation_tokens": 1000}) == []
+    assert "training took 3 (" in limits({"steps": 3, "validation_tokens": 1000})[0]
+    assert "the validation text has 27 (" in limits({"steps": 20, "validation_tokens": 27})[0]
+    figures = {"steps": 1, "validation_tokens": 5000, "counted_validation_tokens": 9}
+    assert [sentence.partition(":")[0] for sentence in limits(figures)] == ["too few steps", "too few tokens"]
+
+
+def test_a_loss_that_is_not_used_is_refused():
+    model = LanguageModel.create(GEOMETRY)
+    for options in ({"loss": "mse"}, {"metrics": ["accuracy"]}, {"weighted_metrics": ["accuracy"]}):
+        with pytest.raises(TypeError, match=f"takes no {next(iter(options))}"):
+            model.compile(optimizer="adam", **options)
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 5e-3), ("muon", 1e-2), ("adam", 5e-3), ("sgd", 1.0)])
+def test_training_learns_what_context_tells(tmp_path, optimizer, rate):
     _, history = train(tmp_path, replace(RECIPE, optimizer=optimizer, learning_rate=rate, epochs=12.0))
     last = history[-1]
     assert last["validation_perplexity"] == pytest.approx(math.exp(last["validation_loss"]))

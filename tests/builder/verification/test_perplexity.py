@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from builder.keras_backend import keras
 from builder.model.gpt2 import GPT2
 from builder.model.pretrained import load_model
 from builder.recipe import InstructionRecipe
-from builder.verification.perplexity import evaluate_bundle, read_ids, score, windows
+from builder.verification.paired_loss import perplexity_interval
+from builder.verification.perplexity import evaluate_bundle, model_losses, read_ids, score, windows
 from serving.cli import run
 from serving.errors import InputError
 from tests.builder.training.test_trainer import GEOMETRY
-from tests.tiny_build import TinyBuild
+from tests.tiny_build import Fails, TinyBuild
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 16])
@@ -43,9 +45,9 @@ def test_the_sum_is_that_of_each_token_alone(window: int, stride: int) -> None:
         begin = 0 if target <= window else -(-(target - window) // stride) * stride
         logits = model(ids[None, begin:target]).numpy()[0, -1].astype(np.float64)
         expected += math.log(np.exp(logits).sum()) - logits[ids[target]]
-    total, scored = score(model, ids, window, stride)
-    assert scored == 39
-    assert total == pytest.approx(expected, rel=1e-5)
+    losses = score(model_losses(model), ids, window, stride)
+    assert len(losses) == 39
+    assert losses.sum() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_command_measures_a_bundle(built: TinyBuild, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +64,51 @@ def test_the_command_measures_a_bundle(built: TinyBuild, tmp_path: Path, capsys:
     assert f"perplexity {record['perplexity']:.3f} " in capsys.readouterr().out
 
 
+def test_a_graph_is_measured_as_it_is_served(
+    built: TinyBuild, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Return the value of a list. Raises an error when none. " * 12)
+    found = {}
+    for graph in ("ort/fp32", "ort/int8", "onnx/portable", "savedmodel"):
+        capsys.readouterr()
+        assert run(["evaluate", str(built.bundle), "--text", str(text), "--graph", graph, "--json"]) == 0
+        found[graph] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    exact = evaluate_bundle(built.bundle, str(text))
+    for graph, record in found.items():
+        low, high = record["perplexity_relative_interval"]
+        assert record["reference_perplexity"] == exact["perplexity"] and record["tokens"] == exact["tokens"]
+        assert record["perplexity"] == pytest.approx(exact["perplexity"] * (1 + record["perplexity_relative"]))
+        assert low <= record["perplexity_relative"] <= high
+        assert abs(record["perplexity_relative"]) < (2e-2 if graph == "ort/int8" else 1e-5), graph
+    assert found["ort/int8"]["perplexity"] != exact["perplexity"]
+    assert run(["evaluate", str(built.bundle), "--text", str(text), "--graph", "ort/int8"]) == 0
+    assert re.search(r"ort/int8: [+-]\d\.\d{3}% \(95 %: .* from the Keras weights", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("graph", "words"),
+    [
+        ("ort/int9", "'ort/int9'; did you mean"),
+        ("ort/choose", "chooses tokens and has no weights"),
+        ("savedmodel/prefill", "name 'savedmodel'"),
+    ],
+)
+def test_a_graph_that_cannot_be_measured_is_refused(built: TinyBuild, fails: Fails, graph: str, words: str) -> None:
+    fails(["evaluate", str(built.bundle), "--text", str(built.corpus), "--graph", graph], 2, words)
+
+
+def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    random = np.random.default_rng(2)
+    inside = 0
+    for _ in range(400):
+        noise = random.normal(0, 0.1, 2001)
+        low, high = perplexity_interval(0.01 + (noise[1:] + noise[:-1]) / 2) or (0.0, 0.0)
+        inside += low <= math.expm1(0.01) <= high
+    assert 0.91 < inside / 400 < 0.98
+    assert perplexity_interval(np.zeros(31)) is None
+
+
 def test_of_records_the_responses_alone_are_scored(built: TinyBuild, tmp_path: Path) -> None:
     pairs = (("give a list", "return the list"), ("raise", "an error is raised"), ("x", ""))
     path = tmp_path / "r.jsonl"
@@ -74,12 +121,12 @@ def test_of_records_the_responses_alone_are_scored(built: TinyBuild, tmp_path: P
     assert "give a list" in tokenizer.decode(ids[~counted].tolist())
 
     model = load_model(built.bundle)
-    scored, rest = (score(model, ids, 16, 5, which) for which in (counted, ~counted))
-    total, count = score(model, ids, 16, 5)
-    assert scored[0] + rest[0] == pytest.approx(total, rel=1e-6) and scored[1] + rest[1] == count
+    scored, rest = (score(model_losses(model), ids, 16, 5, which) for which in (counted, ~counted))
+    every = score(model_losses(model), ids, 16, 5)
+    assert scored.sum() + rest.sum() == pytest.approx(every.sum(), rel=1e-6) and len(scored) + len(rest) == len(every)
     figures = evaluate_bundle(built.bundle, str(path), window=16, stride=5, instruction=recipe)
-    assert figures["tokens"] == scored[1] == counted.sum()
-    assert figures["loss"] == pytest.approx(scored[0] / scored[1])
+    assert figures["tokens"] == len(scored) == counted.sum()
+    assert figures["loss"] == pytest.approx(scored.mean())
 
 
 def test_what_cannot_be_measured_is_refused(built: TinyBuild, tmp_path: Path) -> None:

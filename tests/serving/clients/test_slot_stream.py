@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.cli import run
+from serving.clients import outliving_calls
+from serving.clients.tf_serving import TFServingClient
 from serving.clients.transport import Piece
 from serving.errors import InputError, ServerError
 from serving.generation import generate
@@ -108,8 +110,8 @@ def test_lost_answers_lose_and_repeat_no_token(server: StandIn, real_bundle: Pat
     wanted = alone(server, PROMPTS[:3], params)
     server.pad = 2
     # The first prefill, two decodes in a row, and one that comes after the try's deadline.
-    server.lost = ["UNAVAILABLE", 0.0, "DEADLINE_EXCEEDED", "UNAVAILABLE", 0.0, 1.0]
-    client = connect(server, kind, timeout=1.6)
+    server.lost = ["UNAVAILABLE", 0.0, "DEADLINE_EXCEEDED", "UNAVAILABLE", 0.0, 2.5]
+    client = connect(server, kind, timeout=4, eos_token_id=256)
     pieces = list(client.stream(PROMPTS[:3], params, tokenizer(real_bundle), steps=3))
     assert joined(pieces, 3) == wanted
     assert not server.lost
@@ -132,12 +134,71 @@ def test_clients_whose_calls_are_merged(server: StandIn, real_bundle: Path) -> N
     assert made == wanted and server.merged > 3 and not server.lost
 
 
+class Scripted:
+    """A server whose texts are 256, 5, 7 and whose end token is 7; it fills rows up with it."""
+
+    def predict(self, signature: str, inputs: Any, timeout: float) -> dict[str, Any]:
+        rows = np.arange(len(next(iter(inputs.values()))))
+        one = {"slot": rows.astype(np.int32), "generation": rows + 1, "status": 0 * rows}
+        if signature == "tokenize":
+            return {"token_ids": np.array([[97, 7, 7], [97, 98, 97]]), "lengths": np.array([1, 3])}
+        if signature == "prefill_slots":
+            return one | {"token_ids": np.full((len(rows), 1), 256), "lengths": 0 * rows + 1}
+        if signature == "decode_slots":
+            return {"token_ids": np.array([[5, 7]] * len(rows)), "lengths": 0 * rows + 2, "status": 0 * rows + 1}
+        return {"status": 0 * rows + 1}
+
+    def metadata(self, timeout: float) -> dict[str, Any]:
+        return {"tokenize": {"inputs": {}, "outputs": {}}}
+
+    def status(self, timeout: float) -> list[dict[str, Any]]:
+        return []
+
+
+@pytest.mark.parametrize("known", [None, 7])
+def test_a_text_ends_at_the_models_end_token_and_not_at_another(real_bundle: Path, known: int | None) -> None:
+    client = TFServingClient(Scripted(), eos_token_id=known)
+    (made,) = client.generate(["a"], SamplingParams(), tokenizer(real_bundle), slots=True)
+    assert (made.tokens, made.finish_reason) == (3, "stop")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_prompt_that_nobody_waits_for_any_more_gives_its_slot_back(
+    server: StandIn, real_bundle: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, cancelled = server.run, list[int]()
+
+    def cancels(signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A server with a signature for it: it finds the slot by the name, as a prompt of that name does."""
+        if not known or signature != "cancel_slots":
+            return original(signature, inputs)
+        cancelled.extend(np.asarray(inputs["request_id"]).tolist())
+        rows = len(cancelled)
+        sampling = {"temperature": np.zeros(rows, np.float32), "top_k": np.zeros(rows, np.int32)}
+        sampling |= {"top_p": np.ones(rows, np.float32), "seed": np.zeros(rows, np.int64)}
+        tokens, ones = np.zeros((rows, 1), np.int32), np.ones(rows, np.int32)
+        found = original("prefill_slots", {"request_id": np.array(cancelled, np.int64), "token_ids": tokens,
+                                           "lengths": ones, "max_new_tokens": ones, **sampling})  # fmt: skip
+        return original("release_slots", {name: found[name] for name in ("slot", "generation")})
+
+    monkeypatch.setattr(server, "run", cancels)
+    client = connect(server, "grpc", timeout=0.3, retries=0, eos_token_id=256)
+    server.lost = [1.0]
+    with pytest.raises(ServerError, match="the call goes on"):
+        list(client.stream(["ab", "cd"], SAMPLED, tokenizer(real_bundle)))
+    for thread in list(outliving_calls._under_way):
+        thread.join()
+    # The fixture fills all slots.
+    assert len(cancelled) == 2 * known and "decode_slots" not in server.run_calls
+    assert "release_slots" in server.run_calls
+
+
 def test_a_lost_farewell_is_said_again(server: StandIn, real_bundle: Path) -> None:
     stream = connect(server, "grpc").stream("ab", SAMPLED, tokenizer(real_bundle))
     next(stream)
     server.failures = ["UNAVAILABLE"]
     stream.close()
-    assert server.run_calls[-1] == "release_slots"
+    assert "release_slots" in server.run_calls
 
 
 def test_closing_and_failing_give_the_slots_back(server: StandIn, real_bundle: Path) -> None:
@@ -210,6 +271,11 @@ def test_stop_texts_token_ids_and_ignored_ends(server: StandIn, real_bundle: Pat
     (wanted,) = generate(backend, [[ended[0]]], going, end)
     ids = [token for piece in client.stream([[ended[0]]], going, tokens, steps=3) for token in piece.token_ids]
     assert ids == list(wanted.token_ids) and len(ids) == 20 and end in ids[:-1]
+
+    for here in (tokens, None):  # By the tokenizer here, or by the server's.
+        stop = SamplingParams(max_new_tokens=20, ignore_eos=True, stop=("<|endoftext|>",))
+        (made,) = client.generate([[ended[0]]], stop, here)
+        assert (made.tokens, made.finish_reason) == (ids.index(end) + 1, "stop")
 
     with pytest.raises(InputError, match="ignore_eos needs temperature 0"):
         client.stream("ab", SamplingParams(ignore_eos=True, temperature=1.0))

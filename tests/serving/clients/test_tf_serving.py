@@ -18,11 +18,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from serving.cli import run
+from serving.clients import outliving_calls
 from serving.clients.grpc_transport import GrpcTransport
 from serving.clients.rest_transport import RestTransport
 from serving.clients.tf_serving import TFServingClient
-from serving.errors import ServerError
+from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
+from tests.oracles.fixtures import keras_model
 from tests.serving.tf_serving_stand_in import StandIn, serving
 from tests.tiny_build import Fails
 
@@ -98,18 +100,89 @@ def test_metadata_and_status(server: StandIn, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_busy_server_is_asked_again(server: StandIn, kind: str) -> None:
     server.failures = ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
-    assert connect(server, kind).predict(prompt(), "score")["total"].shape == (2,)
-    assert server.calls == 3
+    client = connect(server, kind)
+    # The signatures are asked for once.
+    assert client.predict(prompt(), "score")["total"].shape == (2,)
+    assert server.calls == 4
 
+    client = connect(server, kind, retries=1)
+    client.predict(prompt(), "score")
     server.calls, server.failures = 0, ["UNAVAILABLE"] * 9
     with pytest.raises(ServerError, match="the batching queue is full") as caught:
-        connect(server, kind, retries=1).predict(prompt(), "score")
+        client.predict(prompt(), "score")
     assert caught.value.code == "UNAVAILABLE" and server.calls == 2
 
     server.calls, server.failures = 0, ["UNAVAILABLE"]
     with pytest.raises(ServerError):
-        connect(server, kind).predict(prompt(), "score", idempotent=False)
+        client.predict(prompt(), "score", idempotent=False)
     assert server.calls == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_dropped_with_others_is_asked_again(server: StandIn, kind: str) -> None:
+    client = connect(server, kind)
+    client.metadata()
+    server.failures = ["ABORTED", "CANCELLED"]
+    assert client.predict(prompt(), "score")["total"].shape == (2,) and not server.failures
+    server.failures = ["CANCELLED", "ABORTED"]
+    assert client.repeat("score", prompt())["total"].shape == (2,) and not server.failures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_server_would_answer_with_a_fault_is_not_sent(server: StandIn, kind: str, fails: Fails) -> None:
+    client = connect(server, kind)
+    client.metadata()
+    server.run_calls.clear()
+    for inputs, words in (
+        ({"text": np.array([], np.object_)}, "text has no rows"),
+        ({"text": []}, "text has no rows"),
+        ({"text": b"a"}, "text must have 1 axes, the first for rows, and has 0"),
+        ({"text": [["a"]]}, "text must have 1 axes, the first for rows, and has 2"),
+    ):
+        with pytest.raises(InputError, match=words):
+            client.predict(inputs, "tokenize")
+    for inputs, words in (
+        ({"token_ids": [7, 8], "lengths": [1, 1]}, "token_ids must have 2 axes, the first for rows, and has 1"),
+        ({"token_ids": [[7, 8], [9]], "lengths": [2, 1]}, "token_ids has rows of unequal lengths"),
+        ({"token_ids": [[7, 8]], "lengths": [1, 1]}, "unequal rows: token_ids 1, lengths 2"),
+    ):
+        with pytest.raises(InputError, match=words):
+            client.predict(inputs, "score")
+    assert client.generate([], GREEDY) == [] == list(client.stream([], GREEDY))
+    assert not server.run_calls
+    place = ["--grpc", server.address] if kind == "grpc" else ["--url", server.url]
+    command = ["client", "predict", json.dumps({"text": []}), "--signature", "tokenize", "--model", "bytes", *place]
+    fails(command, 2, "text has no rows")
+
+
+@pytest.mark.parametrize("kind", ["column", "grpc"])
+def test_the_end_token_is_the_models(server: StandIn, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = keras_model("bytes").geometry.eos_token_id
+    assert connect(server, kind).end_token() == wanted
+    monkeypatch.delitem(server.servable.signatures, "tokenize")
+    assert connect(server, kind).end_token() == wanted
+    assert connect(server, kind, eos_token_id=3).end_token() == 3
+
+
+def test_a_call_over_slots_outlives_its_caller(server: StandIn) -> None:
+    server.cancelled.clear()
+    server.delay = 0.5
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="the call goes on") as caught:
+        connect(server, "grpc", timeout=0.1, retries=0).repeat("score", prompt())
+    assert caught.value.code == "DEADLINE_EXCEEDED" and time.monotonic() - began < 0.4
+    for thread in list(outliving_calls._under_way):
+        thread.join()
+    assert server.calls == 1 and not server.cancelled
+    # What may be cancelled is: the stand-in sees it.
+    with pytest.raises(ServerError):
+        connect(server, "grpc", timeout=0.1, retries=0, eos_token_id=0).attempt(
+            lambda left: GrpcTransport(server.address, "bytes").predict("score", prompt(), left)
+        )
+    deadline = time.monotonic() + 5
+    while not server.cancelled and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.cancelled == ["score"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +190,7 @@ def test_what_is_wrong_is_said_once_in_the_servers_words(server: StandIn, kind: 
     wrong = prompt() | {"lengths": np.array([0, 3], np.int32)}
     with pytest.raises(ServerError, match="a prompt may not be empty") as caught:
         connect(server, kind).predict(wrong, "score")
-    assert caught.value.code == "INVALID_ARGUMENT" and server.calls == 1
+    assert caught.value.code == "INVALID_ARGUMENT" and server.calls == 2
     with pytest.raises(ServerError, match="model nobody") as caught:
         connect(server, kind, "nobody").status()
     assert caught.value.code == "NOT_FOUND"

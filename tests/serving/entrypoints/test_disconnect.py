@@ -78,7 +78,7 @@ def test_what_a_call_leaves_open_is_cancelled(engine: DoubleEngine) -> None:
     long = GenerationRequest((1,), SamplingParams(max_new_tokens=900, ignore_eos=True))
 
     async def first_events() -> None:
-        generation = Generation(engine, [long, long])
+        generation = await Generation.open(engine, [long, long])
         assert await generation.next()
         generation.close()
         generation.close()

@@ -6,13 +6,10 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from serving.entrypoints import logging_setup
-
-LOGGERS = ("gpt2_bundle", "serving", "uvicorn")
 
 
 class Full(io.StringIO):
@@ -20,17 +17,6 @@ class Full(io.StringIO):
 
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """The loggers as they were, after the test."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    kept = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, handlers, level, propagate in kept:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 def test_a_line_is_json_and_goes_to_the_standard_error_of_now(monkeypatch: pytest.MonkeyPatch) -> None:

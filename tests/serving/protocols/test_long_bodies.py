@@ -17,7 +17,6 @@ from serving.entrypoints.http_app import build_app
 from serving.protocols.json_requests import number_array
 from serving.protocols.open_inference import http as open_inference_http
 from serving.protocols.open_inference.tensors import from_values
-from serving.protocols.openai import routes as openai
 from serving.protocols.tf_serving import rest as tf_rest
 from serving.server import request_bodies
 from serving.server.settings import Settings
@@ -72,22 +71,6 @@ def test_a_long_body_is_read_beside_the_loop(
         assert answer.status_code == 200, answer.text
     short, long = seen
     assert short != long and long.startswith("asyncio_")
-
-
-def test_a_long_text_is_encoded_by_the_batch_beside_the_loop(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    real = openai.encode_beside
-
-    async def spy(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-        seen.append(len(texts[0]))
-        return await real(tokenizer, texts)
-
-    monkeypatch.setattr(openai, "encode_beside", spy)
-    for count in (10, 5_000):
-        assert client.post("/tokenize", json={"prompt": "a" * count}).json()["count"] == count
-    assert seen == [5_000]
 
 
 @pytest.mark.parametrize("datatype", ["INT8", "UINT8", "INT32", "INT64", "UINT64", "FP16", "FP32", "FP64"])

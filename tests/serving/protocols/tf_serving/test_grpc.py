@@ -92,7 +92,6 @@ def test_what_is_wrong(addresses: tuple[str, str]) -> None:
     for changes, words in [
         ({"lengths": np.array([0], np.int32)}, "may not be empty"),
         ({"token_ids": np.array([[1, 2]], np.int64)}, "must be DT_INT32"),
-        ({"token_ids": np.array([1], np.int32)}, "2 axes"),
         ({"token_ids": np.array([[1, 257]], np.int32)}, "from 0 to 256"),
         ({"temperature": np.array([np.nan], np.float32)}, "finite number"),
         ({"max_new_tokens": np.array([0], np.int32)}, "at least 1"),
@@ -100,6 +99,10 @@ def test_what_is_wrong(addresses: tuple[str, str]) -> None:
         with pytest.raises(ServerError, match=words) as caught:
             client.predict(good | changes)
         assert caught.value.code == "INVALID_ARGUMENT"
+    with pytest.raises(ServerError, match="2 axes"):
+        GrpcTransport(addresses[0], "tiny").predict(
+            "serving_default", good | {"token_ids": np.array([1], np.int32)}, 10.0
+        )
     with pytest.raises(ServerError, match="nobody") as caught:
         TFServingClient(GrpcTransport(addresses[0], "nobody")).status()
     assert caught.value.code == "NOT_FOUND"
@@ -180,7 +183,7 @@ def test_keys(addresses: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("option", ["--stream", "--stop=x", "--ignore-eos"])
 def test_what_needs_slots_is_one_line(addresses: tuple[str, str], fails: Fails, option: str) -> None:
-    command = ["client", "generate", "a", option, "--grpc", addresses[0], "--model", "tiny"]
+    command = ["client", "generate", "a", option, "--grpc", addresses[0], "--model", "tiny", "--json"]
     fails(command, 2, f"{option.partition('=')[0]} needs a served model with slots", "name it by --url")
 
 

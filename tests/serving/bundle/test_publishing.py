@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.bundle import open_bundle, publish
-from serving.bundle import publish as publishing
+from serving.bundle import open_bundle, publish, publishing
 from serving.errors import BundleError, InputError
 from tests.closed_form import write_bundle
 
