@@ -68,7 +68,7 @@ bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights;
 		--requests 8 --resume --output runs/bench/gpt2-geometry.json
 
 bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
-	$(BIN)/python -m benchmarks.experiments.prepare_throughput --work runs/bench-prepare --memory 100 --memory 500
+	$(BIN)/python -m benchmarks.experiments.prepare_throughput --work runs/bench-prepare --memory 100 --memory 500 --novel 7.6 --novel 100
 
 # Peers have an environment of their own. KerasHub asks for tensorflow-text, which GPT-2 does not need.
 .venv-peers/installed:

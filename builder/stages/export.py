@@ -148,7 +148,7 @@ def _savedmodel_graph(name: str, function: Any) -> Graph:
     positional, keywords = function.structured_input_signature
     inputs = {spec.name: _tf_spec(spec) for spec in (*positional, *keywords.values())}
     outputs = {key: _tf_spec(spec) for key, spec in sorted(function.structured_outputs.items())}
-    cache: Any = "none" if name in ("score", "tokenize", "detokenize", "release_slots") else "static"
+    cache: Any = "none" if name in ("score", "tokenize", "detokenize", "release_slots", "cancel_slots") else "static"
     return Graph("tensorflow", "savedmodel/1/saved_model.pb", "fp32", "right", cache, inputs, outputs, signature=name)
 
 

@@ -67,6 +67,8 @@ class SlotTexts:
         """
         check_slot_params(params)
         rows = self._encode(prompts)
+        if not rows:
+            return iter(())
         if not all(rows):
             raise InputError(EMPTY_PROMPT)
         end = self._client.end_token()
