@@ -33,6 +33,9 @@ from serving.server.playground import PATHS as PLAYGROUND_PATHS
 from serving.server.state import Server
 
 OPEN_PATHS = (
+    "/health",
+    "/ping",
+    "/version",
     "/health/live",
     "/health/ready",
     "/v2/health/live",
