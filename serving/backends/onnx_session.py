@@ -138,7 +138,7 @@ def _tensor_problem(bundle: Bundle, graph_name: str, session: Any) -> str | None
                 return f"has no {side} {shown(name)}, which the manifest names"
             shape, said = shapes[name], list(spec.shape)
             if name.startswith(("past_key_values.", "present.")) and len(said) == 4:
-                said[1], said[3] = model.n_head, model.head_dim
+                said[1], said[3] = model.n_head, graph.cache_head_dim(model)
             elif name == "logits":
                 said[-1] = model.vocab_size
             if len(said) != len(shape) or any(

@@ -95,6 +95,11 @@ class Geometry:
         return self.n_embd // self.n_head
 
     @property
+    def padded_head_dim(self) -> int:
+        """Width of a head in a shared cache buffer: the next multiple of 8, which GroupQueryAttention takes alone."""
+        return -(-self.head_dim // 8) * 8
+
+    @property
     def parameters(self) -> int:
         """Number of weights, the LM head tied to the token embeddings (Radford et al., 2019, and their released code):
         the two embeddings; per block two norms, the fused attention projection, its output and the two layers of the
@@ -131,6 +136,10 @@ class Graph:
     inputs: Annotated[dict[str, TensorSpec], lambda value: None if value else "must name at least one tensor"]
     outputs: Annotated[dict[str, TensorSpec], lambda value: None if value else "must name at least one tensor"]
     signature: str | None = None
+
+    def cache_head_dim(self, model: Geometry) -> int:
+        """Width of a head in this graph's KV cache."""
+        return model.padded_head_dim if self.cache == "shared-buffer" else model.head_dim
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class Completions:
             "top_p": params.top_p,
             "seed": params.seed,
             "stop": list(params.stop),
+            "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": params.ignore_eos,
         }
 

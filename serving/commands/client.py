@@ -134,6 +134,8 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 )
 @click.option("--stop", multiple=True, metavar="TEXT",
               help="End before this text, where streams are; may be given several times.")  # fmt: skip
+@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
+              help="End at this token, where streams are; may be given several times.")  # fmt: skip
 @click.option(
     "--ignore-eos",
     is_flag=True,
@@ -174,7 +176,7 @@ def generate(
         bundle = open_bundle(tokenizer, check="sizes")
         loaded, end = load_tokenizer(bundle), bundle.manifest.model.eos_token_id
     server = _open(url, grpc_address, api_key, model, timeout, retries, end)
-    special = streamed or params.stop or params.ignore_eos
+    special = streamed or params.stop or params.stop_token_ids or params.ignore_eos
     perhaps = streamed is None and not as_json and sys.stdout.isatty()
     slots, completions = False, None
     if special or perhaps:
@@ -185,7 +187,8 @@ def generate(
     if plain and not there and (special or perhaps) and _wrote_by_stream(server, texts, params, loaded, streamed):
         return
     if special and not there:
-        wanted = "--stream" if streamed else "--stop" if params.stop else "--ignore-eos"
+        given_first = {"--stream": streamed, "--stop": params.stop, "--stop-token-id": params.stop_token_ids}
+        wanted = next((option for option, given in given_first.items() if given), "--ignore-eos")
         raise InputError(
             f"{wanted} needs a served model with slots, and {model!r} has none; leave it out, "
             "or, if 'gpt2-bundle serve' answers there, name it by --url"

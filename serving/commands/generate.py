@@ -63,6 +63,14 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
     "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=int,
+    multiple=True,
+    metavar="ID",
+    help="End at this token; may be given several times.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
 def generate(
@@ -116,7 +124,7 @@ def generate(
     if not as_json:
         write("\n")
         return
-    ended = pieces.stopped or (token_ids[-1] == eos_token_id and not params.ignore_eos)
+    ended = pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
     report = {
         "text": "".join(parts),
         "token_ids": token_ids,

@@ -66,6 +66,25 @@ def test_stop_strings_end_it(
     assert table["text"] == text[: text.index(stop)]
 
 
+@pytest.mark.parametrize("option", ["--stop", "--stop-token-id"])
+def test_a_special_token_ends_it_by_text_and_any_token_by_id(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    # The end token comes by itself, and is no end where it is ignored.
+    prompt = next(text for text in map(chr, range(32, 127)) if 256 in greedy(TOKENIZER.encode(text).ids, 60, 257)[:-1])
+    ids = greedy(TOKENIZER.encode(prompt).ids, 60, 257)
+    place = ids.index(256)
+    value = {"--stop": "<|endoftext|>", "--stop-token-id": "256"}[option]
+    common = ["generate", str(bundle_folder), prompt, "--max-new-tokens", "60", "--ignore-eos", "--json"]
+    assert run([*common, option, value]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert (table["token_ids"], table["finish_reason"]) == (ids[: place + 1], "stop")
+    assert table["text"] == TOKENIZER.decode(ids[:place])
+    if option == "--stop-token-id":
+        assert run([*common, option, "300"]) == 2
+        assert "stop_token_ids of prompt 0 has the token id 300, outside" in capsys.readouterr().err
+
+
 def test_prompts_from_standard_input_and_empty_ones(
     bundle_folder: Path,
     asked: list[tuple[str, str | None]],

@@ -168,6 +168,22 @@ def test_stop_texts_and_ids(client: openai.OpenAI) -> None:
     assert choice.finish_reason == "stop" and choice.model_dump()["stop_reason"] == ids[3]
 
 
+def test_a_stop_text_that_is_a_special_token(client: openai.OpenAI) -> None:
+    start = next(letter for letter in range(32, 127) if 256 in greedy([letter], 60, 257)[:-1])
+    ids = greedy([start], 60, 257)
+    (choice,) = client.completions.create(
+        model="tiny",
+        prompt=[start],
+        max_tokens=60,
+        temperature=0,
+        stop=["<|endoftext|>"],
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    ).choices
+    table = choice.model_dump()
+    assert (choice.finish_reason, table["stop_reason"]) == ("stop", "<|endoftext|>")
+    assert table["token_ids"] == ids[: ids.index(256) + 1]
+
+
 @pytest.mark.parametrize("logprobs", [None, 0])
 @pytest.mark.parametrize("stream", [False, True])
 def test_token_ids_are_given_where_asked_for(raw: Any, stream: bool, logprobs: int | None) -> None:
