@@ -86,8 +86,7 @@ def trace(
         extra_opset=[onnx.helper.make_opsetid(domain, 1) for domain in make_kernels.domains],
     )
     _drop_unused_domains(converted)
-    _number_constants(converted.graph)
-    _number_nodes(converted.graph)
+    _settle(converted.graph)
     axes: dict[str, list[str | int]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
@@ -115,40 +114,64 @@ def _drop_unused_domains(model: onnx.ModelProto) -> None:
             model.opset_import.remove(entry)
 
 
-def _number_constants(graph: Any) -> None:
-    """Keep one of several equal constants, and name and order them by first use.
+def _settle(graph: Any) -> None:
+    """Make the graph a function of what it computes: no two equal constants or nodes, all in one order with one name.
 
-    tf2onnx keeps any of them, by the order of a set of strings, which is another one in each process.
+    tf2onnx merges and sorts by the order of sets of strings, which is another one in each process, and does not find
+    every pair of equals in each.
     """
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    kept: dict[tuple[Any, ...], Any] = {}
+    same: dict[str, str] = {}
+    kept: dict[Any, Any] = {}
+    for tensor in graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        same[tensor.name] = kept.setdefault((array.dtype.str, array.shape, array.tobytes()), tensor).name
+    nodes: dict[Any, Any] = {}
     for node in graph.node:
-        for index, name in enumerate(node.input):
-            tensor = tensors.get(name)
-            if tensor is None:
-                continue
-            array = onnx.numpy_helper.to_array(tensor)
-            key = (array.dtype.str, array.shape, array.tobytes())
-            if key not in kept:
-                kept[key] = onnx.numpy_helper.from_array(array, f"constant_{len(kept)}")
-            node.input[index] = kept[key].name
-    del graph.initializer[:]
-    graph.initializer.extend(kept.values())
+        node.input[:] = [same.get(name, name) for name in node.input]
+        attributes = sorted(each.SerializeToString(deterministic=True) for each in node.attribute)
+        first = nodes.setdefault((node.domain, node.op_type, *node.input, *attributes, len(node.output)), node)
+        same |= dict(zip(node.output, first.output, strict=True))
+    ends = [same.get(value.name, value.name) for value in graph.output]
+    _number(graph, _in_order(list(nodes.values()), ends), {tensor.name: tensor for tensor in kept.values()}, ends)
 
 
-def _number_nodes(graph: Any) -> None:
-    """Name each node, and what it gives, by its operator and its place.
+def _in_order(nodes: list[Any], ends: list[str]) -> list[Any]:
+    """The nodes that `ends` depend on, each after what it reads, by a walk from the ends through inputs in order."""
+    makers = {name: node for node in nodes for name in node.output}
+    ordered: dict[int, Any] = {}
+    waiting = [makers[name] for name in reversed(ends) if name in makers]
+    while waiting:
+        node = waiting[-1]
+        missing = [makers[name] for name in node.input if name in makers and id(makers[name]) not in ordered]
+        if missing:
+            waiting.extend(reversed(missing))
+            continue
+        ordered[id(waiting.pop())] = node
+    return list(ordered.values())
 
-    Of equal nodes tf2onnx keeps any, as of constants, and its name with it.
-    """
+
+def _number(graph: Any, nodes: list[Any], constants: dict[str, Any], ends: list[str]) -> None:
+    """Give `graph` these nodes, and the constants that they read, under names by their places."""
     names: dict[str, str] = {}
-    for index, node in enumerate(graph.node):
+    tensors: list[Any] = []
+    for index, node in enumerate(nodes):
+        for name in node.input:
+            if name in constants and name not in names:
+                names[name] = f"constant_{len(tensors)}"
+                tensors.append(constants[name])
         node.name = f"traced_{index}_{node.op_type}"
         names |= {name: f"{node.name}_{place}" for place, name in enumerate(node.output) if name}
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-    for value in [*graph.output, *graph.value_info]:
-        value.name = names.get(value.name, value.name)
+    for tensor in tensors:
+        tensor.name = names[tensor.name]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    stored = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend(copies)
+    graph.initializer.extend(stored)
+    for value, name in zip(graph.output, ends, strict=True):
+        value.name = names.get(name, name)
 
 
 def _rename(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from builder.onnx_export.trace import _number_constants, _number_nodes
+from builder.onnx_export.trace import _settle
 from builder.tf_export.fingerprint import settle_fingerprint
 from serving.bundle import open_bundle, write_manifest
 from serving.errors import InputError
@@ -37,54 +37,37 @@ def test_two_builds_with_other_hash_seeds_have_the_same_bytes(tmp_path: Path) ->
     assert b'"created": "2023-11-14T22:13:20Z"' in found[0]["manifest.json"]
 
 
-def graph(order: list[int]) -> onnx.GraphProto:
-    """A sum whose two terms, and whose two factors, are equal constants, of which either may be named."""
-    arrays = [
-        ("a", np.int64([1])),
-        ("b", np.int64([1])),
-        ("c", np.float32(2)),
-        ("d", np.float32(2)),
-        ("e", np.int32([1])),
-    ]
-    used = ["ab"[order[0]], "cd"[order[1]]]
+def graph(seed: int) -> onnx.GraphProto:
+    """A sum of two slices, as a converter leaves it: with equal constants and nodes under names of its own choice."""
+    random = np.random.default_rng(seed)
+    ones, twos = (list(random.permutation([f"{kind}{number}" for number in range(3)])) for kind in ("one", "two"))
     nodes = [
-        helper.make_node("Slice", ["x", used[0], "e", "a"], ["y"], name="slice"),
-        helper.make_node("Mul", ["y", used[1]], ["z"], name="mul"),
+        helper.make_node("Slice", ["x", ones[0], twos[0], ones[1]], ["left"], name="left"),
+        helper.make_node("Slice", ["x", ones[1], twos[1], ones[1]], ["right"], name="right"),
+        helper.make_node("Cast", ["left"], ["wide"], name="wide", to=1),
+        helper.make_node("Neg", ["right" if seed % 2 else "left"], ["less"], name="less"),
     ]
-    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays]
-    return helper.make_graph(nodes, "g", [], [], [tensors[place] for place in order])
+    nodes = [*nodes[:2][:: 1 if seed % 3 else -1], *nodes[2:][:: 1 if seed % 2 else -1]]
+    tensors = [numpy_helper.from_array(np.int64([1]), str(name)) for name in ones]
+    tensors += [numpy_helper.from_array(np.int64([2]), str(name)) for name in twos]
+    tensors.append(numpy_helper.from_array(np.int64([2]), "unused"))
+    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("wide", "less")]
+    order = random.permutation(len(tensors))
+    return helper.make_graph(nodes, "g", [], outputs, [tensors[place] for place in order])
 
 
-def test_equal_constants_are_one_whatever_the_order_they_come_in() -> None:
-    graphs = [graph([0, 1, 2, 3, 4]), graph([1, 0, 4, 2, 3])]
+def test_a_traced_graph_is_a_function_of_what_it_computes() -> None:
+    graphs = [graph(seed) for seed in range(12)]
     for each in graphs:
-        _number_constants(each)
-    assert graphs[0] == graphs[1]
-    assert [list(node.input) for node in graphs[0].node] == [
-        ["x", "constant_0", "constant_1", "constant_0"], ["y", "constant_2"],
-    ]  # fmt: skip
-    assert [numpy_helper.to_array(tensor).dtype.name for tensor in graphs[0].initializer] == [
-        "int64",
-        "int32",
-        "float32",
+        _settle(each)
+        assert each == graphs[0]
+    assert [(node.op_type, list(node.input)) for node in graphs[0].node] == [
+        ("Slice", ["x", "constant_0", "constant_1", "constant_0"]),
+        ("Cast", ["traced_0_Slice_0"]),
+        ("Neg", ["traced_0_Slice_0"]),
     ]
-
-
-def test_nodes_are_named_by_their_place() -> None:
-    graphs = []
-    for kept in ("a/Shape_1", "a/Shape_2"):
-        nodes = [
-            helper.make_node("Shape", ["x"], [f"{kept}:0"], name=kept),
-            helper.make_node("Cast", [f"{kept}:0"], ["y"], to=6),
-        ]
-        outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [1])]
-        graphs.append(helper.make_graph(nodes, "g", [], outputs))
-        _number_nodes(graphs[-1])
-    assert graphs[0] == graphs[1]
-    assert [(node.name, *node.input, *node.output) for node in graphs[0].node] == [
-        ("traced_0_Shape", "x", "traced_0_Shape_0"), ("traced_1_Cast", "traced_0_Shape_0", "traced_1_Cast_0"),
-    ]  # fmt: skip
-    assert graphs[0].output[0].name == "traced_1_Cast_0"
+    assert [value.name for value in graphs[0].output] == ["traced_1_Cast_0", "traced_2_Neg_0"]
+    assert [numpy_helper.to_array(tensor).tolist() for tensor in graphs[0].initializer] == [[1], [2]]
 
 
 def test_a_savedmodels_fingerprint_is_of_the_savedmodel_alone(built: TinyBuild, tmp_path: Path) -> None:
