@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.engine.api import DrainingError
 from serving.errors import cut
+from serving.server.auth import CALLER
 from serving.server.errors import (
     INVALID,
     BodiesFullError,
@@ -32,6 +33,9 @@ from serving.server.playground import PATHS as PLAYGROUND_PATHS
 from serving.server.state import Server
 
 OPEN_PATHS = (
+    "/health",
+    "/ping",
+    "/version",
     "/health/live",
     "/health/ready",
     "/v2/health/live",
@@ -77,7 +81,7 @@ class Gate:
 
         body = _Body(receive, headers, self._server)
         try:
-            self._admit(scope, headers)
+            CALLER.set(self._admit(scope, headers))
             await self._app(scope, body.receive, sending)
         except ClientGoneError:
             status = 499
@@ -94,10 +98,10 @@ class Gate:
             body.forget()
             self._note(scope, state, status or 499, time.perf_counter() - began)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuse whoever may not ask, or may not ask now."""
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Refuse whoever may not ask, or may not ask now; the digest of the key of who may, "" without keys."""
         if scope["path"] in OPEN_PATHS:
-            return
+            return ""
         authorization = headers.get(b"authorization")
         try:
             caller = self._server.keys.check(None if authorization is None else authorization.decode("latin-1"))
@@ -107,6 +111,7 @@ class Gate:
         self._server.limiter.take(caller or caller_address(scope))
         if self._server.draining and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             raise DrainingError("the server is shutting down; ask another one or try again")
+        return caller or ""
 
     def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         route = scope.get("route")

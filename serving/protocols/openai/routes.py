@@ -21,6 +21,7 @@ from serving.protocols.openai.schema import CompletionRequest, DetokenizeRequest
 from serving.protocols.openai.stream import Run, stream
 from serving.protocols.texts import LONG_TEXT, TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, SamplingParams
+from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
 from serving.server.event_queue import beside_if, submit, time_limit
 from serving.server.event_stream import EventStream
@@ -185,6 +186,7 @@ def make_requests(
             prompt_only=_prompt_only(body, model),
             timeout=limit,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+            cache_salt=f"{CALLER.get()} {body.cache_salt or ''}",
         )
         for index, prompt in enumerate(prompts)
     ]

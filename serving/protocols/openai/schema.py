@@ -197,6 +197,9 @@ class CompletionRequest(RequestBody):
         ]
         | None
     ) = None
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=256, description="Only requests of the same salt share prefixes of prompts."
+    )
     return_token_ids: bool | None = Field(None, description="Give each choice's token ids too, as they come.")
 
     @classmethod

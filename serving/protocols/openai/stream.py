@@ -151,8 +151,7 @@ async def stream(run: Run) -> AsyncGenerator[bytes, None]:
 
 def _has_news(choice: ChoiceState) -> bool:
     """Whether there is anything to send: a token may have no text yet, or none at all."""
-    scored = choice.writer is not None and choice.writer.pending
-    return bool(choice.text or choice.finish_reason or choice.ids or scored)
+    return bool(choice.text or choice.finish_reason or choice.ids or choice.scored)
 
 
 def _chunk(choice: ChoiceState) -> bytes:

@@ -20,6 +20,7 @@ from serving.errors import InputError, cut
 from serving.protocols.batch_completion import Row, complete
 from serving.protocols.texts import TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
+from serving.server.auth import CALLER
 from serving.server.tracing import OpenSpan, Span
 
 Arrays = dict[str, NDArray[Any]]
@@ -188,7 +189,10 @@ async def _continue(
 
 def make_request(call: Call, prompt: Sequence[int], params: SamplingParams, **more: Any) -> GenerationRequest:
     """The engine's request for one row."""
-    return GenerationRequest(tuple(prompt), params, timeout=call.timeout, request_id=call.request_id, **more)
+    salt = f"{CALLER.get()} "
+    return GenerationRequest(
+        tuple(prompt), params, timeout=call.timeout, request_id=call.request_id, cache_salt=salt, **more
+    )
 
 
 def _check_length(call: Call, longest: int) -> None:

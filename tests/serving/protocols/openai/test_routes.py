@@ -430,3 +430,22 @@ def test_a_queued_stream_has_its_headers_at_once_and_pings(tmp_path: Path, path:
         assert any(line.startswith("data: {") for line in rest)
         assert ": ping" not in rest[rest.index(next(line for line in rest if line.startswith("data"))) :]
     engine.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_end_where_the_text_is_cut_at_a_stop(raw: Any, stream: bool) -> None:
+    text = expected("A", 12)
+    body = {"prompt": "A", "max_tokens": 12, "temperature": 0, "logprobs": 1, "stop": [text[5:8]], "stream": stream}
+    answer = raw.post("/v1/completions", json=body)
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: {")]
+    choices = [json.loads(line)["choices"][0] for line in lines] if stream else answer.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == text[:5]
+    plain = raw.post("/v1/completions", json={**body, "stop": None, "stream": False}).json()["choices"][0]["logprobs"]
+    kept = [place for place, offset in enumerate(plain["text_offset"]) if offset < 5]
+    for key in ("tokens", "token_logprobs", "text_offset"):
+        assert [item for choice in choices for item in choice["logprobs"][key]] == [plain[key][place] for place in kept]
+
+
+def test_probes_and_the_version_are_where_other_servers_have_them(raw: Any) -> None:
+    assert raw.get("/health").status_code == raw.get("/ping").status_code == 200
+    assert raw.get("/version").json()["version"]
