@@ -68,7 +68,7 @@ bench-gpt2: $(INSTALLED) ## The same for the 124M geometry, with random weights;
 		--requests 8 --resume --output runs/bench/gpt2-geometry.json
 
 bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokenizers library, and its memory at 100 and 500 MB.
-	$(BIN)/python -m benchmarks.experiments.prepare_throughput --work runs/bench-prepare --memory 100 --memory 500
+	$(BIN)/python -m benchmarks.experiments.prepare_throughput --work runs/bench-prepare --memory 100 --memory 500 --novel 7.6 --novel 100
 
 # Peers have an environment of their own. KerasHub asks for tensorflow-text, which GPT-2 does not need.
 .venv-peers/installed:
@@ -135,7 +135,7 @@ test: $(INSTALLED) ## Run the fast tests.
 test-slow: $(INSTALLED) ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
 
-test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and run the tests against them.
+test-oracle: $(INSTALLED) ## Install torch (CPU) too, and run the tests against it and transformers.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
 	$(BIN)/python -m pytest -m oracle
 

@@ -27,12 +27,20 @@ def _key(
 class CorpusRecipe:
     """Where the text comes from and how it is split."""
 
-    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty means the running Python's docstrings.")
+    paths: tuple[str, ...] = _key((), "Files, folders or globs to read; empty takes the builtin text.")
+    builtin: str = _key(
+        "docstrings",
+        "What is read where there are no paths: the running Python's docstrings, or generated Chinese sentences.",
+        choices=("docstrings", "chinese"),
+    )
     document: str = _key(
         "file", "What is one document in .txt and .md files: the file, or each line of it.", choices=("file", "line")
     )
     encoding: str = _key(
         "utf-8", "Encoding of texts without a byte-order mark, which decides where there is one: gb18030, cp1252, ..."
+    )
+    transform: str = _key(
+        "", "Function that each text goes through before cleaning, FILE.py:FUNCTION or MODULE:FUNCTION; text to text."
     )
     text_field: str = _key(
         "text", "Field of a .json or .jsonl record, or column of a table, that is the text; a.b is the field b in a."
@@ -131,6 +139,12 @@ class TokenizerRecipe:
         2048, "Entries of the vocabulary, the 256 bytes and the end token included.", low=257, high=1_000_000
     )
     min_frequency: int = _key(2, "A pair is merged only if it occurs at least this often.", low=1)
+    unbroken_characters: int = _key(
+        1_500_000,
+        "Characters of scripts without spaces, such as Chinese, to learn from, taken evenly from the text; each takes "
+        "some 250 bytes of memory.",
+        low=1000,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from builder.data.instructions import Template
 from builder.data.text_decoding import check_encoding
+from builder.data.transforms import check_transform
 from builder.recipe import FINE_TUNING, NO_USE, ModelRecipe, Recipe, fit_context, resolve_preset
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
@@ -163,6 +164,8 @@ def _check_consistency(recipe: Recipe) -> None:
         raise InputError(f"recipe key 'name' is {recipe.name!r}; use letters, digits, dots, dashes, underscores")
     corpus, model, training = recipe.corpus, recipe.model, recipe.training
     check_encoding(corpus.encoding, "recipe key 'corpus.encoding'")
+    if corpus.transform:
+        check_transform(corpus.transform)
     if 0 < corpus.max_characters < recipe.min_characters:
         raise InputError(
             f"recipe key 'corpus.max_characters' is {corpus.max_characters}, less than "
@@ -215,6 +218,10 @@ def _check_instruction(recipe: Recipe) -> None:
         raise InputError("recipe key 'instruction.messages_field' stands instead of prompt_field; set one of the two")
     if instruction.input_field and not pair[0]:
         raise InputError("recipe key 'instruction.input_field' goes with a prompt; set instruction.prompt_field")
+    if instruction.is_set and recipe.corpus.builtin != "docstrings" and not recipe.corpus.paths:
+        raise InputError(
+            "recipe key 'instruction.prompt_field' needs records, and the Chinese text has none; set corpus.paths"
+        )
     if instruction.messages_field and not recipe.corpus.paths:
         raise InputError(
             "recipe key 'instruction.messages_field' is for files, and docstrings have no turns; set corpus.paths"

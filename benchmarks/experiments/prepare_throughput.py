@@ -25,7 +25,7 @@ import click
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from benchmarks.common.hardware import environment
-from benchmarks.experiments.synthetic_corpus import write_corpus
+from benchmarks.experiments.synthetic_corpus import write_corpus, write_novel
 
 SETTINGS = (
     "cleaning.html=true",
@@ -55,16 +55,22 @@ print(time.perf_counter() - began)
 @click.option("--megabytes", default=50, show_default=True, help="Millions of characters to time.")
 @click.option("--rounds", default=3, show_default=True, help="Rounds of the timing; 0 leaves it out.")
 @click.option("--memory", "sizes", multiple=True, type=int, metavar="MEGABYTES", help="A size to measure memory at.")
+@click.option("--novel", "novels", multiple=True, type=float, metavar="MEGABYTES",
+              help="A size to measure memory at with one Chinese text and a tokenizer of its own.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
-def main(work: Path, megabytes: int, rounds: int, sizes: tuple[int, ...], output: Path | None) -> None:
+def main(
+    work: Path, megabytes: int, rounds: int, sizes: tuple[int, ...], novels: tuple[float, ...], output: Path | None
+) -> None:
     """Time preparation beside the bare library, and measure its memory."""
     work.mkdir(parents=True, exist_ok=True)
-    base = _make_base(work)
+    base = _make_base(work) if rounds or sizes else work
     record: dict[str, Any] = {"environment": environment(), "settings": SETTINGS, "synthetic_seed": 0}
     if rounds:
         record["timing"] = _time(work, base, megabytes, rounds)
     if sizes:
         record["memory"] = [_memory(work, base, size) for size in sizes]
+    if novels:
+        record["novels"] = [_novel(work, size) for size in novels]
     click.echo(json.dumps(record))
     if output is not None:
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -95,9 +101,27 @@ def _time(work: Path, base: Path, megabytes: int, rounds: int) -> dict[str, Any]
 def _memory(work: Path, base: Path, megabytes: int) -> dict[str, Any]:
     """Peaks in bytes, of all processes together: resident, and the part of it that no file backs."""
     corpus, documents = _corpus(work, megabytes)
+    row = {"megabytes": megabytes, "documents": documents, **_peaks(work, _command(work, base, corpus))}
+    corpus.unlink()
+    click.echo(json.dumps(row), err=True)
+    return row
+
+
+def _novel(work: Path, megabytes: float) -> dict[str, Any]:
+    """The same of one text, with the default recipe."""
+    corpus = work / "novel.txt"
+    characters = write_novel(corpus, megabytes)
+    row = {"megabytes": megabytes, "characters": characters, **_peaks(work, _command(work, None, corpus))}
+    corpus.unlink()
+    click.echo(json.dumps(row), err=True)
+    return row
+
+
+def _peaks(work: Path, command: list[str]) -> dict[str, Any]:
     shutil.rmtree(work / "runs", ignore_errors=True)
     peaks = {"resident": 0, "anonymous": 0, "largest_process": 0}
-    with subprocess.Popen(_command(work, base, corpus), stdout=subprocess.DEVNULL) as process:
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         ended = threading.Event()
         poll = threading.Thread(target=_poll, args=(process.pid, peaks, ended))
         poll.start()
@@ -107,10 +131,8 @@ def _memory(work: Path, base: Path, megabytes: int) -> dict[str, Any]:
     if code:
         raise SystemExit(f"prepare ended with {code}")
     disk = sum(path.stat().st_size for path in (work / "runs").rglob("*") if path.is_file())
-    corpus.unlink()
-    row = {"megabytes": megabytes, "documents": documents, "peak_bytes": peaks, "run_bytes_on_disk": disk}
-    click.echo(json.dumps(row), err=True)
-    return row
+    seconds = round(time.perf_counter() - began, 1)
+    return {"peak_bytes": peaks, "run_bytes_on_disk": disk, "seconds": seconds}
 
 
 def _poll(root: int, peaks: dict[str, int], ended: threading.Event) -> None:
@@ -147,9 +169,10 @@ def _status(pid: int) -> dict[str, int]:
     return {name.rstrip(":"): int(value) << 10 for name, value, _ in pairs}
 
 
-def _command(work: Path, base: Path, corpus: Path, *more: str) -> list[str]:
-    settings = [part for setting in ("name=measured", *SETTINGS, *more) for part in ("--set", setting)]
-    places = ["--base", str(base), "--corpus", str(corpus), "--runs", str(work / "runs")]
+def _command(work: Path, base: Path | None, corpus: Path, *more: str) -> list[str]:
+    own = (*SETTINGS, *more) if base else more
+    settings = [part for setting in ("name=measured", *own) for part in ("--set", setting)]
+    places = [*(["--base", str(base)] if base else []), "--corpus", str(corpus), "--runs", str(work / "runs")]
     return [sys.executable, "-m", "serving.cli", "prepare", *settings, *places]
 
 

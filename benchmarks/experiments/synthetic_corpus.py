@@ -13,6 +13,7 @@ import random
 import sysconfig
 import unicodedata
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 _POOL_CHARACTERS = 24_000_000
@@ -30,6 +31,28 @@ def write_corpus(path: Path, characters: int, seed: int = 0) -> int:
             if characters <= 0:
                 break
     return count
+
+
+def write_novel(path: Path, megabytes: float, seed: int = 0) -> int:
+    """Write one text of so many million bytes in the manner of a Chinese novel, and return its characters.
+
+    A paragraph begins with two ideographic spaces and has no other white space. Words are one to three Han characters
+    drawn at random, as often as Zipf's law has them.
+    """
+    draw = random.Random(seed)
+    words = [
+        "".join(chr(draw.randint(0x4E00, 0x9000)) for _ in range(draw.choice((1, 2, 2, 2, 3)))) for _ in range(20_000)
+    ]
+    weights = list(accumulate(1 / (rank + 3) for rank in range(len(words))))
+    size = characters = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        while size < megabytes * 1e6:
+            chosen = draw.choices(words, cum_weights=weights, k=400)
+            marks = draw.choices(("", "，", "。", "！", "？", "；"), (75, 14, 8, 1, 1, 1), k=400)
+            text = "\u3000\u3000" + "".join(word + mark for word, mark in zip(chosen, marks, strict=True)) + "。\n"
+            file.write(text)
+            size, characters = size + len(text.encode()), characters + len(text)
+    return characters
 
 
 def _documents(draw: random.Random) -> Iterator[str]:

@@ -88,6 +88,8 @@ def read_base_tokenizer(folder: Path, weights: Path, rows: int | None = None, en
     notes: list[str] = []
     if rows is not None:
         tokenizer, files, notes = _fit(tokenizer, files, folder, rows)
+    if (folder / "additional_chat_templates").is_dir():
+        notes.append("additional_chat_templates: left out; only the default chat template comes along")
     resolver = RoleResolver(tokenizer, files, folder)
     ids = resolver.token_ids(end_token)
     return BaseTokenizer(tokenizer, ids, files, (*notes, *dict.fromkeys(resolver.notes), *_left_out(files)))

@@ -32,13 +32,17 @@ _INVISIBLE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0001\U000e0020-\U000e007e]"
 )
-# Of these alone, a row means nothing. Brackets and quotes are not among them: a row of those closes something.
+# Of these alone, a row means nothing. ASCII's brackets and quotes are not among them: a row of those closes something.
+# After ASCII's come the marks of Chinese and Japanese, in full width too, and arrows, shapes and ornaments.
 _ASCII_MARKS = "=-~_*#+^.,:;!?<>|\\/&%$@"
-_MARKS = re.escape(_ASCII_MARKS) + "·•…‐-―■-◿★☆"
+_WIDE_MARKS = "！＂＃＄％＆＇＊＋，－．／：；＜＝＞？＠＼＾＿｀｜～￣￤、。〃〈-】〒-〟〰・｡､･"
+_MARKS = re.escape(_ASCII_MARKS) + _WIDE_MARKS + "·•…‥※‼⁇-⁉‐-―←-⇿⋯■-⛿✀-➿⬀-⯿"
 _BOX = "\u2500-\u259f"
 _RUN = rf"(?:([{_MARKS}])\1{{3,}}+|[{_BOX}]{{2,}}+)"
 _RUNS = re.compile(_RUN)
-_RUN_LINE = re.compile(rf"^[ \t]*+(?>{_RUN}[ \t]*+)++(?:\n|\Z)", re.MULTILINE)
+# Of ornaments three in a line of their own are a row: they part scenes.
+_ORNAMENTS = "※＊～■-⛿✀-➿"
+_RUN_LINE = re.compile(rf"^[ \t\u3000]*+(?>(?:{_RUN}|([{_ORNAMENTS}])\2{{2}})[ \t\u3000]*+)++(?:\n|\Z)", re.MULTILINE)
 _LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 _LINE_END = re.compile(rf"\r\n|[{_LINE_ENDS}]")
 _EMPTY_LINES = re.compile(r"\n{3,}")
@@ -99,9 +103,10 @@ def collapse_symbols(text: str) -> Cleaned:
 
 def drop_symbols(text: str) -> Cleaned:
     """Remove lines that are nothing but such rows, and put one space for a row inside a line."""
-    if not _may_have_runs(text) or not _RUNS.search(text):
+    if not _may_have_runs(text):
         return text, False
-    return _RUNS.sub(" ", _RUN_LINE.sub("", text)), True
+    cleaned = _RUNS.sub(" ", _RUN_LINE.sub("", text))
+    return cleaned, cleaned != text
 
 
 def _may_have_runs(text: str) -> bool:

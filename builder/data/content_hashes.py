@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from builder.data import chinese_sentences
 from builder.data.docstrings import source_files
 from builder.data.sources import find_sources
 from builder.recipe import CorpusRecipe
@@ -58,7 +59,12 @@ class ContentHashes:
 
 
 def corpus_inputs(recipe: CorpusRecipe, hashes: ContentHashes) -> Inputs:
-    """Return what a recipe's corpus consists of: its files, or Python's own sources. Raises as `find_sources` does."""
+    """Return what a recipe's corpus consists of: its files, or the sources of a builtin text.
+
+    Raises what `find_sources` does.
+    """
+    if not recipe.paths and recipe.builtin == "chinese":
+        return hashes.all_of([("chinese", Path(chinese_sentences.__file__))])
     if not recipe.paths:
         return [("docstrings", _library_hash())]
     return hashes.all_of((file.name, file.path) for file in find_sources(recipe.paths).files)

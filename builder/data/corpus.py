@@ -28,6 +28,8 @@ from serving.errors import InputError
 
 TRAIN, VALIDATION, REPORT, SCRATCH = "train.jsonl", "validation.jsonl", "report.json", "scratch"
 
+_BUILTIN = {"docstrings": "Python standard library docstrings", "chinese": "generated Chinese sentences"}
+
 
 @dataclass(frozen=True)
 class SideReport:
@@ -88,7 +90,7 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
         source, files, skipped = "files", len(sources.files), sources.skipped
     else:
         documents = read_documents(settings, recipe.instruction)
-        source, files, skipped = "Python standard library docstrings", 0, {}
+        source, files, skipped = _BUILTIN[settings.builtin], 0, {}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
     tally = Tally()

@@ -1,9 +1,10 @@
 """Choose and clean the documents of a corpus, and count what each step did.
 
-The steps run in this order: cleaning of each text, boilerplate lines, trimming, length, copies, near-duplicates. All
-come before the split, so no document is on one side while its copy is on the other. What needs one text only runs in
-several processes; what comes out is the same for any number of them. Memory holds the chunks under way (about a million
-characters each), a block of 16 million characters, and what `boilerplate_lines` and `DiskIndex` say of themselves.
+The steps run in this order: the user's transform, cleaning of each text, boilerplate lines, trimming, length, copies,
+near-duplicates. All come before the split, so no document is on one side while its copy is on the other. What needs one
+text only runs in several processes; what comes out is the same for any number of them. Memory holds the chunks under
+way (about a million characters each), a block of 16 million characters, and what `boilerplate_lines` and `DiskIndex`
+say of themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from builder.data.cleaning import remove_lines, steps, tidy_space, trim
 from builder.data.deduplication import Copies, NearDuplicates, Signatures, require_rensa, sign
 from builder.data.documents import Document, read_file, write_document
 from builder.data.process_map import map_in_order
+from builder.data.transforms import load_transform
 from builder.recipe import Recipe
 
 _COUNTED_LINES = 1 << 19
@@ -94,7 +96,9 @@ def curate(
     `scratch` is a folder to make for what does not stay in memory; it is removed at the end.
     """
     if recipe.corpus.near_duplicates:
-        require_rensa()  # Said before any text is read.
+        require_rensa()  # Said before any text is read, as is a transform that cannot be loaded.
+    if recipe.corpus.transform:
+        load_transform(recipe.corpus.transform)
     try:
         if recipe.cleaning.boilerplate_documents:
             scratch.mkdir(parents=True, exist_ok=True)
@@ -153,6 +157,8 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _clean(recipe: Recipe, documents: list[Document]) -> Chunk:
     functions = list(steps(recipe.cleaning))
+    if recipe.corpus.transform:
+        functions.insert(0, ("transform", load_transform(recipe.corpus.transform)))
     chunk = Chunk([], Tally(read=len(documents)))
     for document in documents:
         cleaned = document

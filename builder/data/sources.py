@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from builder.data.chinese_sentences import read_chinese_sentences
 from builder.data.docstrings import read_docstrings
 from builder.data.documents import Document
 from builder.data.file_formats import Skipped, kind_of, kinds, read_records
@@ -64,7 +65,7 @@ _PLAIN = InstructionRecipe()
 def read_documents(
     recipe: CorpusRecipe, instruction: InstructionRecipe = _PLAIN, skipped: Skipped | None = None
 ) -> Iterator[Document]:
-    """Yield every document of `recipe.paths`, lazily and in a fixed order; without paths, Python's own docstrings.
+    """Yield every document of `recipe.paths`, lazily and in a fixed order; without paths, the builtin text.
 
     With an `instruction` that is set, records are read as `instructions.read_instructions` says.
 
@@ -75,6 +76,8 @@ def read_documents(
         yield from read_sources(find_sources(recipe.paths), recipe, instruction, skipped)
     elif instruction.is_set:
         yield from read_function_instructions(instruction)
+    elif recipe.builtin == "chinese":
+        yield from read_chinese_sentences()
     else:
         yield from read_docstrings()
 

@@ -195,7 +195,8 @@ def _batches(texts: Iterable[str], cut: bool) -> Iterator[list[tuple[str, bool]]
     for text in texts:
         for piece, last in pieces(text) if cut else [(text, True)]:
             batch.append((piece, last))
-            characters += len(piece) + 1
+            # A character of three bytes is as much to encode as three of one.
+            characters += (len(piece) if piece.isascii() else 3 * len(piece)) + 1
             if characters >= _BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ _PIECE_CHARACTERS = 1 << 11
 # Where GPT-2's pattern starts a new pre-token whatever stands around: at white space after anything else, and at a
 # punctuation mark after a letter. Of the latter only Chinese and Japanese ones are taken: texts of these languages have
 # no others to be cut at for pages, and their letters are letters in every version of Unicode.
-_SAFE_CUT = re.compile(
-    r"(?<=\S)(?=[ \t\n\r\u3000])"
-    r"|(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])(?=[，。！？；：、…—（）《》「」『』“”])"
-)
+_LETTERS = r"0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5"
+_SAFE_CUT = re.compile(rf"(?<=\S)(?=[ \t\n\r\u3000])|(?<=[{_LETTERS}])(?=[，。！？；：、…—（）《》「」『』“”])")
+
+# Runs of Thai to Lao, Myanmar, Khmer, kana, Han.
+_UNBROKEN = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{4,}")
 
 
 def train_tokenizer(texts: Iterable[str], recipe: TokenizerRecipe, n_positions: int, folder: Path) -> Tokenizer:
@@ -57,6 +58,32 @@ def train_tokenizer(texts: Iterable[str], recipe: TokenizerRecipe, n_positions: 
     write_tokenizer_files(tokenizer, n_positions, folder, roles)
     write_text(folder / GENERATION_CONFIG, settings_text({"bos_token_id": end, "eos_token_id": end}))
     return tokenizer
+
+
+def even_sample(read: Callable[[], Iterable[str]], unbroken_characters: int) -> Iterator[str]:
+    """Yield the texts that `read` gives at each call, or pieces from all over them, to learn a vocabulary from.
+
+    The library keeps each different run of letters in 32 bytes for each of its bytes, and more for its pairs. Between
+    blanks the runs are words, which repeat. In scripts without blanks nearly every clause is another run: of the
+    characters in such runs about `unbroken_characters` are yielded.
+    """
+    total = sum(_unbroken(piece) for text in read() for piece, _ in pieces(text))
+    if total <= unbroken_characters:
+        yield from read()
+        return
+    due = 0.0
+    for text in read():
+        for piece, _ in pieces(text):
+            count = _unbroken(piece)
+            due += count * unbroken_characters / total
+            if not count or due >= count:
+                due -= count
+                yield piece
+
+
+def _unbroken(text: str) -> int:
+    """The characters in runs of four or more of scripts without spaces."""
+    return 0 if text.isascii() else sum(map(len, _UNBROKEN.findall(text)))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -134,8 +161,8 @@ def can_cut(tokenizer: Tokenizer) -> bool:
         and not any(
             token["lstrip"]
             or token["rstrip"]
-            or _SAFE_CUT.search(f"x{token['content']}x", 2, len(token["content"]) + 1)
             or token["content"].split() != [token["content"]]
+            or _SAFE_CUT.search(token["content"])
             for token in state["added_tokens"]
         )
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from builder.data.content_hashes import ContentHashes, Inputs, corpus_inputs
 from builder.data.process_map import usable_cores
+from builder.data.transforms import transform_hash
 from builder.model.pretrained import local_base
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
@@ -69,6 +70,11 @@ class Run:
         return corpus_inputs(self.recipe.corpus, self.hashes)
 
     @cached_property
+    def transform(self) -> str:
+        """The source of the function that texts go through."""
+        return transform_hash(self.recipe.corpus.transform) if self.recipe.corpus.transform else ""
+
+    @cached_property
     def base(self) -> Inputs | str:
         """The files of a base checkpoint in a local folder, as `corpus`; else its name."""
         base = local_base(self.recipe.model.base) if self.recipe.model.base else None
@@ -79,11 +85,11 @@ class Run:
     def prepare_key(self) -> str:
         """Of the texts, of all that decides what becomes of them, and of the base that brings the tokenizer."""
         recipe = self.recipe
-        corpus = {key: value for key, value in asdict(recipe.corpus).items() if key != "paths"}
+        corpus = {key: value for key, value in asdict(recipe.corpus).items() if key not in ("paths", "transform")}
         parts = corpus, asdict(recipe.instruction), asdict(recipe.cleaning), asdict(recipe.tokenizer)
         sequence = recipe.training.sequence_length, recipe.training.packing
         model = (recipe.model.n_positions, self.base)
-        return stage_key(__version__, *parts, recipe.seed, model, sequence, self.corpus)
+        return stage_key(__version__, *parts, recipe.seed, model, sequence, self.corpus, self.transform)
 
     def train_key(self) -> str:
         """Of the tokens and of what decides the weights: both loops' are equal but for rounding, so it is not said."""
@@ -150,6 +156,8 @@ def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
 def _unchanged(run: Run) -> None:
     """Raise InputError if the texts are no longer those that the run's keys are made of."""
     now = Run(run.recipe, run.folder).corpus
+    if Run(run.recipe, run.folder).transform != run.transform:
+        raise InputError("corpus.transform changed while the corpus was read; run the same command again")
     if now != run.corpus:
         changed = sorted({name for name, _ in set(now) ^ set(run.corpus)}) or ["the order of the files"]
         raise InputError(f"corpus: {', '.join(changed[:3])} changed while it was read; run the same command again")

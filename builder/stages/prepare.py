@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from builder.data.token_shards import open_tokens, read_tokens, write_tokens
 from builder.data.tokenizer import (
     PREPARED_FILES,
     add_chat_template,
+    even_sample,
     load_tokenizer,
     train_tokenizer,
     vocabulary_size,
@@ -168,16 +169,19 @@ def _make_tokenizer(recipe: Recipe, base: CheckedBase | None, folder: Path, repo
             report("chat template: the recipe's instruction template replaces it")
         write_base_tokenizer(base.tokenizer, base.geometry.n_positions, folder)
     else:
-        # The end token inside a chat is no text to learn a vocabulary from; a plain document is one run.
-        texts = (
-            text
-            for document in read_file(folder.parent / "corpus" / TRAIN)
-            for text, _ in document.runs
-            if not (document.segments and text == END_TOKEN)
+        texts = even_sample(
+            lambda: _texts_to_learn(folder.parent / "corpus" / TRAIN), recipe.tokenizer.unbroken_characters
         )
         train_tokenizer(texts, recipe.tokenizer, recipe.model.n_positions, folder)
     if recipe.instruction.is_set:
         add_chat_template(folder, Template.of(recipe.instruction).chat_template())
+
+
+def _texts_to_learn(path: Path) -> Iterator[str]:
+    """The texts that a vocabulary is learnt from; a plain document is one run."""
+    for document in read_file(path):
+        # The end token inside a chat is no text.
+        yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))
 
 
 def _again(ran: bool) -> str:

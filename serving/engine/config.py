@@ -84,8 +84,8 @@ class MemoryEstimate:
 def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> MemoryEstimate:
     """What `graph_name` of `bundle` will take in an engine of `config`, without loading it.
 
-    Weights are counted twice, since a runtime may hold packed copies of the matrices beside what it read; that is a
-    bound on the safe side, not a measurement. A runtime's code and working memory are not in it.
+    Weights are counted three times: while it loads, the file is in memory, and the runtime holds a copy and packed
+    matrices. That is a bound on the safe side, not a measurement. A runtime's code and working memory are not in it.
     """
     geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
     dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]

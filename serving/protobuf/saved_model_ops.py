@@ -27,12 +27,12 @@ ALLOWED_OPS = frozenset((
     "Transpose", "Unpack", "ZerosLike",
     # Arithmetic and logic.
     "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "BatchMatMulV2", "BiasAdd", "BitwiseAnd", "BitwiseOr",
-    "BitwiseXor", "Cumsum", "DenseBincount", "Einsum", "Equal", "Exp", "Floor", "FloorDiv", "FloorMod", "Greater",
-    "GreaterEqual", "IsFinite", "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "LogSoftmax", "LogicalAnd",
-    "LogicalNot", "LogicalOr", "MatMul", "Max", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg", "NotEqual", "Pow",
-    "Prod", "RandomUniform", "RandomUniformInt", "RealDiv", "RightShift", "Round", "Rsqrt", "Select", "SelectV2",
-    "Sign", "Softmax", "SparseSoftmaxCrossEntropyWithLogits", "Sqrt", "Square", "SquaredDifference", "Sub", "Sum",
-    "Tanh", "TopKV2",
+    "BitwiseXor", "Cumsum", "DenseBincount", "Einsum", "Equal", "Erf", "Exp", "Floor", "FloorDiv", "FloorMod",
+    "Greater", "GreaterEqual", "IsFinite", "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "LogSoftmax",
+    "LogicalAnd", "LogicalNot", "LogicalOr", "MatMul", "Max", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg",
+    "NotEqual", "Pow", "Prod", "RandomUniform", "RandomUniformInt", "RealDiv", "Relu", "RightShift", "Round",
+    "Rsqrt", "Select", "SelectV2", "Sign", "Softmax", "SparseSoftmaxCrossEntropyWithLogits", "Sqrt", "Square",
+    "SquaredDifference", "Sub", "Sum", "Tanh", "TopKV2",
     # Rows, places and ragged rows.
     "GatherNd", "GatherV2", "InplaceUpdate", "LowerBound", "RaggedGather", "RaggedRange", "RaggedTensorToTensor",
     "ReverseV2", "ScatterNd", "SegmentSum", "SegmentSumV2", "TensorScatterAdd", "TensorScatterUpdate", "Unique",

@@ -172,6 +172,7 @@ def bodies(request: InferRequest, most: int) -> list[CompletionRequest]:
     if not 1 <= count <= most:
         raise InputError(f"text_input has {count} texts; it must have 1 to {most}")
     texts = [each.decode("utf-8", "replace") for each in request.inputs["text_input"].tolist()]
+    CompletionRequest.refuse(request.parameters)
     shared = {name: request.parameters[name] for name in OPTIONS if name in request.parameters}
     columns: dict[str, list[Any]] = {}
     for name, array in request.inputs.items():

@@ -61,11 +61,10 @@ async def completions(request: Request) -> Response:
         generation.watch(request)
         span = start_span(COMPLETION, request.headers, model.name)
         run = Run(body, model, prompts, generation, request_id, span, request.state)
-        first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
-        if body.stream:
-            return EventStream(stream(run, first))
-        while first:
-            first = run.take(await generation.next())
+        if body.stream:  # At once: the engine has accepted it, and it may wait long for its first token.
+            return EventStream(stream(run), server.settings.ping_seconds)
+        while run.take(await generation.next()):
+            pass
         answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
     except BaseException as error:
         if run is None:

@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -241,8 +242,10 @@ def read_parameters(inputs: Arrays) -> list[SamplingParams]:
 
 
 def _seed(seed: int) -> int:
+    if seed == -1:  # No seed, as vLLM and llama.cpp have it.
+        return secrets.randbelow(MAX_SEED)
     if seed < 0:
-        raise InputError(f"seed must be from 0 to {MAX_SEED}")
+        raise InputError(f"seed must be from 0 to {MAX_SEED}, or -1 for none")
     return seed
 
 

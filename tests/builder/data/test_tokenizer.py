@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
+import builder.data.tokenizer
 from builder.data.base_tokenizer import read_base_tokenizer, write_base_tokenizer
 from builder.data.tokenizer import (
     TOKENIZER_FILES,
     can_cut,
     end_token_id,
+    even_sample,
     load_tokenizer,
     pieces,
     train_tokenizer,
@@ -175,3 +178,49 @@ def test_transformers_reads_it_as_gpt2(
             ids = tokenizer.encode(text).ids
             assert theirs(text)["input_ids"] == ids
             assert theirs.decode(ids) == text
+
+
+CHINESE = (
+    "\u3000\u3000话说天下大势，分久必合，合久必分。周末七国分争，并入于秦！及秦灭之后，楚、汉分争，又并入于汉…\n\u3000\u3000“真的吗？”他问—",
+    "これはペンです。「そうですか」、はい！\n\n　　次の行\t《本》（一）ABC，don't。 I'm，it's… 3，4。５，six",
+)
+
+
+@pytest.mark.parametrize("text", CHINESE)
+def test_pieces_of_chinese_and_japanese_have_the_tokens_of_the_whole(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(["".join(CHINESE) * 3], TokenizerRecipe(vocab_size=400), 16, tmp_path)
+    draw = random.Random(3)
+    mixed = "".join(draw.choices(text + "。，  \n\u3000x'1é\u0301", k=3000))
+    for whole in (text, text * 50, mixed):
+        for size in (1, 5, 40):
+            monkeypatch.setattr(builder.data.tokenizer, "_PIECE_CHARACTERS", size)
+            parts = [piece for piece, _ in pieces(whole)]
+            assert "".join(parts) == whole
+            assert len(parts) > 1 and (whole is mixed or max(map(len, parts)) < size + 40)
+            assert [id for part in parts for id in tokenizer.encode(part).ids] == tokenizer.encode(whole).ids
+    monkeypatch.undo()
+    longest = max(map(len, (piece for piece, _ in pieces(CHINESE[0] * 500))))
+    assert longest < 2100, "a novel without a blank is never one piece"
+
+
+def test_an_added_token_that_a_cut_could_split_forbids_cuts(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens([END_TOKEN, "[PAD]", "<|im_start|>"])
+    assert can_cut(tokenizer)
+    tokenizer.add_special_tokens(["完。结"])
+    assert not can_cut(tokenizer)
+
+
+def test_a_vocabulary_is_learnt_from_an_even_part_of_a_long_text_without_spaces() -> None:
+    english = ["some words of a text " * 500]
+    clause = "".join(chr(0x4E00 + place) for place in range(9))
+    chinese = [clause + "，" for _ in range(100)]
+    assert list(even_sample(lambda: english + chinese, 900)) == english + chinese
+    sample = "".join(even_sample(lambda: english + chinese, 450))
+    assert sample.count(english[0]) == 1 and 48 <= sample.count(clause) <= 50
+    novel = "".join(chinese) * 100
+    part = list(even_sample(lambda: [novel], 9000))
+    assert 7000 < sum(map(len, part)) < 12_000
+    assert all(piece in novel for piece in part)

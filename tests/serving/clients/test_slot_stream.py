@@ -272,6 +272,11 @@ def test_stop_texts_token_ids_and_ignored_ends(server: StandIn, real_bundle: Pat
     ids = [token for piece in client.stream([[ended[0]]], going, tokens, steps=3) for token in piece.token_ids]
     assert ids == list(wanted.token_ids) and len(ids) == 20 and end in ids[:-1]
 
+    for here in (tokens, None):  # By the tokenizer here, or by the server's.
+        stop = SamplingParams(max_new_tokens=20, ignore_eos=True, stop=("<|endoftext|>",))
+        (made,) = client.generate([[ended[0]]], stop, here)
+        assert (made.tokens, made.finish_reason) == (ids.index(end) + 1, "stop")
+
     with pytest.raises(InputError, match="ignore_eos needs temperature 0"):
         client.stream("ab", SamplingParams(ignore_eos=True, temperature=1.0))
     with pytest.raises(InputError, match="min_p is not done"):
