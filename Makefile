@@ -135,7 +135,7 @@ test: $(INSTALLED) ## Run the fast tests.
 test-slow: $(INSTALLED) ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
 
-test-oracle: $(INSTALLED) ## Install torch (CPU) and transformers beside, and run the tests against them.
+test-oracle: $(INSTALLED) ## Install torch (CPU) too, and run the tests against it and transformers.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[oracle]'
 	$(BIN)/python -m pytest -m oracle
 

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from serving import __version__
-from serving.errors import GPT2BundleError
+from serving.errors import GPT2BundleError, one_line
 from serving.support.interrupts import remembered_interrupts
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -138,7 +138,7 @@ def run(arguments: list[str] | None = None) -> int:
             "interrupted" + ("; the same command goes on from the last finished stage" if goes_on else ""), 130
         )
     except GPT2BundleError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(one_line(error), error.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): end quietly, and keep the interpreter from flushing again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,7 +149,7 @@ def run(arguments: list[str] | None = None) -> int:
         return _fail("out of memory; use a smaller model, batch or context", 1)
     except Exception as error:  # A bug of ours: still one line, with the way to a full report.
         return _fail(
-            f"internal error: {type(error).__name__}: {error} (please report it; "
+            f"internal error: {type(error).__name__}: {one_line(error)} (please report it; "
             "GPT2_BUNDLE_TRACEBACK=1 shows where it happened)",
             1,
         )

@@ -6,6 +6,9 @@ what is wrong, where, and what to do; `exit_code` is what the command line leave
 
 from __future__ import annotations
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_MESSAGE = 500
 """Characters of an error's line."""
 
@@ -17,8 +20,13 @@ def cut(text: str, most: int = 80) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of `error` in one line of at most MAX_MESSAGE characters."""
-    return cut(" ".join(str(error)[: 8 * MAX_MESSAGE].split()), MAX_MESSAGE)
+    """The message of `error` in one line of at most MAX_MESSAGE characters, control characters written out."""
+    return printable(cut(" ".join(str(error)[: 8 * MAX_MESSAGE].split()), MAX_MESSAGE))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which may be orders to a terminal, written out; but for tabs and new lines."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 class GPT2BundleError(Exception):

@@ -192,7 +192,8 @@ def _datasets(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             if item.external or item.is_virtual:
-                raise InputError(f"{path}: tensor {name!r} is kept in another file, which is not opened")
+                short = name.rpartition("transformer/")[2]
+                raise InputError(f"{path}: tensor {short!r} is kept in another file, which is not opened")
             found.append((name, tuple(item.shape)))
 
     with _readable(path), h5py.File(path, "r") as file:

@@ -89,6 +89,8 @@ def read_geometry(folder: Path, ids: TokenIds | None = None) -> Geometry:
     name = config.get("activation_function", "gelu_new")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise InputError(f"{path}: activation_function is {name!r}; can be built: {', '.join(_ACTIVATIONS)}")
+    if config.get("auto_map"):
+        raise InputError(f"{path}: auto_map names code of its own, which is never run; name a plain GPT-2 checkpoint")
     if config.get("add_cross_attention", False):
         raise InputError(f"{path}: add_cross_attention is {config['add_cross_attention']!r}; only False can be built")
     try:
@@ -113,6 +115,11 @@ def read_geometry(folder: Path, ids: TokenIds | None = None) -> Geometry:
     if problem:
         raise InputError(f"{path}: {problem}")
     return geometry
+
+
+def read_sizes(folder: Path) -> Geometry:
+    """Return the geometry of the checkpoint in `folder`, whatever its config.json says of tokens; both ids are 0."""
+    return read_geometry(folder, TokenIds(0, 0))
 
 
 def query_scales(folder: Path, geometry: Geometry) -> list[float]:
@@ -168,12 +175,3 @@ def recipe_geometry(model: ModelRecipe, vocab_size: int, ids: TokenIds) -> Geome
         bos_token_id=ids.bos,
         eos_token_id=ids.eos,
     )
-
-
-def check_heads(geometry: Geometry) -> None:
-    """Raise InputError for heads of a size that the optimised graphs cannot have."""
-    if geometry.n_embd % (8 * geometry.n_head):
-        raise InputError(
-            f"model.n_embd {geometry.n_embd} over model.n_head {geometry.n_head} makes heads of "
-            f"{geometry.n_embd / geometry.n_head:g}; ONNX Runtime's GroupQueryAttention takes multiples of 8 only"
-        )

@@ -12,9 +12,15 @@ from builder.model.checkpoint_formats import has_weights
 from serving.errors import InputError
 
 # Weights that would have to be unpickled are never fetched, and h5 only where there are no safetensors.
-_SMALL = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-_SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-_H5 = ["tf_model.h5", "tf_model-*-of-*.h5", "tf_model.h5.index.json"]
+_SMALL = [
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("adapter_config.json", "assets/tokenizer/*"),
+]
+_SAFETENSORS = [
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+]
+_H5 = ["tf_model.h5", "tf_model-*-of-*.h5", "tf_model.h5.index.json", "model.weights.h5"]
 
 
 def download(name: str) -> Path:
@@ -23,14 +29,19 @@ def download(name: str) -> Path:
     Raises InputError if the repository or its weights cannot be had, with the reason.
     """
     folder = _snapshot(name, [*_SMALL, *_SAFETENSORS])
-    if not has_weights(folder):
+    if not _is_whole(folder):
         folder = _snapshot(name, [*_SMALL, *_H5])
-    if not has_weights(folder):
+    if not _is_whole(folder):
         raise InputError(
             f"model.base {name!r}: its repository has neither model.safetensors nor tf_model.h5 (pickled weights are "
             "never fetched); convert them with transformers' save_pretrained and name that folder"
         )
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether there are weights, or an adapter, whose base is a checkpoint of its own."""
+    return has_weights(folder) or (folder / "adapter_model.safetensors").is_file()
 
 
 def _snapshot(name: str, patterns: list[str]) -> Path:
@@ -42,7 +53,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         # Without a network the client refuses a cached snapshot that lacks any file of the repository's list, and
         # transformers fetches only one form of the tokenizer.
         cached = Path(getattr(error, "snapshot_path", None) or "")
-        if (cached / "config.json").is_file() and has_weights(cached):
+        if (cached / "config.json").is_file() and _is_whole(cached):
             return cached
         raise InputError(f"model.base {name!r}: there is no such folder, and {_reason(error)}") from None
 

@@ -81,7 +81,12 @@ class Kernels:
 
     def activate(self, inner: Any) -> Any:
         """Apply the activation elementwise: ReLU, GELU, or GELU in its tanh form (Hendrycks & Gimpel 2016)."""
-        return ops.relu(inner) if self.activation == "relu" else ops.gelu(inner, approximate=self.activation != "gelu")
+        if self.activation == "relu":
+            return ops.relu(inner)
+        if self.activation == "gelu":
+            # Written out: TensorFlow takes erfc for it, which ONNX has no operator for.
+            return 0.5 * inner * (1.0 + ops.erf(inner * math.sqrt(0.5)))
+        return ops.gelu(inner, approximate=True)
 
     def lm_head(self, hidden: Any, wte: Any) -> Any:
         """Logits against the tied embedding: [batch, sequence, n_embd] to float32 [batch, sequence, vocab_size]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.model.geometry import CONFIG, HPARAMS, check_heads, query_scales, read_geometry, recipe_geometry
+from builder.model.geometry import CONFIG, HPARAMS, query_scales, read_geometry, recipe_geometry
 from builder.model.lora_adapter import ADAPTER_CONFIG, LoraAdapter, adapter_base
 from builder.model.weight_matching import match_weights
 from builder.plain_files import is_plain
@@ -92,14 +92,11 @@ def geometry_of(model: ModelRecipe, vocab_size: int, ids: TokenIds, base: Base |
     """Return the geometry that a recipe trains: the base checkpoint's, or the recipe's own with this vocabulary.
 
     `ids` are those of the prepared tokenizer, whatever the base's config.json says. `base` spares resolving
-    `model.base` a second time. Raises InputError for one that cannot be exported afterwards.
+    `model.base` a second time. Raises InputError for one that is not GPT-2.
     """
     if model.base:
-        geometry = read_geometry((base or resolve_base(model.base)).weights, ids)
-    else:
-        geometry = recipe_geometry(model, vocab_size, ids)
-    check_heads(geometry)
-    return geometry
+        return read_geometry((base or resolve_base(model.base)).weights, ids)
+    return recipe_geometry(model, vocab_size, ids)
 
 
 def load_weights(model: Any, folder: Path, adapter: Path | None = None) -> str:

@@ -15,8 +15,11 @@ from serving.bundle import Geometry
 from serving.errors import InputError
 
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
-# Buffers that old versions saved: causal masks and their filling.
-_BUFFERS = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
+# What a checkpoint holds besides a model: causal masks that old versions saved, and the state of a training.
+_NO_WEIGHTS = re.compile(
+    r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)|optimizer/.*|"
+    r"(?:.*/)?(?:Adam(?:_\d+)?|Momentum|beta[12]_power|step|global_step|save_counter)"
+)
 _BLOCK_NUMBER = re.compile(r"(?:^|/|\.)h(?:_\._|\.)?(\d+)[./]")
 _MOST_NAMES = 4
 
@@ -78,7 +81,7 @@ def match_weights(folder: Path, geometry: Geometry) -> Matched:
     for tensor in stored:
         name = HEAD if tensor.name in head else names.get(tensor.name)
         if name is None:
-            others += [] if _BUFFERS.fullmatch(tensor.name) else [tensor.name]
+            others += [] if _NO_WEIGHTS.fullmatch(tensor.name) else [tensor.name]
             continue
         shape = shapes[EMBEDDING if name == HEAD else name]
         if name in found:

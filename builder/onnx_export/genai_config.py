@@ -31,7 +31,7 @@ def genai_config(geometry: Geometry, pad_token_id: int | None = None) -> dict[st
             "decoder": {
                 "session_options": {},
                 "filename": "model.onnx",
-                "head_size": geometry.head_dim,
+                "head_size": geometry.padded_head_dim,
                 "hidden_size": geometry.n_embd,
                 "num_attention_heads": geometry.n_head,
                 "num_key_value_heads": geometry.n_head,

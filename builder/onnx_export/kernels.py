@@ -29,6 +29,11 @@ class OnnxKernels(Kernels):
         self.past = past
         self.present: list[tuple[Any, Any]] = []
 
+    @staticmethod
+    def cache_head_dim(geometry: Geometry) -> int:
+        """Width of a head in the graph's KV cache."""
+        return geometry.head_dim
+
     def layer_norm(self, layer: Any, hidden: Any) -> Any:
         gamma, beta = tf.convert_to_tensor(layer.gamma), tf.convert_to_tensor(layer.beta)
         (normed,) = self.markers.emit(
@@ -109,10 +114,14 @@ class OptimisedKernels(OnnxKernels):
 
     Right padding only. Args:
         attention_mask: [batch, total] int64; a row's sum is its length after this step.
-        past: per block (key, value), each [batch, n_head, buffer, head_dim].
+        past: per block (key, value), each [batch, n_head, buffer, padded_head_dim].
     """
 
     domains = (MICROSOFT,)
+
+    @staticmethod
+    def cache_head_dim(geometry: Geometry) -> int:
+        return geometry.padded_head_dim
 
     def __init__(
         self, geometry: Geometry, markers: MarkerTable, past: list[tuple[Any, Any]], attention_mask: Any
@@ -135,17 +144,27 @@ class OptimisedKernels(OnnxKernels):
     def attention(self, layer: int, qkv: Any, training: bool) -> Any:
         past_key, past_value = self.past[layer]
         batch, sequence = self.batch_and_sequence[0], self.batch_and_sequence[1]
-        qkv = tf.reshape(qkv, [batch, sequence, 3 * self.geometry.n_embd])
-        cache = tf.TensorSpec([None, self.geometry.n_head, None, self.geometry.head_dim], qkv.dtype)
+        heads, width, padded = self.geometry.n_head, self.geometry.head_dim, self.geometry.padded_head_dim
+        options: dict[str, Any] = {}
+        if padded != width:
+            # The zeros add nothing to a product of query and key, and the values' are cut off again.
+            parts = tf.reshape(qkv, [batch, sequence, 3 * heads, width])
+            qkv = tf.pad(parts, [[0, 0], [0, 0], [0, 0], [0, padded - width]])
+            options["scale"] = float(width) ** -0.5
+        qkv = tf.reshape(qkv, [batch, sequence, 3 * heads * padded])
+        cache = tf.TensorSpec([None, heads, None, padded], qkv.dtype)
         context, key, value = self.markers.emit(
             "GroupQueryAttention",
             [qkv, None, None, past_key, past_value, self.last_index, self.total],
-            [tf.TensorSpec([None, None, self.geometry.n_embd], qkv.dtype), cache, cache],
+            [tf.TensorSpec([None, None, heads * padded], qkv.dtype), cache, cache],
             domain=MICROSOFT,
-            num_heads=self.geometry.n_head,
-            kv_num_heads=self.geometry.n_head,
+            num_heads=heads,
+            kv_num_heads=heads,
+            **options,
         )
         self.present.append((key, value))
+        if padded != width:
+            context = tf.reshape(context, [batch, sequence, heads, padded])[..., :width]
         return tf.reshape(context, [-1, self.geometry.n_embd])
 
     def wanted(self, layer: int, rows: Any) -> Any:

@@ -54,7 +54,8 @@ def trace(
     order = {id(variable): index for index, (_, variable) in enumerate(named)}
     weight_order = [order[id(variable)] for variable in model.trainable_variables]
     n_cache = 2 * geometry.n_layer
-    cache_shape = [None, geometry.n_head, None, geometry.head_dim]
+    head_dim = make_kernels.cache_head_dim(geometry)
+    cache_shape = [None, geometry.n_head, None, head_dim]
     signature = [
         tf.TensorSpec([None, None], tf.int64, name="input_ids"),
         tf.TensorSpec([None, None], tf.int64, name="attention_mask"),
@@ -93,10 +94,10 @@ def trace(
     }
     past = cache_names("past_key_values", geometry.n_layer)
     present = cache_names("present", geometry.n_layer)
-    axes |= {name: ["batch_size", geometry.n_head, past_axis, geometry.head_dim] for name in past}
+    axes |= {name: ["batch_size", geometry.n_head, past_axis, head_dim] for name in past}
     inputs = [*axes, *[name for name, _ in named]]
     axes |= {name: list(variable.shape) for name, variable in named}
-    axes |= {name: ["batch_size", geometry.n_head, present_axis, geometry.head_dim] for name in present}
+    axes |= {name: ["batch_size", geometry.n_head, present_axis, head_dim] for name in present}
     axes["logits"] = list(logits_shape)
     _rename(converted.graph, inputs, ["logits", *present])
     for value in [*converted.graph.input, *converted.graph.output]:

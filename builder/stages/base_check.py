@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from builder.data.base_tokenizer import BaseTokenizer, read_base_tokenizer
-from builder.model.geometry import check_heads, read_geometry
+from builder.model.geometry import read_sizes
 from builder.model.lora_adapter import LoraAdapter
 from builder.model.pretrained import Base, resolve_base
 from builder.model.weight_matching import check_head, match_weights
 from builder.recipe import ModelRecipe
-from builder.special_tokens import TokenIds
 from serving.bundle import Geometry
-
-# Any ids do until the tokenizer has said which they are.
-_NO_IDS = TokenIds(0, 0)
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,7 @@ class CheckedBase:
 def read_base(model: ModelRecipe) -> CheckedBase:
     """Return the base of a recipe. Raises InputError for one that is not there, not whole or not a GPT-2."""
     parts = resolve_base(model.base)
-    geometry = read_geometry(parts.weights, _NO_IDS)
-    check_heads(geometry)
+    geometry = read_sizes(parts.weights)
     check_head(parts.weights, match_weights(parts.weights, geometry))
     if parts.adapter is not None:
         LoraAdapter(parts.adapter, geometry)

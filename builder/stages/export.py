@@ -36,6 +36,7 @@ from builder.tf_export.warmup import write_warmup
 from builder.verification.golden import GOLDEN, versions, write_golden
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
 from serving.deploy.tf_serving_config import config_files
+from serving.errors import InputError
 
 
 def export(
@@ -71,6 +72,10 @@ def export(
     for precision in recipe.export.variants:
         path = f"ort/{precision}/model.onnx"
         int8_caches = precision in recipe.export.int8_caches
+        if int8_caches and geometry.padded_head_dim != geometry.head_dim:
+            raise InputError(
+                f"export.int8_caches: heads of {geometry.head_dim} have no int8 cache, only multiples of 8"
+            )
         calibration = None
         if precision == "int4" or int8_caches:
             calibration = Calibration(model, calibration_texts(shard, geometry.n_positions, recipe.seed))
@@ -144,7 +149,7 @@ def _savedmodel_graph(name: str, function: Any) -> Graph:
     positional, keywords = function.structured_input_signature
     inputs = {spec.name: _tf_spec(spec) for spec in (*positional, *keywords.values())}
     outputs = {key: _tf_spec(spec) for key, spec in sorted(function.structured_outputs.items())}
-    cache: Any = "none" if name in ("score", "tokenize", "detokenize", "release_slots") else "static"
+    cache: Any = "none" if name in ("score", "tokenize", "detokenize", "release_slots", "cancel_slots") else "static"
     return Graph("tensorflow", "savedmodel/1/saved_model.pb", "fp32", "right", cache, inputs, outputs, signature=name)
 
 

@@ -1,4 +1,4 @@
-"""A model that a Keras program has trained, to a verified bundle in one call."""
+"""For Keras programs: a base checkpoint to a Keras model, and the trained model to a verified bundle, a call each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from builder.data.base_tokenizer import read_base_tokenizer, write_base_tokenizer
 from builder.data.masked_shards import open_shard
@@ -17,6 +20,7 @@ from builder.model.pretrained import load_weights, resolve_base
 from builder.model.safetensors_file import write_safetensors
 from builder.progress import Reporter
 from builder.recipe import ModelRecipe, Recipe, TrainingRecipe, fit_context
+from builder.stages.base_check import read_base
 from builder.stages.export import export
 from builder.stages.pipeline import package, verify_bundle
 from builder.stages.train import WEIGHTS, check_quality, figures, hf_config, quality
@@ -25,6 +29,18 @@ from builder.training.trainer import LanguageModel, evaluate
 from serving.bundle import Bundle, open_bundle
 from serving.bundle.publishing import check_destination
 from serving.errors import InputError
+
+
+def load_base(name: str, end_token: str = "") -> tuple[GPT2, Tokenizer]:
+    """Return a base checkpoint as a Keras model, token ids [batch, sequence] to logits, and its tokenizer.
+
+    `name` is a folder or a hub name. `model.geometry.eos_token_id` is the end token; `end_token` decides which it is
+    where the base's files disagree. Raises InputError for a base that cannot be built.
+    """
+    base = read_base(ModelRecipe(base=name, end_token=end_token))
+    model = GPT2.create(base.geometry)
+    load_weights(model, base.parts.weights, base.parts.adapter)
+    return model, base.tokenizer.tokenizer
 
 
 def export_bundle(
@@ -45,18 +61,21 @@ def export_bundle(
         base: folder or hub name of the checkpoint that it was loaded from, for the tokenizer.
         train: the texts that it was trained on; int4 and int8 are calibrated on them, and n-grams fitted.
         validation: texts that it was not trained on; the certificate and the perplexities are of these.
-        recipe: for its `seed`, `export` and `verify`; the rest is not read.
+        recipe: for its `seed`, `export`, `verify` and `model.end_token`; the rest is not read.
 
     Raises InputError for a tokenizer that does not fit the model, TrainingError for a model no better than
     `verify.better_than`, and ParityError if a runtime disagrees with Keras. Nothing is published then.
     """
     reporter, recipe = reporter or Reporter(), recipe or Recipe()
     geometry = model.geometry
-    training = TrainingRecipe(epochs=0.0, sequence_length=0, loop=OWN_PROGRAM)
     recipe = Recipe(
-        name=name, seed=recipe.seed, model=ModelRecipe(base=base), training=training, export=recipe.export,
+        name=name,
+        seed=recipe.seed,
+        model=ModelRecipe(base=base, end_token=recipe.model.end_token),
+        training=TrainingRecipe(epochs=0.0, sequence_length=0, loop=OWN_PROGRAM),
+        export=recipe.export,
         verify=recipe.verify,
-    )  # fmt: skip
+    )
     recipe = fit_context(recipe, geometry.n_positions)
     destination = Path(output) / name
     check_destination(destination)
@@ -66,7 +85,8 @@ def export_bundle(
         for folder in (trained, draft):
             folder.mkdir()
         places = resolve_base(base)
-        read = read_base_tokenizer(places.tokenizer, places.weights, geometry.vocab_size)
+        read = read_base_tokenizer(places.tokenizer, places.weights, geometry.vocab_size, recipe.model.end_token)
+        geometry = replace(geometry, bos_token_id=read.ids.bos, eos_token_id=read.ids.eos)
         write_base_tokenizer(read, geometry.n_positions, prepared / "tokenizer")
         for note in read.notes:
             reporter.line(note)

@@ -6,6 +6,7 @@ from typing import Any
 
 from builder.keras_backend import tf
 from serving.bundle import Geometry
+from serving.sampling.sampler import MAX_SEED
 
 
 def after(checks: list[Any], *tensors: Any) -> list[Any]:
@@ -19,11 +20,25 @@ def check_all(condition: Any, message: str) -> Any:
     return tf.debugging.Assert(tf.reduce_all(condition), [message])
 
 
+def check_ranks(**tensors: tuple[Any, int]) -> list[Any]:
+    """The tensors, but not before each has been found to have as many axes as is said with it.
+
+    A server feeds a session what a client has sent, whatever shape the signature declares.
+    """
+    checks = []
+    for name, (tensor, rank) in tensors.items():
+        # The optimiser takes the declared number of axes for a fact. It knows nothing of what comes out of bytes.
+        shape = tf.io.parse_tensor(tf.io.serialize_tensor(tf.shape(tensor)), tf.int32)
+        axes = "1 axis" if rank == 1 else f"{rank} axes"
+        checks.append(check_all(tf.size(shape) == rank, f"{name} must have {axes}"))
+    return after(checks, *[tensor for tensor, _ in tensors.values()])
+
+
 def check_rows(rows_of: str, first: Any, **tensors: Any) -> list[Any]:
     """Check that each tensor has as many rows as `first`, the input `rows_of`; one row would be spread unasked."""
     rows = tf.shape(first)[0]
     return [
-        tf.debugging.assert_equal(tf.shape(tensor)[0], rows, f"{name} must have one value for each row of {rows_of}")
+        check_all(tf.shape(tensor)[0] == rows, f"{name} must have one value for each row of {rows_of}")
         for name, tensor in tensors.items()
     ]
 
@@ -40,29 +55,31 @@ def check_prompt(geometry: Geometry, token_ids: Any, lengths: Any) -> list[Any]:
     width, limit = tf.shape(token_ids)[1], geometry.n_positions
     return [
         check_ids(token_ids, geometry.vocab_size),
-        tf.debugging.assert_less_equal(width, limit, f"the prompt is longer than the context of {limit} tokens"),
+        check_all(width <= limit, f"the prompt is longer than the context of {limit} tokens"),
         *check_rows("token_ids", token_ids, lengths=lengths),
-        tf.debugging.assert_greater_equal(lengths, 1, "lengths must be at least 1: a prompt may not be empty"),
-        tf.debugging.assert_less_equal(lengths, width, "lengths must not pass the end of token_ids"),
+        check_all(lengths >= 1, "lengths must be at least 1: a prompt may not be empty"),
+        check_all(lengths <= width, "lengths must not pass the end of token_ids"),
     ]
 
 
-def check_parameters(token_ids: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Any:
-    """Check what says how each row of `token_ids` is continued."""
+def check_parameters(
+    rows_of: str, rows: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any
+) -> list[Any]:
+    """Check what says how each row of `rows`, the input `rows_of`, is continued."""
+    parameters = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     return [
-        *check_rows(
-            "token_ids",
-            token_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        ),
-        tf.debugging.assert_greater_equal(max_new_tokens, 1, "max_new_tokens must be at least 1"),
+        *check_rows(rows_of, rows, **parameters),
+        check_all(max_new_tokens >= 1, "max_new_tokens must be at least 1"),
         check_all(
             tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"
         ),
-        tf.debugging.assert_greater_equal(top_k, 0, "top_k must be 0 (off) or more"),
+        check_all(top_k >= 0, "top_k must be 0 (off) or more"),
         check_all((top_p > 0) & (top_p <= 1), "top_p must be above 0 and at most 1"),
+        check_all(seed >= 0, f"seed must be from 0 to {MAX_SEED}"),
     ]

@@ -37,7 +37,7 @@ class ServableKernels(Kernels):
         return self.weights.dense(layer, hidden)
 
     def activate(self, inner: Any) -> Any:
-        return tf.nn.relu(inner) if self.activation == "relu" else tf.nn.gelu(inner, self.activation != "gelu")
+        return tf.nn.gelu(inner, approximate=True) if self.activation == "gelu_new" else super().activate(inner)
 
     def layer_norm(self, layer: Any, hidden: Any) -> Any:
         mean = tf.reduce_mean(hidden, axis=-1, keepdims=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.keras_backend import tf
-from builder.tf_export.lint_config import check_configuration, check_contents
+from builder.tf_export.lint_config import check_configuration, check_contents, check_own_contents
 from builder.tf_export.lint_costs import check_memory, check_time, largest_batch, measure, memory
 from builder.tf_export.lint_graph import Finding, check_ops, check_signatures
 from serving.bundle import MANIFEST_NAME, Geometry, open_bundle
@@ -69,11 +69,13 @@ def lint(
     rows of the largest batch, by default those that the batching parameters beside the SavedModel allow. Raises
     BundleError for a file that is no SavedModel for serving.
     """
-    meta_graph = read_meta_graph(target.version)
     problems = [*find_problems(target.version)]
+    if target.geometry is not None and problems:
+        return check_own_contents(problems)
+    meta_graph = read_meta_graph(target.version)
     findings = [
         *check_ops(meta_graph),
-        *check_contents(meta_graph, problems, ours=target.geometry is not None),
+        *check_contents(meta_graph, problems),
         *check_signatures(meta_graph),
         *check_configuration(target.version),
     ]

@@ -47,24 +47,25 @@ def check_configuration(version: Path) -> Iterator[Finding]:
             yield Finding("warning", "batching", path.name, f"{PADDING_RISK}; take it out")
 
 
-def check_contents(meta_graph: Any, problems: Sequence[Problem], ours: bool) -> Iterator[Finding]:
-    """What no export of this project holds: an error in one of `ours`, which its readers would refuse.
-
-    In anyone's, ops that open files or run foreign code are errors where a session reaches them; for the rest a note
-    says that the model is not run here.
-    """
-    told: set[tuple[str, str]] = set()
-    reached = {"graph", *reached_functions(meta_graph)}
+def check_own_contents(problems: Sequence[Problem]) -> list[Finding]:
+    """What no export of this project holds, as errors: the bundle's readers refuse it, so nothing more is looked at."""
+    messages: dict[tuple[str, str], str] = {}
     for problem in problems:
-        if (problem.op or problem.message, problem.where) in told:
-            continue
-        told.add((problem.op or problem.message, problem.where))
-        if ours:
-            yield Finding("error", "contents", problem.where, problem.message)
-        elif FOREIGN_OPS.fullmatch(problem.op) and problem.op not in PYTHON and problem.where in reached:
-            message = f"{problem.op} opens files or runs code that is not in the graph, as the server's user"
-            yield Finding("error", "contents", problem.where, message)
-    if problems and not ours:
+        messages.setdefault((problem.where, problem.op or problem.message), problem.message)
+    return [Finding("error", "contents", where, message) for (where, _), message in messages.items()]
+
+
+def check_contents(meta_graph: Any, problems: Sequence[Problem]) -> Iterator[Finding]:
+    """In a SavedModel of anyone: errors for ops that open files or run foreign code where a session reaches them.
+
+    For what else no export of this project holds, a note says that the model is not run here.
+    """
+    reached = {"graph", *reached_functions(meta_graph)}
+    for where, op in dict.fromkeys((problem.where, problem.op) for problem in problems):
+        if FOREIGN_OPS.fullmatch(op) and op not in PYTHON and where in reached:
+            message = f"{op} opens files or runs code that is not in the graph, as the server's user"
+            yield Finding("error", "contents", where, message)
+    if problems:
         held = list(dict.fromkeys(problem.op for problem in problems if problem.op))
         names = ", ".join(repr(op[:80]) for op in held[:_SHOWN]) or problems[0].message
         more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""

@@ -18,10 +18,18 @@ from typing import Any
 
 from builder.keras_backend import tf
 from builder.model.gpt2 import GPT2
+from builder.tf_export.generation_loop import generation_loop
 from builder.tf_export.graph_tokenizer import GraphTokenizer
-from builder.tf_export.input_checks import after, check_ids, check_parameters, check_prompt, check_rows
-from builder.tf_export.kernels import Cache, LoopKernels, PromptKernels, StepKernels
-from builder.tf_export.sampling import choose
+from builder.tf_export.input_checks import (
+    after,
+    check_all,
+    check_ids,
+    check_parameters,
+    check_prompt,
+    check_ranks,
+    check_rows,
+)
+from builder.tf_export.kernels import PromptKernels, StepKernels
 from builder.tf_export.slots import Slots
 from builder.tf_export.text_signatures import TextSignatures
 from builder.tf_export.weight_layout import ServedWeights
@@ -45,8 +53,6 @@ _PARAMETERS = (
     _row(tf.float32, "top_p"),
     _row(tf.int64, "seed"),
 )
-# Positions that the loop's cache grows by: it is copied once for so many tokens, and attended to its end.
-_BLOCK = 64
 
 
 class Servable(tf.Module):  # type: ignore[misc]
@@ -73,8 +79,9 @@ class Servable(tf.Module):  # type: ignore[misc]
         replaced = self.served.replaced
         self.weights = [variable.value for variable in model.trainable_variables if id(variable) not in replaced]
         self.geometry = model.geometry
-        self.slots = Slots(self.geometry, self._run, slots, slot_lease) if slots else None
-        self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self.generate)
+        door = f"slots_{self.served.digest():08x}"
+        self.slots = Slots(self.geometry, self._run, slots, slot_lease, door) if slots else None
+        self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self._continue)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the SavedModel to `folder` (a TensorFlow Serving version folder); return its concrete functions."""
@@ -106,6 +113,9 @@ class Servable(tf.Module):  # type: ignore[misc]
                 *slot, _row(tf.int32, "received"), _row(tf.int32, "steps")
             )
             signatures["release_slots"] = _function(self.slots.release).get_concrete_function(*slot)
+            signatures["cancel_slots"] = _function(self.slots.cancel).get_concrete_function(
+                _row(tf.int64, "request_id")
+            )
         tf.saved_model.save(self, str(folder), signatures=signatures)
         return signatures
 
@@ -121,70 +131,27 @@ class Servable(tf.Module):  # type: ignore[misc]
         A row ends after its end token (which is counted), after `max_new_tokens`, or where the context is full; what
         lies behind its length is the end token. Parameters are those of `builder.tf_export.sampling.choose`, one a row.
         """
-        geometry = self.geometry
+        token_ids, lengths, *parameters = check_ranks(
+            token_ids=(token_ids, 2),
+            lengths=(lengths, 1),
+            max_new_tokens=(max_new_tokens, 1),
+            temperature=(temperature, 1),
+            top_k=(top_k, 1),
+            top_p=(top_p, 1),
+            seed=(seed, 1),
+        )
         checks = [
-            *check_prompt(geometry, token_ids, lengths),
-            *check_parameters(token_ids, max_new_tokens, temperature, top_k, top_p, seed),
+            *check_prompt(self.geometry, token_ids, lengths),
+            *check_parameters("token_ids", token_ids, *parameters),
         ]
-        token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed = after(
-            checks, token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed
-        )
-        budget = tf.minimum(max_new_tokens, geometry.n_positions - lengths)
-        steps = tf.maximum(tf.reduce_max(budget), 0)
-        end = tf.constant(geometry.eos_token_id, tf.int32)
+        token_ids, lengths, *parameters = after(checks, token_ids, lengths, *parameters)
+        return self._continue(token_ids, lengths, *parameters)
 
-        prompt = PromptKernels(geometry, lengths, last=True)
-        logits = self._run(token_ids, None, prompt)
-        batch, width = tf.shape(token_ids)[0], tf.shape(token_ids)[1]
-
-        def body(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
-            count = tf.fill([batch], tf.cast(step, tf.int64))
-            token = tf.where(active, choose(logits, temperature, top_k, top_p, seed, count), end)
-            output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
-            made += tf.cast(active, tf.int32)
-            active = active & (token != end) & (made < budget)
-
-            def advance() -> Any:
-                # A row that has ended may stand at the last position; its token is not used, so the clip is safe.
-                positions = tf.minimum(lengths + step, geometry.n_positions - 1)
-                kernels = LoopKernels(geometry, positions, cache, capacity)
-                return self._run(token[:, None], positions[:, None], kernels), kernels.present
-
-            logits, cache = tf.cond(tf.reduce_any(active), advance, lambda: (logits, cache))
-            return step + 1, logits, active, made, output, cache, capacity
-
-        def unfinished(step: Any, logits: Any, active: Any, *rest: Any) -> Any:
-            return (step < steps) & tf.reduce_any(active)
-
-        def has_room(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
-            return unfinished(step, logits, active) & (width + step < capacity)
-
-        def block(*state: Any) -> Any:
-            *others, cache, capacity = state
-            room = tf.minimum(_BLOCK, width + steps - capacity)
-            return tf.while_loop(has_room, body, (*others, grow(cache, capacity, room), capacity + room))
-
-        def grow(cache: Cache, capacity: Any, room: Any) -> Cache:
-            shape = [batch * geometry.n_head, capacity, geometry.head_dim]
-            return [
-                tuple(
-                    tf.reshape(tf.pad(tf.reshape(part, shape), [[0, 0], [0, room], [0, 0]]), [-1, geometry.head_dim])
-                    for part in pair
-                )
-                for pair in cache
-            ]
-
-        state = (
-            tf.constant(0),
-            logits,
-            budget > 0,
-            tf.zeros([batch], tf.int32),
-            tf.fill([steps, batch], end),
-            [tuple(tf.reshape(part, [-1, geometry.head_dim]) for part in pair) for pair in prompt.present],
-            width,
-        )
-        longest, _, _, made, output, *_ = tf.while_loop(unfinished, block, state)
-        return {"token_ids": tf.transpose(output[:longest]), "lengths": made}
+    def _continue(self, token_ids: Any, lengths: Any, max_new_tokens: Any, *sampling: Any) -> dict[str, Any]:
+        """The same of rows that have been checked."""
+        if self.slots is not None:
+            return self.slots.generate(token_ids, lengths, max_new_tokens, *sampling)
+        return generation_loop(self.geometry, self._run, token_ids, lengths, max_new_tokens, *sampling)
 
     def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:
         """Run a prompt; return `logits` [batch, vocab_size] after each row's last token, and the cache.
@@ -192,20 +159,22 @@ class Servable(tf.Module):  # type: ignore[misc]
         The cache tensors are [batch, n_head, length, head_dim], zero behind the prompt; their length is the largest
         of `capacity` [batch], which must be at least the padded prompt's and at most n_positions.
         """
+        token_ids, lengths, capacity = check_ranks(
+            token_ids=(token_ids, 2), lengths=(lengths, 1), capacity=(capacity, 1)
+        )
+        width, limit = tf.shape(token_ids)[1], self.geometry.n_positions
         checks = [
             *check_prompt(self.geometry, token_ids, lengths),
             *check_rows("token_ids", token_ids, capacity=capacity),
-            tf.debugging.assert_greater_equal(
-                tf.reduce_max(capacity), tf.shape(token_ids)[1], "capacity must hold the padded prompt"
+            check_all(
+                (tf.reduce_max(capacity) >= width) | (tf.size(capacity) == 0), "capacity must hold the padded prompt"
             ),
-            tf.debugging.assert_less_equal(
-                capacity, self.geometry.n_positions, f"capacity must be at most {self.geometry.n_positions}"
-            ),
+            check_all(capacity <= limit, f"capacity must be at most {limit}"),
         ]
         token_ids, lengths, capacity = after(checks, token_ids, lengths, capacity)
         kernels = PromptKernels(self.geometry, lengths, last=True)
         logits = self._run(token_ids, None, kernels)
-        room = tf.reduce_max(capacity) - tf.shape(token_ids)[1]
+        room = tf.maximum(tf.reduce_max(capacity), width) - width
         padded = [tf.pad(tensor, [[0, 0], [0, 0], [0, room], [0, 0]]) for pair in kernels.present for tensor in pair]
         return {"logits": logits, **dict(zip(self.cache_names(), padded, strict=True))}
 
@@ -215,15 +184,20 @@ class Servable(tf.Module):  # type: ignore[misc]
         `lengths` [batch] counts the tokens that the cache holds; the new one is written there.
         """
         names = self.cache_names()
-        capacity = tf.shape(cache[names[0]])[2]
+        token_ids, lengths, *tensors = check_ranks(
+            token_ids=(token_ids, 1), lengths=(lengths, 1), **{name: (cache[name], 4) for name in names}
+        )
+        cache = dict(zip(names, tensors, strict=True))
+        shape, capacity = tf.shape(tensors[0]), tf.shape(tensors[0])[2]
         checks = [
             check_ids(token_ids, self.geometry.vocab_size),
-            *check_rows("token_ids", token_ids, lengths=lengths, **{names[0]: cache[names[0]]}),
-            tf.debugging.assert_non_negative(lengths, "lengths must be 0 or more"),
-            tf.debugging.assert_less(lengths, capacity, "the cache is full; prefill with a larger capacity"),
-            tf.debugging.assert_less(lengths, self.geometry.n_positions, "the context is full"),
+            *check_rows("token_ids", token_ids, lengths=lengths, **cache),
+            *[check_all(tf.shape(each) == shape, "the cache tensors must have one shape") for each in tensors[1:]],
+            check_all(lengths >= 0, "lengths must be 0 or more"),
+            check_all(lengths < capacity, "the cache is full; prefill with a larger capacity"),
+            check_all(lengths < self.geometry.n_positions, "the context is full"),
         ]
-        token_ids, lengths, *tensors = after(checks, token_ids, lengths, *[cache[name] for name in names])
+        token_ids, lengths, *tensors = after(checks, token_ids, lengths, *tensors)
         pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
         kernels = StepKernels(self.geometry, lengths, pairs)
         logits = self._run(token_ids[:, None], lengths[:, None], kernels)
@@ -235,6 +209,7 @@ class Servable(tf.Module):  # type: ignore[misc]
 
         Returns `log_probs` [batch, sequence] float32, 0 for a row's first token and for padding, and `total` [batch].
         """
+        token_ids, lengths = check_ranks(token_ids=(token_ids, 2), lengths=(lengths, 1))
         token_ids, lengths = after(check_prompt(self.geometry, token_ids, lengths), token_ids, lengths)
         kernels = PromptKernels(self.geometry, lengths, last=False)
         logits = self._run(token_ids, None, kernels)

@@ -27,11 +27,10 @@ class SlotCache(tf.Module):  # type: ignore[misc]
             for _ in range(2 * geometry.n_layer)
         ]
 
-    def fit(self, need: Any) -> tuple[Cache, Any]:
-        """Make room for `need` positions a slot, in whole blocks; return the tensors and the capacity.
+    def fit(self, need: Any) -> Any:
+        """Make room for `need` positions a slot, in whole blocks; return the capacity.
 
-        What is read is the variables' memory itself and no copy: an in-place op on it changes them. What a slot holds
-        at a position from `need` on may be gone.
+        What a slot holds at a position from `need` on may be gone.
         """
         wanted = tf.minimum((need + _BLOCK - 1) // _BLOCK * _BLOCK, self.geometry.n_positions)
         held = [tf.raw_ops.VariableShape(input=variable.handle)[0] // self.heads for variable in self.tensors]
@@ -50,17 +49,21 @@ class SlotCache(tf.Module):  # type: ignore[misc]
                     previous = [variable.assign(tf.reshape(resized, [-1, self.geometry.head_dim]))]
             return tf.identity(wanted)
 
-        capacity = tf.cond(fits, lambda: tf.identity(smallest), resize)
-        with tf.control_dependencies([capacity]):
-            tensors = [variable.read_value() for variable in self.tensors]
-        return list(zip(tensors[::2], tensors[1::2], strict=True)), capacity
+        return tf.cond(fits, lambda: tf.identity(smallest), resize)
+
+    def read(self) -> Cache:
+        """The tensors: the variables' memory itself and no copy, so that an in-place op on them changes it."""
+        tensors = [variable.read_value() for variable in self.tensors]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def store(self, present: Cache, slots: Any, width: Any, need: Any) -> None:
         """Write the first `width` positions of `slots` [rows]; `present` is per block [rows, n_head, width, head_dim].
 
         `need`, at least `width`, is how many positions are kept of every slot.
         """
-        cache, capacity = self.fit(need)
+        capacity = self.fit(need)
+        with tf.control_dependencies([capacity]):
+            cache = self.read()
         heads = slots[:, None] * self.geometry.n_head + tf.range(self.geometry.n_head)
         lines = tf.reshape(heads[:, :, None] * capacity + tf.range(width), [-1])
         past = [tensor for pair in cache for tensor in pair]

@@ -7,12 +7,12 @@ from typing import Any
 
 from builder.keras_backend import tf
 from builder.tf_export.graph_tokenizer import GraphTokenizer
-from builder.tf_export.input_checks import after, check_all, check_ids, check_rows
+from builder.tf_export.input_checks import after, check_all, check_ids, check_parameters, check_ranks, check_rows
 from serving.bundle import Geometry
 
 
 class TextSignatures(tf.Module):  # type: ignore[misc]
-    """`generate_text`, `tokenize` and `detokenize` over one tokenizer and the generation of `Servable.generate`."""
+    """`generate_text`, `tokenize` and `detokenize` over one tokenizer and the generation of checked tokens."""
 
     def __init__(self, tokenizer: GraphTokenizer, geometry: Geometry, continue_rows: Callable[..., Any]) -> None:
         super().__init__(name="text")
@@ -28,22 +28,22 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         """
         geometry, limit = self._geometry, self._geometry.n_positions
         too_long = f"the prompt is longer than the context of {limit} tokens"
+        text, *parameters = check_ranks(
+            text=(text, 1),
+            max_new_tokens=(max_new_tokens, 1),
+            temperature=(temperature, 1),
+            top_k=(top_k, 1),
+            top_p=(top_p, 1),
+            seed=(seed, 1),
+        )
         checks = [
-            *check_rows(
-                "text",
-                text,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-            ),
+            *check_parameters("text", text, *parameters),
             check_all(tf.strings.length(text) > 0, "text may not be empty; <|endoftext|> alone starts a new text"),
             # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
             check_all(tf.strings.length(text) <= limit * self.tokenizer.longest, too_long),
         ]
-        text, *parameters = after(checks, text, max_new_tokens, temperature, top_k, top_p, seed)
-        prompt = self.tokenize(text)
+        text, *parameters = after(checks, text, *parameters)
+        prompt = self._tokens(text)
         longest = tf.reduce_max(prompt["lengths"])
         fits = tf.debugging.Assert(longest <= limit, [f"{too_long}; the longest one has", longest])
         token_ids, lengths = after([fits], prompt["token_ids"], prompt["lengths"])
@@ -53,7 +53,7 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         padded = tf.pad(made["token_ids"], [[0, 0], [1, 0]], constant_values=-1)
         stopped = tf.gather(padded, made["lengths"], batch_dims=1) == geometry.eos_token_id
         return {
-            **self.detokenize(made["token_ids"], made["lengths"]),
+            "text": self.tokenizer.decode(made["token_ids"], made["lengths"]),
             "lengths": made["lengths"],
             "prompt_tokens": lengths,
             "finish_reason": tf.where(stopped, "stop", "length"),
@@ -61,6 +61,10 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
 
     def tokenize(self, text: Any) -> dict[str, Any]:
         """Return `token_ids` [batch, longest] int32, the end token behind each row's own, and `lengths` [batch]."""
+        (text,) = check_ranks(text=(text, 1))
+        return self._tokens(text)
+
+    def _tokens(self, text: Any) -> dict[str, Any]:
         rows = self.tokenizer.encode(text)
         return {
             "token_ids": rows.to_tensor(default_value=self._geometry.eos_token_id),
@@ -69,6 +73,7 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
 
     def detokenize(self, token_ids: Any, lengths: Any) -> dict[str, Any]:
         """Return `text` [batch] of each row's first `lengths` tokens, special tokens skipped."""
+        token_ids, lengths = check_ranks(token_ids=(token_ids, 2), lengths=(lengths, 1))
         width = tf.shape(token_ids)[1]
         checks = [
             *check_rows("token_ids", token_ids, lengths=lengths),

@@ -26,7 +26,7 @@ _NEW_TOKENS = 2
 def write_warmup(version: Path, name: str, geometry: Geometry, signatures: Sequence[str]) -> int:
     """Write the records of those `signatures` that have requests below the version folder; return how many.
 
-    `name` is the model's. Signatures that keep state between calls have none: a warm-up would leave its own behind.
+    `name` is the model's. The records of the slots' signatures are rehearsals, which leave nothing behind.
     """
     from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 
@@ -67,6 +67,8 @@ def warmup_requests(geometry: Geometry) -> Iterator[tuple[str, dict[str, Any]]]:
         cache = np.zeros([rows, geometry.n_head, width, geometry.head_dim], np.float32)
         names = [f"cache_{layer}_{part}" for layer in range(geometry.n_layer) for part in ("key", "value")]
         step = {"token_ids": prompt["token_ids"][:, 0], "lengths": np.full(rows, width - 1, np.int32)}
+        held = {"slot": np.zeros(rows, np.int32), "generation": np.full(rows, -1, np.int64)}
+        steps = {"received": np.zeros(rows, np.int32), "steps": np.ones(rows, np.int32)}
         yield "serving_default", prompt | parameters
         yield "prefill", prompt | {"capacity": np.full(rows, width, np.int32)}
         yield "decode", step | dict.fromkeys(names, cache)
@@ -74,3 +76,7 @@ def warmup_requests(geometry: Geometry) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "generate_text", text | parameters
         yield "tokenize", text
         yield "detokenize", prompt
+        yield "prefill_slots", {"request_id": -1 - np.arange(rows, dtype=np.int64)} | prompt | parameters
+        yield "decode_slots", held | steps
+        yield "release_slots", held
+        yield "cancel_slots", {"request_id": np.full(rows, -(2**62), np.int64)}

@@ -6,6 +6,7 @@ The token table lies transposed, for the head: oneDNN's product with a table sto
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ class ServedWeights(tf.Module):  # type: ignore[misc]
         self.biases = [_parts(np.asarray(layer.bias), parts) for layer in layers]
         self._place = {id(layer): number for number, layer in enumerate(layers)}
         self.replaced |= {id(weight) for layer in layers for weight in (layer.kernel, layer.bias)}
+
+    def digest(self) -> int:
+        """A number of 32 bits that tells models apart, by their token table."""
+        return zlib.crc32(b"".join(part.numpy().tobytes() for part in self.table))
 
     def dense(self, layer: Any, hidden: Any) -> Any:
         """The layer's output, [rows, units]."""

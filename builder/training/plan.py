@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from builder.model.geometry import read_geometry
+from builder.model.geometry import read_sizes
 from builder.model.pretrained import resolve_base
 from builder.recipe import Recipe, TrainingRecipe, fit_context
 from serving.errors import InputError
@@ -28,7 +28,7 @@ def settled(recipe: Recipe) -> Recipe:
     """
     n_layer = recipe.model.n_layer
     if recipe.model.base:
-        geometry = read_geometry(resolve_base(recipe.model.base).weights)
+        geometry = read_sizes(resolve_base(recipe.model.base).weights)
         n_layer = geometry.n_layer
         recipe = fit_context(recipe, geometry.n_positions, f"the context of model.base {recipe.model.base!r},")
     names = list(weight_names(n_layer))

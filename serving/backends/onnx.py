@@ -95,7 +95,7 @@ class OnnxBackend:
         self._capture = cuda_graphs and self.device != "cpu"
         self._loops: dict[bool, DeviceLoop | None] = {}
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
-        self._cache_shape = (geometry.n_head, geometry.head_dim)
+        self._cache_shape = (geometry.n_head, graph.cache_head_dim(geometry))
         self._shared = graph.cache == "shared-buffer"
         if self.device != "cpu" and not self._shared:
             raise InputError(f"the graph {graph_name!r} runs on the processor only; ask for 'ort/fp32' on {device}")

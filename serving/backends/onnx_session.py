@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from serving.bundle.strict_json import ADVICE, shown
 from serving.errors import BundleError, RuntimeMissingError
 
 CHOOSE_GRAPH = "ort/choose"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 INT8_CACHES = (1, 28)
 """The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions.md."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -63,6 +65,9 @@ def open_session(bundle: Bundle, path: str, device: str, threads: int | None, ca
     kind, number = parse_device(device)
     provider = check_provider(kind)
     options = ort.SessionOptions()
+    # The weights must live until the session has copied them.
+    graph, weights = _read_graph(bundle, path)
+    _give_weights(options, weights, bundle.path(path).parent)
     if threads is not None:
         options.intra_op_num_threads = threads
     providers: list[Any] = [PROVIDERS["cpu"]]
@@ -71,7 +76,7 @@ def open_session(bundle: Bundle, path: str, device: str, threads: int | None, ca
         providers = [(provider, cuda_options(number, captured)), *providers]
     try:
         # Without its fallback, which prints several lines and goes on on the processor.
-        session = ort.InferenceSession(str(bundle.path(path)), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no narrower base.
         reason = " ".join(str(error).split())
         if kind != "cpu" and "CUDA" in reason:
@@ -86,6 +91,27 @@ def open_session(bundle: Bundle, path: str, device: str, threads: int | None, ca
             f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
         )
     return session
+
+
+def _read_graph(bundle: Bundle, path: str) -> tuple[bytes, dict[str, bytes]]:
+    """The ONNX file `path` of `bundle`, and by name the weight files next to it that it uses, read and hashed here.
+
+    From a path, ONNX Runtime maps the weights into memory: a file that is overwritten later would change the answers,
+    and one that is cut would end the process.
+    """
+    graph = bundle.read(path)
+    folder = path.rpartition("/")[0]
+    names = [item.path for item in bundle.manifest.artifacts if item.path.rpartition("/")[0] == folder]
+    beside = {name.rpartition("/")[2]: name for name in names if name.rpartition(".")[2] not in ("onnx", "json")}
+    return graph, {name: bundle.read(full) for name, full in beside.items() if name.encode() in graph}
+
+
+def _give_weights(options: Any, weights: dict[str, bytes], folder: Path) -> None:
+    if weights:
+        sizes = [len(data) for data in weights.values()]
+        options.add_external_initializers_from_files_in_memory(list(weights), list(weights.values()), sizes)
+    # Where any other file that the graph names is looked for, in place of the working folder.
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
 
 
 def check_provider(kind: str) -> str:
@@ -112,7 +138,7 @@ def _tensor_problem(bundle: Bundle, graph_name: str, session: Any) -> str | None
                 return f"has no {side} {shown(name)}, which the manifest names"
             shape, said = shapes[name], list(spec.shape)
             if name.startswith(("past_key_values.", "present.")) and len(said) == 4:
-                said[1], said[3] = model.n_head, model.head_dim
+                said[1], said[3] = model.n_head, graph.cache_head_dim(model)
             elif name == "logits":
                 said[-1] = model.vocab_size
             if len(said) != len(shape) or any(

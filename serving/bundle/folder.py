@@ -7,7 +7,6 @@ and nothing that its manifest does not name, so what was hashed is what is serve
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -20,6 +19,8 @@ from typing import Any, Literal
 
 from serving.bundle.manifest import (
     MANIFEST_NAME,
+    MAX_ARTIFACTS,
+    MAX_FILE_BYTES,
     SCHEMA_VERSION,
     TOKENIZER_NAME,
     Artifact,
@@ -33,6 +34,7 @@ from serving.bundle.manifest import (
     path_problem,
     to_json,
 )
+from serving.bundle.plain_files import hash_plain, read_plain
 from serving.bundle.publishing import publish, sync_folder
 from serving.bundle.strict_json import MAX_BYTES, refuse
 from serving.errors import BundleError, InputError
@@ -87,6 +89,23 @@ class Bundle:
         if name not in self._paths:
             raise BundleError(f"{self.folder}: the bundle has no file {name!r}{did_you_mean(name, self._paths)}")
         return self.folder / name
+
+    def read(self, name: str, most: int = MAX_FILE_BYTES) -> bytes:
+        """The bytes of the file `name`, at most `most`, in memory that nobody else can change, and hashed there.
+
+        Raises BundleError if they are not those of the manifest, as `path` does for a name that it does not have.
+        """
+        path = self.path(name)
+        (artifact,) = (each for each in self.manifest.artifacts if each.path == name)
+        if artifact.size > most:
+            raise refuse(str(self.folder), f"the file {name!r} has {artifact.size} bytes; it may have {most}")
+        try:
+            data = read_plain(path, artifact.size)
+        except FileNotFoundError:
+            raise refuse(str(self.folder), f"the file {name!r} is missing") from None
+        if hashlib.sha256(data).hexdigest() != artifact.sha256:
+            raise _changed(self.folder, artifact)
+        return data
 
     def graph(self, name: str) -> Graph:
         """The graph `name`, such as "ort/fp32". Raises InputError, naming the nearest one, if there is none."""
@@ -199,19 +218,22 @@ def open_bundle(folder: Path | str, check: Literal["hashes", "sizes"] = "hashes"
         raise BundleError(f"{folder}: the file {unnamed[0]!r}{more} is not in the manifest; move it elsewhere")
     if check == "hashes":
         for artifact in manifest.artifacts:
-            if _artifact(folder, artifact.path).sha256 != artifact.sha256:
-                raise refuse(str(folder), f"the file {artifact.path!r} has changed (its SHA-256 differs)")
+            if _artifact(folder, artifact.path, artifact.size) != artifact:
+                raise _changed(folder, artifact)
     return Bundle(folder, manifest)
 
 
+def _changed(folder: Path, artifact: Artifact) -> BundleError:
+    return refuse(str(folder), f"the file {artifact.path!r} has changed (its SHA-256 differs)")
+
+
 def _read_manifest(folder: Path) -> bytes:
-    path = folder / MANIFEST_NAME
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise refuse(str(folder), f"{MANIFEST_NAME} is not a plain file")
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    raise BundleError(f"{folder}: no {MANIFEST_NAME}, so this is not a bundle; make one with 'gpt2-bundle build'")
+    try:
+        return read_plain(folder / MANIFEST_NAME, MAX_BYTES)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder}: no {MANIFEST_NAME}, so this is not a bundle; make one with 'gpt2-bundle build'"
+        ) from None
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -228,23 +250,23 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    pending = [os.fspath(folder)]
+    pending, seen = [os.fspath(folder)], 0
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
+                seen += 1
+                if seen > 2 * MAX_ARTIFACTS:
+                    raise BundleError(f"{folder}: more than {2 * MAX_ARTIFACTS} files and folders; this is no bundle")
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
                 else:
                     yield entry
 
 
-def _artifact(folder: Path, path: str, sync: bool = False) -> Artifact:
-    """Size and hash of one file, read in blocks; with `sync`, also flush it to disk."""
+def _artifact(folder: Path, path: str, most: int = MAX_FILE_BYTES, sync: bool = False) -> Artifact:
+    """Size and hash of one file, read in blocks up to `most` bytes; with `sync`, also flush it to disk."""
     try:
-        with (folder / path).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            if sync:
-                os.fsync(file.fileno())
-            return Artifact(path=path, size=file.tell(), sha256=sha256)
+        size, sha256 = hash_plain(folder / path, most, sync)
     except FileNotFoundError:
         raise refuse(str(folder), f"the file {path!r} vanished while it was read") from None
+    return Artifact(path=path, size=size, sha256=sha256)

@@ -24,6 +24,8 @@ TOKENIZER_NAME = "tokenizer.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 DType = Literal["bool", "int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64", "string"]
 MAX_PATH_BYTES = 1024
+MAX_FILE_BYTES = 2**63 - 1
+MAX_ARTIFACTS = 10_000
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z\Z", re.ASCII)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
@@ -93,6 +95,11 @@ class Geometry:
         return self.n_embd // self.n_head
 
     @property
+    def padded_head_dim(self) -> int:
+        """Width of a head in a shared cache buffer: the next multiple of 8, which GroupQueryAttention takes alone."""
+        return -(-self.head_dim // 8) * 8
+
+    @property
     def parameters(self) -> int:
         """Number of weights, the LM head tied to the token embeddings (Radford et al., 2019, and their released code):
         the two embeddings; per block two norms, the fused attention projection, its output and the two layers of the
@@ -130,13 +137,17 @@ class Graph:
     outputs: Annotated[dict[str, TensorSpec], lambda value: None if value else "must name at least one tensor"]
     signature: str | None = None
 
+    def cache_head_dim(self, model: Geometry) -> int:
+        """Width of a head in this graph's KV cache."""
+        return model.padded_head_dim if self.cache == "shared-buffer" else model.head_dim
+
 
 @dataclass(frozen=True)
 class Artifact:
     """One file: its path inside the bundle, its size in bytes and its SHA-256 in hexadecimal."""
 
     path: Annotated[str, path_problem]
-    size: Annotated[int, _between(0, 2**63 - 1)]
+    size: Annotated[int, _between(0, MAX_FILE_BYTES)]
     sha256: Annotated[str, _sha256]
 
 

@@ -22,6 +22,10 @@ from serving.support.suggestions import did_you_mean
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64
+MAX_ITEMS = 10_000
+"""Of one list or table that the schema names."""
+MAX_KEY = 1024
+"""Characters of a key."""
 ADVICE = "build the bundle again or get an unchanged copy"
 
 T = TypeVar("T")
@@ -66,6 +70,9 @@ def loads(data: bytes, where: str) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
+        longest = max(table, key=len, default="")
+        if len(longest) > MAX_KEY:
+            raise refuse(where, f"the key {shown(longest)} has more than {MAX_KEY} characters")
         if len(table) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise refuse(where, f"the key {shown(twice)} occurs twice in one table")
@@ -122,6 +129,8 @@ def _read(kind: Any, value: Any, file: str, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if type(value) in (list, dict) and len(value) > MAX_ITEMS:
+        raise refuse(file, f"{where or 'the document'} has {len(value)} items; it may have {MAX_ITEMS}")
     if origin is Annotated:
         result = _read(arguments[0], value, file, where)
         problem = arguments[1](result)

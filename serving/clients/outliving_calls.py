@@ -7,6 +7,7 @@ work. So such a call has a long deadline of its own, and a caller's patience onl
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import queue
 import threading
@@ -24,11 +25,24 @@ _T = TypeVar("_T")
 _under_way: set[threading.Thread] = set()
 
 
-class OutlivingCalls(Generic[_T]):
-    """The tries of one request, each in a thread of its own; the first to end is what the caller gets."""
+class CallGoesOnError(ServerError):
+    """The caller's patience ended, and the call did not."""
 
-    def __init__(self, send: Callable[[], _T]) -> None:
-        self._send = send
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no answer within the {seconds:g} s of the caller; the call goes on", "DEADLINE_EXCEEDED")
+
+
+class OutlivingCalls(Generic[_T]):
+    """The tries of one request, each in a thread of its own; the first to end is what the caller gets.
+
+    Args:
+        send: sends the request and returns its answer.
+        late: is given the answer of each try that ends when nobody waits for it any more, or None for its error.
+    """
+
+    def __init__(self, send: Callable[[], _T], late: Callable[[_T | None], None] | None = None) -> None:
+        self._send, self._late = send, late
+        self._lock, self._left = threading.Lock(), False
         self._ended: queue.SimpleQueue[Callable[[], _T]] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -45,25 +59,45 @@ class OutlivingCalls(Generic[_T]):
             raise TimeoutError from None
         return outcome()
 
+    def leave(self) -> None:
+        """Wait no more: tries under way, and those that ended unheard, are for `late`."""
+        with self._lock:
+            self._left = True
+        while True:
+            try:
+                end = self._ended.get_nowait()
+            except queue.Empty:
+                return
+            value = None
+            with contextlib.suppress(BaseException):
+                value = end()
+            if self._late is not None:
+                self._late(value)
+
     def _run(self) -> None:
+        value: _T | None = None
+        end: Callable[[], _T]
         try:
-            value = self._send()
-            self._ended.put(lambda: value)
+            answer = value = self._send()
+            end = functools.partial(_same, answer)
         except BaseException as error:
-            self._ended.put(functools.partial(_fail, error))
+            end = functools.partial(_fail, error)
+        with self._lock:
+            late = self._left
+            self._ended.put(end)
+        try:
+            if late and self._late is not None:
+                self._late(value)
         finally:
             _under_way.discard(threading.current_thread())
 
 
+def _same(value: _T) -> _T:
+    return value
+
+
 def _fail(error: BaseException) -> NoReturn:
     raise error
-
-
-def no_answer(seconds: float) -> ServerError:
-    """The error of a caller whose patience ended."""
-    return ServerError(
-        f"no answer within the {seconds:g} s that the caller waits; the call goes on", "DEADLINE_EXCEEDED"
-    )
 
 
 @atexit.register

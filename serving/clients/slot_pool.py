@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import secrets
+import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from serving.backends.base import pad_right
+from serving.clients.outliving_calls import CallGoesOnError
 from serving.deploy.tf_serving_config import BATCH_SIZES
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
@@ -36,10 +39,22 @@ ROWS = BATCH_SIZES[-1]
 # Padded prompt tokens of one call at most, unless one prompt has more: running streams wait while prompts run.
 PROMPT_TOKENS = 2048
 
+# What servers say of a signature that the model does not have.
+_NO_SIGNATURE = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED"})
 # Seconds that giving slots back may take; a slot's lease ends by itself.
 _FAREWELL = 5.0
 
-Predict = Callable[[str, Mapping[str, Any], float | None], dict[str, Any]]
+
+class Predict(Protocol):
+    """Runs a signature and sends it again where an answer may have been lost; `TFServingClient.repeat` is one."""
+
+    def __call__(
+        self,
+        signature: str,
+        inputs: Mapping[str, Any],
+        timeout: float | None = None,
+        late: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> dict[str, Any]: ...
 
 
 def check_graph_params(params: SamplingParams) -> None:
@@ -88,6 +103,8 @@ class SlotStream:
         self.slot, self.generation, self.received, self.status = -1, 0, 0, RUNNING
         # Whether the server may have given it a slot that this side has not heard of.
         self.asked = False
+        # Whether a call that asks for it has not ended.
+        self.under_way = False
 
     def take(self, tokens: Sequence[int]) -> list[tuple[int, str]]:
         """Return each token that counts, with the text certain by it; sets `reason` if the last is among them."""
@@ -123,15 +140,15 @@ class SlotStream:
 class SlotPool:
     """The streams that wait for a slot, in `waiting`, and those that hold one, in `running`.
 
-    `predict(signature, inputs, timeout)` runs a signature and sends it again where an answer may have been lost,
-    within `timeout` seconds or, for None, as long as is usual. `steps` is how many tokens a stream gets by a call at
-    most.
+    `predict` waits `timeout` seconds or, for None, as long as is usual. `steps` is how many tokens a stream gets by a
+    call at most.
     """
 
     def __init__(self, predict: Predict, *, steps: int = 1) -> None:
         self._predict, self._steps = predict, steps
         self.waiting: deque[SlotStream] = deque()
         self.running: list[SlotStream] = []
+        self._leaving = threading.Lock()
 
     def next_prompts(self, most: int = ROWS) -> list[SlotStream]:
         """The first of those that wait, as many as one call should run."""
@@ -150,25 +167,30 @@ class SlotPool:
         """
         token_ids, lengths = pad_right([stream.prompt for stream in streams])
         for stream in streams:
-            stream.asked = True
-        every = [stream.params for stream in streams]
-        answer = self._predict(
-            "prefill_slots",
-            {
-                "request_id": np.array([stream.request_id for stream in streams], np.int64),
-                "token_ids": token_ids.astype(np.int32),
-                "lengths": lengths.astype(np.int32),
-                "max_new_tokens": np.array([stream.budget for stream in streams], np.int32),
-                "temperature": np.array([params.temperature for params in every], np.float32),
-                "top_k": np.array([params.top_k for params in every], np.int32),
-                "top_p": np.array([params.top_p for params in every], np.float32),
-                "seed": np.array([params.seed for params in every], np.int64),
-            },
-            None,
-        )
+            stream.asked = stream.under_way = True
+        every, names = [stream.params for stream in streams], [stream.request_id for stream in streams]
+        inputs = {
+            "request_id": np.array(names, np.int64),
+            "token_ids": token_ids.astype(np.int32),
+            "lengths": lengths.astype(np.int32),
+            "max_new_tokens": np.array([stream.budget for stream in streams], np.int32),
+            "temperature": np.array([params.temperature for params in every], np.float32),
+            "top_k": np.array([params.top_k for params in every], np.int32),
+            "top_p": np.array([params.top_p for params in every], np.float32),
+            "seed": np.array([params.seed for params in every], np.int64),
+        }
+        late = functools.partial(self._came_late, list(streams), names)
+        try:
+            answer = self._predict("prefill_slots", inputs, None, late)
+        except CallGoesOnError:
+            raise
+        except ServerError:
+            for stream in streams:
+                stream.under_way = False
+            raise
         placed = []
         for row, stream in enumerate(streams):
-            status, stream.asked = int(answer["status"][row]), False
+            status, stream.asked, stream.under_way = int(answer["status"][row]), False, False
             if status == NO_FREE_SLOT:
                 continue
             if status == CANCELLED:  # Somebody gave its name back.
@@ -201,38 +223,77 @@ class SlotPool:
 
         A stream whose prompt was sent without an answer may have a slot: that one is given back by the stream's name.
         """
-        held = [stream for stream in self.running if stream in streams]
-        unheard = [stream for stream in self.waiting if stream in streams and stream.asked]
-        self.running = [stream for stream in self.running if stream not in streams]
-        self.waiting = deque(stream for stream in self.waiting if stream not in streams)
+        with self._leaving:
+            held = [stream for stream in self.running if stream in streams]
+            unheard = [stream for stream in self.waiting if stream in streams and stream.asked]
+            lost = [stream.request_id for stream in unheard if not stream.under_way]
+            self.running = [stream for stream in self.running if stream not in streams]
+            self.waiting = deque(stream for stream in self.waiting if stream not in streams)
         for start in range(0, len(held), ROWS):
             with contextlib.suppress(ServerError):
                 self._predict("release_slots", _places(held[start : start + ROWS]), _FAREWELL)
         for start in range(0, len(unheard), ROWS):
             with contextlib.suppress(ServerError, InputError):
-                self._cancel(unheard[start : start + ROWS])
+                self._cancel([stream.request_id for stream in unheard[start : start + ROWS]], lost)
 
-    def _cancel(self, streams: Sequence[SlotStream]) -> None:
-        """Give back by name what slots `streams` have, and those that calls under way will still give them."""
-        names = np.array([stream.request_id for stream in streams], np.int64)
+    def _cancel(self, names: Sequence[int], lost: Collection[int]) -> None:
+        """Give back the slots of `names`, also those that calls under way will still give them.
+
+        For a SavedModel without the signature: those of `lost` names alone, whose calls have ended; the others are
+        given back when theirs end.
+        """
         try:
-            self._predict("cancel_slots", {"request_id": names}, _FAREWELL)
+            self._predict("cancel_slots", {"request_id": np.array(names, np.int64)}, _FAREWELL)
             return
-        except InputError:  # A SavedModel of before it had this signature.
+        except InputError:
             pass
         except ServerError as error:
-            if error.code not in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
+            if error.code not in _NO_SIGNATURE:
                 raise
-        # The same name gets the same slot, whatever the prompt is; should it have none yet, the shortest costs least.
-        ones = np.ones(len(streams), np.int32)
-        shortest = {"token_ids": np.zeros([len(streams), 1], np.int32), "lengths": ones, "max_new_tokens": ones}
-        greedy = {"temperature": np.zeros(len(streams), np.float32), "top_k": 0 * ones}
-        greedy |= {"top_p": np.ones(len(streams), np.float32), "seed": np.zeros(len(streams), np.int64)}
-        answer = self._predict("prefill_slots", {"request_id": names, **shortest, **greedy}, _FAREWELL)
-        placed = np.asarray(answer["slot"]) >= 0
-        if placed.any():
-            held = {name: np.asarray(answer[name])[placed] for name in ("slot", "generation")}
+        self._release_by_name([name for name in names if name in lost])
+
+    def _release_by_name(self, names: Sequence[int]) -> None:
+        """A prompt of the same name gets the slot that is there; should it be none, the shortest one costs least."""
+        if not names:
+            return
+        ones = np.ones(len(names), np.int32)
+        answer = self._predict(
+            "prefill_slots",
+            {
+                "request_id": np.array(names, np.int64),
+                "token_ids": np.zeros([len(names), 1], np.int32),
+                "lengths": ones,
+                "max_new_tokens": ones,
+                "temperature": np.zeros(len(names), np.float32),
+                "top_k": 0 * ones,
+                "top_p": np.ones(len(names), np.float32),
+                "seed": np.zeros(len(names), np.int64),
+            },
+            _FAREWELL,
+        )
+        self._release(answer, range(len(names)))
+
+    def _release(self, answer: Mapping[str, Any], rows: Iterable[int]) -> None:
+        """Give back the slots in some rows of a prompt's answer."""
+        some = [row for row in rows if answer["slot"][row] >= 0]
+        if some:
+            held = {name: np.asarray(answer[name])[some] for name in ("slot", "generation")}
             self._predict("release_slots", held, _FAREWELL)
+
+    def _came_late(self, streams: Sequence[SlotStream], names: Sequence[int], answer: dict[str, Any] | None) -> None:
+        """Give back, in the thread of a prompt's call, the slots that nobody is to use: its caller has left."""
+        unwanted = []
+        with self._leaving:
+            for row, (stream, name) in enumerate(zip(streams, names, strict=True)):
+                if stream.request_id == name and (stream in self.waiting or stream in self.running):
+                    stream.under_way = False  # Its caller has yet to go on, or to leave.
+                else:
+                    unwanted.append(row)
+        with contextlib.suppress(ServerError, InputError):
+            if answer is None:
+                self._release_by_name([names[row] for row in unwanted])
+            else:
+                self._release(answer, unwanted)
 
     def go_on(self, stream: SlotStream) -> None:
         """Give the slot of a stream that `goes_on` back, and let it wait for another, before all others."""

@@ -54,6 +54,7 @@ class SlotTexts:
     def __init__(self, client: RetryingClient, tokenizer: Tokenizer | None = None) -> None:
         self._client, self._tokenizer = client, tokenizer
         self._token_bytes = None if tokenizer is None else TokenBytes(tokenizer)
+        self._specials: dict[str, int | None] = {}
 
     def run(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams, *, steps: int, whole: bool = False
@@ -66,6 +67,8 @@ class SlotTexts:
         """
         check_slot_params(params)
         rows = self._encode(prompts)
+        if not rows:
+            return iter(())
         if not all(rows):
             raise InputError(EMPTY_PROMPT)
         end = self._client.end_token()
@@ -153,4 +156,19 @@ class SlotTexts:
         return rows
 
     def _open(self, params: SamplingParams) -> TextStream:
-        return TextStream(self._token_bytes or _ServerPieces(self._client), params.stop_automaton)
+        if self._token_bytes is not None:
+            return TextStream(self._token_bytes, params.stop_automaton)
+        return TextStream(_ServerPieces(self._client), params.stop_automaton, self._special_tokens(params.stop))
+
+    def _special_tokens(self, texts: Sequence[str]) -> dict[str, int]:
+        """Those of `texts` that are one token which the server's detokenizer leaves out, with its id."""
+        found: dict[str, int] = {}
+        for text in texts:
+            if text not in self._specials:
+                (ids,) = self._encode([text])
+                silent = len(ids) == 1 and not _ServerPieces(self._client).push(ids[0])
+                self._specials[text] = ids[0] if silent else None
+            token = self._specials[text]
+            if token is not None:
+                found[text] = token
+        return found

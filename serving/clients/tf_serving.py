@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from serving.backends.base import pad_right
-from serving.clients.outliving_calls import CALL_SECONDS, OutlivingCalls, no_answer
+from serving.clients.outliving_calls import CALL_SECONDS, CallGoesOnError, OutlivingCalls
 from serving.clients.predict_stream import StreamedTexts, sampling_inputs
 from serving.clients.request_checks import check_inputs
 from serving.clients.slot_pool import SIGNATURES, check_graph_params
@@ -84,23 +84,34 @@ class TFServingClient:
         codes = _PASSING if idempotent else frozenset()
         return self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
 
-    def repeat(self, signature: str, inputs: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
+    def repeat(
+        self,
+        signature: str,
+        inputs: Mapping[str, Any],
+        timeout: float | None = None,
+        late: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> dict[str, Any]:
         """Run a signature that may be run again with the same inputs, as those of slots may.
 
         It is sent again after an answer was lost too: each try but the last is waited for half of the time that is
         left. `timeout` replaces the client's. A try that is no longer waited for is not cancelled, since it shares its
-        work with those of others: it ends by itself.
+        work with those of others: it ends by itself, and `late` is given its outputs, or None for its error. Raises
+        CallGoesOnError where the caller's patience ends first.
         """
-        calls = OutlivingCalls(lambda: self._transport.predict(signature, inputs, max(CALL_SECONDS, self.timeout)))
+        seconds = max(CALL_SECONDS, self.timeout)
+        calls = OutlivingCalls(lambda: self._transport.predict(signature, inputs, seconds), late)
 
         def wait(left: float) -> dict[str, Any]:
             calls.start()
             try:
                 return calls.wait(left)
             except TimeoutError:
-                raise no_answer(self.timeout if timeout is None else timeout) from None
+                raise CallGoesOnError(self.timeout if timeout is None else timeout) from None
 
-        return self.attempt(wait, _LOST, timeout)
+        try:
+            return self.attempt(wait, _LOST, timeout)
+        finally:
+            calls.leave()
 
     def end_token(self) -> int:
         """The token that ends a text: as given, or as the server fills rows up with it behind their lengths."""

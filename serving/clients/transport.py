@@ -33,8 +33,14 @@ class RetryingClient(Protocol):
     ) -> dict[str, Any]:
         """Run a signature; returns its outputs by name as arrays."""
 
-    def repeat(self, signature: str, inputs: Mapping[str, Any], timeout: float | None = None) -> dict[str, Any]:
-        """Run a signature that may be run again with the same inputs."""
+    def repeat(
+        self,
+        signature: str,
+        inputs: Mapping[str, Any],
+        timeout: float | None = None,
+        late: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> dict[str, Any]:
+        """Run a signature that may be run again with the same inputs; `late` is given what nobody waited for."""
 
     def end_token(self) -> int:
         """The token that ends a text."""

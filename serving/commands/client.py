@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seconds
+from serving.commands.param_types import Seconds, Seed
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 from serving.support.json_line import json_line
@@ -130,9 +130,13 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 @click.option("--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
 @click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option(
+    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+)
 @click.option("--stop", multiple=True, metavar="TEXT",
               help="End before this text, where streams are; may be given several times.")  # fmt: skip
+@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
+              help="End at this token, where streams are; may be given several times.")  # fmt: skip
 @click.option(
     "--ignore-eos",
     is_flag=True,
@@ -173,7 +177,7 @@ def generate(
         bundle = open_bundle(tokenizer, check="sizes")
         loaded, end = load_tokenizer(bundle), bundle.manifest.model.eos_token_id
     server = _open(url, grpc_address, api_key, model, timeout, retries, end)
-    special = streamed or params.stop or params.ignore_eos
+    special = streamed or params.stop or params.stop_token_ids or params.ignore_eos
     perhaps = streamed is None and not as_json and sys.stdout.isatty()
     slots, completions = False, None
     if special or perhaps:
@@ -184,16 +188,17 @@ def generate(
     if plain and not there and (special or perhaps) and _wrote_by_stream(server, texts, params, loaded, streamed):
         return
     if special and not there:
-        wanted = "--stream" if streamed else "--stop" if params.stop else "--ignore-eos"
+        given_first = {"--stream": streamed, "--stop": params.stop, "--stop-token-id": params.stop_token_ids}
+        wanted = next((option for option, given in given_first.items() if given), "--ignore-eos")
         raise InputError(
             f"{wanted} needs a served model with slots, and {model!r} has none; leave it out, "
             "or, if 'gpt2-bundle serve' answers there, name it by --url"
         )
     streamed = there and perhaps if streamed is None else streamed
     given = texts if completions is None or loaded is None else _token_ids(texts, loaded)
-    if streamed and not as_json:
-        from serving.commands.generate import write
+    from serving.commands.generate import write
 
+    if streamed and not as_json:
         pieces = server.stream(texts, params, loaded) if completions is None else completions.stream(given, params)
         for text in _in_order(pieces, len(texts)):
             write(text)
@@ -203,7 +208,10 @@ def generate(
     else:
         made = completions.generate(given, params)
     for each in made:
-        click.echo(json.dumps(dataclasses.asdict(each)) if as_json else each.text)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(each)))
+        else:
+            write(each.text + "\n")
 
 
 def _wrote_by_stream(

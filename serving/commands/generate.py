@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from serving.errors import InputError
+from serving.commands.param_types import Seed
+from serving.errors import InputError, printable
 from serving.sampling import SamplingParams
 from serving.support.json_line import json_line
 
@@ -58,8 +59,18 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; may be given several times."
 )
-@click.option("--seed", default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text.")
+@click.option(
+    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--stop-token-id",
+    "stop_token_ids",
+    type=int,
+    multiple=True,
+    metavar="ID",
+    help="End at this token; may be given several times.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
 def generate(
@@ -113,7 +124,7 @@ def generate(
     if not as_json:
         write("\n")
         return
-    ended = pieces.stopped or (token_ids[-1] == eos_token_id and not params.ignore_eos)
+    ended = pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
     report = {
         "text": "".join(parts),
         "token_ids": token_ids,
@@ -147,7 +158,9 @@ def _read_prompt(prompt: str) -> str:
 
 
 def write(text: str) -> None:
-    """Print `text` now, with '?' for what the terminal's encoding has no form for."""
+    """Print `text` now, with '?' for what the terminal's encoding has no form for, and no orders to a terminal."""
     encoding = sys.stdout.encoding or "utf-8"
+    if sys.stdout.isatty():
+        text = printable(text)
     click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from urllib.parse import urlsplit
 
 import click
@@ -85,3 +86,13 @@ class Origin(click.ParamType[str]):
             param,
             ctx,
         )
+
+
+class Seed(click.ParamType[int]):
+    """A whole number that begins the random numbers; -1 is a new one each time, as with vLLM and llama.cpp."""
+
+    name = "integer"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seed: int = click.INT.convert(value, param, ctx)  # type: ignore[arg-type]
+        return secrets.randbelow(2**63) if seed == -1 else seed

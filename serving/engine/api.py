@@ -52,6 +52,8 @@ class GenerationRequest:
     timeout: float | None = None
     """Seconds from submission to the last token, the wait in the queue included; None is without end."""
     request_id: str = ""
+    cache_salt: str = ""
+    """Only requests of the same salt share prefixes of their prompts."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_CONTINUATIONS:

@@ -9,7 +9,7 @@ from serving.engine.slot_backend import cache_bytes
 from serving.errors import InputError
 
 SHARED_CHUNK = 16
-"""Tokens in whose multiples beginnings of prompts are shared, unless a chunk is set."""
+"""Tokens in whose multiples prefixes of prompts are shared."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class EngineConfig:
     max_length: int | None = None
     """Positions of a slot, prompt and continuation together; from 2 to the model's context, which is the default."""
     prefill_chunk: int | None = None
-    """Prompt tokens read beside one decode step, in whose multiples beginnings of prompts are shared; from 1 to 4096.
-
-    None is as many as `prefill_slowdown` allows, and multiples of 16.
-    """
+    """Prompt tokens read beside one decode step, from 1 to 4096; None is as many as `prefill_slowdown` allows."""
+    prefix_cache: bool = True
+    """Whether a prompt takes over what a slot holds of its beginning, in multiples of 16 tokens (or of a smaller
+    `prefill_chunk`)."""
     prefill_slowdown: float = 2.25
     """How many times as long as without it a step may take that reads a prompt beside others; from 1 to 1000.
 
@@ -84,8 +84,8 @@ class MemoryEstimate:
 def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> MemoryEstimate:
     """What `graph_name` of `bundle` will take in an engine of `config`, without loading it.
 
-    Weights are counted twice, since a runtime may hold packed copies of the matrices beside what it read; that is a
-    bound on the safe side, not a measurement. A runtime's code and working memory are not in it.
+    Weights are counted three times: while it loads, the file is in memory, and the runtime holds a copy and packed
+    matrices. That is a bound on the safe side, not a measurement. A runtime's code and working memory are not in it.
     """
     geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
     dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]

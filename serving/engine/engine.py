@@ -219,7 +219,7 @@ class SlotEngine:
 def _scheduler(backend: SlotBackend, config: EngineConfig) -> Scheduler:
     chunk, budget = config.prefill_chunk, config.prefill_budget
     pace = Pace(chunk) if chunk else BoundedPace(config.prefill_slowdown, budget)
-    return Scheduler(backend, chunk or SHARED_CHUNK, budget, pace)
+    return Scheduler(backend, min(chunk or SHARED_CHUNK, SHARED_CHUNK), budget, pace, config.prefix_cache)
 
 
 class _Handle:

@@ -58,7 +58,7 @@ class OnnxSlotBackend:
         self.slots, self.max_length = slots, max_length
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         dtype = graph.inputs[self._past[0]].dtype
-        self._row = (geometry.n_head, max_length, geometry.head_dim)
+        self._row = (geometry.n_head, max_length, graph.cache_head_dim(geometry))
         self.cache_bytes = cache_bytes(geometry, slots, max_length, dtype)
         self._session: Any = open_graph(bundle, graph_name, device, threads)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.

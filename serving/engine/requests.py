@@ -25,6 +25,8 @@ class Slot:
     filled: int = 0
     owner: Continuation | None = None
     used: int = 0
+    salt: str = ""
+    """Whose requests may begin with what it holds."""
 
 
 @dataclass(eq=False)

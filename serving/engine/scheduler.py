@@ -42,7 +42,7 @@ class Scheduler:
     piece is a single token but the last one, and that if it is alone in its chunk of `chunk` (docs/decisions.md).
     """
 
-    def __init__(self, backend: SlotBackend, chunk: int, prefill_budget: int, pace: Pace) -> None:
+    def __init__(self, backend: SlotBackend, chunk: int, prefill_budget: int, pace: Pace, reuse: bool = True) -> None:
         self.table = SlotTable(backend.slots, chunk, backend.copies)
         self.waiting: deque[Task] = deque()
         self.reading: deque[Task] = deque()
@@ -50,6 +50,7 @@ class Scheduler:
         self.backlog = 0
         """Tokens that waiting requests will take at most, prompts included."""
         self._chunk, self._prefill_budget, self._copies = chunk, prefill_budget, backend.copies
+        self._reuse = reuse
         self._last_position = backend.max_length - 1
         self._pace = pace
         self._pending: tuple[Copy, ...] = ()
@@ -79,7 +80,7 @@ class Scheduler:
         first = task.first.slot
         assert slot is not None and first is not None
         if task.holding and self._copies:
-            return Work(task, (Copy(first, slot, len(task.prompt), first.tokens),))
+            return Work(task, (Copy(first, slot, len(task.prompt), first.tokens, first.salt),))
         return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read)
 
     def _end(self, task: Task, budget: int) -> int:
@@ -211,7 +212,7 @@ class Scheduler:
         self.backlog -= _size(task)
         task.scheduled = now
         scoring = task.scores is not None
-        task.read, copies = self.table.place(task.first, task.prompt, reuse=not scoring)
+        task.read, copies = self.table.place(task.first, task.prompt, reuse=self._reuse and not scoring)
         task.cached = task.read
         for continuation in task.continuations[1:]:
             self.table.reserve(continuation)

@@ -81,5 +81,9 @@ def chooses(backend: SlotBackend) -> TypeGuard[ChoosingSlotBackend]:
 
 
 def cache_bytes(geometry: Geometry, slots: int, max_length: int, dtype: str = "float32") -> int:
-    """Bytes of keys and values of all blocks: 2 * n_layer * slots * n_embd * max_length * size of `dtype`."""
-    return 2 * geometry.n_layer * slots * geometry.n_embd * max_length * np.dtype(dtype).itemsize
+    """Bytes of keys and values of all blocks: 2 * n_layer * slots * width * max_length * size of `dtype`.
+
+    The width is n_embd, with each head's size rounded up to a multiple of 8.
+    """
+    width = geometry.n_head * geometry.padded_head_dim
+    return 2 * geometry.n_layer * slots * width * max_length * np.dtype(dtype).itemsize

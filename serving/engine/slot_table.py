@@ -10,12 +10,13 @@ from serving.engine.requests import Continuation, Slot
 
 @dataclass(frozen=True)
 class Copy:
-    """The first `length` positions of `source` are to become those of `target`, which then holds `tokens`."""
+    """The first `length` positions of `source` become those of `target`, which then holds `tokens` under `salt`."""
 
     source: Slot
     target: Slot
     length: int
     tokens: tuple[int, ...]
+    salt: str
 
 
 class SlotTable:
@@ -43,7 +44,7 @@ class SlotTable:
         """
         occupied = len(self.slots) - len(self.free)
         near = [slot for slot in self.free if slot.index <= occupied]
-        length, source = self._longest(prompt) if reuse else (0, None)
+        length, source = self._longest(prompt, owner.task.request.cache_salt) if reuse else (0, None)
         if source is not None and source.owner is None and (source in near or not self._copies):
             copies = self._save(source) if len(source.tokens) > length else []
             self._occupy(source, owner, length)
@@ -52,7 +53,7 @@ class SlotTable:
         target = min(near, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
         copies = self._save(target, source)
         if source is not None:
-            copies.append(Copy(source, target, length, source.tokens[:length]))
+            copies.append(Copy(source, target, length, source.tokens[:length], source.salt))
         self._occupy(target, owner, 0)
         return length, copies
 
@@ -62,7 +63,7 @@ class SlotTable:
 
     def copied(self, copy: Copy) -> None:
         """Take note that `copy` was made."""
-        copy.target.tokens = copy.tokens
+        copy.target.tokens, copy.target.salt = copy.tokens, copy.salt
         copy.target.filled = copy.length
 
     def release(self, slot: Slot, keep: bool = True) -> None:
@@ -85,7 +86,7 @@ class SlotTable:
         if not holes or left * 64 < top.filled:
             return []
         hole = min(holes, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
-        return [*self._save(hole), Copy(top, hole, top.filled, top.tokens)]
+        return [*self._save(hole), Copy(top, hole, top.filled, top.tokens, top.salt)]
 
     def moved(self, copy: Copy) -> None:
         """Take note that `copy`, the last one of `narrow`, was made: its target is where its owner goes on."""
@@ -100,12 +101,15 @@ class SlotTable:
         self._clock += 1
         slot.tokens, slot.filled, slot.used = slot.tokens[:length], length, self._clock
         slot.owner, owner.slot = owner, slot
+        slot.salt = owner.task.request.cache_salt
 
-    def _longest(self, prompt: Sequence[int]) -> tuple[int, Slot | None]:
-        """The longest beginning of `prompt`, in whole chunks, that a slot holds, and the slot."""
+    def _longest(self, prompt: Sequence[int], salt: str) -> tuple[int, Slot | None]:
+        """The longest beginning of `prompt`, in whole chunks, that a slot holds under `salt`, and the slot."""
         usable = tuple(prompt[: (len(prompt) - 1) // self._chunk * self._chunk])
         best: tuple[int, Slot | None] = (0, None)
         for slot in self.slots if self._copies else self.free:
+            if slot.salt != salt:
+                continue
             length = 0
             while (piece := usable[length : length + self._chunk]) and piece == slot.tokens[
                 length : length + self._chunk
@@ -127,9 +131,11 @@ class SlotTable:
         if self._wanted(oldest) and oldest.used > slot.used:
             return []
         oldest.tokens, oldest.filled, oldest.used = (), 0, slot.used
-        return [Copy(slot, oldest, len(slot.tokens), slot.tokens)]
+        return [Copy(slot, oldest, len(slot.tokens), slot.tokens, slot.salt)]
 
     def _wanted(self, slot: Slot) -> bool:
         """Whether `slot` holds tokens that no other slot begins with."""
         length = len(slot.tokens)
-        return length > 0 and not any(each is not slot and each.tokens[:length] == slot.tokens for each in self.slots)
+        return length > 0 and not any(
+            each is not slot and each.salt == slot.salt and each.tokens[:length] == slot.tokens for each in self.slots
+        )

@@ -8,6 +8,7 @@ from typing import Any
 from serving.engine.api import DrainingError
 from serving.entrypoints.runner import Address
 from serving.errors import GPT2BundleError, RuntimeMissingError
+from serving.server.auth import CALLER
 from serving.server.grpc_middleware import client_of, guarded, unary
 from serving.server.state import Server
 
@@ -135,6 +136,7 @@ def _admit(server: Server, context: Any, counted: bool = True) -> None:
     """Refuse whoever may not ask, or may not ask now; `counted` is a request for the rate limit."""
     metadata = dict(context.invocation_metadata() or ())
     caller = server.keys.check(metadata.get("authorization"))
+    CALLER.set(caller or "")
     if counted:
         server.limiter.take(caller or client_of(context))
     if server.draining:

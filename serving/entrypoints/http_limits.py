@@ -32,8 +32,15 @@ class LimitedProtocol(HttpToolsProtocol):
     """The head of a request to be read again."""
     _timer: asyncio.TimerHandle | None = None
 
+    max_connections = 1000
+    _problem = ""
+    """What is wrong with a head that the parser itself takes."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._answer(503, "Service Unavailable", "too many connections are open here; try again")
+            return
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -47,7 +54,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._parse(memoryview(data))
         except httptools.HttpParserError:
             self.logger.warning("refused what cannot be read as HTTP/1.1")
-            self._answer(400, "Bad Request", "what came cannot be read as HTTP/1.1")
+            self._answer(400, "Bad Request", self._problem or "what came cannot be read as HTTP/1.1")
             return
         self._pending = 0 if self._advanced else self._pending + len(data)
         if self._pending > MAX_HEAD:
@@ -77,6 +84,9 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self._problem = _head_problem(self.parser.get_http_version(), self.headers)
+        if self._problem:
+            raise ValueError(self._problem)
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
             rest = [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
@@ -119,12 +129,33 @@ class LimitedProtocol(HttpToolsProtocol):
         """Say so, unless an answer is under way here, and close the connection."""
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            if self.cycle is not None:  # Whoever still works on it has nobody to answer.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             error = {"message": sentence, "type": INVALID.openai_type, "param": None, "code": None}
             body = json.dumps({"error": error}).encode()
             head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+
+
+def limited(most: int) -> type[LimitedProtocol]:
+    """The protocol for at most `most` connections at once."""
+    return type("Protocol", (LimitedProtocol,), {"max_connections": most})
+
+
+def _head_problem(version: str, headers: list[tuple[bytes, bytes]]) -> str:
+    """What RFC 9112 wants refused with 400 and the parser takes, as a sentence; "" for nothing."""
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts > 1 or (hosts == 0 and version not in ("0.9", "1.0")):
+        return f"the request has {hosts} Host headers; send one"
+    encodings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
+    if encodings and encodings != [b"chunked"]:
+        return "the request has a Transfer-Encoding that is not 'chunked'"
+    if encodings and any(name == b"content-length" for name, _ in headers):
+        return "the request has both Content-Length and Transfer-Encoding; send one"
+    return ""
 
 
 def _unchunked(cycle: RequestResponseCycle) -> Callable[[Any], Awaitable[None]]:

@@ -14,6 +14,7 @@ Format = Literal["text", "json"]
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
+_UNCLEAR = re.compile(r"[\s\"=]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -47,12 +48,19 @@ class TextFormatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
         message = record.getMessage()
         beside = "".join(
-            f" {name}={value}" for name, value in _extra(record).items() if name not in ("method", "path", "status")
+            f" {name}={_shown(value)}"
+            for name, value in _extra(record).items()
+            if name not in ("method", "path", "status")
         )
         line = f"{time} {record.levelname.lower():<7} {_CONTROL.sub(_written_out, message + beside)}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+def _shown(value: Any) -> Any:
+    """Text in quotes where it could be taken for another name and its value."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and _UNCLEAR.search(value) else value
 
 
 def _written_out(character: re.Match[str]) -> str:

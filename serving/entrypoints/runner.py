@@ -17,13 +17,15 @@ from typing import Protocol
 import uvicorn
 from starlette.applications import Starlette
 
-from serving.entrypoints.http_limits import LimitedProtocol
+from serving.entrypoints.http_limits import limited
 from serving.entrypoints.model_versions import Versions
 from serving.errors import GPT2BundleError, InputError
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows knows no SIGHUP, which a terminal sends that is closed.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_OWN_FILES = 100
 FLUSH_SECONDS = 5
 """For answers that are complete to reach their clients."""
 log = logging.getLogger("gpt2_bundle.server")
@@ -120,7 +122,7 @@ class Runner:
             log_config=None,
             # Nothing here needs it, and a second signal would have it log a traceback.
             lifespan="off",
-            http=LimitedProtocol,
+            http=limited(_connections(self._server.settings.max_connections)),
             ws="none",
             access_log=False,
             server_header=False,
@@ -233,6 +235,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ModuleNotFoundError:  # It has no form for Windows.
         return None
     return uvloop.new_event_loop
+
+
+def _connections(most: int) -> int:
+    """How many connections there may be, so that the process can still open files of its own."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has no such limit.
+        return most
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, most if files == resource.RLIM_INFINITY else min(most, files - _OWN_FILES))
 
 
 def _given(path: Path | None) -> str | None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.bundle import MANIFEST_NAME
-from serving.errors import InputError
+from serving.bundle.plain_files import read_plain
+from serving.bundle.strict_json import MAX_BYTES
+from serving.errors import BundleError, InputError
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}\Z")
 
@@ -44,11 +46,12 @@ def find(folder: Path) -> list[Candidate]:
     folder of the same number is not seen.
     """
     try:
-        manifest = (folder / MANIFEST_NAME).read_bytes()
+        return [Candidate(folder, None, hashlib.sha256(read_plain(folder / MANIFEST_NAME, MAX_BYTES)).hexdigest())]
+    except BundleError:  # Whoever opens it says what is wrong with it.
+        status = (folder / MANIFEST_NAME).lstat()
+        return [Candidate(folder, None, f"{status.st_ino} {status.st_mode} {status.st_size} {status.st_mtime_ns}")]
     except (FileNotFoundError, NotADirectoryError):
         pass
-    else:
-        return [Candidate(folder, None, hashlib.sha256(manifest).hexdigest())]
     try:
         numbers = [entry.name for entry in os.scandir(folder) if _NUMBER.match(entry.name) and entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):

@@ -16,22 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from serving.errors import BundleError
-from serving.protobuf.saved_model import read_saved_model
+from serving.protobuf.saved_model import FILE, MAX_BYTES, read_saved_model
 
 # fmt: off
 ALLOWED_OPS = frozenset((
     # Constants, shapes and types.
-    "BroadcastTo", "Cast", "ConcatV2", "Const", "ExpandDims", "Fill", "Identity", "IdentityN", "OnesLike", "Pack",
-    "Pad", "PadV2", "Placeholder", "PlaceholderWithDefault", "Range", "Rank", "Reshape", "Shape", "Size", "Slice",
-    "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile", "Transpose", "Unpack", "ZerosLike",
+    "Bitcast", "BroadcastTo", "Cast", "ConcatV2", "Const", "ExpandDims", "Fill", "Identity", "IdentityN", "OnesLike",
+    "Pack", "Pad", "PadV2", "ParseTensor", "Placeholder", "PlaceholderWithDefault", "Range", "Rank", "Reshape",
+    "SerializeTensor", "Shape", "Size", "Slice", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Tile",
+    "Transpose", "Unpack", "ZerosLike",
     # Arithmetic and logic.
     "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "BatchMatMulV2", "BiasAdd", "BitwiseAnd", "BitwiseOr",
-    "BitwiseXor", "Cumsum", "DenseBincount", "Einsum", "Equal", "Exp", "Floor", "FloorDiv", "FloorMod", "Greater",
-    "GreaterEqual", "IsFinite", "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "LogSoftmax", "LogicalAnd",
-    "LogicalNot", "LogicalOr", "MatMul", "Max", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg", "NotEqual", "Pow",
-    "Prod", "RandomUniform", "RandomUniformInt", "RealDiv", "RightShift", "Round", "Rsqrt", "Select", "SelectV2",
-    "Sign", "Softmax", "SparseSoftmaxCrossEntropyWithLogits", "Sqrt", "Square", "SquaredDifference", "Sub", "Sum",
-    "Tanh", "TopKV2",
+    "BitwiseXor", "Cumsum", "DenseBincount", "Einsum", "Equal", "Erf", "Exp", "Floor", "FloorDiv", "FloorMod",
+    "Greater", "GreaterEqual", "IsFinite", "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "LogSoftmax",
+    "LogicalAnd", "LogicalNot", "LogicalOr", "MatMul", "Max", "Maximum", "Mean", "Min", "Minimum", "Mul", "Neg",
+    "NotEqual", "Pow", "Prod", "RandomUniform", "RandomUniformInt", "RealDiv", "Relu", "RightShift", "Round",
+    "Rsqrt", "Select", "SelectV2", "Sign", "Softmax", "SparseSoftmaxCrossEntropyWithLogits", "Sqrt", "Square",
+    "SquaredDifference", "Sub", "Sum", "Tanh", "TopKV2",
     # Rows, places and ragged rows.
     "GatherNd", "GatherV2", "InplaceUpdate", "LowerBound", "RaggedGather", "RaggedRange", "RaggedTensorToTensor",
     "ReverseV2", "ScatterNd", "SegmentSum", "SegmentSumV2", "TensorScatterAdd", "TensorScatterUpdate", "Unique",
@@ -42,8 +43,8 @@ ALLOWED_OPS = frozenset((
     # Variables, and the order of calls.
     "AssignAddVariableOp", "AssignSubVariableOp", "AssignVariableOp", "ConsumeMutexLock", "DisableCopyOnRead",
     "MutexLock", "MutexV2", "ReadVariableOp", "ResourceGather", "ResourceGatherNd", "ResourceScatterAdd",
-    "ResourceScatterNdUpdate", "ResourceScatterUpdate", "ResourceStridedSliceAssign", "Timestamp", "VarHandleOp",
-    "VarIsInitializedOp", "VariableShape",
+    "ResourceScatterMax", "ResourceScatterMin", "ResourceScatterNdUpdate", "ResourceScatterUpdate",
+    "ResourceStridedSliceAssign", "Timestamp", "VarHandleOp", "VarIsInitializedOp", "VariableShape",
     # Calls, loops, branches and merged calls.
     "Assert", "BatchFunction", "Case", "If", "NoOp", "PartitionedCall", "StatefulPartitionedCall", "StatelessCase",
     "StatelessIf", "StatelessWhile", "While",
@@ -58,6 +59,8 @@ FOREIGN_OPS = re.compile(
     r"|(Experimental)?DatasetToTFRecord|Debug(Identity|NanCount|NumericSummary)(V\d)?|RemoteCall"
 )
 # fmt: on
+# Graphs that are looked at, and entries of a list of one: GPT-2 XL's longest has 20,000.
+_GRAPHS, _MOST = 4, 1 << 18
 _SAVE_OPS = frozenset(("SaveV2", "MergeV2Checkpoints", "ShardedFilename"))
 _RESTORE_OPS = frozenset(("RestoreV2",))
 _CALLS = frozenset(("PartitionedCall", "StatefulPartitionedCall"))
@@ -94,8 +97,31 @@ def find_problems(version: Path) -> Iterator[Problem]:
     Raises BundleError for what is no SavedModel.
     """
     yield from _check_files(version)
-    for meta_graph in read_saved_model(version).meta_graphs:
-        yield from _check_meta_graph(meta_graph)
+    saved = read_saved_model(version)
+    if saved is None:
+        yield Problem("", FILE, f"larger than {MAX_BYTES >> 20} MiB, which no export of this project is")
+        return
+    if len(saved.meta_graphs) != 1:
+        yield Problem("", "model", f"it has {len(saved.meta_graphs)} graphs, where an export has one")
+    for meta_graph in saved.meta_graphs[:_GRAPHS]:
+        if problem := _too_large(meta_graph):
+            yield problem  # What is no list of an export would take long to look through.
+        else:
+            yield from _check_meta_graph(meta_graph)
+
+
+def _too_large(meta_graph: Any) -> Problem | None:
+    """The first list that is longer than any of an export."""
+    graph, objects = meta_graph.graph_def, meta_graph.object_graph_def.nodes
+    lists = [("graph", graph.node), ("functions", graph.library.function), ("objects", objects)]
+    lists += [("signatures", meta_graph.signature_def), ("collections", meta_graph.collection_def)]
+    for where, items in lists:
+        if len(items) > _MOST:
+            return Problem("", where, f"there are {len(items):,}, more than any export has")
+    for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
+        if len(nodes) > _MOST or any(len(node.input) > _MOST or len(node.attr) > _MOST for node in nodes):
+            return Problem("", "graph", f"a function or node has over {_MOST:,} parts, more than any export has")
+    return None
 
 
 def _check_files(version: Path) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from serving import __version__
 from serving.server.state import Server
 
 
@@ -30,6 +31,18 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+async def version(request: Request) -> Response:
+    """The server's version."""
+    return JSONResponse({"version": __version__})
+
+
 def operations_routes() -> list[Route]:
-    """The routes of this module."""
-    return [Route("/health/live", live), Route("/health/ready", ready), Route("/metrics", metrics)]
+    """The routes of this module; `/health`, `/ping` and `/version` are where vLLM and SageMaker have theirs."""
+    return [
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/health", ready),
+        Route("/ping", ready),
+        Route("/version", version),
+        Route("/metrics", metrics),
+    ]

@@ -8,22 +8,31 @@ from __future__ import annotations
 import codecs
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
-from serving.bundle import Bundle
-from serving.errors import BundleError
+from serving.bundle import TOKENIZER_NAME, Bundle
+from serving.bundle.strict_json import refuse
+from serving.bundle.tokenizer_file import MAX_BYTES, check_tokenizer
+from serving.errors import BundleError, cut
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The tokenizer of `bundle`. Raises BundleError if its tokenizer.json is not one."""
-    path = bundle.path("tokenizer.json")
+    """The tokenizer of `bundle`, without padding or truncation. Raises BundleError if its tokenizer.json is none."""
+    data = bundle.read(TOKENIZER_NAME, MAX_BYTES)
+    check_tokenizer(data, str(bundle.folder))
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # The library raises the bare class.
-        raise BundleError(f"{path}: not a tokenizer ({error}); build the bundle again") from None
+        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    except BaseException as error:  # The library raises the bare class, and panics with one that derives from none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = cut(" ".join(str(error)[:1000].split()), 200)
+        raise refuse(str(bundle.folder), f"tokenizer.json is not a tokenizer ({reason})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -42,24 +51,37 @@ BYTE_ALPHABET = _byte_alphabet()
 
 
 class TokenBytes:
-    """The bytes that each token id of a byte-level BPE stands for; special tokens stand for none.
+    """The bytes that each token id of a byte-level BPE or of a WordPiece stands for; special tokens stand for none.
 
-    May be shared by any number of streams over one tokenizer. Raises BundleError if the tokenizer does not decode as a
-    byte-level BPE does.
+    `special` holds the special tokens by their text. May be shared by any number of streams over one tokenizer. Raises
+    BundleError if the tokenizer decodes in another way than those two.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        decoder = tokenizer.decoder
+        if not isinstance(decoder, decoders.ByteLevel | decoders.WordPiece):
             raise BundleError(
-                "tokenizer.json has no ByteLevel decoder; a GPT-2 bundle needs a byte-level BPE tokenizer"
+                "tokenizer.json has neither a ByteLevel nor a WordPiece decoder; build it from another base"
             )
-        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self._bytes = {id: b"" if text in special else _token_bytes(text) for text, id in vocabulary.items()}
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special = {token.content: id for id, token in added if token.special}
+        plain = [pair for pair in tokenizer.get_vocab(with_added_tokens=True).items() if pair[0] not in self.special]
+        self._first: dict[int, bytes] = {}
+        if isinstance(decoder, decoders.ByteLevel):
+            self._bytes = {id: _token_bytes(text) for text, id in plain}
+            return
+        # The decoder joins tokens by blanks and looks at each alone: a token's text is what it adds to another.
+        start = decoder.decode(["a"])
+        self._bytes = {id: decoder.decode(["a", text]).removeprefix(start).encode("utf-8") for text, id in plain}
+        self._first = {id: decoder.decode([text]).encode("utf-8") for text, id in plain}
 
     def __getitem__(self, token_id: int) -> bytes:
         """The bytes of `token_id`; none for an id outside the vocabulary, which the full decode skips as well."""
         return self._bytes.get(token_id, b"")
+
+    def first(self, token_id: int) -> bytes:
+        """The bytes of `token_id` where no token stands before it in the text."""
+        return self._first.get(token_id, self[token_id])
 
 
 def _token_bytes(text: str) -> bytes:
@@ -77,6 +99,7 @@ class StopAutomaton:
 
     def __init__(self, stop: Sequence[str]) -> None:
         """Build the automaton for `stop`, non-empty strings, in time and space linear in their joint length."""
+        self.texts = tuple(stop)
         self._next: list[dict[str, int]] = [{}]
         self.depth, self._fallback, self.match = [0], [0], [0]
         for text in stop:
@@ -143,9 +166,12 @@ class _BytePieces:
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = False
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes[token_id])
+        data = self._bytes[token_id] if self._begun else self._bytes.first(token_id)
+        self._begun = self._begun or bool(self._bytes[token_id])
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         return self._decoder.decode(b"", True)
@@ -155,19 +181,28 @@ class TextStream:
     """Turns token ids into text as they come, up to the first stop string.
 
     All pieces of `push` and the one of `finish` joined are `tokenizer.decode(ids)`, special tokens skipped, cut before
-    the first stop string (the one that is complete first; the longest of those complete at once). Time and space are
+    the first stop string (the one that is complete first; the longest of those complete at once). A stop string that
+    is a special token's text is found where that token is, though the text does not show it. Time and space are
     amortised O(1) a byte. `stopped_by` is the stop string that was found.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | TokenBytes | Pieces, stop: Sequence[str] | StopAutomaton | None = None
+        self,
+        tokenizer: Tokenizer | TokenBytes | Pieces,
+        stop: Sequence[str] | StopAutomaton | None = None,
+        special: Mapping[str, int] | None = None,
     ) -> None:
         """Open a stream over `tokenizer`, a TokenBytes made once for many streams, or pieces from elsewhere.
 
-        `stop` are non-empty strings, or their automaton, made once for many streams.
+        `stop` are non-empty strings, or their automaton, made once for many streams. `special` are the special tokens
+        by text, for pieces from elsewhere.
         """
         if isinstance(tokenizer, Tokenizer):
             tokenizer = TokenBytes(tokenizer)
+        if isinstance(tokenizer, TokenBytes):
+            special = tokenizer.special
+        texts = stop.texts if isinstance(stop, StopAutomaton) else stop or ()
+        self._special = {special[text]: text for text in texts if text in special} if special else {}
         self._pieces: Pieces = _BytePieces(tokenizer) if isinstance(tokenizer, TokenBytes) else tokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._held: deque[str] = deque()
@@ -176,6 +211,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is certain by now; "" once a stop string was found."""
+        if token_id in self._special and not self.stopped:
+            piece = self.finish()
+            if not self.stopped:
+                self.stopped, self.stopped_by = True, self._special[token_id]
+            return piece
         return self._take(self._pieces.push(token_id))
 
     def finish(self) -> str:

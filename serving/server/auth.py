@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 
 from serving.errors import InputError
@@ -16,6 +17,8 @@ from serving.server.errors import RateLimitError, UnauthenticatedError
 
 KEYS_VARIABLE = "GPT2_BUNDLE_API_KEYS"
 MIN_KEY_LENGTH = 8
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+"""Whose call a task answers: a digest of its key, "" where there are no keys. No caller sees what another one asked."""
 _REMEMBERED = 10_000
 
 

@@ -35,6 +35,10 @@ class BodyEncodingError(GPT2BundleError):
     """A request's body is packed in a way that is not unpacked here."""
 
 
+class BodiesFullError(GPT2BundleError):
+    """The bodies of all requests together are over the limit."""
+
+
 class BodyTimeoutError(GPT2BundleError):
     """A request's body did not come in time."""
 
@@ -120,6 +124,7 @@ TABLE: dict[type[BaseException], Kind] = {
     RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
     ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),
     UnsupportedCallError: Kind(501, "UNIMPLEMENTED", "invalid_request_error"),
+    BodiesFullError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),
     GenerationEndedError: Kind(503, "UNAVAILABLE", "server_error", "draining"),

@@ -10,17 +10,32 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.engine.api import DrainingError
-from serving.server.errors import INVALID, BodyTimeoutError, BodyTooLargeError, ClientGoneError, Failure, failure_of
+from serving.errors import cut
+from serving.server.auth import CALLER
+from serving.server.errors import (
+    INVALID,
+    BodiesFullError,
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ClientGoneError,
+    Failure,
+    UnauthenticatedError,
+    failure_of,
+)
 from serving.server.playground import PATHS as PLAYGROUND_PATHS
 from serving.server.state import Server
 
 OPEN_PATHS = (
+    "/health",
+    "/ping",
+    "/version",
     "/health/live",
     "/health/ready",
     "/v2/health/live",
@@ -30,6 +45,9 @@ OPEN_PATHS = (
 )
 """What needs no key, so that probes and scrapers need none, and the page can ask for one; no prompt, no text."""
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
+_ADDRESS = re.compile(r"[A-Za-z0-9.:%_-]{0,64}\Z")
+_LOGGED_PATH = 1024
+"""Characters of a path that the log has."""
 log = logging.getLogger("gpt2_bundle.server")
 access = logging.getLogger("gpt2_bundle.access")
 
@@ -57,16 +75,19 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                body.forget()
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
+        body = _Body(receive, headers, self._server)
         try:
-            self._admit(scope, headers)
-            await self._app(scope, _guarded(receive, headers, self._server), sending)
+            CALLER.set(self._admit(scope, headers))
+            await self._app(scope, body.receive, sending)
         except ClientGoneError:
             status = 499
         except Exception as error:
             failure = failure_of(error)
+            _remember(state, failure)
             if failure.internal:
                 log.error("a request failed", exc_info=error, extra={"request_id": state["request_id"]})
             if not status:
@@ -74,17 +95,23 @@ class Gate:
             else:  # Left unfinished, so that the client sees a broken answer and not a short one.
                 status = 500
         finally:
+            body.forget()
             self._note(scope, state, status or 499, time.perf_counter() - began)
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuse whoever may not ask, or may not ask now."""
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Refuse whoever may not ask, or may not ask now; the digest of the key of who may, "" without keys."""
         if scope["path"] in OPEN_PATHS:
-            return
+            return ""
         authorization = headers.get(b"authorization")
-        caller = self._server.keys.check(None if authorization is None else authorization.decode("latin-1"))
+        try:
+            caller = self._server.keys.check(None if authorization is None else authorization.decode("latin-1"))
+        except UnauthenticatedError:
+            self._server.wrong_keys.take(caller_address(scope))
+            raise
         self._server.limiter.take(caller or caller_address(scope))
         if self._server.draining and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             raise DrainingError("the server is shutting down; ask another one or try again")
+        return caller or ""
 
     def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         route = scope.get("route")
@@ -94,12 +121,12 @@ class Gate:
             logging.DEBUG if scope["path"] in OPEN_PATHS and status < 400 else logging.INFO,
             "%s %s %d",
             scope["method"],
-            scope["path"],
+            quote(scope["path"][:_LOGGED_PATH]),
             status,
             extra={
                 "request_id": state["request_id"],
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": scope["path"][:_LOGGED_PATH],
                 "status": status,
                 "seconds": round(seconds, 6),
                 "client": caller_address(scope),
@@ -108,40 +135,61 @@ class Gate:
         )
 
 
-def _guarded(receive: Receive, headers: dict[bytes, bytes], server: Server) -> Receive:
-    """`receive` that refuses a body which is too long or too slow. What comes after the body is not limited."""
-    limit = server.settings.max_body_bytes
-    too_large = f"the body has more than {limit} bytes"
-    declared = headers.get(b"content-length", b"")
-    deadline = asyncio.get_running_loop().time() + server.settings.body_timeout
-    size, complete = 0, False
+def _remember(state: dict[str, Any], failure: Failure) -> None:
+    """Have the access log say why a request was refused."""
+    state["log"] = {**state.get("log", {}), "reason": failure.message}
 
-    async def guarded() -> Message:
-        nonlocal size, complete
-        if complete:
-            return await receive()
-        if declared.isdigit() and int(declared) > limit:
-            raise BodyTooLargeError(too_large)
+
+class _Body:
+    """A request's body as it comes: refused if it is too long or too slow, or where all bodies together are too long.
+
+    What comes after the body is not limited. Its bytes count until `forget`, when an answer begins.
+    """
+
+    def __init__(self, receive: Receive, headers: dict[bytes, bytes], server: Server) -> None:
+        self._receive, self._server = receive, server
+        self._declared = headers.get(b"content-length", b"")
+        self._deadline = asyncio.get_running_loop().time() + server.settings.body_timeout
+        self._size, self._counted, self._complete = 0, 0, False
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        limit = self._server.settings.max_body_bytes
+        if self._declared.isdigit() and (len(self._declared) > 18 or int(self._declared) > limit):
+            raise BodyTooLargeError(f"the body has more than {limit} bytes")
         try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
         except TimeoutError:
             raise BodyTimeoutError("the body did not come in time; send it again") from None
         if message["type"] == "http.disconnect":
             raise ClientGoneError("the client went away before its body was complete")
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise BodyTooLargeError(too_large)
-        complete = not message.get("more_body", False)
+        self._count(len(message.get("body", b"")))
+        if self._size > limit:
+            raise BodyTooLargeError(f"the body has more than {limit} bytes")
+        self._complete = not message.get("more_body", False)
         return message
 
-    return guarded
+    def _count(self, size: int) -> None:
+        self._size += size
+        self._counted += size
+        self._server.body_bytes += size
+        if self._server.body_bytes > self._server.settings.max_bodies_bytes:
+            raise BodiesFullError("too many bodies are coming in at once; try again")
+
+    def forget(self) -> None:
+        """Count no more; may be called more than once."""
+        self._server.body_bytes -= self._counted
+        self._counted = 0
 
 
 def caller_address(scope: Mapping[str, Any]) -> str:
     """Whence a request comes; an IPv4 address as itself, also where the listening socket takes both kinds."""
     client = scope.get("client")
-    return client[0].removeprefix("::ffff:") if client else ""
+    address = client[0].removeprefix("::ffff:") if client else ""
+    # A proxy may forward any text as an address, and the log has a line for each.
+    return address if _ADDRESS.match(address) else "unknown"
 
 
 def openai_shaped(path: str) -> bool:
@@ -171,12 +219,25 @@ def error_response(failure: Failure, path: str) -> Response:
     return JSONResponse(body, failure.kind.status, headers)
 
 
+def _hint(path: str) -> str:
+    """Where a client with a wrong base URL wanted to go."""
+    for wrong, right in (("/v1/v1/", "/v1/"), ("/completions", "/v1/completions"), ("/models", "/v1/models")):
+        if path == wrong or (wrong.endswith("/") and path.startswith(wrong)):
+            return f"; ask {cut(right + path[len(wrong) :])}, with the base URL of this server and /v1 once"
+    return ""
+
+
 async def on_http_exception(request: Any, error: Exception) -> Response:
     """Starlette's own refusals, an unknown path or method, in the form of the rest."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    sentences = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
+    sentences = {
+        404: f"there is nothing at {cut(path)}{_hint(path)}",
+        405: f"{cut(path)} does not take {request.method}",
+    }
     kind = replace(INVALID, status=error.status_code)
-    response = error_response(Failure(kind, sentences.get(error.status_code, error.detail)), path)
+    failure = Failure(kind, sentences.get(error.status_code, error.detail))
+    _remember(request.scope["state"], failure)
+    response = error_response(failure, path)
     response.headers.update(error.headers or {})
     return response

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from serving.bundle import Bundle
 from serving.engine.api import Engine
-from serving.errors import GPT2BundleError
+from serving.errors import GPT2BundleError, cut
 
 
 class ModelNotFoundError(GPT2BundleError):
@@ -95,7 +95,7 @@ class ModelRegistry:
             raise ModelNotReadyError("no model is loaded yet; try again when /health/ready says so")
         if name not in self._models:
             known = ", ".join(map(repr, self._models))
-            raise ModelNotFoundError(f"no model {name!r} is served here; there is {known}")
+            raise ModelNotFoundError(f"no model {cut(name)!r} is served here; there is {cut(known, 200)}")
         return sorted(self._models[name].values(), key=lambda model: -model.version)
 
     def get(self, name: str, version: int | None = None) -> ServedModel:

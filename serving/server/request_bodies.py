@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -11,16 +12,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from serving.errors import InputError
+from serving.errors import InputError, cut
 from serving.server.errors import BodyEncodingError, BodyTooLargeError, FieldError
 from serving.server.state import Server
 
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", bound="RequestBody")
 _Result = TypeVar("_Result")
 _LONG_BODY = 65_536
 """Bytes from which on a body is read in another thread, so that streams under way do not wait for it."""
 MAX_VALUES = 163_840
 """In one body of JSON: the token ids of 128 prompts that fill a context of 1,024, and a quarter more."""
+_MAX_IGNORED = 256
+_ignored: set[tuple[type[BaseModel], str]] = set()
+"""Unknown fields that the log has."""
+log = logging.getLogger("gpt2_bundle.server")
 MAX_FIELDS = 256
 """Of one body."""
 MAX_ID = 2**31 - 1
@@ -29,9 +34,13 @@ _WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 
 
 class RequestBody(BaseModel):
-    """A body whose unknown fields are ignored and whose known ones must have their own type."""
+    """A body whose known fields must have their own type. Unknown ones are logged once each, and ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def refuse(cls, fields: Mapping[str, Any]) -> None:
+        """Raise FieldError for one of `fields`, as they came, that is understood and not done here."""
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
@@ -82,7 +91,18 @@ def _unpacked(data: bytes, encoding: str, most: int) -> bytes:
 
 def parse_body(data: bytes, kind: type[Body]) -> Body:
     """JSON as `kind`. Raises FieldError."""
-    return check_fields(parse_object(data), kind)
+    fields = parse_object(data)
+    kind.refuse(fields)
+    if kind.model_config.get("extra") == "ignore":
+        for name in fields.keys() - kind.model_fields.keys():
+            _say_ignored(kind, name)
+    return check_fields(fields, kind)
+
+
+def _say_ignored(kind: type[BaseModel], name: str) -> None:
+    if len(_ignored) < _MAX_IGNORED and (kind, name) not in _ignored:
+        _ignored.add((kind, name))
+        log.info("the field %r of a %s is not known here, and ignored", cut(name), kind.__name__)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

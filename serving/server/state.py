@@ -18,10 +18,13 @@ class Server:
     settings: Settings = field(default_factory=Settings)
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False
+    body_bytes: int = 0
+    """Of requests whose answers have not begun; the event loop's."""
 
     def __post_init__(self) -> None:
         self.keys = Keys(self.settings.api_keys)
         self.limiter = RateLimiter(self.settings.rate_limit)
+        self.wrong_keys = RateLimiter(self.settings.wrong_keys)
 
     def unready(self) -> str | None:
         """Why requests should go elsewhere, as a sentence; None when every model has a version that can answer."""

@@ -105,7 +105,9 @@ def make_keras_hub() -> None:
     """A preset of KerasHub's GPT2CausalLM with random weights, its logits, and the task's own save_weights."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     import keras
-    from keras_hub.models import GPT2Backbone, GPT2CausalLM
+    from keras_hub.models import GPT2Backbone, GPT2CausalLM, GPT2Tokenizer
+
+    from tests.oracles.make_tokenizer_fixtures import write_gpt2
 
     backbone = GPT2Backbone(
         vocabulary_size=50, num_layers=2, num_heads=3, hidden_dim=15, intermediate_dim=60, max_sequence_length=21
@@ -115,6 +117,11 @@ def make_keras_hub() -> None:
         weight.assign(random.normal(1.0 if "gamma" in weight.path else 0.0, 0.3, weight.shape))
     model = GPT2CausalLM(backbone=backbone)
     model.save_to_preset(str(FOLDER / "keras_hub"))
+    with tempfile.TemporaryDirectory() as temporary:
+        source = write_gpt2(Path(temporary))
+        merges = (source / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+        tokenizer = GPT2Tokenizer(vocabulary=json.loads((source / "vocab.json").read_text()), merges=merges)
+    tokenizer.save_to_preset(str(FOLDER / "keras_hub_tokenizer"))
     (FOLDER / "keras_task").mkdir(exist_ok=True)
     shutil.copyfile(FOLDER / "keras_hub" / "config.json", FOLDER / "keras_task" / "config.json")
     model.save_weights(str(FOLDER / "keras_task" / "my.weights.h5"))

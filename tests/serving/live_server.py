@@ -15,7 +15,7 @@ from serving.entrypoints.http_limits import LimitedProtocol
 
 
 @contextlib.contextmanager
-def running(app: Starlette) -> Iterator[str]:
+def running(app: Starlette, protocol: type[LimitedProtocol] = LimitedProtocol) -> Iterator[str]:
     """The base URL of `app` while the block runs."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -24,7 +24,7 @@ def running(app: Starlette) -> Iterator[str]:
         log_config=None,
         access_log=False,
         lifespan="off",
-        http=LimitedProtocol,
+        http=protocol,
         ws="none",
         timeout_graceful_shutdown=2,
     )

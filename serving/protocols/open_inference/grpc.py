@@ -18,10 +18,12 @@ from serving.protobuf.open_inference import CONFIG_TYPES, MESSAGES
 from serving.protobuf.tables import read_message
 from serving.protocols.open_inference import metadata as models
 from serving.protocols.open_inference.infer import Answer, infer, open_stream
+from serving.protocols.open_inference.schema import MAX_TENSORS
 from serving.protocols.open_inference.signatures import GENERATE, InferRequest, refuse_parameters
-from serving.protocols.open_inference.tensors import TYPES, from_raw, to_raw
+from serving.protocols.open_inference.tensors import TYPES, checked_size, from_raw, to_raw
 from serving.server.errors import failure_of
 from serving.server.grpc_middleware import Timeout, headers_of, request_id
+from serving.server.request_bodies import MAX_VALUES
 from serving.server.state import Server
 
 _CONTENTS: dict[str, tuple[str, Any]] = {
@@ -157,6 +159,9 @@ class OpenInference:
             await write(refused)
 
     def _asked(self, request: Any, context: Any) -> InferRequest:
+        for what, tensors in (("inputs", request.inputs), ("outputs", request.outputs)):
+            if len(tensors) > MAX_TENSORS:  # Before any of them is looked at.
+                raise InputError(f"the request has {len(tensors)} {what}; it may have {MAX_TENSORS}")
         outputs = tuple(output.name for output in request.outputs)
         for tensor in (*request.inputs, *request.outputs):
             refuse_parameters(tensor.name, tensor.parameters)
@@ -216,7 +221,10 @@ def _typed(name: str, tensor: Any) -> NDArray[Any]:
     if tensor.datatype not in _CONTENTS:
         raise InputError(f"{name} has the datatype {tensor.datatype[:40]!r}; contents have {', '.join(_CONTENTS)}")
     field, wide = _CONTENTS[tensor.datatype]
-    values = list(getattr(tensor.contents, field))
+    values = getattr(tensor.contents, field)
+    size = checked_size(name, tensor.datatype, tensor.shape)
+    if len(values) != size or size > MAX_VALUES:
+        raise InputError(f"{name} has {len(values)} values, its shape needs {size}, and contents may have {MAX_VALUES}")
     held = np.empty(len(values), wide)
     held[:] = values
     array = held.astype(TYPES[tensor.datatype])

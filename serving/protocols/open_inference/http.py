@@ -105,10 +105,7 @@ async def generate_stream(request: Request) -> Response:
         return EventStream(_events_of(_event(_generated(body, answer))))
     stream = await open_stream(_server(request), asked)
     stream.generation.watch(request)
-    pieces = stream.pieces()
-    # Whatever refuses the request now still has a status of its own.
-    first = await anext(pieces)
-    return EventStream(_events(request, body, stream, first, pieces))
+    return EventStream(_events(request, body, stream), _server(request).settings.ping_seconds)
 
 
 async def _events_of(*events: bytes) -> AsyncGenerator[bytes, None]:
@@ -120,12 +117,9 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
-async def _events(
-    request: Request, body: GenerateBody, stream: Stream, first: Answer, pieces: AsyncGenerator[Answer, None]
-) -> AsyncGenerator[bytes, None]:
+async def _events(request: Request, body: GenerateBody, stream: Stream) -> AsyncGenerator[bytes, None]:
     try:
-        async with contextlib.aclosing(pieces):
-            yield _event(_generated(body, first))
+        async with contextlib.aclosing(stream.pieces()) as pieces:
             async for piece in pieces:
                 yield _event(_generated(body, piece))
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -78,6 +79,11 @@ class GenerateBody(RequestBody):
     """A text to continue; options stand beside it or in `parameters`. Fields that are not here are ignored."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_options)
+
+    @classmethod
+    def refuse(cls, fields: Mapping[str, Any]) -> None:
+        """See `RequestBody.refuse`."""
+        CompletionRequest.refuse(fields)
 
     text_input: Texts = Field(description="Text; several, in a list, only without a stream.")
     id: str = Field("", description="Given back with the answer.")

@@ -132,15 +132,10 @@ def check(request: InferRequest) -> None:
     for name in request.outputs:
         if name not in outputs:
             raise InputError(f"{request.signature} has no output {name[:80]!r}; it has {', '.join(outputs)}")
-    for name, array in request.inputs.items():
+    for name, array in list(request.inputs.items()):
         if name not in inputs:
             raise InputError(f"{request.signature} has no input {name[:80]!r}; it has {', '.join(inputs)}")
-        spec = inputs[name]
-        sent = next(datatype for datatype, kind in TYPES.items() if array.dtype == kind)
-        if sent != spec.datatype:
-            raise InputError(f"{name} must be {spec.datatype}, and {sent} was sent")
-        if array.ndim != spec.rank:
-            raise InputError(f"{name} must have {spec.rank} axes, and {array.ndim} were sent")
+        request.inputs[name] = _fitted(name, array, inputs[name])
     first = next(iter(inputs))
     for name, spec in inputs.items():
         given = name in request.inputs or (name in request.parameters and name != first)
@@ -148,6 +143,25 @@ def check(request: InferRequest) -> None:
             raise InputError(f"the input {name} is missing; {request.signature} takes {', '.join(inputs)}")
     request.limit()
     request.stream  # noqa: B018
+
+
+def _fitted(name: str, array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    """`array` as `spec` has it: Triton's clients send [n, 1] for [n], and INT64 where INT32 would do."""
+    sent = next(datatype for datatype, kind in TYPES.items() if array.dtype == kind)
+    if array.ndim == spec.rank + 1 and array.shape[-1] == 1:
+        array = array.reshape(array.shape[:-1])
+    if (sent, spec.datatype) == ("INT64", "INT32"):
+        narrow = array.astype(np.int32)
+        if not np.array_equal(narrow, array):
+            raise InputError(f"{name} must be INT32, and has INT64 values beyond it")
+        return narrow
+    if (sent, spec.datatype) == ("INT32", "INT64"):
+        return array.astype(np.int64)
+    if sent != spec.datatype:
+        raise InputError(f"{name} must be {spec.datatype}, and {sent} was sent")
+    if array.ndim != spec.rank:
+        raise InputError(f"{name} must have {spec.rank} axes, and {array.ndim} were sent")
+    return array
 
 
 def selected(request: InferRequest, outputs: Arrays) -> Arrays:
@@ -172,6 +186,7 @@ def bodies(request: InferRequest, most: int) -> list[CompletionRequest]:
     if not 1 <= count <= most:
         raise InputError(f"text_input has {count} texts; it must have 1 to {most}")
     texts = [each.decode("utf-8", "replace") for each in request.inputs["text_input"].tolist()]
+    CompletionRequest.refuse(request.parameters)
     shared = {name: request.parameters[name] for name in OPTIONS if name in request.parameters}
     columns: dict[str, list[Any]] = {}
     for name, array in request.inputs.items():

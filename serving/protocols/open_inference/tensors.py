@@ -49,7 +49,8 @@ class TensorSpec:
     optional: bool = False
 
 
-def _checked_size(name: str, datatype: str, shape: Sequence[int]) -> int:
+def checked_size(name: str, datatype: str, shape: Sequence[int]) -> int:
+    """How many elements a tensor of `shape` has. Raises InputError for what no tensor can be."""
     if datatype not in TYPES:
         raise InputError(f"{name} has the datatype {datatype[:40]!r}; there are {', '.join(TYPES)}")
     if len(shape) > MAX_AXES or any(size < 0 for size in shape):
@@ -69,7 +70,7 @@ def _shaped(name: str, array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any
 
 def from_values(name: str, datatype: str, shape: Sequence[int], data: Any) -> NDArray[Any]:
     """A tensor from JSON's values, in one list or in lists nested as `shape` is. Raises InputError."""
-    size = _checked_size(name, datatype, shape)
+    size = checked_size(name, datatype, shape)
     values = data
     while isinstance(values, list) and any(isinstance(each, list) for each in values):
         if not all(isinstance(each, list) for each in values):
@@ -119,7 +120,7 @@ def _float(kind: Any, value: int | float) -> Any:
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:
     """A tensor from its raw bytes. Raises InputError."""
-    size = _checked_size(name, datatype, shape)
+    size = checked_size(name, datatype, shape)
     if datatype == "BYTES":
         return _shaped(name, _strings(name, size, data), shape)
     kind = np.dtype(TYPES[datatype])

@@ -40,7 +40,7 @@ def token_names(engine: Engine) -> TokenNames:
 
 @dataclass
 class LogprobsWriter:
-    """Collects tokens; `take` gives what came since the last one."""
+    """Collects tokens; `take` gives those whose text has come, since the last call."""
 
     names: TokenNames
     top: int
@@ -63,14 +63,22 @@ class LogprobsWriter:
         self._pieces.append((name, own, top, self.offset))
         self.offset += len(self._decoder.decode(data)) if data or not in_prompt else len(name)
 
-    @property
-    def pending(self) -> bool:
-        """Whether `take` has anything to give."""
-        return bool(self._pieces)
+    def _ready(self, sent: int | None) -> int:
+        if sent is None:
+            return len(self._pieces)
+        return next((place for place, piece in enumerate(self._pieces) if piece[3] >= sent), len(self._pieces))
 
-    def take(self) -> dict[str, Any]:
-        """What was added, as the field `logprobs` of a choice."""
-        pieces, self._pieces = self._pieces, []
+    def pending(self, sent: int | None) -> bool:
+        """Whether `take` has anything to give."""
+        return self._ready(sent) > 0
+
+    def take(self, sent: int | None = None) -> dict[str, Any]:
+        """The tokens that begin before character `sent` of the choice's text, or all, as a choice's `logprobs`.
+
+        A token whose text may still turn out to be part of a stop text waits, as the text does.
+        """
+        ready = self._ready(sent)
+        pieces, self._pieces = self._pieces[:ready], self._pieces[ready:]
         keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         return (
             dict(zip(keys, map(list, zip(*pieces, strict=True)), strict=True)) if pieces else {key: [] for key in keys}
@@ -101,12 +109,29 @@ class ChoiceState:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     tokens: int = 0
+    _characters: int = 0
+    """Of the text so far, what was taken included."""
+    _all: bool = False
+    """It ended, and not at a stop text: tokens without text count too."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are log-probabilities to take."""
+        return self.writer is not None and self.writer.pending(self._sent)
+
+    @property
+    def _sent(self) -> int | None:
+        return None if self._all else self._characters
+
+    def _add(self, text: str) -> None:
+        self.text += text
+        self._characters += len(text)
 
     def on_prompt(self, event: PromptEvent) -> None:
         """The prompt has been read."""
         if self.prompt.echo is None:
             return
-        self.text += self.prompt.echo
+        self._add(self.prompt.echo)
         if self.writer is not None and not self.prompt.implied:
             scores = event.logprobs or (None,) * len(self.prompt.ids)
             for token_id, logprobs in zip(self.prompt.ids, scores, strict=True):
@@ -118,7 +143,7 @@ class ChoiceState:
         if not self.keep_generated:
             return
         self.tokens += 1
-        self.text += event.text
+        self._add(event.text)
         if self.ids is not None:
             self.ids.append(event.token_id)
         if self.writer is not None:
@@ -127,10 +152,11 @@ class ChoiceState:
     def on_finish(self, event: FinishEvent, eos_token_id: int) -> None:
         """It ends, as a result."""
         if not self.keep_generated:
-            self.finish_reason = "length"
+            self.finish_reason, self._all = "length", True
             return
-        self.text += event.text
+        self._add(event.text)
         self.finish_reason = event.reason
+        self._all = not isinstance(event.stopped_by, str)
         # vLLM's rule: null where the model itself ended the text.
         self.stop_reason = None if event.stopped_by == eos_token_id else event.stopped_by
 
@@ -140,7 +166,7 @@ class ChoiceState:
         found = {
             "index": self.index,
             "text": text,
-            "logprobs": None if self.writer is None else self.writer.take(),
+            "logprobs": None if self.writer is None else self.writer.take(self._sent),
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
         }

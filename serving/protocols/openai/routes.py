@@ -21,6 +21,7 @@ from serving.protocols.openai.schema import CompletionRequest, DetokenizeRequest
 from serving.protocols.openai.stream import Run, stream
 from serving.protocols.texts import LONG_TEXT, TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, SamplingParams
+from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
 from serving.server.event_queue import beside_if, submit, time_limit
 from serving.server.event_stream import EventStream
@@ -61,11 +62,10 @@ async def completions(request: Request) -> Response:
         generation.watch(request)
         span = start_span(COMPLETION, request.headers, model.name)
         run = Run(body, model, prompts, generation, request_id, span, request.state)
-        first = run.take(await generation.next())  # Whatever refuses the request now still has a status of its own.
-        if body.stream:
-            return EventStream(stream(run, first))
-        while first:
-            first = run.take(await generation.next())
+        if body.stream:  # At once: the engine has accepted it, and it may wait long for its first token.
+            return EventStream(stream(run), server.settings.ping_seconds)
+        while run.take(await generation.next()):
+            pass
         answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
     except BaseException as error:
         if run is None:
@@ -186,6 +186,7 @@ def make_requests(
             prompt_only=_prompt_only(body, model),
             timeout=limit,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+            cache_salt=f"{CALLER.get()} {body.cache_salt or ''}",
         )
         for index, prompt in enumerate(prompts)
     ]

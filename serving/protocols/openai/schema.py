@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from serving.engine.api import MAX_CONTINUATIONS, MAX_LOGPROBS
+from serving.protocols.openai.unsupported import refuse_unsupported
 from serving.sampling import MAX_BIAS, MAX_TEMPERATURE
 from serving.server.request_bodies import MAX_ID, RequestBody, token_ids, whole_number
 
@@ -109,7 +111,10 @@ class StreamOptions(RequestBody):
 
 
 class CompletionRequest(RequestBody):
-    """A prompt to continue. Fields that are not here are ignored; null is the same as leaving a field out."""
+    """A prompt to continue; null is the same as leaving a field out.
+
+    A field of other servers that would change the answer and is not done here is refused; others are ignored.
+    """
 
     model: str | None = Field(None, description="A name from /v1/models; the first one if left out.")
     prompt: Annotated[
@@ -128,6 +133,7 @@ class CompletionRequest(RequestBody):
         ),
     ] = Field(default_factory=lambda: [""], description="Text or token ids; an empty text starts a new document.")
     max_tokens: _Natural | None = Field(None, description="Tokens to add at most; 0 only with echo.")
+    max_completion_tokens: _Natural | None = Field(None, description="Another name of max_tokens.")
     temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
     n: Annotated[int, Field(ge=1, le=MAX_CONTINUATIONS), _Whole] | None = Field(
@@ -168,7 +174,7 @@ class CompletionRequest(RequestBody):
         ),
     ] = Field(default_factory=dict, description="Added to tokens' logits, by id.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _Whole] | None = Field(
-        None, description="Equal seeds give equal text."
+        None, description="Equal seeds give equal text; -1 is none."
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -191,7 +197,25 @@ class CompletionRequest(RequestBody):
         ]
         | None
     ) = None
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=256, description="Only requests of the same salt share prefixes of prompts."
+    )
     return_token_ids: bool | None = Field(None, description="Give each choice's token ids too, as they come.")
+
+    @classmethod
+    def refuse(cls, fields: Mapping[str, Any]) -> None:
+        """See `RequestBody.refuse`."""
+        refuse_unsupported(fields)
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> CompletionRequest:
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise ValueError("max_tokens and max_completion_tokens differ; leave one out")
+            self.max_tokens = self.max_completion_tokens
+        if self.seed == -1:
+            self.seed = None
+        return self
 
 
 class Logprobs(BaseModel):

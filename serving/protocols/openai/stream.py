@@ -114,8 +114,8 @@ class Run:
         self.span.end(usage["prompt_tokens"], usage["completion_tokens"], reasons, error)
 
 
-async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, None]:
-    """The chunks of a stream as server-sent events, the first for what has `changed` already.
+async def stream(run: Run) -> AsyncGenerator[bytes, None]:
+    """The chunks of a stream as server-sent events.
 
     What came since the last chunk goes out as one chunk for each choice. The frame is written once: building each
     chunk's JSON from scratch takes several times as long as the rest of a token's way.
@@ -127,13 +127,12 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
     tail = b'], "usage": null}\n\n' if with_usage else b"]}\n\n"
     ended_by: BaseException | None = None
     try:
-        while changed:
+        while changed := run.take(await run.generation.next()):
             pieces = [_chunk(choice) for choice in changed if _has_news(choice)]
             if continuous:
                 tail = b'], "usage": ' + json.dumps(run.usage()).encode() + b"}\n\n"
             if pieces:
                 yield b"".join(part for piece in pieces for part in (head, piece, tail))
-            changed = run.take(await run.generation.next())
         if with_usage:
             yield b"data: " + json.dumps(run.answer([], usage=True)).encode() + b"\n\n"
         yield _DONE
@@ -152,8 +151,7 @@ async def stream(run: Run, changed: list[ChoiceState]) -> AsyncGenerator[bytes, 
 
 def _has_news(choice: ChoiceState) -> bool:
     """Whether there is anything to send: a token may have no text yet, or none at all."""
-    scored = choice.writer is not None and choice.writer.pending
-    return bool(choice.text or choice.finish_reason or choice.ids or scored)
+    return bool(choice.text or choice.finish_reason or choice.ids or choice.scored)
 
 
 def _chunk(choice: ChoiceState) -> bytes:

@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from serving.errors import InputError, cut
 from serving.protocols.batch_completion import Row, complete
 from serving.protocols.texts import TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
+from serving.server.auth import CALLER
 from serving.server.tracing import OpenSpan, Span
 
 Arrays = dict[str, NDArray[Any]]
@@ -187,7 +189,10 @@ async def _continue(
 
 def make_request(call: Call, prompt: Sequence[int], params: SamplingParams, **more: Any) -> GenerationRequest:
     """The engine's request for one row."""
-    return GenerationRequest(tuple(prompt), params, timeout=call.timeout, request_id=call.request_id, **more)
+    salt = f"{CALLER.get()} "
+    return GenerationRequest(
+        tuple(prompt), params, timeout=call.timeout, request_id=call.request_id, cache_salt=salt, **more
+    )
 
 
 def _check_length(call: Call, longest: int) -> None:
@@ -241,8 +246,10 @@ def read_parameters(inputs: Arrays) -> list[SamplingParams]:
 
 
 def _seed(seed: int) -> int:
+    if seed == -1:  # No seed, as vLLM and llama.cpp have it.
+        return secrets.randbelow(MAX_SEED)
     if seed < 0:
-        raise InputError(f"seed must be from 0 to {MAX_SEED}")
+        raise InputError(f"seed must be from 0 to {MAX_SEED}, or -1 for none")
     return seed
 
 

@@ -105,6 +105,20 @@ def test_h5_is_fetched_only_where_there_are_no_safetensors(hub: Hub) -> None:
     assert hub.fetched == {"config.json", "tf_model.h5", "tokenizer.json", "merges.txt"}
 
 
+def test_settings_of_the_tokenizer_and_adapters_are_fetched(hub: Hub) -> None:
+    names = (
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "vocab.txt",
+    )
+    for name in (*names, "notes.txt"):
+        (hub.files / name).write_text("{}")
+    resolve_base("gpt2")
+    assert set(names) < hub.fetched and "notes.txt" not in hub.fetched
+
+
 def test_shards_are_fetched(hub: Hub) -> None:
     (hub.files / "model.safetensors").rename(hub.files / "model-00001-of-00001.safetensors")
     (hub.files / "model.safetensors.index.json").write_text("{}")

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from builder.data.base_tokenizer import read_base_tokenizer
 from builder.model.geometry import read_geometry
 from builder.model.gpt2 import GPT2
 from builder.model.lora_adapter import LoraAdapter
 from builder.model.pretrained import load_weights, resolve_base
 from builder.model.weight_matching import check_head, match_weights
+from builder.special_tokens import TokenIds
 from serving.errors import InputError
 from tests.oracles.fixtures import FOLDER as FIXTURES
 from tests.oracles.fixtures import max_difference, read_cases
@@ -77,6 +79,17 @@ def test_keras_hub(name: str) -> None:
     ours, said = logits(FOLDER / name)
     assert max_difference(ours, np.load(FOLDER / "keras_hub" / "logits.npz")["logits"]) < TOLERANCE
     assert said.startswith({"keras_hub": "model.weights.h5", "keras_task": "my.weights.h5"}[name])
+
+
+def test_a_preset_of_keras_hub_brings_its_tokenizer(tmp_path: Path) -> None:
+    preset = Path(shutil.copytree(FOLDER / "keras_hub", tmp_path / "preset"))
+    shutil.copytree(FOLDER / "keras_hub_tokenizer", preset, dirs_exist_ok=True)
+    base = resolve_base(str(preset))
+    assert base.tokenizer == preset / "assets" / "tokenizer" and base.tokenizer / "merges.txt" in base.files()
+    theirs = json.loads((FOLDER.parent / "tokenizers" / "chatml_v5" / "ids.json").read_text(encoding="utf-8"))
+    ours = read_base_tokenizer(base.tokenizer, base.weights)
+    assert ours.ids == TokenIds(268, 268)
+    assert ours.tokenizer.encode(theirs["texts"][3]).ids == theirs["ids"][3]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

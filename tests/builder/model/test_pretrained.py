@@ -78,6 +78,7 @@ def test_geometry_is_read(checkpoint: Path) -> None:
         ({"bos_token_id": -1}, "bos_token_id is -1, outside of the vocabulary of 257"),
         ({"activation_function": "swish"}, "activation_function is 'swish'; can be built: gelu_new, gelu_fast"),
         ({"activation_function": ["relu"]}, r"activation_function is \['relu'\]; can be built"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map names code of its own"),
         ({"add_cross_attention": True}, "add_cross_attention is True; only False"),
     ],
 )
@@ -228,10 +229,10 @@ def test_a_recipe_decides_the_geometry(checkpoint: Path) -> None:
     assert geometry_of(ModelRecipe(base=str(checkpoint)), 300, TokenIds(256, 256)) == read_geometry(checkpoint)
 
 
-def test_heads_that_cannot_be_exported_are_refused_before_the_training() -> None:
-    for model in (ModelRecipe(n_embd=60, n_head=5), ModelRecipe(base=str(FOLDER / "odd_heads"))):
-        with pytest.raises(InputError, match=r"makes heads of (12|5); .* takes multiples of 8 only"):
-            geometry_of(model, 300, TokenIds(5, 5))
+@pytest.mark.parametrize(("n_embd", "n_head", "padded"), [(60, 5, 16), (48, 2, 24), (15, 3, 8), (8, 8, 8)])
+def test_heads_are_padded_to_a_multiple_of_8(n_embd: int, n_head: int, padded: int) -> None:
+    geometry = geometry_of(ModelRecipe(n_embd=n_embd, n_head=n_head), 300, TokenIds(5, 5))
+    assert geometry.padded_head_dim == padded
 
 
 def test_the_configuration_names_the_dropouts_of_its_training(checkpoint):

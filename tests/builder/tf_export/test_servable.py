@@ -78,6 +78,7 @@ def test_signatures_have_names_types_and_a_free_batch(meta_graph: Any) -> None:
         "prefill_slots": ({"request_id": ("int64", [-1])} | prompt | parameters, prompt | slot | status),
         "decode_slots": (slot | {"received": ("int32", [-1]), "steps": ("int32", [-1])}, prompt | status),
         "release_slots": (slot, status),
+        "cancel_slots": ({"request_id": ("int64", [-1])}, status),
     }
     definitions = dict(meta_graph.signature_def)
     definitions.pop("__saved_model_init_op", None)

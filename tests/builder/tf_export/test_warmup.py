@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -11,6 +12,7 @@ from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
 from builder.keras_backend import tf
+from builder.recipe import ExportRecipe
 from builder.tf_export.session_servable import SessionServable
 from builder.tf_export.warmup import WARMUP, write_warmup
 from serving.bundle import open_bundle
@@ -39,9 +41,20 @@ def test_every_record_of_a_build_runs_as_the_server_would_run_it(built: TinyBuil
         assert len(rows) == 1
         ran[signature, rows.pop()] += 1
     assert "generate_text" in servable.signatures
-    stateless = [name for name in servable.signatures if not name.startswith("__") and not name.endswith("_slots")]
-    assert ran == Counter((name, size) for name in stateless for size in BATCH_SIZES)
+    signatures = [name for name in servable.signatures if not name.startswith("__")]
+    assert ran == Counter((name, size) for name in signatures for size in BATCH_SIZES)
     assert 0 < ran.total() <= 1000
+    # All slots are free afterwards: as many prompts as there are slots find one.
+    prompts = [[1]] * ExportRecipe().slots
+    assert len(servable.generate_by_slots(prompts, max_new_tokens=2)) == len(prompts)
+    request = {name: tf.make_ndarray(value) for name, value in log_of(version, "prefill_slots").inputs.items()}
+    assert (servable.run("prefill_slots", **request)["status"] >= 0).any()
+
+
+def log_of(version: Path, signature: str) -> Any:
+    """The last request of a signature, which has the most rows."""
+    requests = [log.predict_log.request for log in read(version)]
+    return [request for request in requests if request.model_spec.signature_name == signature][-1]
 
 
 def test_the_records_are_in_the_manifest_and_the_same_each_time(built: TinyBuild, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_broken_graph_is_one_line(
     with pytest.raises(BundleError) as caught:
         load_backend(bundle, runtime)
     message = str(caught.value)
-    assert message.startswith(f"{folder}: ") and "cannot load" in message
+    assert message.startswith(f"{folder}: ") and ("has changed" if runtime == "onnx" else "cannot load") in message
     assert "\n" not in message and len(message) < 600
 
 
@@ -221,7 +221,7 @@ def test_missing_weights_are_one_line(real_bundle: Path, tmp_path: Path) -> None
     (folder / "savedmodel/1/variables/variables.index").unlink()
     bundle = Bundle(folder, open_bundle(real_bundle).manifest)
     for runtime in ("onnx", "tensorflow"):
-        with pytest.raises(BundleError, match="cannot load") as caught:
+        with pytest.raises(BundleError, match=r"cannot load|is missing") as caught:
             load_backend(bundle, runtime)
         assert "\n" not in str(caught.value)
 

@@ -66,6 +66,25 @@ def test_stop_strings_end_it(
     assert table["text"] == text[: text.index(stop)]
 
 
+@pytest.mark.parametrize("option", ["--stop", "--stop-token-id"])
+def test_a_special_token_ends_it_by_text_and_any_token_by_id(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    # The end token comes by itself, and is no end where it is ignored.
+    prompt = next(text for text in map(chr, range(32, 127)) if 256 in greedy(TOKENIZER.encode(text).ids, 60, 257)[:-1])
+    ids = greedy(TOKENIZER.encode(prompt).ids, 60, 257)
+    place = ids.index(256)
+    value = {"--stop": "<|endoftext|>", "--stop-token-id": "256"}[option]
+    common = ["generate", str(bundle_folder), prompt, "--max-new-tokens", "60", "--ignore-eos", "--json"]
+    assert run([*common, option, value]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert (table["token_ids"], table["finish_reason"]) == (ids[: place + 1], "stop")
+    assert table["text"] == TOKENIZER.decode(ids[:place])
+    if option == "--stop-token-id":
+        assert run([*common, option, "300"]) == 2
+        assert "stop_token_ids of prompt 0 has the token id 300, outside" in capsys.readouterr().err
+
+
 def test_prompts_from_standard_input_and_empty_ones(
     bundle_folder: Path,
     asked: list[tuple[str, str | None]],
@@ -90,7 +109,7 @@ def test_prompts_from_standard_input_and_empty_ones(
         (["--temperature", "nan"], 2, "temperature is nan"),
         (["--top-p", "0"], 2, "top_p is 0"),
         (["--top-k", "-1"], 2, "top_k is -1"),
-        (["--seed", "-1"], 2, "seed is -1"),
+        (["--seed", "-2"], 2, "seed is -2"),
         (["--max-new-tokens", "0"], 2, "max_new_tokens is 0"),
         (["--stop", ""], 2, "stop has ''"),
         (["--min-p", "1.5"], 2, "min_p is 1.5"),
@@ -138,7 +157,7 @@ def test_long_prompts_and_broken_tokenizers(
     tokenizer = bundle_folder / "tokenizer.json"
     tokenizer.write_bytes(b"{" + b" " * (tokenizer.stat().st_size - 1))
     assert run(["generate", str(bundle_folder), "x"]) == 1
-    assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
+    assert "tokenizer.json' has changed" in capsys.readouterr().err
 
 
 def test_text_that_the_terminal_cannot_show(

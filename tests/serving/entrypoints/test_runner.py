@@ -128,7 +128,8 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 def test_clients_that_are_stuck_do_not_hold_up_the_end(tmp_path: Path) -> None:
     write_bundle(tmp_path / "1", "tiny")
     body = json.dumps({"prompt": [[1]] * 64, "max_tokens": 100, "ignore_eos": True, "stream": True, "logprobs": 9})
-    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
     with process(tmp_path, 0, 5, 0, 0.3) as (server, url), socket.socket() as deaf, socket.socket() as mute:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         for client, sent in (deaf, head + body), (mute, head + body[:9]):

@@ -19,6 +19,7 @@ from tensorflow.core.protobuf import (
 from builder.keras_backend import tf
 from serving.errors import BundleError
 from serving.protobuf import saved_model as messages
+from serving.protobuf import saved_model_ops
 from serving.protobuf.saved_model_ops import ALLOWED_OPS, FOREIGN_OPS, check_saved_model, find_problems
 
 Change = Callable[[Any], Any]
@@ -253,13 +254,30 @@ def test_every_graph_of_the_file_is_looked_at(version: Path) -> None:
     second.meta_info_def.tags.append("train")
     second.graph_def.node.add(name="a", op="ReadFile")
     path.write_bytes(saved.SerializeToString())
-    with pytest.raises(BundleError, match="ReadFile"):
+    with pytest.raises(BundleError, match="it has 2 graphs"):
         check_saved_model(version)
+    assert [problem.op for problem in find_problems(version)] == ["", "ReadFile"]
     # Protobuf puts the parts of a message that comes twice together; so does this reader.
     first = saved_model_pb2.SavedModel()
     first.meta_graphs.add().graph_def.node.add(name="b", op="WriteFile")
     path.write_bytes(first.SerializeToString() + saved.SerializeToString())
-    with pytest.raises(BundleError, match="WriteFile"):
+    assert "WriteFile" in [problem.op for problem in find_problems(version)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda graph: graph.graph_def.node.extend([graph.graph_def.node[0]] * 20_000),
+        lambda graph: some_function(graph).node_def[0].input.extend(["x"] * 20_000),
+        lambda graph: [graph.object_graph_def.nodes.add() for _ in range(20_000)],
+    ],
+)
+def test_lists_that_no_export_has_are_not_looked_through(
+    version: Path, how: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_model_ops, "_MOST", 10_000)
+    change(version, how)
+    with pytest.raises(BundleError, match="more than any export has"):
         check_saved_model(version)
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from serving.errors import BundleError
 from serving.sampling.detokenizer import StopMatcher, TextStream, TokenBytes
@@ -128,6 +128,45 @@ def test_time_is_linear_even_for_hostile_stop_strings() -> None:
 
 def test_other_tokenizers_are_refused() -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.decoder = decoders.Metaspace()
     with pytest.raises(BundleError, match="ByteLevel"):
         TextStream(tokenizer)
+
+
+def with_special_tokens() -> Tokenizer:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<user>", special=True), AddedToken("<sep>", special=True)])
+    return tokenizer
+
+
+def test_a_stop_text_that_is_a_special_token_stops_where_it_is() -> None:
+    tokenizer = with_special_tokens()
+    user, sep = tokenizer.token_to_id("<user>"), tokenizer.token_to_id("<sep>")
+    ids = [*tokenizer.encode("Gr\u00fc").ids[:-1], sep, *tokenizer.encode("more").ids, user, 5]
+    for stop, text, by in (
+        (["<user>"], "Gr\ufffdmore", "<user>"),
+        (["<sep>", "<user>"], "Gr\ufffd", "<sep>"),
+        (["more", "<user>"], "Gr\ufffd", "more"),
+        (["morer", "<user>"], "Gr\ufffdmore", "<user>"),
+        (["no"], "Gr\ufffdmore" + tokenizer.decode([5]), None),
+    ):
+        stream = TextStream(tokenizer, stop)
+        assert "".join([*map(stream.push, ids), stream.finish()]) == text
+        assert stream.stopped_by == by and stream.stopped == (by is not None)
+
+
+def test_ordinary_text_that_reads_like_a_special_token_stops_too() -> None:
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, ["<user>"])
+    assert "".join(map(stream.push, tokenizer.encode("hi<user>more").ids)) == "hi"
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.lists(st.integers(0, 14), max_size=20))
+def test_word_pieces_joined_are_the_full_decode(tokens: list[int]) -> None:
+    words = ["[UNK]", "[SEP]", "the", "##s", "漢", "字", "，", ".", "don", "'", "t", "##n't", "do", "not", "!"]
+    tokenizer = Tokenizer(models.WordPiece({word: id for id, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([AddedToken("[SEP]", special=True)])
+    stream = TextStream(tokenizer)
+    assert "".join([*map(stream.push, tokens), stream.finish()]) == tokenizer.decode(tokens)

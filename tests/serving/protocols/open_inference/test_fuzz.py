@@ -143,3 +143,35 @@ def test_mutated_messages(addresses: tuple[str, str], caplog: pytest.LogCaptureF
     assert not [message for message in refused if "internal error" in message]
     assert seen[grpc.StatusCode.INVALID_ARGUMENT] > ROUNDS / 4 and seen[grpc.StatusCode.OK] > ROUNDS / 20, seen
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+def long_messages() -> dict[str, bytes]:
+    """Messages that are wrong in a hundred thousand places."""
+    message = service_pb2.ModelInferRequest
+    tensor = message.InferInputTensor
+    contents = service_pb2.InferTensorContents
+    many = 300_000
+    values = contents(int_contents=[1] * many)
+    ids = tensor(name="token_ids", datatype="INT32", shape=[1, 5], contents=values)
+    texts = tensor(name="text_input", datatype="BYTES", shape=[many], contents=contents(bytes_contents=[b""] * many))
+    return {
+        "inputs": message(model_name="tiny", inputs=[tensor()] * many).SerializeToString(),
+        "outputs": message(
+            model_name="tiny", outputs=[message.InferRequestedOutputTensor()] * many
+        ).SerializeToString(),
+        "values": message(model_name="tiny", inputs=[ids]).SerializeToString(),
+        "texts": message(model_name="tiny", inputs=[texts]).SerializeToString(),
+        "shape": message(model_name="tiny", inputs=[tensor(datatype="BYTES", shape=[1] * many)]).SerializeToString(),
+        "raw": message(model_name="tiny", raw_input_contents=[b""] * many).SerializeToString(),
+    }
+
+
+def test_long_wrong_messages_are_refused_at_once(addresses: tuple[str, str]) -> None:
+    with grpc.insecure_channel(addresses[1]) as channel:
+        infer = channel.unary_unary(f"/{INFERENCE_SERVICE}/ModelInfer")
+        for name, data in long_messages().items():
+            assert len(data) <= 4 << 20, name
+            with pytest.raises(grpc.RpcError) as caught:
+                infer(data, timeout=20)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, (name, caught.value.details())
+            assert len(caught.value.details()) < 600, name

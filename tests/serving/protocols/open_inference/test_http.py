@@ -309,3 +309,15 @@ def test_a_request_that_meets_a_swap_goes_to_the_new_version(tmp_path: Path, eng
         answer = client.post(f"{MODEL}/versions/1/generate", json={"text_input": "a"})
         assert answer.status_code == 503
     leaving.close()
+
+
+def test_what_triton_clients_send_is_taken(client: httpx.Client) -> None:
+    """[n, 1] for [n], and INT64 for INT32."""
+
+    def ask(*inputs: dict[str, Any]) -> Any:
+        outputs = client.post(f"{MODEL}/infer", json={"inputs": list(inputs)}).json()["outputs"]
+        return {output["name"]: output["data"] for output in outputs}
+
+    usual = ask(tensor("text_input", "BYTES", ["A", "B"]), tensor("max_tokens", "INT32", [3, 4]))
+    wide = ask(tensor("text_input", "BYTES", ["A", "B"], [2, 1]), tensor("max_tokens", "INT64", [3, 4], [2, 1]))
+    assert usual["text_output"] == wide["text_output"] and usual["lengths"] == wide["lengths"]

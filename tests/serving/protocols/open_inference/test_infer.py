@@ -144,8 +144,8 @@ def test_other_signatures_have_their_tensors(client: Any, kind: Any) -> None:
     [
         ({"text_input": objects("a"), "nonsense": np.zeros(1, np.int32)}, {}, "no input 'nonsense'"),
         ({"max_tokens": np.ones(1, np.int32)}, {}, "text_input is missing"),
-        ({"text_input": objects("a"), "max_tokens": np.ones(1, np.int64)}, {}, "must be INT32, and INT64"),
-        ({"text_input": objects("a"), "max_tokens": np.ones((1, 1), np.int32)}, {}, "1 axes, and 2"),
+        ({"text_input": objects("a"), "max_tokens": np.full(1, 2**40, np.int64)}, {}, "must be INT32, and has INT64"),
+        ({"text_input": objects("a"), "max_tokens": np.ones((1, 2), np.int32)}, {}, "1 axes, and 2"),
         ({"text_input": objects("a"), "top_k": np.ones(3, np.int32)}, {}, "one for each text"),
         ({"text_input": objects("a")}, {"temperature": -1}, "temperature: "),
         ({"text_input": objects("a")}, {"max_tokens": 0}, "at least 1"),

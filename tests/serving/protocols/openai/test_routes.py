@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import openai
 import pytest
 from starlette.testclient import TestClient
@@ -21,6 +22,7 @@ from serving.server.settings import Settings
 from tests.closed_form import byte_tokenizer, greedy, logits_after
 from tests.serving.double_engine import DoubleEngine, bundle_of, registry_of
 from tests.serving.live_server import running
+from tests.serving.protocols.open_inference.double_server import all_routes
 
 TOKENIZER = byte_tokenizer()
 
@@ -164,6 +166,22 @@ def test_stop_texts_and_ids(client: openai.OpenAI) -> None:
         model="tiny", prompt=[65], max_tokens=30, temperature=0, extra_body={"stop_token_ids": [ids[3]]}
     ).choices
     assert choice.finish_reason == "stop" and choice.model_dump()["stop_reason"] == ids[3]
+
+
+def test_a_stop_text_that_is_a_special_token(client: openai.OpenAI) -> None:
+    start = next(letter for letter in range(32, 127) if 256 in greedy([letter], 60, 257)[:-1])
+    ids = greedy([start], 60, 257)
+    (choice,) = client.completions.create(
+        model="tiny",
+        prompt=[start],
+        max_tokens=60,
+        temperature=0,
+        stop=["<|endoftext|>"],
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    ).choices
+    table = choice.model_dump()
+    assert (choice.finish_reason, table["stop_reason"]) == ("stop", "<|endoftext|>")
+    assert table["token_ids"] == ids[: ids.index(256) + 1]
 
 
 @pytest.mark.parametrize("logprobs", [None, 0])
@@ -370,7 +388,7 @@ def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
     submit = engine.submit
     engine.submit = lambda request, listener: (seen.append(request), submit(request, listener))[1]  # type: ignore
     body = {
-        "prompt": "A", "seed": -1, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1,
+        "prompt": "A", "seed": -2, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1,
         "frequency_penalty": -1.5, "logit_bias": {"5": -100}, "min_tokens": 2, "ignore_eos": True, "top_p": 0.5,
     }  # fmt: skip
     with TestClient(build_app(registry_of(engine, tmp_path / "tiny"), Settings(request_timeout=9))) as client:
@@ -381,9 +399,53 @@ def test_seeds_and_penalties_reach_the_engine(tmp_path: Path) -> None:
             assert answer.status_code == 400 and f"X-Request-Timeout is '{wrong}'" in answer.text
     first, second = seen
     params = first.params
-    assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 1, 0, 0.1, 0.5)
+    assert (params.seed, params.top_k, params.min_p, params.top_p) == (2**63 - 2, 0, 0.1, 0.5)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.5, 1, -1.5)
     assert (params.logit_bias, params.min_tokens, params.ignore_eos) == (((5, -100.0),), 2, True)
     assert params.temperature == 1.0 and first.timeout == 2.5 and second.timeout == 9
     assert second.params.seed != 0 and math.isfinite(second.params.seed)
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "A", "max_tokens": 2, "stream": True}),
+        ("/v2/models/tiny/generate_stream", {"text_input": "A", "max_tokens": 2}),
+    ],
+)
+def test_a_queued_stream_has_its_headers_at_once_and_pings(tmp_path: Path, path: str, body: dict[str, Any]) -> None:
+    engine = DoubleEngine()
+    engine.paused.set()
+    registry, settings = registry_of(engine, tmp_path / "tiny"), Settings(ping_seconds=0.1)
+    with (
+        running(build_app(registry, settings, all_routes(registry, settings))) as url,
+        httpx.stream("POST", url + path, json=body, timeout=5) as answer,
+    ):
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.iter_lines()
+        assert [next(lines) for _ in range(4)] == [": ping", "", ": ping", ""]
+        engine.paused.clear()
+        rest = list(lines)
+        assert any(line.startswith("data: {") for line in rest)
+        assert ": ping" not in rest[rest.index(next(line for line in rest if line.startswith("data"))) :]
+    engine.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_end_where_the_text_is_cut_at_a_stop(raw: Any, stream: bool) -> None:
+    text = expected("A", 12)
+    body = {"prompt": "A", "max_tokens": 12, "temperature": 0, "logprobs": 1, "stop": [text[5:8]], "stream": stream}
+    answer = raw.post("/v1/completions", json=body)
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: {")]
+    choices = [json.loads(line)["choices"][0] for line in lines] if stream else answer.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == text[:5]
+    plain = raw.post("/v1/completions", json={**body, "stop": None, "stream": False}).json()["choices"][0]["logprobs"]
+    kept = [place for place, offset in enumerate(plain["text_offset"]) if offset < 5]
+    for key in ("tokens", "token_logprobs", "text_offset"):
+        assert [item for choice in choices for item in choice["logprobs"][key]] == [plain[key][place] for place in kept]
+
+
+def test_probes_and_the_version_are_where_other_servers_have_them(raw: Any) -> None:
+    assert raw.get("/health").status_code == raw.get("/ping").status_code == 200
+    assert raw.get("/version").json()["version"]

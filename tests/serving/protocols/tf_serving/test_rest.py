@@ -177,7 +177,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"inputs": batch([[1]], max_new_tokens=2**31)}, "integers of int32"),
     ({"inputs": batch([[1]], top_k=-1)}, "top_k"),
     ({"inputs": batch([[1]], top_p=0)}, "top_p"),
-    ({"inputs": batch([[1]], seed=-1)}, "seed"),
+    ({"inputs": batch([[1]], seed=-2)}, "seed"),
     ({"inputs": batch([[1]] * 129)}, "1 to 128"),
     ({"instances": [{"token_ids": [1]}, {"lengths": 1}]}, "names of row 0"),
     (texts(""), "empty"),
