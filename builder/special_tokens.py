@@ -311,15 +311,23 @@ def _flags(files: SettingsFiles, content: str) -> dict[str, Any]:
 
 
 def _add(tokenizer: Tokenizer, content: str, flags: dict[str, Any]) -> None:
-    """Add one token unless the tokenizer has it as an added one."""
-    if any(token.content == content for token in tokenizer.get_added_tokens_decoder().values()):
-        return
+    """Add one token unless the tokenizer has it as an added one, and as a special one where that is wanted."""
     keys = ("lstrip", "rstrip", "single_word", "normalized")
-    options = {key: bool(flags[key]) for key in keys if key in flags}
     special = bool(flags.get("special", False))
+    there = next((each for each in tokenizer.get_added_tokens_decoder().values() if each.content == content), None)
+    if there is not None and (there.special or not special):
+        return
+    if there is not None:
+        flags = {key: getattr(there, key) for key in keys}
+    options = {key: bool(flags[key]) for key in keys if key in flags}
     token = AddedToken(content, special=special, **({"normalized": not special} | options))
     add: Callable[[list[AddedToken]], int] = tokenizer.add_special_tokens if special else tokenizer.add_tokens
     add([token])
+
+
+def add_special(tokenizer: Tokenizer, content: str) -> None:
+    """Make a token of the vocabulary a special one, whose characters in a text stand for it."""
+    _add(tokenizer, content, {"special": True})
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from builder.commands.options import make_run, recipe_options
+from serving.support.json_line import json_line
 
 
 @click.command()
@@ -24,6 +24,7 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     from builder.progress import Reporter
     from builder.run_folder import locked
     from builder.stages.pipeline import build as run_build
+    from serving.bundle.examples import example_prompts, shell_quoted
 
     with locked(run.folder):
         bundle = run_build(run, output, Reporter())
@@ -31,6 +32,7 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         record = {"bundle": str(bundle.folder), "size": manifest.total_size, "quality": manifest.quality,
                   "parity": manifest.parity}  # fmt: skip
-        click.echo(json.dumps(record))
+        click.echo(json_line(record))
     else:
-        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} 'Return the'")
+        prompt = shell_quoted(example_prompts(bundle.folder)[0])
+        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {prompt}")

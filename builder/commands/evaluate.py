@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from serving.support.json_line import json_line
 
 
 @click.command()
@@ -50,7 +51,7 @@ def evaluate(
         backend=None if graph is None else open_graph(opened, graph),
     )
     if as_json:
-        click.echo(json.dumps(record))
+        click.echo(json_line(record))
     else:
         click.echo(
             f"perplexity {record['perplexity']:.3f} ({record['loss']:.4f} nats a token) over {record['tokens']:,} "

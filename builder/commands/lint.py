@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 
 import click
 
 from serving.commands.param_types import Number
+from serving.support.json_line import json_line
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -69,7 +69,7 @@ def lint(
     if as_json:
         record = {"savedmodel": str(target.version), "errors": counts["error"], "warnings": counts["warning"],
                   "findings": [dataclasses.asdict(finding) for finding in findings]}  # fmt: skip
-        click.echo(json.dumps(record))
+        click.echo(json_line(record))
     else:
         for finding in findings:
             click.echo(f"{finding.level:<8} {finding.check:<11} {finding.where}: {finding.message}")

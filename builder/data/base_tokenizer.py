@@ -21,6 +21,7 @@ from builder.special_tokens import (
     SettingsFiles,
     TokenIds,
     add_named_tokens,
+    add_special,
     extra_tokens,
     named_roles,
     settings_text,
@@ -92,19 +93,16 @@ def read_base_tokenizer(folder: Path, weights: Path, rows: int | None = None, en
         notes.append("additional_chat_templates: left out; only the default chat template comes along")
     resolver = RoleResolver(tokenizer, files, folder)
     ids = resolver.token_ids(end_token)
+    # transformers makes special whatever has a role in tokenizer_config.json, and so must training.
+    for role in _roles(tokenizer, ids, files).values():
+        add_special(tokenizer, role)
     return BaseTokenizer(tokenizer, ids, files, (*notes, *dict.fromkeys(resolver.notes), *_left_out(files)))
 
 
 def write_base_tokenizer(base: BaseTokenizer, n_positions: int, folder: Path) -> None:
     """Write a base's tokenizer, with its chat template and its generation settings, into `folder`."""
     tokenizer, files = base.tokenizer, base.files
-    named = named_roles(files)
-    tokens = {"bos_token": base.ids.bos, "eos_token": base.ids.eos}
-    roles = {role: str(tokenizer.id_to_token(index)) for role, index in tokens.items()}
-    roles["unk_token"] = named.pop("unk_token", _unknown(tokenizer) or roles["eos_token"])
-    if base.ids.pad is not None:
-        roles["pad_token"] = str(tokenizer.id_to_token(base.ids.pad))
-    roles |= {role: content for role, content in named.items() if role not in roles}
+    roles = _roles(tokenizer, base.ids, files)
     extras = [content for content in extra_tokens(files) if content not in roles.values()]
     more: dict[str, Any] = {key: files.tokenizer_config[key] for key in _KEPT if key in files.tokenizer_config}
     if extras:
@@ -116,6 +114,16 @@ def write_base_tokenizer(base: BaseTokenizer, n_positions: int, folder: Path) ->
     if base.ids.pad is not None:
         settings["pad_token_id"] = base.ids.pad
     write_text(folder / GENERATION_CONFIG, settings_text(settings))
+
+
+def _roles(tokenizer: Tokenizer, ids: TokenIds, files: SettingsFiles) -> dict[str, str]:
+    """Every role's token: those that were resolved, and the others as the files name them."""
+    named = named_roles(files)
+    roles = {"bos_token": str(tokenizer.id_to_token(ids.bos)), "eos_token": str(tokenizer.id_to_token(ids.eos))}
+    roles["unk_token"] = named.pop("unk_token", _unknown(tokenizer) or roles["eos_token"])
+    if ids.pad is not None:
+        roles["pad_token"] = str(tokenizer.id_to_token(ids.pad))
+    return roles | {role: content for role, content in named.items() if role not in roles}
 
 
 def generation_settings(files: SettingsFiles) -> dict[str, Any]:

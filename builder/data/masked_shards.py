@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from builder.data.character_tokens import CharacterTokens
 from builder.data.documents import RESPONSE, Document
 from builder.data.token_shards import open_tokens
 from builder.data.tokenizer import can_cut, end_token_id, pieces, vocabulary_size
@@ -77,13 +78,14 @@ def write_masked_tokens(
     index.unlink(missing_ok=True)
     ids_digest, mask_digest = hashlib.sha256(), hashlib.sha256()
     written = {"count": 0, "documents": 0, "too_long": 0, "no_response": 0, "counted": 0}
+    characters = CharacterTokens(tokenizer)
     with path.open("wb") as ids_file, mask_path.open("wb") as mask_file:
         for ids, mask in _encoded(documents, tokenizer, end):
             if 0 < max_tokens < len(ids) - 1:
                 written["too_long"] += 1
                 if not trim:
                     continue
-                ids, mask = _cut(ids, mask, max_tokens, end)
+                ids, mask = _cut(ids, mask, characters.last_place(ids, max_tokens), end)
             if not (mask & COUNTED).any():
                 written["no_response"] += 1
                 continue

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from builder.data.character_tokens import CharacterTokens
 from builder.data.tokenizer import can_cut, end_token_id, pieces, vocabulary_size
 from serving.errors import InputError
 
@@ -56,8 +57,8 @@ def write_tokens(
     uint16 up to a vocabulary of 65,536, else uint32. Documents are encoded in parallel batches of about a million
     characters; a long one is cut first, where that changes no token, so memory is bounded.
 
-    With `max_tokens`, a document of more is left out, or with `trim` cut to its first ones; the index counts these as
-    `too_long`.
+    With `max_tokens`, a document of more is left out, or with `trim` cut to its first ones that end a character; the
+    index counts these as `too_long`.
 
     With `resume_key`, a name of all that decides the shard, progress is noted now and then in a file beside it
     (.progress, the caller's to remove), and a shard that was left half written with the same key is gone on with.
@@ -71,6 +72,7 @@ def write_tokens(
     done = _read_progress(path, resume_key, np.dtype(_DTYPES[name]).itemsize)
     count, documents, too_long = done.tokens, done.documents, done.too_long
     document: list[int] = []
+    characters = CharacterTokens(tokenizer)
     with path.open("r+b" if count else "wb") as file:
         digest = _hash_to(file, count * np.dtype(_DTYPES[name]).itemsize)
         batches = _batches(islice(texts, documents + too_long * (not trim), None), can_cut(tokenizer))
@@ -86,7 +88,7 @@ def write_tokens(
                 excess = len(document) > max_tokens > 0
                 too_long += excess
                 if not excess or trim:
-                    ids.extend(document[:max_tokens])
+                    ids.extend(document[: characters.last_place(document, max_tokens)] if excess else document)
                     ids.append(end)
                     documents += 1
                 document.clear()

@@ -102,8 +102,9 @@ def export(
         (draft / "deploy" / "tf_serving" / name).write_text(text, encoding="utf-8")
 
     held_out = prepared / "tokens" / "validation.bin"
-    write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN)
     summary = json.loads((prepared / "prepare.json").read_text(encoding="utf-8"))
+    examples = summary.get("examples", [])
+    write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN, examples)
     write_manifest(
         draft,
         name=recipe.name,

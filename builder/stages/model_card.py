@@ -8,6 +8,7 @@ from typing import Any
 from builder.training.plan import OWN_PROGRAM, limits
 from builder.verification.paired_loss import relative_difference
 from serving.bundle import Bundle
+from serving.bundle.examples import example_prompts, shell_quoted
 
 
 def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, float]) -> str:
@@ -61,6 +62,13 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
             f"| {table['perplexity']:.4f} |"
         )
     lines += [f"| Keras (reference) | | | {certificate['perplexity']['reference']:.4f} |", ""]
+    reading = certificate["transformers"]
+    lines += [
+        f"transformers {reading['version']} reads this folder as it is: the same ids for {reading['texts']} texts, "
+        "the same sizes and token ids"
+        + (", the chat template of training." if reading["chat_template"] == "equal" else "."),
+        "",
+    ]
     lines += _variants(certificate)
     lines += ["Not run:", ""]
     lines += [f"- {sentence}" for sentence in certificate["not_run"]]
@@ -69,7 +77,7 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "## Use",
         "",
         "```sh",
-        f"gpt2-bundle generate {manifest.name} 'Return the' --runtime onnx",
+        f"gpt2-bundle generate {manifest.name} {shell_quoted(example_prompts(bundle.folder)[0])} --runtime onnx",
         "```",
         "",
         "`savedmodel/` is a TensorFlow Serving model folder; `onnx/model.onnx` takes any padding and uses standard "

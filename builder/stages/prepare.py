@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from builder.data.document_batches import describe_loss
 from builder.data.documents import read_file
 from builder.data.instructions import Template
 from builder.data.masked_shards import open_shard, write_masked_tokens
+from builder.data.text_boundaries import last_boundary
 from builder.data.token_shards import open_tokens, read_tokens, write_tokens
 from builder.data.tokenizer import (
     PREPARED_FILES,
@@ -42,6 +44,7 @@ from serving.errors import InputError
 if TYPE_CHECKING:
     from builder.stages.base_check import CheckedBase
 
+_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 24
 SUMMARY, PAGE = "prepare.json", "report.html"
 PARTS = ("corpus", "tokenizer", "tokens")
 # What is written into the stage's folder, and into those of its parts.
@@ -123,6 +126,7 @@ def prepare(
     for key, name in (("too_long", "over_max_tokens"), ("no_response", "no_response_within_max_tokens")):
         if key in indices[0]:
             summary[name] = {shard.stem: index[key] for shard, index in zip(shards, indices, strict=True)}
+    summary["examples"] = _examples(folder / "corpus" / VALIDATION)
     if loss:
         summary["loss"] = loss
         report(_loss_line(loss))
@@ -182,6 +186,19 @@ def _texts_to_learn(path: Path) -> Iterator[str]:
     for document in read_file(path):
         # The end token inside a chat is no text.
         yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))
+
+
+def _examples(path: Path) -> list[str]:
+    """What a model of this text may be asked to continue: how its first held-out documents begin, in a line."""
+    found = []
+    for document in islice(read_file(path), _EXAMPLES):
+        text, counted = document.runs[0]
+        if not counted:  # A prompt in its template goes as it is.
+            found.append(text)
+            continue
+        line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+        found.append(line if len(line) <= _EXAMPLE_CHARACTERS else line[: last_boundary(line, _EXAMPLE_CHARACTERS)])
+    return list(dict.fromkeys(example for example in found if example))
 
 
 def _again(ran: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from builder.data.character_tokens import CharacterTokens
 from builder.data.document_batches import counted_targets, first_prompts, is_plain, make_sampler
 from builder.data.instructions import Template
 from builder.data.masked_shards import Shard, open_shard
@@ -218,8 +219,10 @@ def _prompts(recipe: Recipe, tokenizer: Tokenizer, held_out: Shard) -> list[list
         return [ids for ids in encoded if ids]
     if held_out.mask is not None:
         return first_prompts(held_out, 2)
-    places = (0, len(held_out.ids) // 2)
-    return [held_out.ids[place : place + 8].tolist() for place in places]
+    characters = CharacterTokens(tokenizer)
+    starts = [characters.next_place(held_out.ids, place) for place in (0, len(held_out.ids) // 2)]
+    found = [held_out.ids[place : characters.next_place(held_out.ids, place + 8)].tolist() for place in starts]
+    return [ids for ids in found if ids]
 
 
 def quality(report: dict[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
-def write_golden(recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: int, path: Path) -> None:
+def write_golden(
+    recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: int, path: Path, examples: Sequence[str] = ()
+) -> None:
     """Choose what the certificate runs on: ragged prompts and a stretch of text, as ids, from the held-out tokens.
 
     They travel in the bundle, so that anyone can repeat the verification on the same input. `expected` is filled in
-    by the verification.
+    by the verification. `examples` are texts that a person may let the model continue.
     """
     tokens = open_tokens(held_out)
     random = np.random.default_rng(seed)
@@ -47,6 +50,7 @@ def write_golden(recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: i
     lengths = random.integers(1, longest + 1, recipe.prompts)
     starts = [int(random.integers(0, len(tokens) - length)) for length in lengths]
     golden = {
+        "examples": list(examples),
         "new_tokens": new_tokens,
         "prompts": [_ids(tokens[start : start + length]) for start, length in zip(starts, lengths, strict=True)],
         "expected": [],

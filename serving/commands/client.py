@@ -14,6 +14,7 @@ import click
 from serving.commands.param_types import Seconds, Seed
 from serving.errors import InputError
 from serving.sampling import SamplingParams
+from serving.support.json_line import json_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -83,7 +84,7 @@ def status(as_json: bool, **server: Any) -> None:
     """Print the state of the model's versions."""
     versions = _open(**server).status()
     if as_json:
-        click.echo(json.dumps({"versions": versions}))
+        click.echo(json_line({"versions": versions}))
         return
     for each in versions:
         said = f" {each['error_code']}: {each['error_message']}" if each["error_message"] else ""
@@ -96,7 +97,7 @@ def metadata(as_json: bool, **server: Any) -> None:
     """Print the model's signatures."""
     signatures = _open(**server).metadata()
     if as_json:
-        click.echo(json.dumps({"signatures": signatures}))
+        click.echo(json_line({"signatures": signatures}))
         return
     for name, sides in signatures.items():
         click.echo(name)
@@ -120,7 +121,7 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
         raise InputError('the inputs must be an object of lists by name, such as {"text": ["Return the"]}')
     outputs = _open(**server).predict(columns, signature, idempotent=not once)
     plain = {name: _plain(value.tolist()) for name, value in outputs.items()}
-    click.echo(json.dumps({"outputs": plain} if as_json else plain))
+    click.echo(json_line({"outputs": plain} if as_json else plain))
 
 
 @client.command()

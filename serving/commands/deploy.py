@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import click
 from serving.commands.param_types import Number
 from serving.deploy.tf_serving import IMAGE_VERSION, KEEP, Deployed
 from serving.deploy.tf_serving_config import POLL_SECONDS, THREADS, ServerOptions
+from serving.support.json_line import json_line
 
 
 @click.command()
@@ -60,7 +60,7 @@ def deploy(
     if as_json:
         record = {"folder": str(done.folder), "target": target, "name": opened.manifest.name, "version": done.version,
                   "added": done.added, "removed": list(done.removed)}  # fmt: skip
-        click.echo(json.dumps(record))
+        click.echo(json_line(record))
     else:
         click.echo(_said(done, fresh=fresh))
 

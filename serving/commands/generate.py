@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 from serving.commands.param_types import Seed
 from serving.errors import InputError, printable
 from serving.sampling import SamplingParams
+from serving.support.json_line import json_line
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -134,7 +134,7 @@ def generate(
         "seconds": round(seconds, 6),
         "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
     }
-    click.echo(json.dumps(report))
+    click.echo(json_line(report))
 
 
 def _read_bias(text: str) -> tuple[int, float]:

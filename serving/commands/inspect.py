@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.support.json_line import json_line
+
 if TYPE_CHECKING:
     from serving.bundle import Bundle
 
@@ -24,7 +26,7 @@ def inspect(bundle: Path, as_json: bool, no_hashes: bool) -> None:
 
     opened = open_bundle(bundle, check="sizes" if no_hashes else "hashes")
     if as_json:
-        click.echo(json.dumps(summary(opened, checked="sizes" if no_hashes else "hashes")))
+        click.echo(json_line(summary(opened, checked="sizes" if no_hashes else "hashes")))
     else:
         _print(opened, checked="sizes" if no_hashes else "hashes")
 

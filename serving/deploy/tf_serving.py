@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from serving.bundle import Bundle, Geometry
+from serving.bundle.examples import example_prompts, shell_quoted
 from serving.bundle.publishing import check_destination, publish
 from serving.bundle.strict_json import loads, read
 from serving.deploy.tf_serving_config import BATCHING, MODELS, POLL_SECONDS, ServerOptions, config_files
 from serving.deploy.versions import add_version, digest, prune, saved_model_files, versions_in
-from serving.errors import BundleError, InputError
-from serving.protobuf.saved_model_ops import check_saved_model
+from serving.errors import BundleError, InputError, RuntimeMissingError
 
 MARKER = "deployment.json"
 # The official image's tags are TensorFlow Serving's versions; GPU ones end in -gpu.
@@ -88,7 +88,7 @@ def write_tf_serving(
             f"{image_version!r} is no version of the image tensorflow/serving; write it as {IMAGE_VERSION}"
         )
     files = saved_model_files(bundle)
-    check_saved_model(bundle.folder / "savedmodel" / "1")
+    _look_into(bundle.folder / "savedmodel" / "1")
     final = Path(os.path.realpath(destination))
     if final.is_relative_to(os.path.realpath(bundle.folder)):
         raise InputError(f"{destination}: lies inside the bundle, which may hold nothing more; choose another folder")
@@ -107,10 +107,20 @@ def write_tf_serving(
         staged.mkdir()
         if copy:
             add_version(bundle, files, staged / model, 1)
-        _write_files(staged, record, options)
+        _write_files(bundle, staged, record, options)
         return Deployed(publish(staged, destination, MARKER), 1, added=True, kept=False)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _look_into(version: Path) -> None:
+    try:
+        from serving.protobuf.saved_model_ops import check_saved_model
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"looking into a SavedModel needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]'"
+        ) from None
+    check_saved_model(version)
 
 
 def _old(final: Path, name: str) -> Deployment | None:
@@ -141,7 +151,7 @@ def _add(
     digests = old.versions | {str(version): digest(files)}
     left = {str(number) for number in versions_in(model)}
     versions = {number: each for number, each in digests.items() if number in left}
-    _write_files(final, dataclasses.replace(record, versions=versions), options)
+    _write_files(bundle, final, dataclasses.replace(record, versions=versions), options)
     return Deployed(final, version, added, kept=True, removed=tuple(removed))
 
 
@@ -151,7 +161,7 @@ def _matmul_parts(bundle: Bundle) -> int:
     return parts if isinstance(parts, int) and parts > 1 else 1
 
 
-def _write_files(folder: Path, record: Deployment, options: ServerOptions) -> None:
+def _write_files(bundle: Bundle, folder: Path, record: Deployment, options: ServerOptions) -> None:
     """Everything but the model; each file is replaced in one step, the record last."""
     name, model, version = record.name, record.model, record.image_version
     configuration = config_files(name, batching=options.batching)
@@ -159,7 +169,7 @@ def _write_files(folder: Path, record: Deployment, options: ServerOptions) -> No
         "compose.yaml": _compose(name, model, version, options),
         "compose.gpu.yaml": _gpu(version),
         "run.sh": _script(name, model, options),
-        "README.md": _readme(name),
+        "README.md": _readme(name, shell_quoted(example_prompts(bundle.folder)[0])),
         MARKER: json.dumps(dataclasses.asdict(record)) + "\n",
     }
     (folder / "config").mkdir(exist_ok=True)
@@ -237,7 +247,7 @@ exec "$server" \\
 """
 
 
-def _readme(name: str) -> str:
+def _readme(name: str, prompt: str) -> str:
     return f"""# {name} on TensorFlow Serving
 
     docker compose up                                             # CPU, the official container

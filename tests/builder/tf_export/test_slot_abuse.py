@@ -33,7 +33,7 @@ class Abuse:
     """Callers of one servable in threads of their own, until `seconds` have passed since each signature was warm."""
 
     def __init__(self, call: Call, context: int, seconds: float) -> None:
-        self.call, self.counts, self.problems = call, Counter[str](), []
+        self._call, self.counts, self.problems = call, Counter[str](), list[str]()
         random = np.random.default_rng(3)
         self.jobs: list[tuple[list[int], dict[str, Any]]] = [
             (
@@ -49,6 +49,15 @@ class Abuse:
         self.wanted = [self.whole([job]) for job in range(len(self.jobs))]
         self.stream(np.random.default_rng(0))
         self.until = time.monotonic() + seconds
+
+    def call(self, signature: str, options: Any = None, **inputs: Any) -> dict[str, Any]:
+        """Call until the answer is no CANCELLED, which comes rarely: another deadline met the beginning of a step."""
+        while True:
+            self.counts["calls"] += 1
+            try:
+                return self._call(signature, options=options, **inputs)
+            except tf.errors.CancelledError:
+                self.counts["cancelled"] += 1
 
     def whole(self, jobs: list[int], options: Any = None) -> list[list[int]]:
         prompts, rows = [self.jobs[job][0] for job in jobs], [self.jobs[job][1] for job in jobs]
@@ -111,7 +120,8 @@ class Abuse:
             thread.join(max(0.0, deadline - time.monotonic()))
         assert not self.problems, self.problems[:3]
         assert not any(thread.is_alive() for thread in threads), "a call hangs"
-        assert self.counts.keys() == {"whole answers", "streams", "in time", "given up", "refused"}, self.counts
+        assert all(self.counts[name] for name in ("whole answers", "streams", "in time", "given up", "refused"))
+        assert self.counts["cancelled"] <= 1 + self.counts["calls"] // 200, self.counts
 
     def _repeat(self, number: int, kind: Callable[[np.random.Generator], None]) -> None:
         random = np.random.default_rng(number)
@@ -119,7 +129,7 @@ class Abuse:
             while time.monotonic() < self.until:
                 kind(random)
         except BaseException as error:
-            self.problems.append(f"{kind.__name__}: {type(error).__name__}: {error}")
+            self.problems.append(f"{kind.__name__}: {type(error).__name__}: {getattr(error, 'message', error)}")
             self.until = 0.0
 
     def all_slots_come_free(self) -> None:

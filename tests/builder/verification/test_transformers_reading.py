@@ -91,3 +91,18 @@ def test_the_chat_template_gives_the_text_of_training(tmp_path: Path) -> None:
     add_chat_template(tmp_path, template.replace("User", "Human"))
     with pytest.raises(ParityError, match=r"tokenizer_config\.json: as transformers reads it, the chat template gives"):
         check_reading(bundle, GOLDEN)
+
+
+@pytest.mark.parametrize("roles", [{}, {"eos_token": "</s>", "pad_token": "</s>"}])
+def test_an_end_token_of_the_vocabulary_alone_passes(tmp_path: Path, roles: dict[str, str]) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    vocab = json.loads((FOLDER / "added_v430" / "vocab.json").read_text(encoding="utf-8"))
+    del vocab["<|endoftext|>"]
+    (base / "vocab.json").write_text(json.dumps(vocab | {"</s>": len(vocab)}))
+    (base / "merges.txt").write_bytes((FOLDER / "added_v430" / "merges.txt").read_bytes())
+    (base / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 268}')
+    (base / "tokenizer_config.json").write_text(json.dumps(roles))
+    out = tmp_path / "out"
+    write_base_tokenizer(read_base_tokenizer(base, base, 269), 48, out)
+    assert check_reading(a_bundle(out), GOLDEN)["tokenizer_class"] == "GPT2Tokenizer"
