@@ -19,7 +19,7 @@ from serving.entrypoints import version_sources
 from serving.errors import BundleError, one_line
 from serving.sampling.detokenizer import load_tokenizer
 
-MEMORY = 1_500_000
+MEMORY = 2_500_000
 """KiB of address space of a process that is attacked."""
 
 
@@ -68,7 +68,7 @@ def test_serve_says_so_in_one_line(bundle_folder: Path, make: Callable[[Path], N
         ["bash", "-c", f'ulimit -v {MEMORY}; exec {sys.executable} -c "$0"', code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode in (1, 2)
     assert len(result.stderr.splitlines()) == 1 and "manifest" in result.stderr and len(result.stderr) < 600
