@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from builder.data.base_tokenizer import read_base_tokenizer, write_base_tokenizer
 from builder.data.masked_shards import open_shard
 from builder.data.token_shards import write_tokens
-from builder.data.tokenizer import load_tokenizer, vocabulary_size
+from builder.data.tokenizer import load_tokenizer
 from builder.model.gpt2 import GPT2
 from builder.model.pretrained import load_weights, resolve_base
 from builder.model.safetensors_file import write_safetensors
@@ -28,7 +28,6 @@ from builder.training.plan import OWN_PROGRAM
 from builder.training.trainer import LanguageModel, evaluate
 from serving.bundle import Bundle, open_bundle
 from serving.bundle.publishing import check_destination
-from serving.errors import InputError
 
 
 def load_base(name: str, end_token: str = "") -> tuple[GPT2, Tokenizer]:
@@ -91,11 +90,6 @@ def export_bundle(
         for note in read.notes:
             reporter.line(note)
         tokenizer = load_tokenizer(prepared / "tokenizer")
-        if vocabulary_size(tokenizer) > geometry.vocab_size:
-            raise InputError(
-                f"base {base!r}: its tokenizer has {vocabulary_size(tokenizer)} entries, the model only "
-                f"{geometry.vocab_size}; name the checkpoint that the model was loaded from"
-            )
         sides = []
         digest = hashlib.sha256()
         for side, texts in (("train", list(train)), ("validation", list(validation))):

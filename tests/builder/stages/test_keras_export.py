@@ -78,7 +78,7 @@ def test_a_loss_and_metrics_of_the_callers_own_are_what_keras_uses() -> None:
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(built: TinyBuild, tmp_path: Path) -> None:
     texts = built.corpus.read_text().splitlines()
     sides: dict[str, Any] = {"train": texts[:50], "validation": texts[50:], "name": "x", "output": tmp_path / "dist"}
-    with pytest.raises(InputError, match="its tokenizer has 300 entries, the model only 32"):
+    with pytest.raises(InputError, match="its tokenizer has 300 entries, but the embedding only 32 rows"):
         export_bundle(GPT2.create(GEOMETRY), str(built.bundle), **sides)
     with pytest.raises(InputError, match="no such folder"):
         export_bundle(GPT2.create(GEOMETRY), str(tmp_path / "none"), **sides)
