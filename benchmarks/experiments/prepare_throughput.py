@@ -206,7 +206,7 @@ def _make_base(work: Path) -> Path:
 
 def zero_weights(vocab_size: int, n_positions: int, width: int) -> dict[str, NDArray[np.float32]]:
     """A GPT-2 of one layer whose weights are all zero, by Hugging Face's names."""
-    shapes = {"wte.weight": (vocab_size, width), "wpe.weight": (n_positions, width)}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (vocab_size, width), "wpe.weight": (n_positions, width)}
     for name in ("h.0.ln_1", "h.0.ln_2", "ln_f"):
         shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
     for name, rows, columns in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1)):
