@@ -87,6 +87,7 @@ def trace(
     )
     _drop_unused_domains(converted)
     _number_constants(converted.graph)
+    _number_nodes(converted.graph)
     axes: dict[str, list[str | int]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
@@ -133,6 +134,21 @@ def _number_constants(graph: Any) -> None:
             node.input[index] = kept[key].name
     del graph.initializer[:]
     graph.initializer.extend(kept.values())
+
+
+def _number_nodes(graph: Any) -> None:
+    """Name each node, and what it gives, by its operator and its place.
+
+    Of equal nodes tf2onnx keeps any, as of constants, and its name with it.
+    """
+    names: dict[str, str] = {}
+    for index, node in enumerate(graph.node):
+        node.name = f"traced_{index}_{node.op_type}"
+        names |= {name: f"{node.name}_{place}" for place, name in enumerate(node.output) if name}
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in [*graph.output, *graph.value_info]:
+        value.name = names.get(value.name, value.name)
 
 
 def _rename(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from builder.onnx_export.trace import _number_constants
+from builder.onnx_export.trace import _number_constants, _number_nodes
 from builder.tf_export.fingerprint import settle_fingerprint
 from serving.bundle import open_bundle, write_manifest
 from serving.errors import InputError
@@ -68,6 +68,23 @@ def test_equal_constants_are_one_whatever_the_order_they_come_in() -> None:
         "int32",
         "float32",
     ]
+
+
+def test_nodes_are_named_by_their_place() -> None:
+    graphs = []
+    for kept in ("a/Shape_1", "a/Shape_2"):
+        nodes = [
+            helper.make_node("Shape", ["x"], [f"{kept}:0"], name=kept),
+            helper.make_node("Cast", [f"{kept}:0"], ["y"], to=6),
+        ]
+        outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [1])]
+        graphs.append(helper.make_graph(nodes, "g", [], outputs))
+        _number_nodes(graphs[-1])
+    assert graphs[0] == graphs[1]
+    assert [(node.name, *node.input, *node.output) for node in graphs[0].node] == [
+        ("traced_0_Shape", "x", "traced_0_Shape_0"), ("traced_1_Cast", "traced_0_Shape_0", "traced_1_Cast_0"),
+    ]  # fmt: skip
+    assert graphs[0].output[0].name == "traced_1_Cast_0"
 
 
 def test_a_savedmodels_fingerprint_is_of_the_savedmodel_alone(built: TinyBuild, tmp_path: Path) -> None:
