@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,25 @@ def test_only_the_backend_that_is_named_so_imports_a_runtime() -> None:
         heavy = {name.partition(".")[0] for name in imports(path)} & allowed.keys()
         place = path.relative_to(ROOT / "serving").as_posix()
         assert all(place in allowed[name] for name in heavy), f"{place} imports {heavy}"
+
+
+def test_the_architecture_page_has_a_line_for_each_module() -> None:
+    rows: dict[str, list[str]] = {}
+    heading = ""
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = "".join(re.findall("`([a-z_0-9/]+)/`", line)[:1])
+        elif row := re.match(r"\| `([\w/]+)(?:\.py)?` \|", line):
+            rows.setdefault(heading, []).append(row[1])
+    for part in PARTS:
+        for path in sources(part):
+            if path.name != "__init__.py":
+                folder, above = (
+                    path.parent.relative_to(ROOT).as_posix(),
+                    path.parent.parent.relative_to(ROOT).as_posix(),
+                )
+                names = [*rows.get(folder, []), *(name for name in rows.get(above, []) if "/" in name)]
+                assert [name.rpartition("/")[2] for name in names].count(path.stem) == 1, path.relative_to(ROOT)
 
 
 def test_every_command_leads_to_a_file() -> None:

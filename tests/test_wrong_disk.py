@@ -38,7 +38,7 @@ def test_a_folder_of_the_system(fails: Fails, fresh: TinyBuild) -> None:
 def test_files_in_the_way_of_stages(fails: Fails, fresh: TinyBuild) -> None:
     fresh.run.mkdir(parents=True)
     (fresh.run / "prepare").write_text("mine")
-    fails(["prepare", *fresh.options()], 1, "prepare")
+    fails(["prepare", *fresh.options()], 2, "prepare", "move it away")
     assert (fresh.run / "prepare").read_text() == "mine"
 
 

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from benchmarks.common.hardware import environment
@@ -182,7 +185,7 @@ def _corpus(work: Path, megabytes: int) -> tuple[Path, int]:
 
 
 def _make_base(work: Path) -> Path:
-    """A folder that passes for a checkpoint where only its tokenizer is read."""
+    """A checkpoint of which only the tokenizer counts."""
     folder = work / "base"
     folder.mkdir(exist_ok=True)
     sample = work / "sample.jsonl"
@@ -195,8 +198,20 @@ def _make_base(work: Path) -> Path:
         tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
     tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 1024}), encoding="utf-8")
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "n_positions": 1024, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes), encoding="utf-8")
+    save_file(zero_weights(sizes["vocab_size"], 1024, 8), folder / "model.safetensors")
     return folder
+
+
+def zero_weights(vocab_size: int, n_positions: int, width: int) -> dict[str, NDArray[np.float32]]:
+    """A GPT-2 of one layer whose weights are all zero, by Hugging Face's names."""
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (vocab_size, width), "wpe.weight": (n_positions, width)}
+    for name in ("h.0.ln_1", "h.0.ln_2", "ln_f"):
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for name, rows, columns in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1)):
+        shapes |= {f"h.0.{name}.weight": (rows * width, columns * width), f"h.0.{name}.bias": (columns * width,)}
+    return {f"transformer.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.data.corpus import CorpusReport
-from serving.support.html_page import page, section
+from serving.support.html_page import language_attribute, page, section
 
 
 def vocabulary_coverage(
@@ -125,5 +125,7 @@ def _bars(counts: Mapping[str, int]) -> str:
 
 
 def _sample(sample: Mapping[str, str]) -> str:
-    before, after = (f"<pre>{escape(sample[side])}</pre>" for side in ("before", "after"))
+    before, after = (
+        f"<pre{language_attribute(sample[side])}>{escape(sample[side])}</pre>" for side in ("before", "after")
+    )
     return f'<h3>{escape(sample["name"])}</h3>\n<div class="pair">{before}{after}</div>\n'

@@ -62,6 +62,13 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
             f"| {table['perplexity']:.4f} |"
         )
     lines += [f"| Keras (reference) | | | {certificate['perplexity']['reference']:.4f} |", ""]
+    reading = certificate["transformers"]
+    lines += [
+        f"transformers {reading['version']} reads this folder as it is: the same ids for {reading['texts']} texts, "
+        "the same sizes and token ids"
+        + (", the chat template of training." if reading["chat_template"] == "equal" else "."),
+        "",
+    ]
     lines += _variants(certificate)
     lines += ["Not run:", ""]
     lines += [f"- {sentence}" for sentence in certificate["not_run"]]

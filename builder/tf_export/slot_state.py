@@ -86,7 +86,15 @@ class SlotState(tf.Module):  # type: ignore[misc]
 
     def cancel(self, request_id: Any) -> Any:
         """Give back whatever slots the requests [rows] have or may yet get."""
-        return self.cancelled.scatter_update(tf.IndexedSlices(request_id, request_id % _REMEMBERED))
+        noted = self.cancelled.scatter_update(tf.IndexedSlices(request_id, request_id % _REMEMBERED))
+        with tf.control_dependencies([noted]):
+            state = self.read()
+        held = tf.reduce_any(request_id[:, None] == state["request_id"], axis=0)
+        return self.release(tf.range(self.count), state["generation"], held)
+
+    def settle(self, state: State) -> Any:
+        """Give back for good what is not occupied: a request may be forgotten to have been cancelled."""
+        return self.release(tf.range(self.count), state["generation"], ~state["occupied"])
 
     def is_cancelled(self, request_id: Any) -> Any:
         """Whether each request [rows] was cancelled."""

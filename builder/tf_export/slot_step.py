@@ -115,7 +115,8 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         wishes = {name: whole[:, column] for column, name in enumerate(_WISH)}
         wishes |= {name: parts[:, column] for column, name in enumerate(_FLOATS)}
         slot = tf.cast(wishes["slot"], tf.int32)
-        state, newest = self.state.read(), tf.reduce_max(wishes["entered"])
+        before, newest = self.state.read(), tf.reduce_max(wishes["entered"])
+        state = dict(before)
         prompts = wishes["length"] > 0
         current = ~prompts & tf.gather(state["occupied"], slot)
         current &= tf.gather(state["generation"], slot) == wishes["generation"]
@@ -123,7 +124,8 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         asked = self.state.named(slot, current)
         state["absent"] = tf.where(asked, tf.zeros_like(state["absent"]), state["absent"] + 1)
         state, slot, left = self._take_prompts(state, wishes, token_ids, prompts, tf.where(current, slot, -1), asked)
-        committed = self.state.commit(state)
+        with tf.control_dependencies([self.state.settle(before)]):
+            committed = self.state.commit(state)
 
         # What the wishes for each slot wait for; a prompt of a stream for no more than its slot.
         goal = tf.where(prompts, tf.where(wishes["owned"] > 0, wishes["budget"], 0), wishes["made"])

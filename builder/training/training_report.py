@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from serving.support.html_page import page, section
+from serving.support.html_page import language_attribute, page, section
 from serving.support.svg_charts import Axis, chart, legend
 
 REPORT_PAGE = "report.html"
@@ -41,7 +41,10 @@ def write_report(
     parts += [_chart("Loss, nats a token", {side: points for side, points in losses.items() if points})]
     parts += [_chart(title, {key: _points(records, key)}) for key, title in _CURVES]
     parts.append(section("Validations", _table(history)))
-    texts = "\n".join(f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>" for prompt, text in samples)
+    texts = "\n".join(
+        f"<pre{language_attribute(prompt + text)}><b>{escape(prompt)}</b>{escape(text)}</pre>"
+        for prompt, text in samples
+    )
     parts.append(section("Samples of the last validation, greedy", texts))
     path.write_bytes(page(name, "".join(parts)))
 

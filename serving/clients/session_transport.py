@@ -11,7 +11,6 @@ from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
 from serving.clients.transport import Transport
 from serving.errors import BundleError, InputError, ServerError
-from serving.protobuf.saved_model_ops import check_saved_model
 
 
 class SessionTransport:
@@ -21,6 +20,7 @@ class SessionTransport:
         """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""
         with runtime_errors("tensorflow"):
             from serving.backends.tensorflow import GRAPH
+            from serving.protobuf.saved_model_ops import check_saved_model
             from serving.support.tensorflow_import import tf
         self._tf = tf
         folder = bundle.path(bundle.graph(GRAPH).path).parent

@@ -18,8 +18,7 @@ from serving.bundle.publishing import check_destination, publish
 from serving.bundle.strict_json import loads, read
 from serving.deploy.tf_serving_config import BATCHING, MODELS, POLL_SECONDS, ServerOptions, config_files
 from serving.deploy.versions import add_version, digest, prune, saved_model_files, versions_in
-from serving.errors import BundleError, InputError
-from serving.protobuf.saved_model_ops import check_saved_model
+from serving.errors import BundleError, InputError, RuntimeMissingError
 
 MARKER = "deployment.json"
 # The official image's tags are TensorFlow Serving's versions; GPU ones end in -gpu.
@@ -89,7 +88,7 @@ def write_tf_serving(
             f"{image_version!r} is no version of the image tensorflow/serving; write it as {IMAGE_VERSION}"
         )
     files = saved_model_files(bundle)
-    check_saved_model(bundle.folder / "savedmodel" / "1")
+    _look_into(bundle.folder / "savedmodel" / "1")
     final = Path(os.path.realpath(destination))
     if final.is_relative_to(os.path.realpath(bundle.folder)):
         raise InputError(f"{destination}: lies inside the bundle, which may hold nothing more; choose another folder")
@@ -112,6 +111,16 @@ def write_tf_serving(
         return Deployed(publish(staged, destination, MARKER), 1, added=True, kept=False)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _look_into(version: Path) -> None:
+    try:
+        from serving.protobuf.saved_model_ops import check_saved_model
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"looking into a SavedModel needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]'"
+        ) from None
+    check_saved_model(version)
 
 
 def _old(final: Path, name: str) -> Deployment | None:

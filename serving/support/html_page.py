@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 COLOURS = 6
+_KANA, _HANGUL, _HAN = (re.compile(f"[{letters}]") for letters in ("\u3041-\u30fa", "\uac00-\ud7a3", "\u3400-\u9fff"))
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5b6470; --faint: #d5dae0; --win: #d8f0de;
   --c0: #0b62c4; --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #b3005e; --c5: #6b7280; }
@@ -27,6 +29,17 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--fa
   margin: 0 0 1rem; }
 pre b { color: var(--c0); }
 """
+
+
+def language_attribute(text: str) -> str:
+    """Return ` lang="..."` for a text in Japanese, Korean or Chinese by its letters, whose shapes differ by language.
+
+    Empty for other texts: pages are in English, and Latin letters look the same in any language.
+    """
+    for language, letters in (("ja", _KANA), ("ko", _HANGUL), ("zh", _HAN)):
+        if letters.search(text):
+            return f' lang="{language}"'
+    return ""
 
 
 def page(title: str, body: str, style: str = "") -> bytes:

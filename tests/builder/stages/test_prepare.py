@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
+from benchmarks.experiments.prepare_throughput import zero_weights
 from builder.data import curation
 from builder.data.token_shards import open_tokens
 from builder.data.tokenizer import load_tokenizer, train_tokenizer
@@ -56,7 +58,9 @@ def test_a_small_text_reports_its_smaller_vocabulary(tmp_path: Path) -> None:
 def test_a_base_brings_its_tokenizer_and_context_length(tmp_path: Path) -> None:
     base = tmp_path / "base"
     train_tokenizer(["some other text, other text"] * 3, TokenizerRecipe(vocab_size=270), 16, base)
-    sizes = {"vocab_size": 270, "n_positions": 1024, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    size = load_tokenizer(base).get_vocab_size()
+    sizes = {"vocab_size": size, "n_positions": 1024, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    save_file(zero_weights(size, 1024, 32), base / "model.safetensors")
     (base / "config.json").write_text(json.dumps({"model_type": "gpt2"} | sizes))
     recipe = dataclasses.replace(small_recipe(tmp_path), model=ModelRecipe(base=str(base)))
     prepare(recipe, tmp_path / "run", lambda line: None)

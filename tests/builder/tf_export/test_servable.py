@@ -114,8 +114,8 @@ def test_the_graph_needs_neither_python_nor_xla(meta_graph: Any) -> None:
 def test_weights_are_stored_once_and_outside_the_graph(real_bundle: Path, meta_graph: Any) -> None:
     weights = 4 * keras_model("bytes").geometry.parameters
     stored = sum(path.stat().st_size for path in (real_bundle / "savedmodel/1/variables").iterdir())
-    # The tokenizer's tables are about 20,000 bytes of it.
-    assert weights <= stored < weights + 40_000
+    # The tokenizer's tables are about 20,000 bytes of it, and the slots' state is another 20,000.
+    assert weights <= stored < weights + 60_000
     constants = [node for node in meta_graph.graph_def.node if node.op == "Const"]
     # One holds the names under which the variables are stored, and grows with them.
     assert all(node.ByteSize() < 4000 or b"VARIABLE_VALUE" in node.SerializeToString() for node in constants)

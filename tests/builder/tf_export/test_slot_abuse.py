@@ -51,7 +51,7 @@ class Abuse:
         self.until = time.monotonic() + seconds
 
     def call(self, signature: str, options: Any = None, **inputs: Any) -> dict[str, Any]:
-        """Call until the answer is no CANCELLED: another caller's deadline met the beginning of a step, which is rare."""
+        """Call until the answer is no CANCELLED, which comes rarely: another deadline met the beginning of a step."""
         while True:
             self.counts["calls"] += 1
             try:

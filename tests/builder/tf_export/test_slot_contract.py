@@ -200,6 +200,22 @@ def test_every_call_is_answered_as_the_contract_says(call: Call) -> None:
     run_state_machine_as_test(machine, settings=limits)
 
 
+def test_a_cancelled_request_stays_so_when_others_are_cancelled(call: Call) -> None:
+    """More than are remembered, one of them in the same place."""
+    first = next(REQUESTS)
+
+    def prompts(ids: list[int]) -> Any:
+        rows = padded([[1]] * len(ids)) | columns([{}] * len(ids))
+        return call("prefill_slots", request_id=np.array(ids, np.int64), **rows)["status"].tolist()
+
+    assert prompts([first]) == [RUNNING]
+    for ids in ([first], [first + 1024], [2048 + first]):
+        call("cancel_slots", request_id=np.array(ids, np.int64))
+    others = [10**9 + number for number in range(SLOTS)]
+    assert prompts(others) == [RUNNING] * SLOTS
+    call("cancel_slots", request_id=np.array(others, np.int64))
+
+
 def rows_of(signature: str, count: int) -> dict[str, Any]:
     """Inputs of `signature` with `count` rows."""
     geometry = keras_model("bytes").geometry

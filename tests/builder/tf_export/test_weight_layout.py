@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
+from builder.keras_backend import tf
 from builder.tf_export.servable import Servable
 from serving.cli import run
 from tests.builder.tf_export.savedmodel_calls import columns, padded, session_call
@@ -29,10 +31,12 @@ def test_answers_and_bytes_are_those_of_whole_matrices(tmp_path: Path, real_bund
     assert np.abs(ours["log_probs"] - theirs["log_probs"]).max() < 1e-5
     first = split("prefill_slots", request_id=np.arange(1, 4), **{name: value[:3] for name, value in inputs.items()})
     assert first["token_ids"].ravel().tolist() == [row[0] for row in made[:3]]
-    # Such an op makes each later read of its variable a copy: it took 9 ms a token at 124M.
-    assert b"ResourceGather" not in (tmp_path / "saved_model.pb").read_bytes()
+    # Such an op makes each later read of its variable a copy: on weights it took 9 ms a token at 124M.
+    library = SavedModel.FromString((tmp_path / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def.library
+    gathered = [node for function in library.function for node in function.node_def if node.op == "ResourceGather"]
+    assert {node.attr["dtype"].type for node in gathered} <= {tf.int64.as_datatype_enum}
     stored = sum(path.stat().st_size for path in (tmp_path / "variables").iterdir())
-    assert 4 * model.geometry.parameters <= stored < 4 * model.geometry.parameters + 40_000
+    assert 4 * model.geometry.parameters <= stored < 4 * model.geometry.parameters + 60_000
 
 
 def test_deploy_gives_each_part_a_thread(tmp_path: Path, real_bundle: Path) -> None:

@@ -71,7 +71,7 @@ REFUSED = [
     (put("model|n_layer", "2"), r"model\.n_layer is text"),
     (put("model|n_head", 3), "does not divide"),
     (put("model|eos_token_id", 257), r"model\.eos_token_id is 257"),
-    (put("model|activation_function", "relu"), "must be one of 'gelu_new'"),
+    (put("model|activation_function", "swish"), "must be one of 'gelu_new', 'gelu', 'relu'"),
     (put("model|layer_norm_epsilon", 0), r"model\.layer_norm_epsilon is 0"),
     (put("model", []), "model is a list but must be a table"),
     (put("name", "../tiny"), "name is"),

@@ -19,7 +19,7 @@ from serving.entrypoints import version_sources
 from serving.errors import BundleError, one_line
 from serving.sampling.detokenizer import load_tokenizer
 
-MEMORY = 1_500_000
+MEMORY = 2_500_000
 """KiB of address space of a process that is attacked."""
 
 
@@ -68,7 +68,7 @@ def test_serve_says_so_in_one_line(bundle_folder: Path, make: Callable[[Path], N
         ["bash", "-c", f'ulimit -v {MEMORY}; exec {sys.executable} -c "$0"', code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode in (1, 2)
     assert len(result.stderr.splitlines()) == 1 and "manifest" in result.stderr and len(result.stderr) < 600
@@ -139,6 +139,37 @@ def test_hostile_tokenizers_are_refused_in_one_line(
         load_tokenizer(bundle)
     assert "tokenizer.json" in str(caught.value) and len(str(caught.value)) < 600
     assert len(one_line(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'d)?|\p{N}{1,3}",
+    ],
+)
+def test_patterns_that_published_tokenizers_split_at_are_run(bundle_folder: Path, pattern: str) -> None:
+    split = {**SPLIT, "pattern": {"Regex": pattern}}
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    rules = {"type": "Sequence", "pretokenizers": [split, bytes_only]}
+    assert load_tokenizer(rewritten(bundle_folder, lambda table: table.update(pre_tokenizer=rules))).encode("abc").ids
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a|aa)+$", "(a*)*b", r"(?=(\w+))\1:", "((a|b)*c*)*", "x" * 2000, "(", "(?:a+){20}"]
+)
+def test_patterns_that_may_take_exponential_time_are_refused(bundle_folder: Path, pattern: str) -> None:
+    split = {**SPLIT, "pattern": {"Regex": pattern}}
+    with pytest.raises(BundleError, match="pre_tokenizer of the type Split"):
+        load_tokenizer(rewritten(bundle_folder, lambda table: table.update(pre_tokenizer=split)))
+
+
+def test_a_replacement_may_not_make_a_text_longer(bundle_folder: Path) -> None:
+    with pytest.raises(BundleError, match="makes a text longer"):
+        load_tokenizer(rewritten(bundle_folder, lambda table: table.update(normalizer=REPLACE)))
+    same = {**REPLACE, "content": "b"}
+    assert load_tokenizer(rewritten(bundle_folder, lambda table: table.update(normalizer=same))).encode("a").ids
 
 
 def test_padding_and_truncation_are_left_out(bundle_folder: Path) -> None:

@@ -237,7 +237,7 @@ def test_a_server_that_is_not_there(fails: Fails) -> None:
         (b"\0\0\x1b[31m\xff\r\n\r\n", "the answer is not HTTP"),
         (
             b'HTTP/1.0 404 no\r\n\r\n{"error": {"message": "no model \\u001b[31m", "code": 1}}',
-            "NOT_FOUND: no model \ufffd[31m",
+            "NOT_FOUND: no model \\x1b[31m",
         ),
     ):
         with socket.create_server(("127.0.0.1", 0)) as listening:

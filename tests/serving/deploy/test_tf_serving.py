@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,18 @@ def test_batching_by_the_server_is_asked_for(real_bundle: Path, tmp_path: Path) 
     assert "a request of zero rows never ends" in text and "pad_variable_length_inputs: true" not in text
     deploy(real_bundle, folder)
     assert not (folder / "config/batching_parameters.txt").exists()
+
+
+def test_without_protobuf_one_line_says_what_to_install(
+    real_bundle: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "serving.protobuf.saved_model_ops", None)
+    fails(["deploy", str(real_bundle), "--target", "tfserving", "--output", str(tmp_path / "new")], 1,
+          "pip install 'gpt2-bundle[client]'")  # fmt: skip
+    code = (
+        "import sys; sys.modules['google.protobuf'] = None; import serving.commands.deploy, serving.deploy.tf_serving"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_is_refused(real_bundle: Path, tmp_path: Path, fails: Fails) -> None:
