@@ -17,6 +17,7 @@ from serving.protocols.open_inference import schema as v2
 from serving.protocols.openai import schema
 from serving.protocols.tf_serving.signatures import SIGNATURES
 from serving.server.middleware import OPEN_PATHS, openai_shaped
+from serving.server.registry import ModelRegistry, ServedModel
 
 _BINARY = "application/octet-stream"
 _BYTES = {"type": "string", "format": "binary", "description": "The JSON, and behind it the tensors' bytes."}
@@ -34,16 +35,22 @@ for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
     for _name in ("generate", "generate_stream"):
         _BODIES[f"POST {_path}/{_name}"] = (v2.GenerateBody, v2.Generated, (400, 404, 408, 413, 415, 503, 504))
     _BODIES[f"POST {_path}/infer"] = (v2.InferBody, v2.InferAnswer, (400, 404, 408, 413, 415, 503, 504))
-EXAMPLES: dict[str, dict[str, Any]] = {
-    "POST /v1/completions": {"prompt": "Return the", "max_tokens": 16, "temperature": 0.8, "seed": 7},
-    "POST /tokenize": {"prompt": "Return the"},
-    "POST /detokenize": {"tokens": [40, 41]},
-    "POST /v2/models/{model}/generate": {"text_input": "Return the", "parameters": {"max_tokens": 16, "seed": 7}},
-    "POST /v2/models/{model}/infer": {
-        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["Return the"]}],
-        "parameters": {"signature_name": "tokenize"},
-    },
-}
+
+
+def examples(prompt: str) -> dict[str, dict[str, Any]]:
+    """Example bodies by method and path, with a prompt that the served model may be asked to continue."""
+    return {
+        "POST /v1/completions": {"prompt": prompt, "max_tokens": 16, "temperature": 0.8, "seed": 7},
+        "POST /tokenize": {"prompt": prompt},
+        "POST /detokenize": {"tokens": [40, 41]},
+        "POST /v2/models/{model}/generate": {"text_input": prompt, "parameters": {"max_tokens": 16, "seed": 7}},
+        "POST /v2/models/{model}/infer": {
+            "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [prompt]}],
+            "parameters": {"signature_name": "tokenize"},
+        },
+    }
+
+
 _SENTENCES = {
     400: "The request is wrong; the sentence names the field.",
     401: "No API key, or an unknown one.",
@@ -68,16 +75,19 @@ _PREDICT = {
 _PLAIN_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 
 
-def description(routes: Sequence[BaseRoute], names: Sequence[str] = ()) -> dict[str, Any]:
-    """The OpenAPI document of `routes`, `names` being those of the models. Routes without models give any JSON."""
-    models = {model for body, answer, _ in _BODIES.values() for model in (body, answer) if model} | {schema.Error}
-    ordered = sorted(models, key=lambda model: model.__name__)
+def description(routes: Sequence[BaseRoute], models: Sequence[ServedModel] = ()) -> dict[str, Any]:
+    """The OpenAPI document of `routes` of a server of `models`. Routes without schemas give any JSON."""
+    names = sorted({model.name for model in models})
+    given = examples(models[0].example_prompt if models else "")
+    bodies = {each for body, answer, _ in _BODIES.values() for each in (body, answer) if each} | {schema.Error}
+    ordered = sorted(bodies, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in routes:
         if isinstance(route, Route) and route.include_in_schema:
             for method in sorted((route.methods or set()) - {"HEAD"}):
-                paths.setdefault(route.path, {})[method.lower()] = _operation(route, method, names)
+                example = given.get(f"{method} {route.path}")
+                paths.setdefault(route.path, {})[method.lower()] = _operation(route, method, names, example)
     return {
         "openapi": "3.1.0",
         "info": {"title": "gpt2-bundle", "version": __version__, "license": {"name": "Apache-2.0"}},
@@ -89,7 +99,7 @@ def description(routes: Sequence[BaseRoute], names: Sequence[str] = ()) -> dict[
     }
 
 
-def _operation(route: Route, method: str, names: Sequence[str]) -> dict[str, Any]:
+def _operation(route: Route, method: str, names: Sequence[str], example: Any) -> dict[str, Any]:
     key = f"{method} {route.path}"
     body, answer, statuses = _BODIES.get(key, (None, None, _usual(route.path, method)))
     summary = (route.endpoint.__doc__ or route.name).strip().splitlines()[0]
@@ -107,8 +117,8 @@ def _operation(route: Route, method: str, names: Sequence[str]) -> dict[str, Any
         if body is not None:
             taken = {"$ref": _REF.format(model=body.__name__)}
         content: dict[str, Any] = {"schema": taken}
-        if key in EXAMPLES:
-            content["example"] = EXAMPLES[key]
+        if example is not None:
+            content["example"] = example
         kinds = {"application/json": content}
         if body is v2.InferBody:
             kinds[_BINARY] = {"schema": _BYTES}
@@ -157,7 +167,9 @@ def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
 
 async def openapi(request: Request) -> Response:
     """This description."""
-    return JSONResponse(description(request.app.routes, request.app.state.server.registry.names()))
+    registry: ModelRegistry = request.app.state.server.registry
+    served = [registry.versions(name)[0] for name in registry.names()]
+    return JSONResponse(description(request.app.routes, served))
 
 
 def openapi_routes() -> list[Route]:

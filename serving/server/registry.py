@@ -9,6 +9,7 @@ from enum import IntEnum
 from functools import cached_property
 
 from serving.bundle import Bundle
+from serving.bundle.examples import example_prompts
 from serving.engine.api import Engine
 from serving.errors import GPT2BundleError, cut
 
@@ -48,6 +49,11 @@ class ServedModel:
         """Eight hexadecimal digits of all files' hashes, by which answers of different bundles can be told apart."""
         hashes = sorted(f"{artifact.path} {artifact.sha256}\n" for artifact in self.bundle.manifest.artifacts)
         return hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+    @cached_property
+    def example_prompt(self) -> str:
+        """A text that this model may be asked to continue, from the bundle's held-out text."""
+        return example_prompts(self.bundle.folder)[0]
 
 
 @dataclass

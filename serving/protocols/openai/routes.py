@@ -201,6 +201,7 @@ def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
         "created": newest.created,
         "owned_by": "gpt2-bundle",
         "max_model_len": newest.bundle.manifest.model.n_positions,
+        "example_prompt": newest.example_prompt,
         **model_status(registry, name),
     }
 
@@ -224,7 +225,8 @@ async def tokenize(request: Request) -> Response:
     (ids,) = await while_connected(request, encode_texts(engine.tokenizer, [body.prompt]))
 
     def answer() -> Response:
-        strings = [engine.tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
+        names = token_names(engine) if body.return_token_strs else None
+        strings = None if names is None else [names[token] for token in ids]
         return JSONResponse(
             {"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings}
         )

@@ -281,6 +281,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    example_prompt: str
     model_version_status: list[VersionState]
 
 

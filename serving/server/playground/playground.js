@@ -63,6 +63,9 @@ async function loadModels() {
   const before = $("model").value;
   $("model").replaceChildren(...data.map((card) => element("option", { value: card.id }, card.id)));
   if (data.some((card) => card.id === before)) $("model").value = before;
+  const prompt = $("prompt");
+  const chosen = data.find((card) => card.id === $("model").value);
+  if (chosen && prompt.value === prompt.defaultValue) prompt.value = prompt.defaultValue = chosen.example_prompt;
   const longest = Math.max(...data.map((card) => card.max_model_len));
   if (Number.isFinite(longest)) $("max_tokens").max = longest - 1;
   $("max_tokens").dispatchEvent(new Event("input")); // Its value may have been above that.

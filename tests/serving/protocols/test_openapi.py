@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from serving.entrypoints.http_app import build_app
 from serving.protocols.open_inference import schema as v2
 from serving.protocols.openai import schema
-from serving.protocols.openapi import EXAMPLES
+from serving.protocols.openapi import examples
 from serving.server.settings import Settings
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.protocols.open_inference.double_server import all_routes
@@ -59,6 +59,9 @@ def test_every_route_is_described_and_every_reference_resolves(client: TestClien
 
     found = set(references(document))
     assert found and all(name.rpartition("/")[2] in document["components"]["schemas"] for name in found)
+
+
+EXAMPLES = examples("Return the")
 
 
 @pytest.mark.parametrize("key", EXAMPLES)

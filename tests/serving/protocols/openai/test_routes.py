@@ -257,6 +257,9 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
     assert card["model_version_status"][0]["state"] == "AVAILABLE"
     tokens = raw.post("/tokenize", json={"prompt": "Ab é", "return_token_strs": True}).json()
     assert tokens["tokens"] == TOKENIZER.encode("Ab é").ids and tokens["count"] == len(tokens["token_strs"])
+    # Readable where a token is whole characters.
+    assert tokens["token_strs"] == ["A", "b", " ", "bytes:\\xc3", "bytes:\\xa9"]
+    assert card["example_prompt"] == "Return the"  # Its bundle has no held-out text.
     assert raw.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Ab é"}
 
 
