@@ -28,14 +28,13 @@ from serving.bundle.manifest import (
     Graph,
     Manifest,
     Provenance,
-    TensorSpec,
     TokenizerFiles,
     from_json,
     path_problem,
     to_json,
 )
 from serving.bundle.plain_files import hash_plain, read_plain
-from serving.bundle.publishing import publish, sync_folder
+from serving.bundle.publishing import sync_folder
 from serving.bundle.strict_json import MAX_BYTES, refuse
 from serving.errors import BundleError, InputError
 from serving.support.suggestions import did_you_mean
@@ -49,25 +48,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _UNFINISHED_NAME = ".manifest.json.unfinished"
-
-__all__ = [
-    "MANIFEST_NAME",
-    "TOKENIZER_FILES",
-    "TOKENIZER_NAME",
-    "Artifact",
-    "Bundle",
-    "Geometry",
-    "Graph",
-    "Manifest",
-    "Provenance",
-    "TensorSpec",
-    "TokenizerFiles",
-    "from_json",
-    "open_bundle",
-    "publish",
-    "to_json",
-    "write_manifest",
-]
 
 
 @dataclass(frozen=True)
