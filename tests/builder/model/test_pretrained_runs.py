@@ -56,7 +56,9 @@ def test_a_run_prepared_anew_is_refused(tmp_path: Path) -> None:
         local_base(str(run))
 
 
-@pytest.mark.parametrize("layout", ["run", "h5", "openai"])
+@pytest.mark.parametrize(
+    "layout", ["run", pytest.param("h5", marks=pytest.mark.slow), pytest.param("openai", marks=pytest.mark.slow)]
+)
 def test_a_base_in_each_layout_is_built_as_it_is(
     built: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str], layout: str
 ) -> None:

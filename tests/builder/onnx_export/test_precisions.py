@@ -226,6 +226,7 @@ def test_a_variant_that_misses_its_gate_is_left_out(tiny: TinyBuild, capfd: pyte
     assert f"ort/int8 was left out: {left_out['ort/int8']}." in bundle.path("README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_published_variant_is_verified_again(tiny: TinyBuild, fails: Fails) -> None:
     from tests.builder.verification.test_certificate import sign
 

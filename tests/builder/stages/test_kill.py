@@ -117,6 +117,7 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_weig
     assert reports[0] == reports[1]
 
 
+@pytest.mark.slow
 def test_an_export_that_was_killed_is_thrown_away_and_made_anew(built: TinyBuild, tmp_path: Path) -> None:
     tiny = built.copy(tmp_path)
     (tiny.bundle / "README.md").write_text("damaged, so that it is built anew")

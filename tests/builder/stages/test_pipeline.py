@@ -292,6 +292,7 @@ def test_an_output_that_cannot_be_used_is_found_before_the_work(
     assert b"mine" in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_a_bundle_is_a_base_to_go_on_from(
     built: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

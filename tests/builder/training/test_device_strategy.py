@@ -16,6 +16,7 @@ from serving.errors import InputError
 from tests.builder.training.test_training_control import ADAM
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_weights_of_one_and_resume(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.builder.training.two_devices", str(tmp_path), "{}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])

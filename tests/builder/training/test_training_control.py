@@ -102,7 +102,14 @@ def test_accumulated_parts_are_the_big_batch(tmp_path: Path, optimizer: str) -> 
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"accumulation": 2}, {"ema": 0.9, "label_smoothing": 0.1}, {"jit_compile": True}], ids=str
+    "changes",
+    [
+        {},
+        {"accumulation": 2},
+        {"ema": 0.9, "label_smoothing": 0.1},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_the_custom_loop_gives_the_weights_of_fit(tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = replace(ADAM, **changes)
