@@ -1,1 +1,1 @@
-"""One question each: programs whose answers stand in the decisions."""
+"""One question each: programs whose answers stand in docs/decisions/."""
