@@ -93,46 +93,27 @@ def generate(
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
-    from serving.backends.loader import load_backend
-    from serving.bundle import open_bundle
-    from serving.generation import stream
-    from serving.sampling.detokenizer import TextStream, load_tokenizer
+    from serving.model import load
 
-    opened = open_bundle(bundle, check="sizes")
-    tokenizer = load_tokenizer(opened)
-    eos_token_id = opened.manifest.model.eos_token_id
-    prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
-    pieces = TextStream(tokenizer, params.stop)
-    backend = load_backend(opened, runtime, graph, device)
-
+    stream = load(bundle, graph=graph, runtime=runtime, device=device).stream(text, params)
     began = time.perf_counter()
-    token_ids: list[int] = []
-    parts: list[str] = []
-
-    def put(piece: str) -> None:
-        parts.append(piece)
-        if piece and not as_json:
-            write(piece)
-
-    for token in stream(backend, prompt_ids, params, eos_token_id):
-        token_ids.append(token)
-        put(pieces.push(token))
-        if pieces.stopped:
-            break
-    put(pieces.finish())
+    for part in stream:
+        if not as_json:
+            write(part)
     seconds = time.perf_counter() - began
     if not as_json:
         write("\n")
         return
-    ended = pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
+    completion = stream.completion
+    count = len(completion.token_ids)
     report = {
-        "text": "".join(parts),
-        "token_ids": token_ids,
-        "finish_reason": "stop" if ended else "length",
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
         "runtime": runtime,
-        "prompt_tokens": len(prompt_ids),
+        "prompt_tokens": completion.prompt_tokens,
         "seconds": round(seconds, 6),
-        "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
+        "tokens_per_second": round(count / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json_line(report))
 
