@@ -70,8 +70,6 @@ class SlotEngine:
     """
 
     unsupported: frozenset[str] = frozenset()
-    flushes = True
-    """A listener's attribute `flush`, if it has one, is called once for all events of a step, equal ones once."""
 
     def __init__(
         self,
