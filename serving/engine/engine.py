@@ -215,7 +215,7 @@ class SlotEngine:
 
 
 def _scheduler(backend: SlotBackend, config: EngineConfig) -> Scheduler:
-    chunk, budget = config.prefill_chunk, config.prefill_budget
+    chunk, budget = config.prefill_chunk, config.max_num_batched_tokens
     pace = Pace(chunk) if chunk else BoundedPace(config.prefill_slowdown, budget)
     return Scheduler(backend, min(chunk or SHARED_CHUNK, SHARED_CHUNK), budget, pace, config.prefix_cache)
 
