@@ -47,7 +47,6 @@ class Core:
         self._backend, self._observer, self._clock = backend, observer, clock
         self._choosing = backend if chooses(backend) else None
         self._next_deadline = float("inf")
-        self._flushes: dict[Callable[[], None], None] = {}
         self._deaf: list[Task] = []
         self._prompt_tokens = self._cached_tokens = self._made = self._steps = 0
         self._inter_token: list[float] = []
@@ -80,7 +79,7 @@ class Core:
                     self._finish(continuation, reason, message=message, keep=keep)
 
     def settle(self) -> None:
-        """Bring `stats` up to date and wake whoever waits for events."""
+        """Bring `stats` up to date."""
         table = self.scheduler.table
         used = [slot.filled for slot in table.slots if slot.owner is not None]
         self.stats = EngineStats(
@@ -94,8 +93,6 @@ class Core:
             self._made,
             self._steps,
         )
-        if not self.tasks:
-            self._flush()
 
     def _add(self, arrived: Iterable[Task], cancelled: Iterable[Task], now: float) -> None:
         self.adopt(arrived)
@@ -114,7 +111,6 @@ class Core:
         while budget > 0 and (work := self.scheduler.next(now, budget)) is not None:
             budget = self.scheduler.left(work, budget)
             try:
-                self._flush()
                 logits = work.run(self._backend)
             except Exception as error:
                 self._fail([work.task], error)
@@ -135,7 +131,6 @@ class Core:
         if not owners:
             return [], None
         try:
-            self._flush()
             logits = None
             if self._choosing is None or needs_logits(owners):
                 logits = self._backend.decode(tokens, lengths)
@@ -276,22 +271,13 @@ class Core:
         self.end((task for task in dict.fromkeys(tasks) if task in self.tasks), "error", error, keep=False)
 
     def _tell(self, task: Task, event: Event) -> None:
-        if task.flush is not None:
-            self._flushes[task.flush] = None
         try:
             task.listener(event)
         except Exception:
             # It may not raise. Nobody listens any more, so its slots are freed in the next step.
             _log.exception("a listener failed")
-            task.listener, task.flush = _ignore, None
+            task.listener = _ignore
             self._deaf.append(task)
-
-    def _flush(self) -> None:
-        """Wake those who were told something, once each. Done as late as the next call of the backend, so that they
-        work while that call runs and not while this thread needs the interpreter."""
-        flushes, self._flushes = self._flushes, {}
-        for flush in flushes:
-            flush()
 
     def _end_step(self, began: float, read_at: float, read: int, rows: int) -> None:
         ended = self._clock()
