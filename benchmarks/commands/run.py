@@ -65,18 +65,18 @@ def bench() -> None:
               help="Requests of each schedule.  [default: 16, or all of a trace]")  # fmt: skip
 @click.option("--prompt-lengths", metavar="LENGTH", help="64, 16-128 (uniform) or log:16-128 tokens.")
 @click.option("--output-lengths", metavar="LENGTH", help="The same for outputs.")
-@click.option("--rate", "rates", multiple=True, type=Number(), default=(4.0,), show_default=True,
+@click.option("--rate", "rates", multiple=True, type=Number(0, min_open=True), default=(4.0,), show_default=True,
               help="Requests a second, for server; repeatable.")  # fmt: skip
 @click.option("--arrivals", type=click.Choice(_ARRIVALS), default="poisson", show_default=True,
               help="For server, and but for a trace for saturation.")  # fmt: skip
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Moments in seconds, one a line.")
 @click.option("--clients", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16), show_default=True,
               help="For concurrency; repeatable.")  # fmt: skip
-@click.option("--sweep-from", type=Number(), default=1.0, show_default=True, metavar="RATE",
+@click.option("--sweep-from", type=Number(0, min_open=True), default=1.0, show_default=True, metavar="RATE",
               help="First rate of saturation, requests a second.")  # fmt: skip
-@click.option("--sweep-factor", type=Number(), default=2.0, show_default=True, help="From one rate to the next.")
+@click.option("--sweep-factor", type=Number(1, 100, min_open=True), default=2.0, show_default=True, help="From one rate to the next.")
 @click.option(
-    "--sweep-seconds", type=Number(), default=2.0, show_default=True, help="That each rate lasts for a target."
+    "--sweep-seconds", type=Number(0, min_open=True), default=2.0, show_default=True, help="That each rate lasts for a target."
 )
 @click.option("--sweep-limit", type=Number(0, min_open=True), default=120.0, show_default=True, metavar="SECONDS",
               help="No further rate is begun after this time.")  # fmt: skip

@@ -108,7 +108,7 @@ def metadata(as_json: bool, **server: Any) -> None:
 
 @client.command()
 @click.argument("inputs")
-@click.option("--signature", default="serving_default", show_default=True, metavar="NAME")
+@click.option("--signature", default="serving_default", show_default=True, metavar="NAME", help="Signature to call.")
 @click.option("--once", is_flag=True, help="Do not try again: for a signature that changes the server's state.")
 @_server_options
 def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: Any) -> None:

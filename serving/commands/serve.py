@@ -79,7 +79,8 @@ _OPTIONS = [
     click.option("--tls-key", type=_FILE, help="The certificate's private key in PEM."),
     click.option("--cors-origin", type=Origin(), multiple=True, metavar="ORIGIN",
                  help="Whose pages may call this server; may be given several times."),
-    click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"])),
+    click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]),
+                 help="Format of the log lines."),
     click.option("--no-access-log", is_flag=True, help="No line for each request."),
 ]  # fmt: skip
 
