@@ -7,15 +7,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-
-from benchmarks.peers.protocol import Clock, Job, Run, serve
+from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, serve
 from benchmarks.suite.targets.started_tf_serving import TFServingProcess, find_server
+from benchmarks.suite.targets.tf_serving import greedy_inputs
 from serving.backends.base import pad_right
 from serving.bundle import Bundle, open_bundle
 from serving.errors import InputError
+
+_CALL_SECONDS = 300.0
 
 
 class Generates(Protocol):
@@ -24,20 +25,20 @@ class Generates(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]: ...
 
 
-class GenerateContestant:
-    """A call of one token is the prefill; a step is what a call of many takes longer, over the tokens that it added."""
+class GenerateRunner:
+    """The prefill is a call for one token; a step is what a call for many takes longer / the tokens that it adds."""
 
-    def __init__(self, model: Generates, notes: Sequence[str] = ()) -> None:
-        self.model = model
+    def __init__(self, model: Generates, notes: Sequence[str] = (), emulator: bool = False) -> None:
+        self.model, self.emulator = model, emulator
         self.notes = ["a step is (a whole call - a call of one token) / steps", *notes]
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """See `Contestant.run`."""
-        run, clock = Run(), Clock()
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `BatchRunner.run`."""
+        run, watch = BatchRun(), Stopwatch()
         self.model.generate(prompts, max_new_tokens=1)
-        run.prefill = clock.lap()
+        run.prefill = watch.lap()
         rows = self.model.generate(prompts, max_new_tokens=1 + new_tokens)
-        whole = clock.lap()
+        whole = watch.lap()
         steps = max(map(len, rows)) - 1
         if steps:
             run.steps = [max(whole - run.prefill, 0.0) / steps] * steps
@@ -46,7 +47,7 @@ class GenerateContestant:
 
 
 class Served:
-    """TensorFlow Serving, started for the bundle, or what stands for it; ends with `close`."""
+    """TensorFlow Serving, or its emulator, started for the bundle; ends with `close`."""
 
     def __init__(self, bundle: Bundle, device: str) -> None:
         gpu = device != "cpu"
@@ -59,32 +60,25 @@ class Served:
             raise
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy tokens of each row."""
         token_ids, lengths = pad_right(prompts)
-        rows = len(prompts)
-        inputs: dict[str, Any] = {
-            "token_ids": token_ids.astype(np.int32),
-            "lengths": lengths.astype(np.int32),
-            "max_new_tokens": np.full(rows, max_new_tokens, np.int32),
-            "temperature": np.zeros(rows, np.float32),
-            "top_k": np.zeros(rows, np.int32),
-            "top_p": np.ones(rows, np.float32),
-            "seed": np.zeros(rows, np.int64),
-        }
-        outputs = self._transport.predict("serving_default", inputs, 300.0)
+        inputs = greedy_inputs(token_ids, lengths, max_new_tokens)
+        outputs = self._transport.predict("serving_default", inputs, _CALL_SECONDS)
         return [row[:count].tolist() for row, count in zip(outputs["token_ids"], outputs["lengths"], strict=True)]
 
     def close(self) -> None:
+        """End the server."""
         self._process.stop()
 
 
-def _in_process(job: Job, device: str) -> GenerateContestant:
+def _in_process(request: LoadRequest, device: str) -> GenerateRunner:
     import tensorflow as tf
 
     from serving.backends.tensorflow import TensorFlowBackend
 
     if device != "cpu" and not tf.config.list_physical_devices("GPU"):
         raise InputError("TensorFlow sees no GPU here")
-    return GenerateContestant(TensorFlowBackend(open_bundle(Path(job.bundle), check="sizes")))
+    return GenerateRunner(TensorFlowBackend(open_bundle(Path(request.bundle), check="sizes")))
 
 
 def main() -> None:
@@ -95,13 +89,13 @@ def main() -> None:
     given = parser.parse_args()
     started: list[Served] = []
 
-    def load(job: Job) -> GenerateContestant:
+    def load(request: LoadRequest) -> GenerateRunner:
         if not given.served:
-            return _in_process(job, given.device)
-        started.append(Served(open_bundle(Path(job.bundle), check="sizes"), given.device))
+            return _in_process(request, given.device)
+        started.append(Served(open_bundle(Path(request.bundle), check="sizes"), given.device))
         found = started[0].found
         notes = [found.label, "the binary's own build decides whether it uses a GPU"]
-        return GenerateContestant(started[0], [*(["STAND-IN, not TensorFlow Serving"] * found.stand_in), *notes])
+        return GenerateRunner(started[0], notes, found.emulator)
 
     # The parent ends this process by a signal, which a container would outlive.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

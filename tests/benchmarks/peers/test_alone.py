@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-
-from benchmarks.common import hardware
 from benchmarks.gpu import suite
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.contestants import CONTESTANTS
 from benchmarks.gpu.device import MemoryWatch, floor_ms
 from benchmarks.gpu.weights import main as weights
+from click.testing import CliRunner
+
+from benchmarks.common import hardware
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.errors import BundleError, GPT2BundleError, InputError
@@ -75,7 +75,7 @@ def rehearse(bundle: Path, output: Path, names: list[str]) -> None:
 @pytest.mark.slow
 def test_tensorflow_and_what_stands_for_its_server_take_part(built, tmp_path, monkeypatch):
     server = tmp_path / "server"
-    server.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.benchmarks.suite.model_server_stand_in "$@"\n')
+    server.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.benchmarks.suite.model_server_emulator "$@"\n')
     server.chmod(0o755)
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", str(server))
     output = tmp_path / "record.json"

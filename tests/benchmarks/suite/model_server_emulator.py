@@ -1,6 +1,6 @@
-"""An executable that takes the flags of tensorflow_model_server and is none: the stand-in of the client's tests.
+"""An executable that takes the flags of tensorflow_model_server and is none: the emulator of the client's tests.
 
-Where MODEL_SERVER_BEHIND is `GRPC_PORT,REST_PORT`, it passes its connections on to a stand-in that listens there, and
+Where MODEL_SERVER_BEHIND is `GRPC_PORT,REST_PORT`, it passes its connections on to a emulator that listens there, and
 need not load TensorFlow by itself.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--version", action="version", version="a stand-in")
+    parser.add_argument("--version", action="version", version="a emulator")
     for flag in ("--port", "--rest_api_port"):
         parser.add_argument(flag, type=int, required=True)
     for flag in ("--model_name", "--model_base_path"):

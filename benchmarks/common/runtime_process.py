@@ -1,4 +1,4 @@
-"""A contestant's process, as its parent sees it: it computes when it is asked, and waits otherwise."""
+"""The process of one runtime under test: it computes when it is asked, and waits otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.peers.protocol import Job, Run
+from benchmarks.common.static_batch import BatchRun, LoadRequest
 from serving.errors import GPT2BundleError
 
 ROOT = Path(__file__).parents[2]
@@ -20,30 +20,29 @@ ROOT = Path(__file__).parents[2]
 _GRACE = 15.0
 
 
-class Child:
-    """Starts `command`, which speaks `benchmarks.peers.protocol`, and stops it at the end of a `with` block.
+class RuntimeProcess:
+    """Starts `command`, which speaks `benchmarks.common.static_batch`, and stops it at the end of a `with` block.
 
-    What it prints beside its answers goes into the file `log`; it sees no GPU unless `gpu` is set. Raises
-    GPT2BundleError for an error that it answers, or if it ends.
+    Its other output goes into the file `log`. It sees no GPU unless `gpu` is set. Raises GPT2BundleError for an error
+    that it answers, or if it ends.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, threads: int, gpu: bool = False) -> None:
-        self.name, self.log = name, log
+    def __init__(
+        self, name: str, precision: str, command: Sequence[str], log: Path, threads: int, gpu: bool = False
+    ) -> None:
+        self.name, self.precision, self.log = name, precision, log
+        self.emulator = False
         self.versions: dict[str, str] = {}
         self.notes: list[str] = []
-        self.disturbance: list[float] = []
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH") if gpu else None)))
-        environment = (
-            os.environ
-            | ({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"})
-            | {
-                "PYTHONPATH": path,
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": str(threads),
-                # TensorFlow would take all of a GPU's memory at once, whatever it needs.
-                "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-            }
-        )
+        settings = {
+            "PYTHONPATH": path,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+            # TensorFlow would take all of a GPU's memory at once, whatever it needs.
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        }
+        environment = os.environ | ({} if gpu else {"CUDA_VISIBLE_DEVICES": "-1"}) | settings
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
@@ -68,13 +67,13 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the process, which leads a session."""
+        """Id of the process, which leads a session."""
         return self._process.pid
 
     def kill(self) -> None:
         """End the process and all that it started; a request that waits for it fails.
 
-        It may first end by itself what does not end with it, such as a container.
+        The process gets time to end what a signal to its group does not reach, such as a container.
         """
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -82,31 +81,21 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def load(self, job: Job) -> None:
-        """Load what the job says; `versions` and `notes` are known afterwards."""
-        answer = self._ask({"do": "load", **vars(job)})
-        self.versions, self.notes = answer["versions"], answer["notes"]
+    def load(self, request: LoadRequest) -> None:
+        """Load what `request` says; `versions`, `notes` and `emulator` are known afterwards."""
+        answer = self._ask({"do": "load", **vars(request)})
+        self.versions, self.notes, self.emulator = answer["versions"], answer["notes"], answer["emulator"]
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """See `benchmarks.peers.protocol.Contestant.run`."""
-        return Run(**self._ask({"do": "run", "prompts": prompts, "new_tokens": new_tokens}))
-
-    def cpu_seconds(self) -> float:
-        """CPU seconds of the process so far; zero where the system does not say."""
-        try:
-            text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
-        except OSError:
-            return 0.0
-        user, system = text.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `benchmarks.common.static_batch.BatchRunner.run`."""
+        return BatchRun(**self._ask({"do": "run", "prompts": prompts, "new_tokens": new_tokens}))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        # If the process has ended, its last words are in the log.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # Its last words are in the log.
         line = self._process.stdout.readline()
         if not line:
             raise GPT2BundleError(f"{self.name} ended with {self._process.wait()}; its last words are in {self.log}")

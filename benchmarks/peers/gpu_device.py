@@ -1,4 +1,4 @@
-"""The GPU under a measurement: what it is, its memory in use, and its rates, which bound every step."""
+"""The GPU under a measurement: what it is, its memory in use, and its rates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.common.hardware import BandwidthProbe, ComputeProbe
-from serving.bundle.manifest import Geometry
 
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}
 _FIELDS = ("name", "driver_version", "memory.total", "compute_cap", "clocks.max.sm", "clocks.max.memory")
 # Sums read each byte once; the buffer is far larger than a GPU's caches.
 _TORCH_PROBE = """
@@ -51,28 +49,6 @@ def measure_rates(device: str) -> dict[str, Any] | None:
     except (OSError, subprocess.TimeoutExpired, json.JSONDecodeError):
         return None
     return rates
-
-
-def floor_ms(
-    geometry: Geometry, precision: str, cache: str, rows: int, positions: float, rates: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Bytes and operations that a decode step cannot do without, and the ms that they take at the measured rates.
-
-    The weights are read once, without the position table, of which a row reads one line; each row reads the keys and
-    values of `positions`, which are of the precision `cache`. The roofline (Williams et al. 2009): the longer of
-    reading and arithmetic. Where no rate of a precision is measured, reading alone counts.
-    """
-    width, layers = geometry.n_embd, geometry.n_layer
-    matrices = layers * (4 * width**2 + 2 * width * geometry.n_inner) + geometry.vocab_size * width
-    caches = 2 * layers * rows * positions * width * ITEM_BYTES[cache]
-    amount = matrices * ITEM_BYTES[precision] + caches
-    flops = 2 * rows * matrices + 4 * layers * rows * positions * width
-    found: dict[str, Any] = {"step_bytes": round(amount), "step_flops": round(flops), "floor_ms": None}
-    if rates is not None:
-        rate = rates.get(f"{precision}_flops_per_second")
-        seconds = [amount / rates["read_bytes_per_second"], flops / rate if rate else 0.0]
-        found["floor_ms"] = 1e3 * max(seconds)
-    return found
 
 
 def describe(device: str) -> dict[str, str] | None:

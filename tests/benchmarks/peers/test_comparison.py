@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from benchmarks.common import hardware
-from benchmarks.peers import contest as contests
-from benchmarks.peers.__main__ import add
 from benchmarks.peers.child import ROOT, Child
 from benchmarks.peers.contest import OWN, PEERS, Contest, Setting, commands, prefill_flops
 from benchmarks.peers.protocol import Job, Run, converted
 from benchmarks.peers.report import conditions, table
+
+from benchmarks.common import hardware
+from benchmarks.peers import contest as contests
+from benchmarks.peers.__main__ import add
 from serving.bundle import open_bundle
 from serving.errors import GPT2BundleError
 from tests.closed_form import geometry
