@@ -107,8 +107,8 @@ class FinishEvent:
     """The last event of continuation `index`.
 
     `text` is the rest of its text. `stopped_by` is the stop text or token id that ended it, if one did (the
-    end-of-text token included). `message` is one sentence where `reason` is "error" or "timeout"; `by_request` says that
-    an error is the request's own fault, and the sentence for its caller.
+    end-of-text token included). `message` is one sentence where `reason` is "error" or "timeout"; with `by_request` the
+    error is the request's own fault, and the sentence is for its caller.
     """
 
     index: int

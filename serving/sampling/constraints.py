@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +17,7 @@ MAX_TEXT = 32_768
 MAX_CHOICES = 1024
 MAX_DEPTH = 64
 """Brackets that may be open at once: parsers and compilers of grammars recurse."""
-_OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
+_BRACKET = re.compile(r"[][(){}]")
 
 
 class ConstraintError(GPT2BundleError):
@@ -59,12 +60,9 @@ class StructuredOutput:
 def _depth(text: str) -> int:
     """The most brackets of `text` that are open at once; those in strings count, whatever they are there."""
     depth = deepest = 0
-    for character in text:
-        if character in _OPENING:
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in _CLOSING:
-            depth = max(0, depth - 1)
+    for bracket in _BRACKET.findall(text):
+        depth = depth + 1 if bracket in "([{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
     return deepest
 
 

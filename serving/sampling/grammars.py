@@ -17,7 +17,7 @@ INSTALL = "structured output needs llguidance; install it with: pip install 'gpt
 # JSON's own rule allows any amount, and a weak model then writes blanks until its tokens are spent.
 _WHITESPACE = r" |\n {0,32}"
 # A mask that takes longer than these allow ends its own sequence. The library's defaults are two to ten times as high.
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "max_items_in_row": 1000,
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
@@ -60,8 +60,8 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         try:
             self._tokenizer: Any = llguidance.LLTokenizer(tokenizer.to_str(), vocab_size, eos_token_id)
-        except ValueError as error:
-            raise InputError(f"structured output does not work with this tokenizer: {complaint(str(error))}") from None
+        except BaseException as error:
+            raise InputError(f"structured output does not work with this tokenizer: {_reason(error)}") from None
         self._limits: Any = llguidance.LLParserLimits(**_LIMITS)
 
     def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
@@ -72,8 +72,8 @@ class GrammarCompiler:
         """
         try:
             matcher = self._library.LLMatcher(self._tokenizer, self._source(wanted), log_level=0, limits=self._limits)
-        except (ValueError, RecursionError) as error:
-            raise InputError(complaint(str(error))) from None
+        except BaseException as error:
+            raise InputError(_reason(error)) from None
         if matcher.is_error():
             raise InputError(complaint(matcher.get_error()))
         return CompiledGrammar(matcher, self.vocab_size)
@@ -101,9 +101,16 @@ class GrammarCompiler:
 
                 try:
                     source = any_to_lark(wanted.text)
-                except Exception as error:  # Whatever a translator of text may raise.
-                    raise InputError(complaint(str(error))) from None
+                except BaseException as error:
+                    raise InputError(_reason(error)) from None
         return str(source)
+
+
+def _reason(error: BaseException) -> str:
+    """What the library says. It panics with a class of its own, which no `except Exception` stops; others pass."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return complaint(str(error) or type(error).__name__)
 
 
 class CompiledGrammar:
@@ -148,6 +155,8 @@ class Matcher:
         if self._lock.acquire(blocking=False):
             try:
                 self._catch_up()
+            except BaseException as error:
+                self._error = _reason(error)
             finally:
                 self._lock.release()
 
@@ -159,8 +168,8 @@ class Matcher:
             with self._lock:
                 self._catch_up()
                 self._allowed = None if self.done or self._error else self._mask()
-        except Exception as error:  # Whatever the library may raise is the end of this sequence alone.
-            self._error = str(error) or type(error).__name__
+        except BaseException as error:
+            self._error = _reason(error)
         self.ready = True
 
     def allowed(self) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from serving.engine.api import MAX_CONTINUATIONS
+from serving.protocols.openai.structured_output import StructuredOutputFields
 from serving.protocols.openai.unsupported import refuse_unsupported
 from serving.sampling import MAX_BIAS, MAX_TEMPERATURE
 from serving.server.request_bodies import MAX_ID, RequestBody, token_ids, whole_number
@@ -69,7 +70,7 @@ class StreamOptions(RequestBody):
     )
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(StructuredOutputFields):
     """What completions and chat completions share; null is the same as leaving a field out.
 
     A field of other servers that would change the answer and is not done here is refused; others are ignored.
