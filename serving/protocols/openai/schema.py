@@ -157,6 +157,10 @@ class CompletionRequest(RequestBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Whole] | None = Field(
         None, description="How many of the likeliest tokens to report."
     )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Whole] | None = Field(
+        None,
+        description="Report the prompt's own tokens, and so many of the likeliest at their places; not in streams.",
+    )
     logit_bias: Annotated[
         dict[int, float],
         BeforeValidator(_bias),
@@ -227,6 +231,14 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(description="Where the token begins, in characters of the choice's text.")
 
 
+class PromptLogprob(BaseModel):
+    """A token at one place of a prompt."""
+
+    logprob: float = Field(description="Nats.")
+    rank: int = Field(description="1 is the likeliest.")
+    decoded_token: str
+
+
 class Choice(BaseModel):
     """One continuation, or the next piece of it."""
 
@@ -236,6 +248,9 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = Field(description="The stop text or token id that ended it; null at its end token.")
     token_ids: list[int] | None = Field(None, description="Where asked for; without those of the prompt.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        None, description="Where asked for: by token id, for each token of the prompt but the first."
+    )
 
 
 class PromptTokensDetails(BaseModel):
