@@ -58,6 +58,7 @@ class LazyGroup(click.Group):
             return None
         module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module_name), attribute)
+        _name_ranges(command)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -80,6 +81,21 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _name_ranges(command: click.Command) -> None:
+    """Call the values of bounded options INTEGER and NUMBER in the help; click's own names are INTEGER RANGE and such.
+
+    The bounds themselves stay next to the default.
+    """
+    for option in command.params:
+        if isinstance(option, click.Option) and option.metavar is None and not option.count:
+            if isinstance(option.type, click.IntRange):
+                option.metavar = "INTEGER"
+            elif isinstance(option.type, click.FloatRange):
+                option.metavar = "NUMBER"
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _name_ranges(below)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,6 +6,7 @@ since its own client does the work.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from builder.model.checkpoint_formats import has_weights
@@ -23,8 +24,11 @@ _SAFETENSORS = [
 _H5 = ["tf_model.h5", "tf_model-*-of-*.h5", "tf_model.h5.index.json", "model.weights.h5"]
 
 
+@functools.cache
 def download(name: str) -> Path:
     """Return the folder of the hub's snapshot of the repository `name`, fetching what the cache lacks.
+
+    A process asks once: a commit that comes later belongs to the next build.
 
     Raises InputError if the repository or its weights cannot be had, with the reason.
     """

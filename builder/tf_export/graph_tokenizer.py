@@ -40,6 +40,10 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
             self.pair_together = _table(tables.pair_together)
             self.token_bytes = _table(tables.token_bytes)
 
+    def added_text(self, token_id: int) -> str | None:
+        """Return the text of an added token, such as `<|endoftext|>`; None for any other id."""
+        return next((text for text, added in self._added.items() if added == token_id), None)
+
     def encode(self, text: Any) -> Any:
         """Return the token ids of `text` [batch] string, a ragged tensor [batch, (tokens)] int32.
 

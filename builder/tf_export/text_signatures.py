@@ -28,6 +28,8 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         """
         geometry, limit = self._geometry, self._geometry.n_positions
         too_long = f"the prompt is longer than the context of {limit} tokens"
+        end = self.tokenizer.added_text(geometry.eos_token_id)
+        empty = "text may not be empty" + (f"; {end} alone starts a new text" if end else "")
         text, *parameters = check_ranks(
             text=(text, 1),
             max_new_tokens=(max_new_tokens, 1),
@@ -38,7 +40,7 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         )
         checks = [
             *check_parameters("text", text, *parameters),
-            check_all(tf.strings.length(text) > 0, "text may not be empty; <|endoftext|> alone starts a new text"),
+            check_all(tf.strings.length(text) > 0, empty),
             # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
             check_all(tf.strings.length(text) <= limit * self.tokenizer.longest, too_long),
         ]

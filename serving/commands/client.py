@@ -243,7 +243,7 @@ def generate(
         made = completions.generate(given, params)
     for each in made:
         if as_json:
-            click.echo(json.dumps(dataclasses.asdict(each)))
+            click.echo(json_line(dataclasses.asdict(each)))
         else:
             write(each.text + "\n")
 

@@ -20,6 +20,7 @@ from serving.engine.api import (
     StepRecord,
     TokenEvent,
 )
+from serving.engine.constrained_sequences import ConstrainedSequences
 from serving.engine.device_sampler import needs_logits, sample_there
 from serving.engine.requests import Continuation, Task
 from serving.engine.sampler import Sampled, log_probabilities, sample
@@ -50,16 +51,19 @@ class Core:
         self._deaf: list[Task] = []
         self._prompt_tokens = self._cached_tokens = self._made = self._steps = 0
         self._inter_token: list[float] = []
+        self._constrained = ConstrainedSequences(scheduler)
 
     def step(self, arrived: Iterable[Task] = (), cancelled: Iterable[Task] = ()) -> None:
         """Take `arrived` in and drop `cancelled`; then one piece of a prompt, one token for every row, or both."""
         began = self._clock()
         self._add(arrived, cancelled, began)
+        self._emit(self._constrained.sample_late(self._flush))
         read, finished = self._read_prompts(began)
         read_at = self._clock()
         owners, logits = self._decode(may_move=not read)
         if logits is not None:
             self._score(owners, logits)
+            self._constrained.hold_late(owners, logits)
         sampled = self._sample(owners, logits) + [each for task in finished for each in self._begin(task)]
         self._emit(sampled)
         self._end_step(began, read_at, read, sum(owner is not None for owner in owners))
@@ -93,6 +97,10 @@ class Core:
             self._made,
             self._steps,
         )
+
+    def close(self) -> None:
+        """End the threads that compute masks."""
+        self._constrained.close()
 
     def _add(self, arrived: Iterable[Task], cancelled: Iterable[Task], now: float) -> None:
         self.adopt(arrived)
@@ -131,6 +139,7 @@ class Core:
         if not owners:
             return [], None
         try:
+            self._constrained.start(owners)
             logits = None
             if self._choosing is None or needs_logits(owners):
                 logits = self._backend.decode(tokens, lengths)
@@ -209,7 +218,11 @@ class Core:
         for each in sampled:
             if each.owner.ended:
                 continue
-            if each.error:
+            if each.ended:
+                self._finish(each.owner, "stop")
+            elif each.by_request:
+                self._finish(each.owner, "error", message=each.error, by_request=True)
+            elif each.error:
                 self._fail([each.owner.task], each.error)
             else:
                 self._give(each.owner, each, now)
@@ -221,6 +234,8 @@ class Core:
         self._made += 1
         if owner.history is not None:
             owner.history.add(0, token)
+        if owner.constraint is not None:
+            owner.constraint.accept(token)
         if owner.last_time is not None:
             self._inter_token.append(now - owner.last_time)
         owner.last_time = now
@@ -231,6 +246,8 @@ class Core:
             self._finish(owner, "stop", owner.text.stopped_by)
         elif token in task.end_ids:
             self._finish(owner, "stop", token)
+        elif owner.constraint is not None and owner.constraint.done:
+            self._finish(owner, "stop")
         elif owner.made == task.budget:
             self._finish(owner, "length")
 
@@ -241,11 +258,13 @@ class Core:
         stopped_by: str | int | None = None,
         message: str = "",
         keep: bool = True,
+        by_request: bool = False,
     ) -> None:
         task = owner.task
         owner.ended = True
+        self._constrained.forget(owner)
         self.scheduler.release(owner, keep)
-        self._tell(task, FinishEvent(owner.index, reason, owner.text.finish(), stopped_by, message))
+        self._tell(task, FinishEvent(owner.index, reason, owner.text.finish(), stopped_by, message, by_request))
         if not all(each.ended for each in task.continuations):
             return
         del self.tasks[task]

@@ -200,6 +200,7 @@ class SlotEngine:
             self._core.settle()
             self._closed = True
             self._changed.notify_all()
+        self._core.close()
         self._backend.close()
 
     def _check(self, request: GenerationRequest) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from serving.backends.base import FloatArray
 from serving.engine.api import GenerationRequest, Listener, Logprobs
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import TokenConstraint
 from serving.sampling.detokenizer import TextStream, TokenBytes
 from serving.sampling.penalties import History
 
@@ -40,6 +41,7 @@ class Continuation:
     text: TextStream
     history: History | None
     """None where neither bias nor penalties change anything."""
+    constraint: TokenConstraint | None = None
     slot: Slot | None = None
     last: int = 0
     """The token that the next step appends."""
@@ -112,5 +114,6 @@ def open_task(
     for index in range(request.n):
         text = TextStream(token_bytes, params.stop_automaton)
         own = None if history.empty else history.copy()
-        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own))
+        constraint = None if request.grammar is None else request.grammar.start()
+        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own, constraint))
     return task

@@ -142,6 +142,14 @@ class Scheduler:
         """Let the continuations of `task` decode from the next step on."""
         self.running += task.continuations
 
+    def pause(self, continuation: Continuation) -> None:
+        """Let `continuation` keep its slot and not decode, until `resume`."""
+        self.running.remove(continuation)
+
+    def resume(self, continuation: Continuation) -> None:
+        """Let `continuation` decode again from the next step on."""
+        self.running.append(continuation)
+
     def scored(self, task: Task) -> None:
         """All log-probabilities of the prompt are there: read it now as every other prompt is read."""
         slot = task.first.slot

@@ -12,6 +12,14 @@ from tests.oracles.fixtures import FOLDER, keras_model
 from tests.oracles.tiny_bundle import trace_optimised, trace_portable
 
 
+@pytest.fixture(autouse=True)
+def forget_downloads() -> None:
+    """Each test is a process of its own to the hub."""
+    from builder.model.hub import download
+
+    download.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def graph_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """A function from a fixture's name and "portable" or "optimised" to the written graph."""

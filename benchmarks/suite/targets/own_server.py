@@ -30,7 +30,7 @@ class OwnServerTarget:
         grpc: whether its gRPC port is opened beside.
     """
 
-    stand_in = False
+    emulator = False
     starts_in = "own"
 
     def __init__(
