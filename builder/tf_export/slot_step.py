@@ -12,6 +12,7 @@ from typing import Any
 from tensorflow.core.framework.attr_value_pb2 import AttrValue
 
 from builder.keras_backend import tf
+from builder.tf_export.input_checks import SAMPLING
 from builder.tf_export.kernels import PromptKernels, SlotKernels
 from builder.tf_export.sampling import choose
 from builder.tf_export.slot_cache import SlotCache
@@ -19,7 +20,6 @@ from builder.tf_export.slot_door import enter, pause
 from builder.tf_export.slot_state import SlotState, State, now
 from serving.bundle import Geometry
 
-SAMPLING = ("temperature", "top_k", "top_p", "seed")
 # A wish, [columns] int64. One for a prompt has its length and no generation, one for tokens has `made` to reach.
 _WISH = ("request_id", "slot", "generation", "made", "entered", "arrived", "length", "budget", "owned", "top_k", "seed")
 _FLOATS = ("temperature", "top_p")
