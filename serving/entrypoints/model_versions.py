@@ -18,6 +18,7 @@ from serving.entrypoints.replicas import Replicas
 from serving.entrypoints.version_sources import Candidate, check_source, find
 from serving.errors import GPT2BundleError
 from serving.sampling import SamplingParams
+from serving.server.grammar_pool import prepare
 from serving.server.metrics import WARM_UP
 from serving.server.registry import ModelNotReadyError, ServedModel, State
 from serving.server.state import Server
@@ -155,6 +156,7 @@ class Versions:
         try:
             engine = self._loader.open(bundle, metrics)
             warm(engine)
+            prepare(engine)
         except BaseException:
             registry.remove(name, version)
             if engine is not None:

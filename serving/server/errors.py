@@ -150,6 +150,6 @@ def error_of(event: FinishEvent) -> GPT2BundleError | None:
         case "cancelled":
             return GenerationEndedError("the server is closing and ended this request; try again")
         case "error":
-            return GenerationFailedError(event.message)
+            return InputError(event.message) if event.by_request else GenerationFailedError(event.message)
         case _:
             return None

@@ -21,10 +21,12 @@ from serving.protocols.openai.schema import CompletionRequest, DetokenizeRequest
 from serving.protocols.openai.stream import Run, stream
 from serving.protocols.texts import LONG_TEXT, TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, SamplingParams
+from serving.sampling.constraints import Grammar
 from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
 from serving.server.event_queue import beside_if, submit, time_limit
 from serving.server.event_stream import EventStream
+from serving.server.grammar_pool import compile_grammar
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.request_bodies import read_body
 from serving.server.state import Server
@@ -39,6 +41,7 @@ async def completions(request: Request) -> Response:
     server: Server = request.app.state.server
     body = await read_body(request, CompletionRequest)
     _check(body, server)
+    wanted = body.structured_output()
     limit = time_limit(request, server.settings.request_timeout)
     request_id: str = request.state.request_id
     prompts: list[Prompt] = []
@@ -47,12 +50,13 @@ async def completions(request: Request) -> Response:
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
+        grammar = None if wanted is None else await compile_grammar(model.engine, wanted[1], wanted[0])
         long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
-        return await beside_if(long, lambda: make_requests(body, prompts, model, limit, request_id))
+        return await beside_if(long, lambda: make_requests(body, prompts, model, limit, request_id, grammar))
 
     try:
         opening = submit(server.registry, model_name(server.registry, body.model), make)
-        model, generation = await (while_connected(request, opening) if _takes_long(body) else opening)
+        model, generation = await (while_connected(request, opening) if wanted or _takes_long(body) else opening)
     except FieldError:
         raise
     except InputError as error:  # The engine's own.
@@ -154,7 +158,12 @@ def _prompt_only(body: CompletionRequest, model: ServedModel) -> bool:
 
 
 def make_requests(
-    body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
+    body: CompletionRequest,
+    prompts: list[Prompt],
+    model: ServedModel,
+    limit: float | None,
+    request_id: str,
+    grammar: Grammar | None = None,
 ) -> list[GenerationRequest]:
     if len(body.logit_bias) > model.engine.vocab_size:
         raise FieldError(f"logit_bias has more ids than the vocabulary, {model.engine.vocab_size}", "logit_bias")
@@ -187,6 +196,7 @@ def make_requests(
             timeout=limit,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
             cache_salt=f"{CALLER.get()} {body.cache_salt or ''}",
+            grammar=grammar,
         )
         for index, prompt in enumerate(prompts)
     ]
