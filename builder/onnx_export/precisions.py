@@ -1,10 +1,10 @@
-"""The optimised graph in other precisions: the traced fp32 graph with its products and its token table replaced.
+"""The optimized graph in other precisions: the traced fp32 graph with its products and its token table replaced.
 
-int8: a product's input is quantised by row (absmax / 127, around a zero point of 128) and its matrix by column, so that
+int8: a product's input is quantized by row (absmax / 127, around a zero point of 128) and its matrix by column, so that
 a row's result never depends on its company; the sums are exact integers. int4: all matrices in 4 bits (`MatMulNBits`).
 In both, embedding and head read one table. int8 and int4 may keep their caches in int8 too. fp16: every float.
 
-Weights are read, quantised and written one at a time, so nothing of the model's size is held in memory.
+Weights are read, quantized and written one at a time, so nothing of the model's size is held in memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_variant(
     calibration: Calibration | None = None,
     int8_caches: bool = False,
 ) -> onnx.ModelProto:
-    """Write `traced`, the optimised graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
+    """Write `traced`, the optimized graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
 
     Its weights come from the safetensors file `weights` and go into one data file beside `path`. `calibration` says
     what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_caches`
@@ -109,8 +109,8 @@ class _Int8(Rewriter):
         """Store a weight in int8 with scales over `axis`, once; return the names of values and scales."""
         values, scales = f"{name}_int8", f"{name}_scale"
         if values not in self.dims:
-            quantised, by_line = int8_by_axis(self.tensors.get_tensor(name), axis)
-            self.external(values, quantised)
+            quantized, by_line = int8_by_axis(self.tensors.get_tensor(name), axis)
+            self.external(values, quantized)
             self.external(scales, by_line)
         return values, scales
 
@@ -150,7 +150,7 @@ class _Int8(Rewriter):
             self.add("Add", [product, node.input[2]], output)
 
     def by_row(self, name: str) -> tuple[str, str]:
-        """Quantise [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
+        """Quantize [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
         Behind GELU the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
         its values become, times 0 they are zeros again.

@@ -187,7 +187,7 @@ def _make_tokenizer(recipe: Recipe, base: CheckedBase | None, folder: Path, repo
 
 
 def _texts_to_learn(path: Path) -> Iterator[str]:
-    """The texts that a vocabulary is learnt from; a plain document is one run."""
+    """The texts that a vocabulary is learned from; a plain document is one run."""
     for document in read_file(path):
         # The end token inside a chat is no text.
         yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))

@@ -7,7 +7,7 @@ from typing import Any
 
 from builder.keras_backend import tf
 from builder.tf_export.kernels import Cache, LoopKernels, PromptKernels
-from builder.tf_export.sampling import choose
+from builder.tf_export.sampling import sample_token
 from serving.bundle import Geometry
 
 # Positions that the loop's cache grows by: it is copied once for so many tokens, and attended to its end.
@@ -36,7 +36,7 @@ def generation_loop(
 
     def body(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
         count = tf.fill([batch], tf.cast(step, tf.int64))
-        token = tf.where(active, choose(logits, *sampling, count), end)
+        token = tf.where(active, sample_token(logits, *sampling, count), end)
         output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
         made += tf.cast(active, tf.int32)
         active = active & (token != end) & (made < budget)

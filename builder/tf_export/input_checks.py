@@ -31,7 +31,7 @@ def check_ranks(**tensors: tuple[Any, int]) -> list[Any]:
     """
     checks = []
     for name, (tensor, rank) in tensors.items():
-        # The optimiser takes the declared number of axes for a fact. It knows nothing of what comes out of bytes.
+        # The optimizer takes the declared number of axes for a fact. It knows nothing of what comes out of bytes.
         shape = tf.io.parse_tensor(tf.io.serialize_tensor(tf.shape(tensor)), tf.int32)
         axes = "1 axis" if rank == 1 else f"{rank} axes"
         checks.append(check_all(tf.size(shape) == rank, f"{name} must have {axes}"))

@@ -80,8 +80,8 @@ class Servable(tf.Module):  # type: ignore[misc]
         replaced = self.served.replaced
         self.weights = [variable.value for variable in model.trainable_variables if id(variable) not in replaced]
         self.geometry = model.geometry
-        door = f"slots_{self.served.digest():08x}"
-        self.slots = Slots(self.geometry, self._run, slots, slot_lease, door) if slots else None
+        queue = f"slots_{self.served.digest():08x}"
+        self.slots = Slots(self.geometry, self._run, slots, slot_lease, queue) if slots else None
         self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self._continue)
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -127,8 +127,8 @@ class Servable(tf.Module):  # type: ignore[misc]
     def generate(self, token_ids: Any, lengths: Any, *parameters: Any) -> dict[str, Any]:
         """Continue each row; return `token_ids` [batch, longest] int32 and `lengths` [batch] int32.
 
-        A row ends after its end token (which is counted), after `max_new_tokens`, or where the context is full; what
-        lies behind its length is the end token. Parameters are those of `builder.tf_export.sampling.choose`, one a row.
+        A row ends after its end token (which is counted), after `max_new_tokens`, or where the context is full. After
+        its length, the row is filled with the end token. `parameters` are `input_checks.PARAMETERS`, each [batch].
         """
         token_ids, lengths, *given = check_ranks(
             token_ids=(token_ids, 2), lengths=(lengths, 1), **parameter_ranks(*parameters)

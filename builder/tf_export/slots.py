@@ -5,9 +5,9 @@ decode_slots   tokens of some slots out; where one has none ready, all active sl
 release_slots  slots given back.
 cancel_slots   the same by the requests' own names, also before they have a slot.
 
-A call checks its rows by itself, and enters the door of `slot_door` as often as it takes until the committed state
-answers it. What a row asks for is named by itself (a request, or a generation and how many tokens its client has), so
-a row may come twice, in one call or in several, and is answered alike. docs/slots.md is the protocol.
+A call checks its own rows, and enters the batch queue of `slot_batching` until the committed state answers it. A row
+names what it asks for: a request, or a generation and how many tokens its client has. The same row may therefore come
+twice, in one call or in several, and gets the same answer. docs/slots.md is the protocol.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class Slots(tf.Module):  # type: ignore[misc]
         run: from (token_ids [rows, sequence], position_ids or None, kernels) to logits.
         count: slots, at least 1.
         lease: seconds after which a slot that no call has asked for stops, and may be given to another prompt.
-        door: names this model's door; equal among copies of one model, different among models.
+        queue: names the batch queue of this model; equal among copies of one model, different among models.
     """
 
     def __init__(
-        self, geometry: Geometry, run: Callable[[Any, Any, Any], Any], count: int, lease: float, door: str
+        self, geometry: Geometry, run: Callable[[Any, Any, Any], Any], count: int, lease: float, queue: str
     ) -> None:
         super().__init__(name="slots")
         self.geometry, self.count = geometry, count
         self.state = SlotState(count, geometry.n_positions, lease)
-        self.step = SlotStep(door, geometry, self.state, run)
+        self.step = SlotStep(queue, geometry, self.state, run)
 
     def prefill(self, request_id: Any, token_ids: Any, lengths: Any, *parameters: Any) -> dict[str, Any]:
         """Give each prompt a slot and run it; return `slot`, `generation`, `token_ids` [batch, 1], `lengths`, `status`.

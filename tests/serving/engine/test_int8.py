@@ -16,7 +16,7 @@ from serving.engine.engine import SlotEngine
 from serving.sampling import SamplingParams
 from tests.closed_form import byte_tokenizer
 from tests.oracles.fixtures import FOLDER, keras_model, read_cases
-from tests.oracles.tiny_bundle import graphs, trace_optimised
+from tests.oracles.tiny_bundle import graphs, trace_optimized
 from tests.serving.engine.harness import EOS, TOKENIZER, Heard
 
 SLOTS, CHUNK = 6, 8
@@ -31,7 +31,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")
     path = folder / "ort/int8/model.onnx"
-    write_variant(trace_optimised(model), FOLDER / "bytes" / "model.safetensors", "int8", path)
+    write_variant(trace_optimized(model), FOLDER / "bytes" / "model.safetensors", "int8", path)
     graph = replace(graphs(model.geometry)["ort/fp32"], path="ort/int8/model.onnx", precision="int8")
     write_manifest(
         folder,
