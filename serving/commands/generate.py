@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from serving.commands.param_types import Seed
-from serving.errors import InputError, printable
+from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import MAX_TEXT, StructuredOutput
 from serving.support.json_line import json_line
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
@@ -72,6 +73,15 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
     help="End at this token; may be given several times.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option(
+    "--json-schema",
+    metavar="FILE|TEXT",
+    help="Make the text JSON that follows this schema, a file or the schema itself.",
+)
+@click.option("--regex", metavar="PATTERN", help="Make the whole text match this regular expression.")
+@click.option(
+    "--choice", "choices", multiple=True, metavar="TEXT", help="Make the text one of these; give several times."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
 def generate(
     bundle: Path,
@@ -82,6 +92,9 @@ def generate(
     as_json: bool,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    choices: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in the folder BUNDLE and print the continuation.
@@ -90,6 +103,7 @@ def generate(
     '--' before a PROMPT that begins with a dash.
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
+    wanted = _wanted(json_schema, regex, choices)
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
@@ -103,6 +117,16 @@ def generate(
     eos_token_id = opened.manifest.model.eos_token_id
     prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
     pieces = TextStream(tokenizer, params.stop)
+    constraint = None
+    if wanted is not None:
+        from serving.sampling.grammars import GrammarCompiler
+
+        option, structure = wanted
+        compiler = GrammarCompiler(tokenizer, opened.manifest.model.vocab_size, eos_token_id)
+        try:
+            constraint = compiler.compile(structure).start()
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
     backend = load_backend(opened, runtime, graph, device)
 
     began = time.perf_counter()
@@ -114,7 +138,7 @@ def generate(
         if piece and not as_json:
             write(piece)
 
-    for token in stream(backend, prompt_ids, params, eos_token_id):
+    for token in stream(backend, prompt_ids, params, eos_token_id, constraint):
         token_ids.append(token)
         put(pieces.push(token))
         if pieces.stopped:
@@ -124,7 +148,8 @@ def generate(
     if not as_json:
         write("\n")
         return
-    ended = pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
+    done = constraint is not None and constraint.done
+    ended = done or pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
     report = {
         "text": "".join(parts),
         "token_ids": token_ids,
@@ -143,6 +168,43 @@ def _read_bias(text: str) -> tuple[int, float]:
         return int(token), float(value)
     except ValueError:
         raise InputError(f"--logit-bias is {text!r}; write ID=VALUE, such as 50256=-100") from None
+
+
+def _wanted(
+    json_schema: str | None, regex: str | None, choices: tuple[str, ...]
+) -> tuple[str, StructuredOutput] | None:
+    """What the text must be, and the option that says so. Raises InputError for two of them, or one that is wrong."""
+    given = [
+        option
+        for option, value in (("--json-schema", json_schema), ("--regex", regex), ("--choice", choices or None))
+        if value is not None
+    ]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} both say what the text must be; leave one out")
+    try:
+        if json_schema is not None:
+            return given[0], StructuredOutput("json_schema", _read_schema(json_schema))
+        if regex is not None:
+            return given[0], StructuredOutput("regex", regex)
+        return given[0], StructuredOutput("choice", choices=choices)
+    except InputError as error:
+        raise InputError(f"{given[0]}: {error}") from None
+
+
+def _read_schema(schema: str) -> str:
+    """`schema` itself if it is a JSON object, or else what the file of that name holds."""
+    if schema.lstrip().startswith("{"):
+        return schema
+    try:
+        with Path(schema).open("rb") as file:
+            return file.read(4 * MAX_TEXT + 1).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"the file {cut(schema)!r} cannot be read ({reason}); name a file, or write the schema"
+        ) from None
 
 
 def _read_prompt(prompt: str) -> str:

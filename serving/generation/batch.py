@@ -13,6 +13,7 @@ from serving.backends.base import Backend
 from serving.errors import InputError
 from serving.generation.token_selection import open_steps
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import TokenConstraint
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,26 @@ def generate(
     return [Generation(tuple(ids), "stop" if ended else "length") for ids, ended in zip(tokens, stopped, strict=True)]
 
 
-def stream(backend: Backend, prompt: Sequence[int], params: SamplingParams, eos_token_id: int) -> Iterator[int]:
+def stream(
+    backend: Backend,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    eos_token_id: int,
+    constraint: TokenConstraint | None = None,
+) -> Iterator[int]:
     """Continue one prompt and give each token id as soon as it is chosen, the one that ends it included.
 
-    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token.
+    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token. With a
+    `constraint`, only what it allows is chosen, the text also ends where it is done, and the iterator may raise
+    ConstraintError.
     """
     budget = token_budget("prompt 0", prompt, params, backend.vocab_size, backend.n_positions)
     ends = params.end_ids(eos_token_id)
 
     def tokens() -> Iterator[int]:
-        for _, token in _steps(backend, [prompt], [params], [budget], [True], eos_token_id):
+        for _, token in _steps(backend, [prompt], [params], [budget], [True], eos_token_id, constraint):
             yield token
-            if token in ends:
+            if token in ends or (constraint is not None and constraint.done):
                 return
 
     return tokens()
@@ -140,10 +149,11 @@ def _steps(
     budgets: Sequence[int],
     live: list[bool],
     eos_token_id: int,
+    constraint: TokenConstraint | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Give (row, token) for each new token; the caller ends a row by setting its `live` to False."""
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
-    steps = open_steps(backend, prompts, params, capacity, eos_token_id)
+    steps = open_steps(backend, prompts, params, capacity, eos_token_id, constraint)
     for step in itertools.count():
         rows = np.flatnonzero(live)
         tokens = steps.choose(rows, step)
