@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print what is in it."),
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
     "serve": ("serving.commands.serve:serve", "Serve a bundle by HTTP and gRPC, many requests at once."),
+    "batch": ("serving.commands.batch:batch", "Answer a file of requests, OpenAI's batch lines; resumable."),
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure a bundle's perplexity on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "deploy": ("serving.commands.deploy:deploy", "Write a folder that TensorFlow Serving serves a bundle from."),
