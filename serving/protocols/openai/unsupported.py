@@ -1,4 +1,4 @@
-"""Fields of other servers' completions that change what an answer means and are not done here.
+"""Fields of other servers' requests that change what an answer means and are not done here.
 
 Leaving one out in silence would give an answer to another question, so it is refused by name, unless its value is one
 that changes nothing.
@@ -63,7 +63,30 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "watermark": (),
 }
 """With the values that change nothing, in addition to null, false and whatever is empty."""
+CHAT_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    # vLLM
+    "chat_template": (),
+    "documents": (),
+    "echo": (),
+    "best_of": (1,),
+    # completions
+    "prompt": (),
+    "suffix": (),
+}
+"""The same for chat completions, in addition."""
 _INSTEAD = {
+    "prompt": "messages, or /v1/completions",
+    "echo": "/v1/completions",
     "n_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -77,8 +100,17 @@ _INSTEAD = {
 
 def refuse_unsupported(fields: Mapping[str, Any]) -> None:
     """Raise FieldError for the first of `fields` that asks for what is not done here."""
-    for name in UNSUPPORTED.keys() & fields.keys():
+    _refuse(fields, UNSUPPORTED)
+
+
+def refuse_chat(fields: Mapping[str, Any]) -> None:
+    """The same for what chat completions do not do, in addition."""
+    _refuse(fields, CHAT_UNSUPPORTED)
+
+
+def _refuse(fields: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
+    for name in table.keys() & fields.keys():
         value = fields[name]
-        if not any(value == nothing for nothing in (*_NOTHING, *UNSUPPORTED[name])):
+        if not any(value == nothing for nothing in (*_NOTHING, *table[name])):
             hint = f"use {_INSTEAD[name]}" if name in _INSTEAD else "leave it out"
             raise FieldError(f"{name} is not supported here; {hint}", name)
