@@ -34,7 +34,7 @@ _PROGRESS_SECONDS = 10.0
     ]
 )  # fmt: skip
 @click.pass_context
-def batch(ctx: click.Context, bundle: Path, requests: Path, answers: Path, **options: Any) -> None:
+def batch(ctx: click.Context, /, bundle: Path, requests: Path, answers: Path, **options: Any) -> None:
     """Answer each line of REQUESTS with the bundle in the folder BUNDLE, and append the answers to ANSWERS.
 
     Both files have OpenAI's batch lines. Run the same command again after an interruption: it answers what is left.
