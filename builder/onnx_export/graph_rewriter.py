@@ -29,7 +29,7 @@ class Rewriter(GraphBuilder):
         self.last: set[str] = set()
         """Tensors of each row's last token alone."""
         self.calibration: Calibration | None = None
-        self.int8_caches = False
+        self.int8_kv_cache = False
         self.widened: dict[str, str] = {}
 
     def rewrite(self) -> None:

@@ -76,8 +76,12 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "",
         "## Use",
         "",
+        "In the folder of this file:",
+        "",
         "```sh",
-        f"gpt2-bundle generate {manifest.name} {shell_quoted(example_prompts(bundle.folder)[0])} --runtime onnx",
+        f"gpt2-bundle generate . {shell_quoted(example_prompts(bundle.folder)[0])} --runtime onnx",
+        "gpt2-bundle serve .",
+        "gpt2-bundle verify .",
         "```",
         "",
         "`savedmodel/` is a TensorFlow Serving model folder; `onnx/model.onnx` takes any padding and uses standard "

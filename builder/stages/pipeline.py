@@ -16,11 +16,13 @@ from builder.model.pretrained import Base, resolve_base
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.run_folder import STAMP, is_done, refusals_named, refuse_strangers, run_stage, stage_key
+from builder.stages.prepare import PAGE as PREPARED_PAGE
 from builder.stages.prepare import PARTS, prepare
 from builder.stages.prepare import WRITES as PREPARE_FILES
 from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, train
 from builder.stages.train import WRITES as TRAIN_FILES
 from builder.training.plan import fine_tuning_line, settled
+from builder.training.training_report import REPORT_PAGE as TRAINED_PAGE
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.bundle.publishing import check_destination
@@ -288,6 +290,17 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     (run.folder / "published.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     reporter.line(f"published {destination}")
     return open_bundle(destination, check="sizes")
+
+
+def report_lines(run: Run, bundle: Bundle) -> list[str]:
+    """Return a line for each report of a build that is there."""
+    reports = {
+        "data report": run.prepared / PREPARED_PAGE,
+        "training report": run.trained / TRAINED_PAGE,
+        "certificate": bundle.folder / "verification.json",
+        "model card": bundle.folder / "README.md",
+    }
+    return [f"{name}: {path}" for name, path in reports.items() if path.is_file()]
 
 
 def clear_stamp(run: Run) -> None:
