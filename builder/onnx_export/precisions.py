@@ -43,7 +43,7 @@ def write_variant(
 ) -> onnx.ModelProto:
     """Write `traced`, the optimized graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
 
-    Its weights come from the safetensors file `weights` and go into one data file beside `path`. `calibration` says
+    Its weights come from the safetensors file `weights` and go into one data file next to `path`. `calibration` says
     what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_kv_cache`
     needs it, for their scales.
     """
@@ -152,7 +152,7 @@ class _Int8(Rewriter):
     def by_row(self, name: str) -> tuple[str, str]:
         """Quantize [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
-        Behind GELU the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
+        After GELU, the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
         its values become, times 0 they are zeros again.
         """
         last = self.small("last_axis", [-1])

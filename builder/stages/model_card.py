@@ -94,7 +94,7 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
 def _base_name(base: str) -> str:
     """The base checkpoint as a card may call it.
 
-    Of a folder its own name at most: the card says nothing about the machine that built it, and dist/NAME is no name
+    Of a folder its own name at most: the card says nothing about the machine that built it, and dist/NAME is not a name
     on the hub.
     """
     local = base.startswith((".", "/", "~")) or Path(base).is_dir()

@@ -255,7 +255,7 @@ def test_a_damaged_draft_is_thrown_away(tiny: TinyBuild, capfd: pytest.CaptureFi
     config.write_text(config.read_text().replace("gpt2", "gtp2"))
     assert run(["verify", *tiny.options()]) == 1
     err = capfd.readouterr().err
-    assert "run the same command again, which makes it anew" in err and err.count("\n") == 1
+    assert "run the same command again, which makes it again" in err and err.count("\n") == 1
     assert run(["verify", *tiny.options()]) == 2
     assert "run 'gpt2-bundle export'" in capfd.readouterr().err
 
@@ -271,7 +271,7 @@ def test_a_corpus_that_changed_is_prepared_anew(
     assert done(capsys.readouterr().out) == ["prepare"]
     write_corpus(corpus, lines=500)
     assert run(["train", *tiny.options()]) == 0
-    assert "the corpus has changed since it was read: this goes on with what was read" in capsys.readouterr().out
+    assert "the corpus has changed since it was read: the build continues with what was read" in capsys.readouterr().out
     assert run(["prepare", *tiny.options()]) == 0
     assert done(capsys.readouterr().out) == []
     assert run(["export", *tiny.options()]) == 2
