@@ -65,7 +65,7 @@ def prepare(
     """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
 
     `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
-    tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
+    tokenizer and the tokens that it finished are reused; without a key everything is made again. `workers` is that
     of `prepare_corpus`. `check` is called when the corpus was read, and raises if it is not what `key` is made of.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
@@ -162,7 +162,7 @@ def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequenc
 
 
 def _read_base(recipe: Recipe) -> CheckedBase | None:
-    """The recipe's base, so that what is wrong with it is said before any text is read."""
+    """The recipe's base, so that its errors are reported before any text is read."""
     if not recipe.model.base:
         return None
     from builder.stages.base_check import read_base  # It may ask the hub, which a model from scratch never needs.
@@ -189,7 +189,7 @@ def _make_tokenizer(recipe: Recipe, base: CheckedBase | None, folder: Path, repo
 def _texts_to_learn(path: Path) -> Iterator[str]:
     """The texts that a vocabulary is learned from; a plain document is one run."""
     for document in read_file(path):
-        # The end token inside a chat is no text.
+        # The end token inside a chat is not text.
         yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))
 
 

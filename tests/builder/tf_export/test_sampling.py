@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from builder.keras_backend import tf
-from builder.tf_export.sampling import uniform
+from builder.tf_export.sampling import sample_token, uniform
 from serving.sampling import sampler
 
 
