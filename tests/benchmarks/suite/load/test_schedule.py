@@ -131,5 +131,3 @@ def test_what_cannot_be_drawn_is_refused():
             planner().saturation(FIXED, FIXED, **{"start": 1, "factor": 2, "seconds": 1, "rates": 9} | wrong)
     with pytest.raises(InputError, match="poisson"):
         planner().server(1, FIXED, FIXED, rate=1, arrivals="poison")
-    with pytest.raises(InputError, match="write poisson, gamma or constant"):
-        planner().saturation(FIXED, FIXED, start=1, factor=2, seconds=1, rates=9, arrivals="file")
