@@ -145,10 +145,11 @@ def chart(record: Mapping[str, Any], theme: str) -> str:
     drawn = [
         f'<text x="{left}" y="18" font-weight="600">Decode speed relative to the fastest runtime, GPT-2 124M</text>'
     ]
+    x = float(left)
     for place, name in enumerate(runtimes):
-        x = left + place % 8 * (width - left) / min(8, len(runtimes))
         drawn.append(f'<rect x="{x:.0f}" y="28" width="10" height="10" fill="{colours[place]}"/>')
         drawn.append(f'<text x="{x + 14:.0f}" y="37" font-size="11">{escape(NAMES[name])}</text>')
+        x += 30 + 6.2 * len(NAMES[name])
     for share in (0, 50, 100):
         y = base - (base - top) * share / 100
         drawn.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="{faint}"/>')

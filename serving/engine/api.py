@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from serving.errors import GPT2BundleError, InputError
 from serving.sampling import MAX_SEED, SamplingParams
+from serving.sampling.constraints import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_CONTINUATIONS = 128
@@ -54,6 +55,9 @@ class GenerationRequest:
     request_id: str = ""
     cache_salt: str = ""
     """Only requests of the same salt share prefixes of their prompts."""
+    grammar: Grammar | None = None
+    """What each continuation must be, which ends with "stop" where nothing can follow. Its log-probabilities are then
+    those among the allowed tokens, as vLLM has it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_CONTINUATIONS:
@@ -76,6 +80,8 @@ class Logprobs:
 
     own: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
+    """How many tokens are at least as likely, itself among them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class FinishEvent:
     """The last event of continuation `index`.
 
     `text` is the rest of its text. `stopped_by` is the stop text or token id that ended it, if one did (the
-    end-of-text token included). `message` is one sentence where `reason` is "error" or "timeout".
+    end-of-text token included). `message` is one sentence where `reason` is "error" or "timeout"; with `by_request` the
+    error is the request's own fault, and the sentence is for its caller.
     """
 
     index: int
@@ -111,6 +118,7 @@ class FinishEvent:
     text: str = ""
     stopped_by: str | int | None = None
     message: str = ""
+    by_request: bool = False
 
 
 Event = PromptEvent | TokenEvent | FinishEvent

@@ -18,9 +18,11 @@ _NOBODY = SamplingParams()
 
 
 def needs_logits(owners: Sequence[Continuation | None]) -> bool:
-    """Whether somebody asks for log-probabilities, which are computed here."""
+    """Whether somebody asks for log-probabilities, or for a grammar, which are computed here."""
     return any(
-        owner is not None and (owner.task.scoring or owner.task.request.logprobs is not None) for owner in owners
+        owner is not None
+        and (owner.task.scoring or owner.task.request.logprobs is not None or owner.constraint is not None)
+        for owner in owners
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.backends.base import FloatArray
 from serving.engine.api import GenerationRequest, Listener, Logprobs
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import TokenConstraint
 from serving.sampling.detokenizer import TextStream, TokenBytes
 from serving.sampling.penalties import History
 
@@ -41,6 +41,7 @@ class Continuation:
     text: TextStream
     history: History | None
     """None where neither bias nor penalties change anything."""
+    constraint: TokenConstraint | None = None
     slot: Slot | None = None
     last: int = 0
     """The token that the next step appends."""
@@ -74,7 +75,6 @@ class Task:
     made: int = 0
     logits: FloatArray | None = None
     """Those after the prompt, [vocab_size], between its last chunk and the first token."""
-    flush: Callable[[], None] | None = None
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -108,12 +108,12 @@ def open_task(
     params = request.params
     deadline = None if timeout is None else arrived + timeout
     task = Task(request, listener, arrived, deadline, budget, params.end_ids(eos_token_id))
-    task.flush = getattr(listener, "flush", None)
     if request.prompt_logprobs is not None:
         task.scores = [None]
     history = History([request.prompt], [params], eos_token_id)
     for index in range(request.n):
         text = TextStream(token_bytes, params.stop_automaton)
         own = None if history.empty else history.copy()
-        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own))
+        constraint = None if request.grammar is None else request.grammar.start()
+        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own, constraint))
     return task

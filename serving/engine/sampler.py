@@ -12,6 +12,7 @@ from serving.engine.api import Logprobs
 from serving.engine.requests import Continuation
 from serving.errors import BundleError
 from serving.sampling import choose
+from serving.sampling.constraints import ConstraintError, choose_allowed
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Sampled:
     token: int
     logprobs: Logprobs | None = None
     error: str = ""
+    by_request: bool = False
+    """Whether the error is the sequence's own, and no failure of the model."""
+    ended: bool = False
+    """Whether the sequence was whole before, and has no next token."""
 
 
 def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sampled]:
@@ -29,13 +34,19 @@ def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sa
 
     Bias and penalties are written into `logits`.
     """
-    live = [row for row, owner in enumerate(owners) if owner is not None]
+    found = [
+        _sample_allowed(logits[row], owner)
+        for row, owner in enumerate(owners)
+        if owner is not None and owner.constraint is not None
+    ]
+    live = [row for row, owner in enumerate(owners) if owner is not None and owner.constraint is None]
+    if not live:
+        return found
     raw = {row: _raw(logits[row], owners[row]) for row in live}
     for row in live:
         owner = owners[row]
         if owner is not None and owner.history is not None:
             owner.history.edits.apply_to(logits[row], 0)
-    found = []
     for row, (token, error) in zip(live, _choose(logits, owners, live), strict=True):
         owner, line = owners[row], raw[row]
         assert owner is not None
@@ -43,6 +54,34 @@ def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sa
         logprobs = None if line is None or wanted is None or error else log_probabilities(line, token, wanted)
         found.append(Sampled(owner, token, logprobs, error))
     return found
+
+
+def _sample_allowed(line: FloatArray, owner: Continuation) -> Sampled:
+    """The next token of a sequence with a grammar; `line` [vocab] is edited."""
+    assert owner.constraint is not None
+    owner.constraint.compute()
+    if owner.constraint.done:
+        return Sampled(owner, 0, ended=True)
+    try:
+        allowed = owner.constraint.allowed()
+        wanted = owner.task.request.logprobs
+        raw = None if wanted is None else line[allowed]
+        if owner.history is not None:
+            owner.history.edits.apply_to(line, 0)
+        token = choose_allowed(line, allowed, owner.params, owner.seed, owner.made)
+    except ConstraintError as error:
+        return Sampled(owner, 0, error=str(error), by_request=True)
+    except BundleError:
+        return Sampled(owner, 0, error=_not_finite(owner))
+    if raw is None or wanted is None:
+        return Sampled(owner, token)
+    among = log_probabilities(raw, int(np.searchsorted(allowed, token)), wanted)
+    return Sampled(owner, token, Logprobs(among.own, tuple((int(allowed[place]), nats) for place, nats in among.top)))
+
+
+def _not_finite(owner: Continuation) -> str:
+    place = len(owner.task.prompt) + owner.made
+    return f"the model's greatest logit is not a finite number after {place} tokens; check the bundle"
 
 
 def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
@@ -55,7 +94,7 @@ def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
         ids = np.flatnonzero(line >= np.partition(line, -count)[-count])
         ids = ids[np.lexsort((ids, -line[ids]))][:count]
         top = tuple(zip(ids.tolist(), (line[ids] - total).tolist(), strict=True))
-    return Logprobs(float(line[token] - total), top)
+    return Logprobs(float(line[token] - total), top, int(np.count_nonzero(line >= line[token])))
 
 
 def _raw(line: FloatArray, owner: Continuation | None) -> FloatArray | None:
@@ -75,8 +114,7 @@ def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: lis
             return [_choose(logits, owners, [row])[0] for row in live]
         owner = owners[live[0]]
         assert owner is not None
-        place = len(owner.task.prompt) + owner.made
-        return [(0, f"the model's greatest logit is not a finite number after {place} tokens; check the bundle")]
+        return [(0, _not_finite(owner))]
 
 
 def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[int]:

@@ -73,7 +73,7 @@ class SignatureEngine:
     client's own timeout at most.
     """
 
-    unsupported = UNSUPPORTED | {"logprobs", "prompt_logprobs", "prompt_only"}
+    unsupported = UNSUPPORTED | {"logprobs", "prompt_logprobs", "prompt_only", "grammar"}
 
     def __init__(
         self,
@@ -168,6 +168,8 @@ class SignatureEngine:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(request, name) is not None:
                 raise InputError(f"{name} is not done over slots, which give tokens alone; leave it out")
+        if request.grammar is not None:
+            raise InputError("structured output is not done over slots, which choose tokens in their graph")
         if request.prompt_only:
             raise InputError("reading a prompt alone is not done over slots, which give tokens; ask for one token")
         check_slot_params(request.params)

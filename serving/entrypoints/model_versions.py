@@ -18,6 +18,7 @@ from serving.entrypoints.replicas import Replicas
 from serving.entrypoints.version_sources import Candidate, check_source, find
 from serving.errors import GPT2BundleError
 from serving.sampling import SamplingParams
+from serving.server.grammar_pool import prepare
 from serving.server.metrics import WARM_UP
 from serving.server.registry import ModelNotReadyError, ServedModel, State
 from serving.server.state import Server
@@ -155,6 +156,7 @@ class Versions:
         try:
             engine = self._loader.open(bundle, metrics)
             warm(engine)
+            prepare(engine)
         except BaseException:
             registry.remove(name, version)
             if engine is not None:
@@ -187,7 +189,7 @@ class Versions:
             model.engine.drain(self._server.settings.request_timeout or threading.TIMEOUT_MAX)
             model.state = State.END
             self._server.metrics.model(model.name, model.version).release()
-            model.engine.close()
+            model.close()
             self._server.registry.remove(model.name, model.version)
             self._estimates.pop(model.version, None)
             self._retiring.pop(model.version, None)
@@ -220,11 +222,11 @@ class Versions:
         return sum(1 for _ in threads if _taken(results)) == len(threads)
 
     def close(self) -> None:
-        """Close every engine."""
+        """Close every model."""
         self._stop.set()
         for model in self._loaded():
             model.state = State.END
-            model.engine.close()
+            model.close()
 
 
 def _taken(results: Queue[bool]) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from serving.protocols.open_inference.signatures import OPTIONS
+from serving.protocols.open_inference.signatures import OPTIONS, refuse_options
 from serving.protocols.open_inference.tensors import MAX_AXES
 from serving.protocols.openai.schema import CompletionRequest, Texts
 from serving.server.request_bodies import RequestBody, whole_number
@@ -83,7 +83,7 @@ class GenerateBody(RequestBody):
     @classmethod
     def refuse(cls, fields: Mapping[str, Any]) -> None:
         """See `RequestBody.refuse`."""
-        CompletionRequest.refuse(fields)
+        refuse_options(fields)
 
     text_input: Texts = Field(description="Text; several, in a list, only without a stream.")
     id: str = Field("", description="Given back with the answer.")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from serving.errors import InputError
 from serving.protocols.open_inference.tensors import TYPES, TensorSpec, from_values
 from serving.protocols.openai.schema import CompletionRequest
+from serving.protocols.openai.unsupported import STRUCTURED, refuse_unsupported
 from serving.protocols.tf_serving import signatures as tf_signatures
 from serving.protocols.tf_serving.signatures import SIGNATURES
 from serving.server.errors import FieldError
@@ -180,13 +181,19 @@ def filled(request: InferRequest) -> Arrays:
     return inputs
 
 
+def refuse_options(fields: Mapping[str, Any]) -> None:
+    """Raise FieldError for one of `fields` that changes an answer and is not done in this protocol."""
+    CompletionRequest.refuse(fields)
+    refuse_unsupported(fields, STRUCTURED)
+
+
 def bodies(request: InferRequest, most: int) -> list[CompletionRequest]:
     """Each text with its options as a body of OpenAI's completions, which checks them."""
     count = len(request.inputs["text_input"])
     if not 1 <= count <= most:
         raise InputError(f"text_input has {count} texts; it must have 1 to {most}")
     texts = [each.decode("utf-8", "replace") for each in request.inputs["text_input"].tolist()]
-    CompletionRequest.refuse(request.parameters)
+    refuse_options(request.parameters)
     shared = {name: request.parameters[name] for name in OPTIONS if name in request.parameters}
     columns: dict[str, list[Any]] = {}
     for name, array in request.inputs.items():
