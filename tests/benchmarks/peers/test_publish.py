@@ -50,12 +50,12 @@ def test_a_changed_figure_a_changed_record_and_a_missing_one_are_found(tmp_path,
     assert CliRunner().invoke(main, [*root, "--check"], catch_exceptions=False).exit_code == 0
     readme = tmp_path / "README.md"
     readme.write_text(readme.read_text().replace("| 1 | ", "| 1 | 9", 1))
-    with pytest.raises(GPT2BundleError, match="README.md: not what 2999-01-01-peers-cpu.json gives"):
+    with pytest.raises(GPT2BundleError, match=r"README\.md: not what 2999-01-01-peers-cpu\.json gives"):
         CliRunner().invoke(main, [*root, "--check"], catch_exceptions=False)
     faster = json.loads(json.dumps(record))
     faster["points"][0]["rows"][0]["figures"]["step_ms"] = [0.01]
     (results / "2999-01-02-peers-cpu.json").write_text(json.dumps(faster))
-    with pytest.raises(GPT2BundleError, match=r"docs/benchmarks.md: not what 2999-01-02"):
+    with pytest.raises(GPT2BundleError, match=r"docs/benchmarks\.md: not what 2999-01-02"):
         CliRunner().invoke(main, [*root, "--check"], catch_exceptions=False)
 
 
@@ -80,7 +80,9 @@ def test_a_chart_is_well_formed_and_has_a_bar_for_each_runtime_of_each_point(rec
     for theme in ("light", "dark"):
         root = ElementTree.fromstring(chart(record, theme))
         titles = [element.text for element in root.iter("{http://www.w3.org/2000/svg}title")]
-        assert len(titles) == rows and any("gpt2-bundle, int8, batch 16: 1,691 tokens/s" in str(each) for each in titles)
+        assert len(titles) == rows and any(
+            "gpt2-bundle, int8, batch 16: 1,691 tokens/s" in str(each) for each in titles
+        )
         width, height = (float(root.get(name)) for name in ("width", "height"))
         for bar in root.iter("{http://www.w3.org/2000/svg}rect"):
             assert 0 <= float(bar.get("x")) <= width and 0 <= float(bar.get("y")) <= height
