@@ -152,10 +152,10 @@ def chart(record: Mapping[str, Any], theme: str) -> str:
         drawn.append(f'<rect x="{right:.0f}" y="28" width="10" height="10" fill="{colours[place]}"/>')
         drawn.append(f'<text x="{right + 14:.0f}" y="37" font-size="11">{escape(NAMES[name])}</text>')
         right += 30 + 6.2 * len(NAMES[name])
-    for share in (0, 50, 100):
-        y = base - (base - top) * share / 100
+    for level in (0, 50, 100):
+        y = base - (base - top) * level / 100
         drawn.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="{faint}"/>')
-        drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="11" text-anchor="end">{share} %</text>')
+        drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="11" text-anchor="end">{level} %</text>')
     for number, precision in enumerate(PRECISIONS):
         points = [point for point in _ordered(record) if point["settings"]["precision"] == precision]
         for place, point in enumerate(points):
@@ -250,10 +250,13 @@ def _agreement(row: Row, precision: str, size: int) -> str:
 
 
 def _machine(record: Mapping[str, Any]) -> str:
-    about = record["environment"]
+    about, judged = record["environment"], any(point["comparisons"].get("step_ms") for point in record["points"])
+    bold = (
+        "no other runtime is faster beyond the noise" if judged else "the fastest median, too few rounds for a verdict"
+    )
     return (
-        f"ms of a decode step for all rows; {about['cpu']}, {about['cores']} cores, {about['date'][:10]}, prompts of "
-        f"{record['settings']['prompt_tokens']} tokens; bold: no other runtime is faster beyond the noise."
+        f"Milliseconds of a decode step for all rows; {about['cpu']}, {about['cores']} cores, {about['date'][:10]}, "
+        f"prompts of {record['settings']['prompt_tokens']} tokens. Bold: {bold}."
     )
 
 

@@ -47,7 +47,7 @@ from serving.sampling import SamplingParams
 @click.option("--streams", default="1,4,16", show_default=True, help="Numbers of streams.")
 @click.option("--prompt-tokens", default=128, show_default=True, help="Length of each stream's prompt.")
 @click.option("--new-tokens", default=48, show_default=True, help="New tokens of each stream.")
-@click.option("--long-prompt", default=900, show_default=True, help="Tokens of the prompt that arrives; 0 for no arrival.")
+@click.option("--long-prompt", default=900, show_default=True, help="Tokens of the arriving prompt; 0 for none.")
 @click.option("--seconds", default=5, show_default=True, help="Time of each closed loop; 0 leaves it out.")
 @click.option("--max-length", type=int, help="Positions of a slot.  [default: the model's context]")
 @click.option("--chunks", default=f"{EngineConfig().prefill_slowdown}x", show_default=True,

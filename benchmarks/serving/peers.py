@@ -104,7 +104,7 @@ def _gguf(bundle: Path, precision: str, python: Path, work: Path) -> Path:
     return path
 
 
-class Running:
+class PeerServer:
     """A server of a process group of its own, stopped except in its turns."""
 
     def __init__(self, peer: Peer, log: Path) -> None:
@@ -138,7 +138,7 @@ class Running:
             return False
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def round(self) -> Iterator[None]:
         """Let it run for the block."""
         self._signal(signal.SIGCONT)
         try:
@@ -161,17 +161,17 @@ class Running:
             os.killpg(self._process.pid, number)
 
 
-def contest(
+def compare(
     found: Sequence[Peer], clients: Sequence[int], seconds: float, repeats: int, sizes: Sequence[str], work: Path
 ) -> dict[str, Any]:
     """Turns of every server at each number of clients, the first of which only warms up, in changing order."""
-    turns: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         servers = []
         for peer in found:
             try:
-                server = Running(peer, work / f"{peer.name}.log")
+                server = PeerServer(peer, work / f"{peer.name}.log")
             except GPT2BundleError as error:
                 failed[peer.name] = str(error)
                 click.echo(str(error), err=True)
@@ -182,32 +182,32 @@ def contest(
         for repeat in range(repeats + 1):
             for count in clients:
                 for server in servers[repeat % len(servers) :] + servers[: repeat % len(servers)]:
-                    turn = _turn(server, count, seconds if repeat else min(2.0, seconds), repeat, sizes)
-                    click.echo(f"{turn['server']}, {count} clients: {_line(turn)}", err=True)
+                    done = _round(server, count, seconds if repeat else min(2.0, seconds), repeat, sizes)
+                    click.echo(f"{done['server']}, {count} clients: {_line(done)}", err=True)
                     if repeat:
-                        turns.append(turn)
-    return {"turns": turns, "failed": failed}
+                        rounds.append(done)
+    return {"rounds": rounds, "failed": failed}
 
 
-def _turn(server: Running, count: int, seconds: float, seed: int, sizes: Sequence[str]) -> dict[str, Any]:
+def _round(server: PeerServer, count: int, seconds: float, seed: int, sizes: Sequence[str]) -> dict[str, Any]:
     peer = server.peer
     options = ["--clients", str(count), "--seconds", str(seconds), "--seed", str(seed), *sizes, *peer.load]
     if peer.model:
         options += ["--model", peer.model]
-    with server.turn():
+    with server.round():
         before, began = busy_seconds(), time.perf_counter()
         result = load(server.url, options)
         busy = (busy_seconds() - before) / (time.perf_counter() - began) / usable_cores()
     return {"server": peer.name, "clients": count, "busy_cores_share": busy, **result}
 
 
-def _line(turn: dict[str, Any]) -> str:
-    gaps, first = turn["inter_token_s"] or {}, turn["time_to_first_token_s"] or {}
+def _line(done: dict[str, Any]) -> str:
+    gaps, first = done["inter_token_s"] or {}, done["time_to_first_token_s"] or {}
     times = [
         f"{name} {1e3 * value:.1f} ms"
         for name, value in (*gaps.items(), *(("first " + k, v) for k, v in first.items()))
     ]
-    return f"{turn['tokens_per_second']:.0f} tokens/s, {', '.join(times)}, {turn['outcomes']}"
+    return f"{done['tokens_per_second']:.0f} tokens/s, {', '.join(times)}, {done['outcomes']}"
 
 
 @click.command()
@@ -252,7 +252,7 @@ def main(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "servers": {peer.name: peer.note for peer in found},
-        **contest(found, counts, seconds, repeats, sizes, work),
+        **compare(found, counts, seconds, repeats, sizes, work),
     }
     text = json.dumps(record, indent=1)
     if output is None:

@@ -171,8 +171,10 @@ def timeline(responses: Sequence[Response], most: int = _BARS) -> list[list[floa
     found: list[list[float | None]] = []
     for each in (responses[place] for place in picked):
         if each.error is None and each.token_times:
-            moments = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
-            found.append([None if moment is None else round((moment - zero) * 1e3, 3) for moment in moments])
+            timestamps = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
+            found.append(
+                [None if timestamp is None else round((timestamp - zero) * 1e3, 3) for timestamp in timestamps]
+            )
     return found
 
 

@@ -85,7 +85,7 @@ def test_a_file_of_schedules_gives_them_back(tmp_path):
         (lambda rows: rows[1].update(colour="red"), "line 2 "),
         (lambda rows: rows[0].pop("point"), "header"),
         (lambda rows: rows.pop(1), "without requests"),
-        (lambda rows: rows[0].update(concurrency=None), "neither moments"),
+        (lambda rows: rows[0].update(concurrency=None), "neither timestamps"),
         (lambda rows: rows[0].update(scenario="singel"), "no scenario 'singel'; did you mean 'single'"),
     ],
 )
