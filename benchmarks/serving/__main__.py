@@ -1,4 +1,4 @@
-"""The server beside its bare engine: python -m benchmarks.serving BUNDLE --graph ort/int8 --output FILE.
+"""The server compared with its bare engine: python -m benchmarks.serving BUNDLE --graph ort/int8 --output FILE.
 
 `gpt2-bundle serve`, the load generator and the bare engine are three processes that take turns on the same load. The
 generator's work on the same cores counts against the server. `--faults` overloads the server instead, leaves it in the

@@ -24,7 +24,7 @@ _PATIENCE = 120.0
 _IDS = 256
 """Token ids that every vocabulary has."""
 _LETTERS = "abcdefghilmnoprstuw"
-"""Each is one token behind a space, in GPT-2's vocabulary and in the small ones that are trained here."""
+"""Each is one token after a space, in GPT-2's vocabulary and in the small ones that are trained here."""
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 _FULL_LENGTH = re.compile(rb'"finish_reason": ?"length"')
 

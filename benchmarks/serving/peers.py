@@ -1,4 +1,4 @@
-"""Other OpenAI-compatible servers over the same weights, beside ours: python -m benchmarks.serving.peers BUNDLE.
+"""Other OpenAI-compatible servers over the same weights, compared with ours: python -m benchmarks.serving.peers BUNDLE.
 
 Each server is a process with an environment of its own; the load generator is one process more. All take turns on the
 same load, and those whose turn it is not are stopped, so that a server which spins while nobody asks takes no time from
@@ -53,7 +53,7 @@ class Peer:
 
 
 def peers(bundle: Path, precision: str, environments: Path, llama_server: Path | None, work: Path) -> list[Peer]:
-    """Ours, and those of the others that are installed; "{port}" stands for the port in their commands."""
+    """Ours, and those of the others that are installed; "{port}" is replaced by the port in their commands."""
     graph = f"ort/{precision}"
     ours = [*SERVE, str(bundle), "--graph", graph, "--port", "{port}", "--no-access-log"]
     found = [Peer(OWN, ours, "/health/ready", ["--text"], f"{graph}, 16 slots, with log-probabilities")]
@@ -212,10 +212,10 @@ def _line(done: dict[str, Any]) -> str:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(list(_KINDS)), default="int8", show_default=True)
+@click.option("--precision", type=click.Choice(list(_KINDS)), default="int8", show_default=True, help="Of the weights.")
 @click.option("--environments", type=click.Path(path_type=Path), default=Path(), help="Where .venv-peer-NAME lie.")
 @click.option("--llama-server", type=click.Path(path_type=Path, exists=True), help="llama.cpp's own server.")
-@click.option("--only", help="Names of servers beside ours, with commas; all that are installed by default.")
+@click.option("--only", help="Names of servers to compare with ours, with commas; all that are installed by default.")
 @click.option("--clients", default="1,4,16", show_default=True, help="Numbers of streaming clients.")
 @click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
 @click.option("--repeats", default=2, show_default=True)

@@ -99,7 +99,7 @@ async def sweep(
         left = [name for name in names if not standings[name].is_out]
         if not left or clock.now() - began >= seconds:
             break
-        # Who goes first changes, so that nobody always runs behind the same other.
+        # Who goes first changes, so that nobody always runs after the same other.
         turn = place % len(left)
         for name in left[turn:] + left[:turn]:
             responses = await play(name, schedule, place)

@@ -54,7 +54,7 @@ def inter_token(response: Response) -> list[float]:
 
 
 def tpot(response: Response) -> float | None:
-    """Time per output token behind the first: (last token - first token) / (tokens - 1); None below two tokens."""
+    """Time per output token after the first: (last token - first token) / (tokens - 1); None below two tokens."""
     if not _answered(response) or not response.streamed or len(response.token_times) < 2:
         return None
     return (response.token_times[-1] - response.token_times[0]) / (len(response.token_times) - 1)
@@ -78,7 +78,7 @@ def is_good(response: Response, objectives: Objectives) -> bool:
         if limit is None:
             continue
         value = measure(response)
-        # A single token has no time behind the first, and so cannot be late.
+        # A single token has no time after the first, and so cannot be late.
         single = measure is tpot and response.streamed and len(response.token_times) == 1
         if response.error is not None or not (single or (value is not None and value <= limit)):
             return False

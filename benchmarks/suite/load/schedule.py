@@ -120,7 +120,7 @@ class Planner:
     Args:
         text: token ids that prompts are cut from, taken as a ring.
         n_positions: the context, which prompt and output fill at most.
-        seed: every schedule draws from it anew.
+        seed: every schedule starts from it.
     """
 
     def __init__(self, text: Sequence[int], n_positions: int, seed: int = 0) -> None:
@@ -244,7 +244,7 @@ class Planner:
 
 
 def save_schedules(path: Path, schedules: Sequence[Schedule]) -> None:
-    """Write schedules one behind the other as JSON Lines."""
+    """Write schedules one after the other as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(schedule.to_lines() for schedule in schedules), encoding="utf-8")
 

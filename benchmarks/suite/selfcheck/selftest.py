@@ -42,7 +42,7 @@ class SelfTestError(GPT2BundleError):
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of one point beside what it must be."""
+    """One figure of one point, and what it must be."""
 
     point: str
     figure: str

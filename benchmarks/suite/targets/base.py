@@ -22,7 +22,7 @@ class Completion:
 
 
 class TargetError(Exception):
-    """A request failed; the message says why, in one line. The run goes on."""
+    """A request failed; the message says why, in one line. The run continues."""
 
 
 class Target(Protocol):
@@ -36,7 +36,7 @@ class Target(Protocol):
     label: str
     """What it is, for tables: "ONNX Runtime in this process, static batches"."""
     emulator: bool
-    """Whether it only stands for what it is named after."""
+    """Whether it only emulates what it is named after."""
 
     @property
     def precision(self) -> str | None:

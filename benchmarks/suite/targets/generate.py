@@ -20,7 +20,7 @@ class GenerateTarget:
     """`URL/v2/models/MODEL/generate_stream`, whose events have the new text in `text_output`.
 
     Prompts are sent as text, which a server may cut into other tokens. An event counts as one token unless the server
-    says how many it holds (`num_output_tokens`, or `lengths` beside `token_ids` as our own does). Where it names no
+    says how many it holds (`num_output_tokens`, or `lengths` next to `token_ids` as our own does). Where it names no
     number and the events are not as many as the tokens asked for, they share these if it says that it ended by length,
     and the response is marked as not counted. Text is compared where a server gives no token ids.
 
@@ -64,7 +64,7 @@ class GenerateTarget:
                 "max_tokens": request.new_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
-                # What Triton's backends know beside; others do not look at it.
+                # What Triton's backends know too; others do not look at it.
                 "exclude_input_in_output": True,
                 "return_finish_reason": True,
                 "return_num_output_tokens": True,
@@ -114,7 +114,7 @@ def sent_text(tokenizer: Tokenizer, request: Planned) -> str:
 
 
 def finish_reason(event: dict[str, Any]) -> str | None:
-    """Why a text ended: KServe's `details.finish_reason`, or an output of that name; None where it goes on."""
+    """Why a text ended: KServe's `details.finish_reason`, or an output of that name; None before its end."""
     details = event.get("details")
     found = details.get("finish_reason") if isinstance(details, dict) else event.get("finish_reason")
     return str(found) if found not in (None, "", "None") else None

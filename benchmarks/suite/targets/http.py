@@ -1,4 +1,4 @@
-"""HTTP as a client that wants to know when each byte came: one connection a request, timestamps beside the data."""
+"""HTTP as a client that wants to know when each byte came: one connection a request, timestamps with the data."""
 
 from __future__ import annotations
 

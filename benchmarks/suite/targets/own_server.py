@@ -27,7 +27,7 @@ class OwnServerTarget:
     Args:
         how: the protocol, for the label.
         slots: texts that it runs at once.
-        grpc: whether its gRPC port is opened beside.
+        grpc: whether its gRPC port is opened too.
     """
 
     emulator = False

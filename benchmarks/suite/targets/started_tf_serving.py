@@ -249,7 +249,7 @@ class StartedTFServing:
 
 
 def deployment_flags(deployment: Path) -> list[str]:
-    """The flags of the deployment's compose file behind those of ports and model, as its container takes them."""
+    """The flags of the deployment's compose file after those of ports and model, as its container takes them."""
     lines = (deployment / "compose.yaml").read_text(encoding="utf-8").split("\n")
     flags = [line.strip()[3:-1] for line in lines if line.strip().startswith('- "--')]
     own = ("--port=", "--rest_api_port=", "--model_config_file=")

@@ -106,7 +106,7 @@ class TFServingTarget:
 class WholeAnswerTarget:
     """`serving_default`: one call makes a whole answer in the server, and all of its tokens come at its end.
 
-    The graph ends at the end token; what is missing then is asked for by another call that goes on from there.
+    The graph ends at the end token; what is missing then is asked for by another call that continues from there.
     """
 
     def __init__(self, name: str, transport: Transport, eos_token_id: int) -> None:

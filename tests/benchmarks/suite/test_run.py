@@ -121,7 +121,7 @@ def test_a_run_that_was_ended_goes_on_with_what_is_whole():
         with pytest.raises(InputError, match=words):
             measured(target, earlier=Earlier(kept[2]), **change)
     elsewhere = kept[2] | {"environment": kept[2]["environment"] | {"cpu": "another", "versions": {}}}
-    with pytest.raises(InputError, match="other machine and versions; delete it, or pass no --resume"):
+    with pytest.raises(InputError, match="other machine and versions; delete it, or leave out --resume"):
         measured(Known("a"), earlier=Earlier(elsewhere))
 
 
