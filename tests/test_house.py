@@ -39,7 +39,7 @@ LAYERS = {
         "recipe run_folder progress keras_backend special_tokens",
         "plain_files",
     ),
-    "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
+    "benchmarks": ("commands", "serving training experiments", "peers", "suite", "common"),
 }
 
 
