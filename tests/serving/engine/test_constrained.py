@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from serving.backends.base import FloatArray
 from serving.bundle import open_bundle
@@ -18,8 +17,8 @@ from serving.engine.api import GenerationRequest
 from serving.engine.engine import open_engine
 from serving.engine.mask_worker import SLOW, MaskWorker
 from serving.generation import stream
-from serving.sampling import SamplingParams
-from serving.sampling.constraints import ConstraintError, StructuredOutput
+from serving.sampling import SamplingParams, constraints
+from serving.sampling.constraints import Allowed, ConstraintError, StructuredOutput
 from serving.sampling.grammars import GrammarCompiler
 from tests.closed_form import ClosedFormBackend, greedy
 from tests.serving.engine.harness import EOS, TOKENIZER, Heard, Stepped
@@ -53,11 +52,11 @@ class Held:
             self.computed += 1
             self.ready = True
 
-    def allowed(self) -> NDArray[np.int64]:
+    def allowed(self) -> Allowed:
         self.compute()
         if self.fails and self.tokens:
             raise ConstraintError("the grammar cannot go on")
-        return np.arange(0, 257, 2)
+        return Allowed(np.arange(257) % 2 == 0)
 
 
 def step_until(engine: Stepped, condition: Callable[[], bool]) -> None:
@@ -265,3 +264,28 @@ def test_on_a_real_graph_mates_are_untouched_and_texts_follow(real_bundle: Path,
         assert run(True) == run(False)
     finally:
         engine.close()
+
+
+def test_many_allowed_tokens_are_sampled_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways to restrict a row give the same tokens and log-probabilities, with penalties too."""
+
+    def run() -> list[Any]:
+        engine = Stepped()
+        fields = {"repetition_penalty": 1.3, "logit_bias": {70: 5.0}, "presence_penalty": 0.5, "min_tokens": 3}
+        heard = [
+            engine.submit(
+                [1, 2], temperature=t, seed=5, max_new_tokens=20, grammar=regex("[^a-m]+"), logprobs=4, **fields
+            )[0]
+            for t in (0.0, 1.0, 20.0)
+        ]
+        engine.run()
+        return [(each.ids(), [event.logprobs for event in each.tokens[0]]) for each in heard]
+
+    few = run()
+    monkeypatch.setattr(constraints, "FEW", 0)
+    many = run()
+    assert [ids for ids, _ in few] == [ids for ids, _ in many]
+    for (_, some), (_, others) in zip(few, many, strict=True):
+        for one, other in zip(some, others, strict=True):
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            assert one.own == pytest.approx(other.own, abs=1e-9)
