@@ -47,7 +47,7 @@ _PEOPLE = {"type": "array", "items": _PERSON, "minItems": 1000}
 GRAMMARS = {
     "schema": StructuredOutput("json_schema", json.dumps(_PEOPLE)),
     "any object": StructuredOutput("json_object"),
-    "regex": StructuredOutput("regex", r"([A-Z][a-z]{1,12} ){1,400}\d{4}-\d{2}-\d{2}"),
+    "regex": StructuredOutput("regex", r"\d{4}-\d{2}-\d{2} [A-Z][a-z]{2,12} [A-Z][a-z]{2,12} \+\d{8,12}"),
     "choice": StructuredOutput("choice", choices=tuple(f"answer number {index}" for index in range(200))),
 }
 
