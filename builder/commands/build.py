@@ -24,7 +24,7 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     from builder.progress import Reporter
     from builder.run_folder import locked
     from builder.stages.pipeline import build as run_build
-    from serving.bundle.examples import example_prompts, shell_quoted
+    from serving.bundle.examples import generate_arguments
 
     with locked(run.folder):
         bundle = run_build(run, output, Reporter())
@@ -34,5 +34,5 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
                   "parity": manifest.parity}  # fmt: skip
         click.echo(json_line(record))
     else:
-        prompt = shell_quoted(example_prompts(bundle.folder)[0])
-        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {prompt}")
+        arguments = generate_arguments(bundle.folder)
+        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {arguments}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,11 @@ from serving.commands.param_types import Seed
 from serving.errors import InputError, printable
 from serving.sampling import SamplingParams
 from serving.support.json_line import json_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from serving.bundle import Bundle
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -72,6 +78,10 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
     help="End at this token; may be given several times.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option(
+    "--chat", is_flag=True, help="Take PROMPT as a user's message and answer it, by the bundle's chat template."
+)
+@click.option("--system", metavar="TEXT", help="With --chat, a system message before it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
 def generate(
     bundle: Path,
@@ -80,6 +90,8 @@ def generate(
     graph: str | None,
     device: str,
     as_json: bool,
+    chat: bool,
+    system: str | None,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
     **sampling: Any,
@@ -90,6 +102,8 @@ def generate(
     '--' before a PROMPT that begins with a dash.
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
+    if system is not None and not chat:
+        raise InputError("--system is a message of a chat; give --chat too")
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
@@ -101,6 +115,10 @@ def generate(
     opened = open_bundle(bundle, check="sizes")
     tokenizer = load_tokenizer(opened)
     eos_token_id = opened.manifest.model.eos_token_id
+    if chat:
+        text, ends = _rendered(opened, tokenizer, text, system)
+        if not params.ignore_eos:
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
     prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
     pieces = TextStream(tokenizer, params.stop)
     backend = load_backend(opened, runtime, graph, device)
@@ -135,6 +153,20 @@ def generate(
         "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json_line(report))
+
+
+def _rendered(bundle: Bundle, tokenizer: Tokenizer, text: str, system: str | None) -> tuple[str, tuple[int, ...]]:
+    """The prompt of a chat of one message, and the tokens that end the answer."""
+    from serving.chat import chat_template
+
+    template = chat_template(bundle)
+    if template is None:
+        raise InputError(f"{bundle.folder}: the bundle has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with contextlib.closing(template):
+        return template.render(messages), template.end_token_ids(tokenizer)
 
 
 def _read_bias(text: str) -> tuple[int, float]:
