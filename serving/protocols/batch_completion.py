@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, Handle, PromptEvent, TokenEvent
 from serving.server.errors import error_of
-from serving.server.event_queue import beside_if, takes_long
+from serving.server.event_queue import beside_if, one_call, takes_long
 from serving.server.tracing import OpenSpan, Span
 
 
@@ -37,7 +37,7 @@ async def complete(engine: Engine, requests: Sequence[GenerationRequest], open_s
     cancelled = False
 
     def submit_all() -> None:
-        for request, events, future in zip(requests, heard, ended, strict=True):
+        for request, events, future in zip(one_call(engine, requests), heard, ended, strict=True):
             handles.append(_submit(engine, request, loop, events, future))
             if cancelled:
                 handles[-1].cancel()

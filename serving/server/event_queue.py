@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -54,7 +55,7 @@ class Generation:
         return generation
 
     def _submit(self, engine: Engine) -> None:
-        for index, request in enumerate(self._requests):
+        for index, request in enumerate(one_call(engine, self._requests)):
             handle = engine.submit(request, self._listener(index))
             self._handles.append(handle)
             if self._cancelled:  # By the loop, while this runs in another thread.
@@ -121,6 +122,13 @@ class Generation:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+
+
+def one_call(engine: Engine, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
+    """`requests` of one call; where nobody waits, all of them may, however short the queue is."""
+    if len(requests) < 2 or engine.stats().waiting_requests:
+        return requests
+    return [requests[0], *(replace(request, joins_call=True) for request in requests[1:])]
 
 
 def takes_long(requests: Sequence[GenerationRequest]) -> bool:

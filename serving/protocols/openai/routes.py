@@ -31,6 +31,8 @@ from serving.server.state import Server
 from serving.server.tracing import COMPLETION, start_span
 
 DEFAULT_MAX_TOKENS = 16
+MAX_CHOICES = 4096
+"""Of one call."""
 _ENGINE_FIELDS = {"prompt", "n", "logprobs", "prompt_logprobs"} | {each.name for each in fields(SamplingParams)}
 
 
@@ -113,6 +115,8 @@ def _check(body: CompletionRequest, server: Server) -> None:
         raise FieldError("stream_options takes 'stream': true", "stream_options")
     if len(body.prompt) > server.settings.max_prompts:
         raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
+    if len(body.prompt) * n > MAX_CHOICES:
+        raise FieldError(f"{len(body.prompt)} prompts and n {n} make over {MAX_CHOICES} choices; lower n", "n")
 
 
 async def read_prompts(
@@ -222,8 +226,13 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    """GET /v1/models/{model}: OpenAI's card and TensorFlow Serving's status at once, as both ask at this path."""
-    return JSONResponse(_card(request.app.state.server.registry, request.path_params["model"]))
+    """GET /v1/models/{model}: OpenAI's card, or TensorFlow Serving's status alone, as both ask at this path.
+
+    OpenAI's clients send a key and ask for JSON. TensorFlow Serving's do neither, and some fail at any other field.
+    """
+    registry, name = request.app.state.server.registry, request.path_params["model"]
+    for_card = "authorization" in request.headers or "application/json" in request.headers.get("accept", "").lower()
+    return JSONResponse(_card(registry, name) if for_card else model_status(registry, name))
 
 
 async def tokenize(request: Request) -> Response:

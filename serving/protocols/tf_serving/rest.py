@@ -1,6 +1,7 @@
 """TensorFlow Serving's REST API (tensorflow/serving, docs/api_rest.md) over the engine.
 
-GET /v1/models/NAME itself is shared with OpenAI's API, whose handler adds `model_status` to its answer.
+GET /v1/models/NAME itself is shared with OpenAI's API, whose handler gives the status alone to who asks as TensorFlow
+Serving's clients do.
 """
 
 from __future__ import annotations

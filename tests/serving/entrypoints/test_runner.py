@@ -181,6 +181,20 @@ def test_a_new_version_is_found_by_itself(tmp_path: Path) -> None:
         assert server.wait(10) == 0
 
 
+def test_localhost_is_both_loopback_addresses() -> None:
+    address = Address(port=0)
+    with address.bind() as listener:
+        port = listener.getsockname()[1]
+        assert address.url(listener) == f"http://127.0.0.1:{port}"
+        (beside,) = address.beside(listener)
+        with beside, socket.create_connection(("::1", port), 5), socket.create_connection(("127.0.0.1", port), 5):
+            assert beside.getsockname()[:2] == ("::1", port)
+            assert address.beside(listener) == [], "taken by somebody else"
+        assert Address("127.0.0.1").beside(listener) == [] == Address("::1").beside(listener)
+    with Address("::1", 0).bind() as listener:
+        assert Address("::1", 0).url(listener) == f"http://[::1]:{listener.getsockname()[1]}"
+
+
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

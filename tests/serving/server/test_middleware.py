@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -25,6 +26,7 @@ from serving.server.errors import RateLimitError, UnauthenticatedError
 from serving.server.metrics import WARM_UP, EngineMetrics
 from serving.server.registry import State
 from serving.server.settings import Settings
+from tests.closed_form import byte_tokenizer, greedy
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.live_server import running
 
@@ -191,6 +193,27 @@ def test_cors_is_off_unless_an_origin_is_named(engine: DoubleEngine, tmp_path: P
         assert refused.headers["access-control-allow-origin"] == "https://page.example"
         other = client.get("/v1/models", headers={"Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_call_of_many_prompts_waits_as_one_where_nobody_else_does(engine: DoubleEngine, tmp_path: Path) -> None:
+    body = {"prompt": [[65, number % 200] for number in range(150)], "max_tokens": 2, "temperature": 0}
+    with running(app_of(engine, tmp_path, max_prompts=150)) as url, ThreadPoolExecutor() as pool:
+        engine.paused.set()
+        whole = pool.submit(httpx.post, f"{url}/v1/completions", json=body)
+        while engine.stats().waiting_requests < 100:
+            time.sleep(0.01)
+        # Longer than the queue of 2: whoever comes now is refused, a call of many prompts as well as one of one.
+        refused = [httpx.post(f"{url}/v1/completions", json={**body, "prompt": prompt}) for prompt in ("a", ["a"] * 9)]
+        engine.paused.clear()
+        answer = whole.result(60)
+    assert [each.status_code for each in refused] == [429, 429]
+    texts = [choice["text"] for choice in answer.json()["choices"]]
+    assert texts == [byte_tokenizer().decode(greedy(prompt, 2, 257)) for prompt in body["prompt"]]
+    too_many = {**body, "prompt": ["a"] * 151}
+    with running(app_of(engine, tmp_path, max_prompts=150)) as url:
+        assert "at most 150" in httpx.post(f"{url}/v1/completions", json=too_many).json()["error"]["message"]
+        many = httpx.post(f"{url}/v1/completions", json={**body, "n": 100}).json()["error"]
+    assert "over 4096 choices" in many["message"] and many["param"] == "n"
 
 
 def test_a_full_queue_is_a_429_and_what_was_accepted_is_answered(engine: DoubleEngine, tmp_path: Path) -> None:
