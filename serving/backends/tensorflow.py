@@ -10,6 +10,7 @@ import numpy as np
 
 from serving.backends.base import FloatArray, IntArray, check_capacity, check_room, pad_right
 from serving.bundle import Bundle
+from serving.bundle.private_copy import private_copy
 from serving.errors import BundleError
 from serving.protobuf.saved_model_ops import check_saved_model
 from serving.support.tensorflow_import import tf
@@ -34,15 +35,15 @@ class TensorFlowBackend:
         geometry = bundle.manifest.model
         self.name = "savedmodel"
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
-        folder = bundle.path(bundle.graph(GRAPH).path).parent
-        check_saved_model(folder)
-        try:
-            # Kept whole: signatures do not keep the variables that they read alive.
-            self.loaded = tf.saved_model.load(str(folder))
-        except Exception as error:  # Its errors share no narrower base.
-            reason = " ".join(str(error).split())
-            place = folder.relative_to(bundle.folder)
-            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
+        place = bundle.graph(GRAPH).path.rpartition("/")[0]
+        with private_copy(bundle, place) as folder:
+            check_saved_model(folder, bundle.folder / place)
+            try:
+                # Kept whole: signatures do not keep the variables that they read alive.
+                self.loaded = tf.saved_model.load(str(folder))
+            except Exception as error:  # Its errors share no narrower base.
+                reason = " ".join(str(error).split())
+                raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
         self._prefill = self.loaded.signatures["prefill"]
         self._decode = self.loaded.signatures["decode"]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
+from serving.bundle.private_copy import private_copy
 from serving.clients.transport import Transport
 from serving.errors import BundleError, InputError, ServerError
 
@@ -23,16 +24,16 @@ class SessionTransport:
             from serving.protobuf.saved_model_ops import check_saved_model
             from serving.support.tensorflow_import import tf
         self._tf = tf
-        folder = bundle.path(bundle.graph(GRAPH).path).parent
-        check_saved_model(folder)
-        self._session = tf.compat.v1.Session(graph=tf.Graph())
-        try:
-            with self._session.graph.as_default():
-                loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
-        except Exception as error:  # Its errors share no narrower base.
-            reason = " ".join(str(error).split())
-            place = folder.relative_to(bundle.folder)
-            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
+        place = bundle.graph(GRAPH).path.rpartition("/")[0]
+        with private_copy(bundle, place) as folder:
+            check_saved_model(folder, bundle.folder / place)
+            self._session = tf.compat.v1.Session(graph=tf.Graph())
+            try:
+                with self._session.graph.as_default():
+                    loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
+            except Exception as error:  # Its errors share no narrower base.
+                reason = " ".join(str(error).split())
+                raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
         self._signatures = {name: each for name, each in loaded.signature_def.items() if not name.startswith("__")}
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:

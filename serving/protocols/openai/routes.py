@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -23,7 +24,7 @@ from serving.protocols.texts import LONG_TEXT, TooLongError, decode, encode_prom
 from serving.sampling import MAX_SEED, SamplingParams
 from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
-from serving.server.event_queue import beside_if, submit, time_limit
+from serving.server.event_queue import beside_if, submit, time_left, time_limit
 from serving.server.event_stream import EventStream
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.request_bodies import read_body
@@ -41,7 +42,7 @@ async def completions(request: Request) -> Response:
     server: Server = request.app.state.server
     body = await read_body(request, CompletionRequest)
     _check(body, server)
-    limit = time_limit(request, server.settings.request_timeout)
+    limit, began = time_limit(request, server.settings.request_timeout), time.monotonic()
     request_id: str = request.state.request_id
     prompts: list[Prompt] = []
 
@@ -50,7 +51,9 @@ async def completions(request: Request) -> Response:
         if body.logprobs is not None or body.prompt_logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
         long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
-        return await beside_if(long, lambda: make_requests(body, prompts, model, limit, request_id))
+        # Reading prompts and building stop texts count in the request's time.
+        left = time_left(limit, began)
+        return await beside_if(long, lambda: make_requests(body, prompts, model, left, request_id))
 
     try:
         opening = submit(server.registry, model_name(server.registry, body.model), make)

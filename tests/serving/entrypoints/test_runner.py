@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -179,6 +180,30 @@ def test_a_new_version_is_found_by_itself(tmp_path: Path) -> None:
             time.sleep(0.02)
         server.terminate()
         assert server.wait(10) == 0
+
+
+def test_pipes_among_the_versions_do_not_hold_up_the_watch(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "1", "tiny")
+    with process(tmp_path, 0, 5) as (server, url):
+        (tmp_path / "2").mkdir()
+        os.mkfifo(tmp_path / "2" / "manifest.json")
+        write_bundle(tmp_path / "3", "tiny")
+        weights = tmp_path / "3" / "ort/fp32/model.onnx_data"
+        weights.unlink()
+        os.mkfifo(weights)
+        os.mkfifo(tmp_path / "4")
+        time.sleep(0.5)
+        assert post(url)[0] == 200
+        write_bundle(tmp_path / "5", "tiny")
+        deadline = time.monotonic() + 20
+        while '"v5-' not in post(url)[1]:
+            assert time.monotonic() < deadline, "the watch stands still"
+            time.sleep(0.02)
+        server.terminate()
+        assert server.wait(20) == 0
+        assert server.stderr is not None
+        log = server.stderr.read()
+    assert log.count("refused") == 1 and "not a plain file" in log and "Traceback" not in log
 
 
 def test_localhost_is_both_loopback_addresses() -> None:
