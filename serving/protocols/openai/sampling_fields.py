@@ -44,13 +44,15 @@ def _bias(value: Any) -> dict[int, float]:
         raise ValueError(problem)
     if len(value) > MAX_BIASES:
         raise ValueError(f"must have at most {MAX_BIASES} token ids")
-    bias: dict[int, float] = {}
-    for key, amount in value.items():
-        numeric = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-        if not (key.isascii() and key.isdigit() and len(key) <= 10) or not numeric or not abs(amount) <= MAX_BIAS:
-            raise ValueError(problem)
-        bias[int(key)] = float(amount)
-    return bias
+    # Each check runs over all of them without a loop of Python's own, since there may be a vocabulary of them.
+    amounts = list(value.values())
+    ids = all(map(str.isascii, value)) and all(map(str.isdigit, value)) and max(map(len, value), default=0) <= 10
+    if not ids or not set(map(type, amounts)) <= {int, float}:
+        raise ValueError(problem)
+    # Every comparison with a NaN is false, but min and max may overlook one; the sum of all does not.
+    if amounts and not (min(amounts) >= -MAX_BIAS and max(amounts) <= MAX_BIAS and abs(sum(amounts)) >= 0):
+        raise ValueError(problem)
+    return dict(zip(map(int, value), map(float, amounts), strict=True))
 
 
 def _stop_ids(value: Any) -> list[int]:
