@@ -57,7 +57,7 @@ class Core:
         """Take `arrived` in and drop `cancelled`; then one piece of a prompt, one token for every row, or both."""
         began = self._clock()
         self._add(arrived, cancelled, began)
-        self._emit(self._constrained.sample_late(self._flush))
+        self._emit(self._constrained.sample_late())
         read, finished = self._read_prompts(began)
         read_at = self._clock()
         owners, logits = self._decode(may_move=not read)
