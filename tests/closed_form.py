@@ -170,8 +170,15 @@ class ClosedFormSlotBackend:
     cache_bytes = 0
 
     def __init__(
-        self, slots: int = 4, max_length: int = 64, chunk: int = 8, copies: bool = True, vocab_size: int = 257
+        self,
+        slots: int = 4,
+        max_length: int = 64,
+        chunk: int = 8,
+        copies: bool = True,
+        vocab_size: int = 257,
+        scored_tokens: int = 8,
     ) -> None:
+        self.scored_tokens = scored_tokens
         self.slots, self.max_length, self.n_positions = slots, max_length, max_length
         self.copies, self.vocab_size, self._chunk = copies, vocab_size, chunk
         self._tokens = np.full((slots, max_length), -1)
@@ -187,6 +194,12 @@ class ClosedFormSlotBackend:
         assert self._read[slot, :start].all(), "positions that no piece of several tokens of a prompt has made"
         self._tokens[slot, start:end], self._read[slot, start:end] = tokens, len(tokens) > 1 or self._chunk == 1
         return self._logits(slot, end)
+
+    def score_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        assert len(tokens) <= self.scored_tokens
+        self.prefill_chunk(slot, tokens, start)
+        self.calls[-1] = ("score", len(tokens))
+        return np.stack([self._logits(slot, start + count + 1) for count in range(len(tokens))])
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         self._call("decode", len(tokens))

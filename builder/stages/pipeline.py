@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from builder.data.content_hashes import ContentHashes, Inputs, corpus_inputs
-from builder.data.process_map import usable_cores
 from builder.data.transforms import transform_hash
 from builder.model.pretrained import Base, resolve_base
 from builder.progress import Reporter
@@ -26,6 +25,7 @@ from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
+from serving.support.cores import usable_cores
 
 # In the folder of `prepare`: what it read.
 INPUTS = "inputs.json"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.data.file_formats import has_fields
+from builder.data.file_readers import has_fields
 from builder.data.masked_shards import COUNTED, encode_document
 from builder.data.sources import find_sources, read_sources
 from builder.data.tokenizer import load_tokenizer

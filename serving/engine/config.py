@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.bundle import Bundle
-from serving.engine.slot_backend import cache_bytes
+from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
 
 SHARED_CHUNK = 16
@@ -96,5 +96,5 @@ def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> Me
     return MemoryEstimate(
         weights=2 * bundle.graph_size(graph_name),
         cache=cache_bytes(geometry, config.slots, length, dtypes[0] if dtypes else "float32"),
-        logits=(config.slots + 1) * geometry.vocab_size * 4,
+        logits=(config.slots + 1 + scored_tokens(geometry.vocab_size, length)) * geometry.vocab_size * 4,
     )

@@ -24,7 +24,7 @@ from serving.engine.constrained_sequences import ConstrainedSequences
 from serving.engine.device_sampler import needs_logits, sample_there
 from serving.engine.requests import Continuation, Task
 from serving.engine.sampler import Sampled, log_probabilities, sample
-from serving.engine.scheduler import Scheduler
+from serving.engine.scheduler import Scheduler, Work
 from serving.engine.slot_backend import SlotBackend, chooses
 
 _log = logging.getLogger(__name__)
@@ -119,7 +119,10 @@ class Core:
         while budget > 0 and (work := self.scheduler.next(now, budget)) is not None:
             budget = self.scheduler.left(work, budget)
             try:
-                logits = work.run(self._backend)
+                if work.scores:
+                    self._score_chunk(work)
+                # The logits after a prompt's last token come from a call that gives no others: their last bits differ.
+                logits = work.run(self._backend) if not work.scores or (work.ends and work.task.budget) else None
             except Exception as error:
                 self._fail([work.task], error)
                 continue
@@ -164,6 +167,15 @@ class Core:
             self.scheduler.not_moved(copies)
         else:
             self.scheduler.moved(copies)
+
+    def _score_chunk(self, work: Work) -> None:
+        """Read a chunk, and take the log-probabilities of the prompt tokens that follow its tokens."""
+        assert work.slot is not None and work.task.scores is not None
+        logits = self._backend.score_chunk(work.slot.index, work.tokens, work.start)
+        count = work.task.request.prompt_logprobs or 0
+        following = work.task.prompt[work.start + 1 : work.start + 1 + len(work.tokens)]
+        for line, token in zip(logits, following, strict=False):
+            work.task.scores.append(log_probabilities(line, token, count))
 
     def _score(self, owners: list[Continuation | None], logits: FloatArray) -> None:
         """Take the log-probabilities of prompt tokens, and those rows out of `owners`."""

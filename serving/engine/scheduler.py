@@ -23,6 +23,13 @@ class Work:
     slot: Slot | None = None
     tokens: tuple[int, ...] = ()
     start: int = 0
+    scores: bool = False
+    """Whether the logits after each of the tokens are wanted."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the end of its prompt."""
+        return self.slot is not None and self.start + len(self.tokens) == len(self.task.prompt)
 
     def run(self, backend: SlotBackend) -> FloatArray | None:
         """Do it; the logits after the chunk, if it is one."""
@@ -52,7 +59,7 @@ class Scheduler:
         self.backlog = 0
         """Tokens that waiting requests will take at most, prompts included."""
         self._chunk, self._max_batched_tokens, self._copies = chunk, max_batched_tokens, backend.copies
-        self._reuse = reuse
+        self._reuse, self._scored_tokens = reuse, backend.scored_tokens
         self._last_position = backend.max_length - 1
         self._pace = pace
         self._pending: tuple[Copy, ...] = ()
@@ -83,7 +90,7 @@ class Scheduler:
         assert slot is not None and first is not None
         if task.holding and self._copies:
             return Work(task, (Copy(first, slot, len(task.prompt), first.tokens, first.salt),))
-        return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read)
+        return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read, task.scoring)
 
     def _end(self, task: Task, budget: int) -> int:
         """How far the next piece of a prompt goes."""
@@ -97,6 +104,8 @@ class Scheduler:
         prompts = len(self.reading) + min(len(self.waiting), len(self.table.free))
         if self.running:
             budget = min(self._pace.tokens(task.read, prompts), self._max_batched_tokens - len(self.running))
+        if task.scoring:
+            budget = min(budget, self._scored_tokens - 1)
         end = min(last, task.read + max(budget, 2))
         return last if last - end == 1 else end
 
@@ -227,8 +236,8 @@ class Scheduler:
         task.cached = task.read
         for continuation in task.continuations[1:]:
             self.table.reserve(continuation)
-        if task.scoring:
-            # Token by token beside the others, since a chunk gives the logits of its last token only.
+        if task.scoring and not self._scored_tokens:
+            # Token by token beside the others: this backend's chunk gives the logits of its last token only.
             task.first.last = task.prompt[0]
             self.running.append(task.first)
         else:

@@ -189,7 +189,8 @@ class DoubleEngine:
             return None
         logits = logits_after(tokens, self.vocab_size).tolist()
         best = sorted(range(self.vocab_size), key=lambda id: -logits[id])[:top]
-        return Logprobs(logits[token], tuple((id, logits[id]) for id in best))
+        rank = sum(logit >= logits[token] for logit in logits)
+        return Logprobs(logits[token], tuple((id, logits[id]) for id in best), rank)
 
     def _prompt_logprobs(self, request: GenerationRequest) -> tuple[Logprobs | None, ...] | None:
         if request.prompt_logprobs is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -85,6 +86,24 @@ class LogprobsWriter:
         )
 
 
+def prompt_logprobs(
+    names: TokenNames, ids: Sequence[int], scores: Sequence[Logprobs | None], top: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """A prompt's log-probabilities in vLLM's layout: for each token the `top` likeliest and itself, by id."""
+
+    def entry(token: int, value: float, rank: int) -> dict[str, Any]:
+        return {"logprob": value, "rank": rank, "decoded_token": names[token]}
+
+    found: list[dict[str, dict[str, Any]] | None] = []
+    for token, score in zip(ids, scores, strict=True):
+        if score is None:
+            found.append(None)
+            continue
+        likeliest = {str(one): entry(one, value, rank) for rank, (one, value) in enumerate(score.top[:top], 1)}
+        found.append({str(token): entry(token, score.own, score.rank)} | likeliest)
+    return found
+
+
 @dataclass
 class Prompt:
     """One prompt of a request. `echo` is its text where it is to be given back."""
@@ -102,7 +121,12 @@ class ChoiceState:
     index: int
     prompt: Prompt
     writer: LogprobsWriter | None
+    names: TokenNames | None = None
+    """Where log-probabilities are asked for."""
     keep_generated: bool = True
+    prompt_top: int | None = None
+    """How many of the likeliest tokens to report at each place of the prompt; None reports nothing of it."""
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
     ids: list[int] | None = None
     """Ids of the tokens since the last call of `take`, where they are asked for."""
     text: str = ""
@@ -129,6 +153,9 @@ class ChoiceState:
 
     def on_prompt(self, event: PromptEvent) -> None:
         """The prompt has been read."""
+        if self.prompt_top is not None and self.names is not None:
+            ids, scores = self.prompt.ids, event.logprobs or ()
+            self.prompt_logprobs = prompt_logprobs(self.names, ids, scores, self.prompt_top)
         if self.prompt.echo is None:
             return
         self._add(self.prompt.echo)
@@ -172,4 +199,6 @@ class ChoiceState:
         }
         if self.ids is not None:
             found["token_ids"], self.ids = self.ids, []
+        if self.prompt_top is not None:
+            found["prompt_logprobs"] = self.prompt_logprobs
         return found

@@ -33,7 +33,7 @@ from serving.server.state import Server
 from serving.server.tracing import COMPLETION, start_span
 
 DEFAULT_MAX_TOKENS = 16
-_ENGINE_FIELDS = {"prompt", "n", "logprobs"} | {each.name for each in fields(SamplingParams)}
+_ENGINE_FIELDS = {"prompt", "n", "logprobs", "prompt_logprobs"} | {each.name for each in fields(SamplingParams)}
 
 
 async def completions(request: Request) -> Response:
@@ -48,7 +48,7 @@ async def completions(request: Request) -> Response:
 
     async def make(model: ServedModel) -> list[GenerationRequest]:
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
-        if body.logprobs is not None:
+        if body.logprobs is not None or body.prompt_logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
         grammar = None if wanted is None else await compile_grammar(model.engine, wanted[1], wanted[0])
         long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
@@ -109,8 +109,10 @@ def _check(body: CompletionRequest, server: Server) -> None:
         raise FieldError("suffix is not supported: GPT-2 continues text only at its end; leave it out", "suffix")
     if body.best_of is not None and body.best_of != n:
         raise FieldError(f"best_of is {body.best_of}; only what n is, {n}, is supported", "best_of")
-    if body.max_tokens == 0 and not body.echo:
-        raise FieldError("max_tokens is 0; that takes 'echo': true, or ask for at least 1", "max_tokens")
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise FieldError("max_tokens is 0; that takes 'echo' or 'prompt_logprobs', or ask for at least 1", "max_tokens")
+    if body.prompt_logprobs is not None and body.stream:
+        raise FieldError("prompt_logprobs is not given in streams; leave out 'stream'", "prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise FieldError("stream_options takes 'stream': true", "stream_options")
     if len(body.prompt) > server.settings.max_prompts:
@@ -157,6 +159,13 @@ def _prompt_only(body: CompletionRequest, model: ServedModel) -> bool:
     return body.max_tokens == 0 and "prompt_only" not in model.engine.unsupported
 
 
+def _prompt_top(body: CompletionRequest) -> int | None:
+    """How many of the likeliest tokens the engine is to report for each token of a prompt; None scores no prompt."""
+    echoed = body.logprobs if body.echo else None
+    asked = [top for top in (echoed, body.prompt_logprobs) if top is not None]
+    return max(asked, default=None)
+
+
 def make_requests(
     body: CompletionRequest,
     prompts: list[Prompt],
@@ -191,7 +200,7 @@ def make_requests(
             params=params,
             n=body.n or 1,
             logprobs=body.logprobs,
-            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs=_prompt_top(body),
             prompt_only=_prompt_only(body, model),
             timeout=limit,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",

@@ -80,6 +80,10 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = Field(
         None, description="How many of the likeliest tokens to report."
     )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = Field(
+        None,
+        description="Report the prompt's tokens, and this many of the most likely at each position; not in streams.",
+    )
     suffix: str | None = Field(None, description="Not supported; GPT-2 continues text only at its end.")
 
 
@@ -92,6 +96,14 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(description="Where the token begins, in characters of the choice's text.")
 
 
+class PromptLogprob(BaseModel):
+    """A token at one place of a prompt."""
+
+    logprob: float = Field(description="Nats.")
+    rank: int = Field(description="1 is the likeliest.")
+    decoded_token: str
+
+
 class Choice(BaseModel):
     """One continuation, or the next piece of it."""
 
@@ -101,6 +113,9 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = Field(description="The stop text or token id that ended it; null at its end token.")
     token_ids: list[int] | None = Field(None, description="Where asked for; without those of the prompt.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        None, description="Where asked for: by token id, for each token of the prompt but the first."
+    )
 
 
 class PromptTokensDetails(BaseModel):

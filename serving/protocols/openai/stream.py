@@ -35,12 +35,15 @@ class Run:
 
     def __post_init__(self) -> None:
         engine, body = self.model.engine, self.body
+        names = None if body.logprobs is None and body.prompt_logprobs is None else token_names(engine)
         self.n = body.n or 1
         self.choices = [
             ChoiceState(
                 index=index * self.n + continuation,
                 prompt=prompt,
-                writer=None if body.logprobs is None else LogprobsWriter(token_names(engine), body.logprobs),
+                writer=None if names is None or body.logprobs is None else LogprobsWriter(names, body.logprobs),
+                names=names,
+                prompt_top=body.prompt_logprobs,
                 keep_generated=body.max_tokens != 0,
                 ids=[] if body.return_token_ids else None,
             )

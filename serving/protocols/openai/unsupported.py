@@ -21,7 +21,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (),
     "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
     "prompt_embeds": (),
     "allowed_token_ids": (),
     "bad_words": (),
@@ -78,7 +77,6 @@ _INSTEAD = {
     "stop_sequences": "stop",
     "do_sample": "temperature",
     "n_probs": "logprobs",
-    "prompt_logprobs": "echo with logprobs",
 }
 
 

@@ -28,7 +28,7 @@ def bundle(real_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The optimised graph; `fetches` counts how often its logits were asked for."""
+    """The optimized graph; `fetches` counts how often its logits were asked for."""
     loaded: Any = load_backend(bundle, "onnx")
     loaded.fetches = 0
     fetch = loaded.logits

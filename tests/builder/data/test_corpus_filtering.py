@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.data import curation
+from builder.data import corpus_filtering
 from builder.data.cleaning import trim
-from builder.data.curation import Tally, boilerplate_lines, curate
+from builder.data.corpus_filtering import Tally, boilerplate_lines, filter_documents
 from builder.data.deduplication import count_bands, shingles
 from builder.data.documents import Document
 from builder.recipe import CleaningRecipe, CorpusRecipe, Recipe
 
-HEADER = "Licensed to you under the terms of the licence."
+HEADER = "Licensed to you under the terms of the license."
 
 
 def run(texts: list[str], folder: Path, **settings: object) -> tuple[list[str], Tally]:
@@ -31,7 +31,7 @@ def run(texts: list[str], folder: Path, **settings: object) -> tuple[list[str], 
     tally = Tally()
     documents = (Document(str(number), text) for number, text in enumerate(texts))
     recipe = Recipe(corpus=corpus, cleaning=cleaning)
-    kept = [document.text for document, _ in curate(documents, recipe, folder / "scratch", tally)]
+    kept = [document.text for document, _ in filter_documents(documents, recipe, folder / "scratch", tally)]
     assert not (folder / "scratch").exists()
     return kept, tally
 
@@ -94,7 +94,7 @@ def test_bounded_counting_never_takes_a_rare_line(documents: list[list[str]], le
     exact = {line for line in "abcdefghij" if sum(line in lines for lines in documents) >= least}
     assert boilerplate_lines(texts, least, 1) == exact
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(curation, "_COUNTED_LINES", 3)
+        patch.setattr(corpus_filtering, "_COUNTED_LINES", 3)
         assert boilerplate_lines(texts, least, 1) <= exact
 
 

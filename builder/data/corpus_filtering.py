@@ -88,7 +88,7 @@ class Chunk:
     signatures: Signatures | None = None
 
 
-def curate(
+def filter_documents(
     documents: Iterable[Document], recipe: Recipe, scratch: Path, tally: Tally, workers: int = 1
 ) -> Generator[tuple[Document, float]]:
     """Yield the documents that are kept, cleaned, each with its `share`.

@@ -1,4 +1,4 @@
-"""The one door to the slots: a batch function with one thread, so that no two steps ever run at once.
+"""The batch queue of the slots: a batch function with one thread, so that no two steps ever run at once.
 
 TensorFlow runs a batch with the cancellation of the call that came last into it. A batch whose last caller has given
 up is dropped before it starts, or ends after the iteration of its loop that is under way. Its calls then end without
@@ -20,11 +20,11 @@ _QUEUED = 10_000
 _PAUSE = 0.01
 
 
-def enter(door: str, function: Any, rows: Sequence[Any], most: int, wait: float = 0.0) -> Any:
-    """Run `function` on `rows`, merged with those of other calls at the same `door`; return the op, for order.
+def run_in_batch(queue: str, function: Any, rows: Sequence[Any], most: int, wait: float = 0.0) -> Any:
+    """Run `function` on `rows`, merged with those of other calls in the same `queue`; return the op, for order.
 
     Args:
-        door: names the door within the servable. Where several ops share it, they share one queue and one thread.
+        queue: names the queue within the servable. Ops with the same name share one queue and one thread.
         function: a concrete function of tensors like `rows`, which returns one tensor with the same first axis.
         rows: tensors whose first axes, 1 to `most`, and whose other axes are equal among all calls.
         most: rows that one batch has at most.
@@ -40,18 +40,18 @@ def enter(door: str, function: Any, rows: Sequence[Any], most: int, wait: float 
         batch_timeout_micros=int(wait * 1e6),
         max_enqueued_batches=_QUEUED,
         container="",
-        shared_name=door,
-        batching_queue=door,
+        shared_name=queue,
+        batching_queue=queue,
         enable_large_batch_splitting=False,
     )
-    # The op is not declared stateful: without its outputs read, the optimiser would leave it out.
+    # The op is not declared stateful: without its outputs read, the optimizer would leave it out.
     output.op._set_attr("_grappler_do_not_remove", AttrValue(b=True))
     return output.op
 
 
-def pause(door: str) -> Any:
-    """Wait 10 ms without a thread or a core; return the op. `door` as in `enter`, and another one."""
+def pause(queue: str) -> Any:
+    """Wait 10 ms without a thread or a core; return the op. `queue` as in `run_in_batch`, with a name of its own."""
     spec = [tf.TensorSpec([None], tf.int32)]
     with tf.init_scope():
         function = tf.function(lambda row: row, input_signature=spec, autograph=False).get_concrete_function()
-    return enter(door, function, [tf.zeros([1], tf.int32)], _QUEUED, _PAUSE)
+    return run_in_batch(queue, function, [tf.zeros([1], tf.int32)], _QUEUED, _PAUSE)
