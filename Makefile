@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is not Python 3.11 to 3.13; set PYTHON=/path/to/one" >&2; exit 1; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,guided,dev]'
 	@touch $(INSTALLED)
 
 bundle: $(INSTALLED) ## Text to verified bundle in dist/ (RECIPE=, BASE=, CORPUS=, OUTPUT=).

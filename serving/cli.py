@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print its contents."),
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
     "serve": ("serving.commands.serve:serve", "Serve a bundle over HTTP and gRPC, with continuous batching."),
+    "batch": ("serving.commands.batch:batch", "Answer a file of requests in OpenAI's batch format; resumable."),
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure the perplexity of a bundle on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "deploy": ("serving.commands.deploy:deploy", "Write a folder from which TensorFlow Serving serves a bundle."),

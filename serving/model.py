@@ -17,6 +17,7 @@ from serving.engine.api import MAX_LOGPROBS, Logprobs
 from serving.engine.sampler import log_probabilities
 from serving.errors import InputError
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import Grammar, StructuredOutput, TokenConstraint
 from serving.sampling.detokenizer import TextStream, TokenBytes, load_tokenizer
 from serving.support.suggestions import did_you_mean
 
@@ -135,20 +136,39 @@ class Model:
         return completions if several else completions[0]
 
     def stream(
-        self, prompt: str, params: SamplingParams | None = None, *, logprobs: int | None = None, **sampling: Any
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        logprobs: int | None = None,
+        grammar: Grammar | None = None,
+        **sampling: Any,
     ) -> CompletionStream:
         """Continue one prompt and iterate over its text as it is generated; see `generate` for the arguments.
 
-        The errors of `generate` are raised here, not at the first part.
+        With a `grammar` from `compile`, the text follows it, and ends where nothing may follow. The errors of
+        `generate` are raised here, not at the first part; a part may raise ConstraintError.
         """
         params = _params(params, sampling)
-        builder = self._builder(prompt, params, logprobs)
+        constraint = None if grammar is None else grammar.start()
+        builder = self._builder(prompt, params, logprobs, constraint)
         on_logits = None if logprobs is None else lambda row, token, logits: builder.score(token, logits)
         return CompletionStream(
-            builder, generation.stream(self.backend, builder.prompt, params, self._eos, on_logits=on_logits)
+            builder, generation.stream(self.backend, builder.prompt, params, self._eos, on_logits, constraint)
         )
 
-    def _builder(self, text: str, params: SamplingParams, logprobs: int | None) -> _Builder:
+    def compile(self, structured: StructuredOutput) -> Grammar:
+        """Compile what generated text must be, for `stream`.
+
+        Raises InputError for what is not valid or too complex, and RuntimeMissingError without the extra 'guided'.
+        """
+        from serving.sampling.grammars import GrammarCompiler
+
+        return GrammarCompiler(self.tokenizer, self.bundle.manifest.model.vocab_size, self._eos).compile(structured)
+
+    def _builder(
+        self, text: str, params: SamplingParams, logprobs: int | None, constraint: TokenConstraint | None = None
+    ) -> _Builder:
         if not isinstance(text, str):
             raise InputError(f"a prompt is {type(text).__name__}; it must be a text")
         if logprobs is not None and (isinstance(logprobs, bool) or not 0 <= logprobs <= MAX_LOGPROBS):
@@ -158,7 +178,7 @@ class Model:
         except UnicodeError:
             raise InputError("a prompt is not valid Unicode text; remove its lone surrogates") from None
         prompt = self.tokenizer.encode(text, add_special_tokens=False).ids or [self._eos]
-        return _Builder(prompt, params, logprobs, self._token_bytes, self._eos)
+        return _Builder(prompt, params, logprobs, self._token_bytes, self._eos, constraint)
 
 
 def load(
@@ -183,9 +203,15 @@ class _Builder:
     """One completion while it is generated."""
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, logprobs: int | None, token_bytes: TokenBytes, eos: int
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        logprobs: int | None,
+        token_bytes: TokenBytes,
+        eos: int,
+        constraint: TokenConstraint | None,
     ) -> None:
-        self.prompt = prompt
+        self.prompt, self._constraint = prompt, constraint
         self._ends = params.end_ids(eos)
         self._stream = TextStream(token_bytes, params.stop_automaton)
         self._wanted = logprobs or 0
@@ -218,6 +244,7 @@ class _Builder:
     def completion(self) -> Completion:
         """What there is by now."""
         ended = self._stream.stopped or (bool(self._token_ids) and self._token_ids[-1] in self._ends)
+        ended = ended or (self._constraint is not None and self._constraint.done)
         logprobs = None if self._logprobs is None else tuple(self._logprobs)
         return Completion(
             text="".join(self._text),

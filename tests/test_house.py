@@ -26,7 +26,7 @@ LAYERS = {
         "engine",
         "generation clients",
         "backends",
-        "sampling deploy",
+        "sampling deploy chat",
         "bundle protobuf",
         "support errors",
     ),

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from serving.commands.param_types import Seed
-from serving.errors import InputError, printable
+from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import MAX_TEXT, StructuredOutput
 from serving.support.json_line import json_line
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
@@ -108,6 +109,15 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
 )
+@click.option(
+    "--json-schema",
+    metavar="FILE|TEXT",
+    help="Make the output JSON that follows this schema, a file or the schema itself.  [default: any text]",
+)
+@click.option("--regex", metavar="PATTERN", help="Make the whole output match this regular expression.")
+@click.option(
+    "--choice", "choices", multiple=True, metavar="TEXT", help="Make the output one of these texts. May be repeated."
+)
 def generate(
     bundle: Path,
     prompt: str,
@@ -117,6 +127,9 @@ def generate(
     as_json: bool,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    choices: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in the folder BUNDLE and print the continuation.
@@ -125,12 +138,21 @@ def generate(
     Put '--' before a PROMPT that begins with a dash.
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
+    wanted = _wanted(json_schema, regex, choices)
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
     from serving.model import load
 
-    stream = load(bundle, graph=graph, runtime=runtime, device=device).stream(text, params)
+    model = load(bundle, graph=graph, runtime=runtime, device=device)
+    grammar = None
+    if wanted is not None:
+        option, structure = wanted
+        try:
+            grammar = model.compile(structure)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
+    stream = model.stream(text, params, grammar=grammar)
     began = time.perf_counter()
     for part in stream:
         if not as_json:
@@ -159,6 +181,43 @@ def _read_bias(text: str) -> tuple[int, float]:
         return int(token), float(value)
     except ValueError:
         raise InputError(f"--logit-bias is {text!r}; write ID=VALUE, such as 50256=-100") from None
+
+
+def _wanted(
+    json_schema: str | None, regex: str | None, choices: tuple[str, ...]
+) -> tuple[str, StructuredOutput] | None:
+    """What the text must be, and the option that says so. Raises InputError for two of them, or one that is wrong."""
+    given = [
+        option
+        for option, value in (("--json-schema", json_schema), ("--regex", regex), ("--choice", choices or None))
+        if value is not None
+    ]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} both say what the text must be; leave one out")
+    try:
+        if json_schema is not None:
+            return given[0], StructuredOutput("json_schema", _read_schema(json_schema))
+        if regex is not None:
+            return given[0], StructuredOutput("regex", regex)
+        return given[0], StructuredOutput("choice", choices=choices)
+    except InputError as error:
+        raise InputError(f"{given[0]}: {error}") from None
+
+
+def _read_schema(schema: str) -> str:
+    """`schema` itself if it is a JSON object, or else what the file of that name holds."""
+    if schema.lstrip().startswith("{"):
+        return schema
+    try:
+        with Path(schema).open("rb") as file:
+            return file.read(4 * MAX_TEXT + 1).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"the file {cut(schema)!r} cannot be read ({reason}); name a file, or write the schema"
+        ) from None
 
 
 def _read_prompt(prompt: str) -> str:

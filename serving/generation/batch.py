@@ -13,6 +13,7 @@ from serving.backends.base import Backend, FloatArray
 from serving.errors import InputError
 from serving.generation.token_selection import Chooser, HostSteps, open_steps
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import TokenConstraint
 
 OnLogits = Callable[[int, int, FloatArray], None]
 
@@ -83,21 +84,26 @@ def stream(
     params: SamplingParams,
     eos_token_id: int,
     on_logits: OnLogits | None = None,
+    constraint: TokenConstraint | None = None,
 ) -> Iterator[int]:
     """Continue one prompt and give each token id as soon as it is chosen, the one that ends it included.
 
-    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token.
+    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token. With a
+    `constraint`, only what it allows is chosen, the text also ends where it is done, and the iterator may raise
+    ConstraintError.
     """
     budget = token_budget("prompt 0", prompt, params, backend.vocab_size, backend.n_positions)
     ends = params.end_ids(eos_token_id)
 
     def tokens() -> Iterator[int]:
         wanted = on_logits is not None
-        for row, token, logits in _steps(backend, [prompt], [params], [budget], [True], eos_token_id, wanted):
+        for row, token, logits in _steps(
+            backend, [prompt], [params], [budget], [True], eos_token_id, wanted, constraint
+        ):
             if on_logits is not None and logits is not None:
                 on_logits(row, token, logits)
             yield token
-            if token in ends:
+            if token in ends or (constraint is not None and constraint.done):
                 return
 
     return tokens()
@@ -161,14 +167,16 @@ def _steps(
     live: list[bool],
     eos_token_id: int,
     with_logits: bool,
+    constraint: TokenConstraint | None = None,
 ) -> Iterator[tuple[int, int, FloatArray | None]]:
     """Give (row, token, its logits) for each new token; the caller ends a row by setting its `live` to False.
 
-    The logits are None without `with_logits`.
+    The logits are None without `with_logits`. `constraint` is that of a single prompt.
     """
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
     # Only these steps bring logits to the host.
-    host = HostSteps(backend, Chooser(prompts, params, eos_token_id), prompts, capacity) if with_logits else None
+    chooser = Chooser(prompts, params, eos_token_id, constraint)
+    host = HostSteps(backend, chooser, prompts, capacity) if with_logits or constraint is not None else None
     steps = host or open_steps(backend, prompts, params, capacity, eos_token_id)
     for step in itertools.count():
         rows = np.flatnonzero(live)
@@ -176,7 +184,7 @@ def _steps(
         for row in rows.tolist():
             # Before the caller sees the token, so that the caller's own verdict is the last word.
             live[row] = step + 1 < budgets[row]
-            yield row, int(tokens[row]), None if host is None else host.logits[row]
+            yield row, int(tokens[row]), host.logits[row] if host is not None and with_logits else None
         if not any(live):
             return
         steps.feed(tokens)

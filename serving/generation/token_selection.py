@@ -13,6 +13,7 @@ import numpy as np
 from serving.backends.base import Backend, ChoosingBackend, FloatArray, IntArray, Request
 from serving.generation.device_loop import LoopSteps
 from serving.sampling import SamplingParams, choose, uniform
+from serving.sampling.constraints import TokenConstraint, choose_allowed
 from serving.sampling.penalties import History
 
 # Among how many tokens a row without top-k is looked for on the device, and the most that a row with it may ask for.
@@ -59,8 +60,13 @@ class Chooser:
     """What a batch's rows ask for, as arrays, and what they have said so far."""
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_token_id: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        eos_token_id: int | None = None,
+        constraint: TokenConstraint | None = None,
     ) -> None:
+        self._params, self._constraint = params, constraint
         self._temperature = np.array([each.temperature for each in params], np.float32)
         self._top_k = np.array([each.top_k for each in params], np.int64)
         self._top_p = np.array([each.top_p for each in params], np.float32)
@@ -80,6 +86,10 @@ class Chooser:
         """The next tokens of `rows`, here: `logits` is [len(rows), vocab_size]."""
         if not self._history.empty:
             logits = self._history.edits.apply(logits, rows)
+        if self._constraint is not None:
+            params = self._params[0]
+            token = choose_allowed(logits[0], self._constraint.allowed(), params, params.seed, step)
+            return np.array([token], np.int64)
         every = (self._temperature, self._top_k, self._top_p, self._seed)
         temperature, top_k, top_p, seed = (each[rows] for each in every)
         return choose(logits, temperature, top_k, top_p, seed, np.full(len(rows), step), self._min_p[rows])
@@ -107,6 +117,8 @@ class Chooser:
         if not self._history.empty:
             for row in rows.tolist():
                 self._history.add(row, int(tokens[row]))
+        if self._constraint is not None:
+            self._constraint.accept(int(tokens[0]))
 
 
 class HostSteps:

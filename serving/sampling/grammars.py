@@ -18,7 +18,7 @@ INSTALL = "structured output needs llguidance; install it with: pip install 'gpt
 _WHITESPACE = r" |\n {0,32}"
 # A mask that takes longer than these allow ends its own sequence. The library's defaults are two to ten times as high.
 _LIMITS: dict[str, Any] = {
-    "max_items_in_row": 1000,
+    "max_items_in_row": 2000,
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,
@@ -93,7 +93,10 @@ class GrammarCompiler:
             case "regex":
                 source = matcher.grammar_from_regex(wanted.text)
             case "choice":
-                source = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choices)
+                # A terminal, which the lexer matches: as alternatives of a rule, many would be too many for the parser.
+                source = "start: CHOICE\nCHOICE: " + " | ".join(
+                    json.dumps(text, ensure_ascii=False) for text in wanted.choices
+                )
             case "grammar":
                 if wanted.text.lstrip().startswith("{"):
                     raise InputError("a grammar is in Lark or GBNF syntax, not JSON")

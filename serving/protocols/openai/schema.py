@@ -1,8 +1,8 @@
-"""The bodies of the OpenAI completions protocol and of vLLM's /tokenize and /detokenize, as pydantic models."""
+"""The bodies of the OpenAI completions protocol and of vLLM's /detokenize, as pydantic models."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
@@ -56,6 +56,11 @@ Texts = Annotated[
 
 class CompletionRequest(SamplingFields):
     """A prompt to continue."""
+
+    default_max_tokens: ClassVar[int | None] = 16
+    """None is what the context has room for."""
+    prompt_field: ClassVar[str] = "prompt"
+    """What errors of the prompt name."""
 
     prompt: Annotated[
         Prompts,
@@ -170,15 +175,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelCard]
-
-
-class TokenizeRequest(RequestBody):
-    """Text to turn into token ids."""
-
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = Field(None, description="Ignored: GPT-2 adds none.")
-    return_token_strs: bool | None = None
 
 
 class Tokens(BaseModel):
