@@ -25,9 +25,9 @@ class Pace:
         return self._tokens
 
     def stepped(self, read: int, start: int, reading: float, other: float) -> None:
-        """Record a step that decoded: seconds of its prefill chunk, `read` tokens after `start`, and of the rest.
+        """Record a step that decoded: seconds of its prefill chunk and of the rest.
 
-        `read` is 0 for a decode-only step.
+        The chunk had `read` tokens after `start`; 0 means a decode-only step.
         """
 
 

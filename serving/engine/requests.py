@@ -55,8 +55,8 @@ class Continuation:
 class Task:
     """A request, from its submission to the end of its last sequence.
 
-    `holding` sequences have the whole prompt in their slots. The next one has its first `read` tokens. `scores` are the
-    prompt's log-probabilities as far as they are known, or None if the request does not want them.
+    `holding` sequences have the whole prompt in their slots. The next one has its first `read` tokens.
+    `scores` are the prompt's log-probabilities as far as they are known, or None if the request does not want them.
     """
 
     request: GenerationRequest

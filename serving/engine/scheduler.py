@@ -77,7 +77,7 @@ class Scheduler:
         return max(self._max_batched_tokens, self._chunk)
 
     def next(self, now: float, budget: int) -> Work | None:
-        """The next prefill, of at most `budget` tokens, or None. Call `done` or `release` before the next call."""
+        """The next prefill, of at most `budget` tokens, or None; call `done` or `release` after it."""
         while not self.reading and self._admit(now):
             pass
         if not self.reading:
@@ -110,7 +110,7 @@ class Scheduler:
         return last if last - end == 1 else end
 
     def left(self, work: Work, budget: int) -> int:
-        """The rest of the step's budget after `work`: 0 while sequences decode, since each call reads all weights."""
+        """The budget after `work`: 0 while sequences decode, since each call reads all weights."""
         if self.running:
             return 0
         return budget - (self._chunk if work.copies else len(work.tokens))
@@ -126,7 +126,7 @@ class Scheduler:
             self._pace.stepped(len(piece.tokens), piece.start, reading, other)
 
     def done(self, work: Work) -> bool:
-        """Record that `work` ran; return whether every sequence of the request now holds the prompt and can `begin`."""
+        """Record that `work` ran; return whether all sequences of the request hold the prompt and can `begin`."""
         task = work.task
         for copy in work.copies:
             self.table.copied(copy)

@@ -106,7 +106,7 @@ class Grammar(Protocol):
 def choose_allowed(
     line: NDArray[np.float32], allowed: NDArray[np.int64], params: SamplingParams, seed: int, step: int
 ) -> int:
-    """The token that `serving.sampling.choose` takes if all but `allowed` have a logit of minus infinity in `line`.
+    """The token that `serving.sampling.choose` takes if all logits of `line` but the allowed are minus infinity.
 
     Only allowed logits are looked at: sorting a vocabulary most of which is impossible takes milliseconds. Raises
     ConstraintError if bias leaves no allowed token.

@@ -1,4 +1,4 @@
-"""Sampling of one token from one row of logits among its top candidates, as `serving.sampling.choose` defines it.
+"""Sampling of one token from the top candidates of a row, as `serving.sampling.choose` defines it.
 
 A row of GPT-2 has 50,257 logits, and sorting them takes as long as a decode step. The sampled token nearly always is
 among the top candidates, and sums that need no sorting prove whether it is.
@@ -24,7 +24,7 @@ def draw_token(
     min_p: np.float32,
     draw: np.float32,
 ) -> int:
-    """The token of `line` [vocab] that the random number `draw` in [0, 1) selects, at a temperature above 0."""
+    """The token of `line` [vocab] that `draw` in [0, 1) selects, at a temperature above 0."""
     if 0 < top_k < len(line):
         ids = _likeliest(line, top_k)[:top_k]
         return _draw(ids, _weights(line[ids], temperature), top_p, min_p, draw)
