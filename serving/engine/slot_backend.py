@@ -38,7 +38,7 @@ class SlotBackend(Protocol):
     """Tokens that one `score_chunk` may take, at least 3; 0 where it may not be called."""
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
-        """Append `tokens` (at least one) behind the first `start` positions of `slot`; the logits after the last of
+        """Append `tokens` (at least one) after the first `start` positions of `slot`; the logits after the last of
         them, [vocab_size] float32. The next call may write into the same memory.
 
         The KV cache and the logits depend only on the tokens, and on which chunks had a single token. They have the

@@ -57,7 +57,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the output; unlike a stop text, the token is part of it."""
     min_tokens: int = 0
-    """No token that ends the generation, the end-of-text token or one of `stop_token_ids`, is chosen before so many."""
+    """Minimum number of tokens before the end-of-text token or one of `stop_token_ids` can be sampled."""
     ignore_eos: bool = False
     """Continue after the end-of-text token."""
 

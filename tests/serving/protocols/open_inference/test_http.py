@@ -224,7 +224,7 @@ def test_packed_bodies(client: httpx.Client) -> None:
         ("br", plain, 415, "gzip or deflate"),
         ("gzip", plain, 400, "cannot be unpacked"),
         ("gzip", gzip.compress(plain)[:-4], 400, "too early"),
-        ("gzip", gzip.compress(plain) + b"!", 400, "goes on behind its end"),
+        ("gzip", gzip.compress(plain) + b"!", 400, "continues after its end"),
         ("gzip", b"", 400, "too early"),
         ("gzip", bomb, 413, "when it is unpacked"),
     ):
