@@ -36,7 +36,7 @@ def generation_loop(
 
     def body(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
         count = tf.fill([batch], tf.cast(step, tf.int64))
-        token = tf.where(active, sample_token(logits, *sampling, count), end)
+        token = tf.where(active, sample_token(logits, *sampling, step=count), end)
         output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
         made += tf.cast(active, tf.int32)
         active = active & (token != end) & (made < budget)

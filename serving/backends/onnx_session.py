@@ -87,7 +87,7 @@ def open_session(
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(provider, cuda_options(number, captured)), *providers]
     try:
-        # Without its fallback, which prints several lines and goes on on the processor.
+        # Without its fallback, which prints several lines and continues on the CPU.
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no narrower base.
         reason = " ".join(str(error).split())
@@ -98,7 +98,7 @@ def open_session(
             ) from None
         raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
     if session.get_providers()[0] != provider:
-        # Its libraries are not there, or there is no such device: ONNX Runtime goes on without, but for a warning.
+        # Its libraries are not there, or there is no such device: ONNX Runtime only warns and continues without it.
         raise RuntimeMissingError(
             f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
         )

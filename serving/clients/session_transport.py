@@ -15,7 +15,7 @@ from serving.errors import InputError, ServerError
 
 
 class SessionTransport:
-    """The SavedModel of a bundle behind `serving.clients.transport.Transport`, with variables of its own."""
+    """The SavedModel of a bundle as a `serving.clients.transport.Transport`, with variables of its own."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""

@@ -1,4 +1,4 @@
-"""`gpt2-bundle serve`: a bundle behind OpenAI's protocol and others, until a signal says to end."""
+"""`gpt2-bundle serve`: serve a bundle by OpenAI's protocol and others, until a signal."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def serve(bundle: Path, **options: Any) -> None:
     companions = _companions(server, options)
 
     def announce(url: str, model: ServedModel) -> None:
-        with contextlib.suppress(OSError):  # Nobody reads it, which keeps nobody from being served.
+        with contextlib.suppress(OSError):  # A closed standard output does not stop the server.
             click.echo(f"serving {model.name} version {model.version} at {url}")
 
     address = Address(options["host"], options["port"], certificate, key)

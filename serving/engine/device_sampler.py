@@ -1,4 +1,4 @@
-"""The next token of every row, chosen where the logits are, and fetched logits for rows whose token is not certain."""
+"""Sampling on the device, with the logits fetched only for rows whose token is not certain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def needs_logits(owners: Sequence[Continuation | None]) -> bool:
 def sample_there(backend: ChoosingSlotBackend, owners: Sequence[Continuation | None]) -> list[Sampled]:
     """What `sample` gives for the rows of the backend's last `advance`, none of which needs logits."""
     choice = backend.choose(_request(owners, backend.vocab_size))
-    # A row that is nobody's, or was given up, holds whatever it holds.
+    # An idle row has arbitrary values.
     sure = [owner if exact else None for owner, exact in zip(owners, choice.exact.tolist(), strict=True)]
     unsure = [None if exact else owner for owner, exact in zip(owners, choice.exact.tolist(), strict=True)]
     found = [

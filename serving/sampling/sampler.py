@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: greedily, or by temperature, top-k, top-p and min-p with a counted seed.
+"""Sampling of the next token from logits: greedy, or by temperature, top-k, top-p and min-p with a counted seed.
 
 The same seed and step give the same random number in every runtime and every batch, because the number is a hash of
 the two and not the state of a generator. Everything here is written so that the same steps can be taken in TensorFlow.
@@ -35,31 +35,31 @@ class SamplingParams:
     max_new_tokens: int = 64
     """Tokens to generate at most, at least 1."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above 0, logits are divided by it before sampling. At most 1000."""
+    """0 takes the most likely token; above 0, it divides the logits before sampling. At most 1000."""
     top_k: int = 0
-    """Sample among this many likeliest tokens; 0 means among all."""
+    """Sample among this many most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Sample among the fewest likeliest tokens that together reach this probability; above 0, at most 1."""
+    """Sample among the fewest most likely tokens that together reach this probability; above 0, at most 1."""
     min_p: float = 0.0
-    """Sample among tokens at least this share as likely as the likeliest; 0 to 1, 0 means among all."""
+    """Exclude tokens less likely than this share of the most likely one; 0 to 1, 0 excludes none."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or continuation; from 0.01 to 100."""
+    """Divides positive and multiplies negative logits of tokens in prompt or output; from 0.01 to 100."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that the continuation has; from -2 to 2."""
+    """Subtracted from the logits of tokens in the output; from -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit once for each time that the continuation has it; from -2 to 2."""
+    """Subtracted from a token's logit once for each occurrence in the output; from -2 to 2."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids with what is added to their logits, from -100 to 100; a mapping or pairs, each id once."""
+    """Values added to the logits of token ids, from -100 to 100; a mapping or pairs, each id once."""
     seed: int = 0
     """From 0 to 2^63 - 1; equal seeds give equal tokens."""
     stop: tuple[str, ...] = ()
-    """Text that ends the generation and is not part of it."""
+    """Texts that end the output and are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the generation; unlike a stop text, the token itself counts and is given out."""
+    """Token ids that end the output; unlike a stop text, the token is part of it."""
     min_tokens: int = 0
-    """No token that ends the generation, the end-of-text token or one of `stop_token_ids`, is chosen before so many."""
+    """Minimum number of tokens before the end-of-text token or one of `stop_token_ids` can be sampled."""
     ignore_eos: bool = False
-    """Go on after the end-of-text token."""
+    """Continue after the end-of-text token."""
 
     def __post_init__(self) -> None:
         _set_integer(self, "max_new_tokens", 1, 2**31 - 1)
@@ -187,7 +187,7 @@ def choose(
     step: ArrayLike,
     min_p: ArrayLike = 0.0,
 ) -> NDArray[np.int64]:
-    """Choose one token id a row: `logits` is [rows, vocab] float32, the rest and the result are [rows].
+    """Sample one token id for each row: `logits` is [rows, vocab] float32, the rest and the result are [rows].
 
     Temperature 0 takes the greatest logit, the lowest id among equals. Otherwise, in this order:
 

@@ -30,7 +30,7 @@ class Generation:
     """Requests of one call under way, from `loop`'s thread; their events come in batches, in order.
 
     An event is (which request, event). The engine's thread wakes the loop once for all that has come since it last
-    looked, so a loop that is behind does less work for each token and not more. With `whole`, only the end of a
+    looked, so a late loop does less work for each token. With `whole`, only the end of a
     continuation wakes it.
     """
 
@@ -69,7 +69,7 @@ class Generation:
             self._events.append((index, event))
             if not self._notified and (not self._whole or type(event) is FinishEvent):
                 self._notified = True
-                with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
+                with contextlib.suppress(RuntimeError):  # The loop is closed.
                     self._loop.call_soon_threadsafe(self._wake)
 
         return listen
@@ -191,7 +191,7 @@ async def with_model(
 def time_limit(request: Request, default: float | None) -> float | None:
     """Seconds that a request may take: what its header X-Request-Timeout asks for, at most `default`.
 
-    Raises FieldError if the header is no number above 0.
+    Raises FieldError if the header is not a number above 0.
     """
     text = request.headers.get(TIMEOUT_HEADER)
     if text is None:

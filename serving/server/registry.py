@@ -88,7 +88,7 @@ class ServedModel:
 
 @dataclass
 class ModelRegistry:
-    """Versions by model. Any thread may ask, and nobody sees the middle of a swap."""
+    """Versions by model. Any thread may call it, and a swap is atomic."""
 
     _models: dict[str, dict[int, ServedModel]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)

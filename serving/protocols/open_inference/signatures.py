@@ -1,4 +1,4 @@
-"""The signatures that the Open Inference Protocol offers, and a request for one: checked here, run beside.
+"""The signatures that the Open Inference Protocol offers, and a request for one: checked here, run elsewhere.
 
 A request names a signature by its parameter `signature_name`; without it, it is "generate", whose tensors have the
 names of Triton's generate extension and whose options are those of OpenAI's completions, with the same defaults.

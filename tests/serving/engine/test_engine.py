@@ -209,7 +209,7 @@ def test_what_can_never_be_served_is_refused_at_once() -> None:
         ([257], {}, "the prompt has the token id 257"),
         ([1], {"logit_bias": {300: 1.0}}, "the logit_bias of the prompt has the token id 300"),
         ([1], {"stop_token_ids": [300]}, "the stop_token_ids of the prompt has the token id 300"),
-        ([1], {"n": 3}, "n is 3, but only 2 continuations"),
+        ([1], {"n": 3}, "n is 3, but this server decodes 2 sequences"),
     ]:
         with pytest.raises(InputError, match=message):
             engine.submit(prompt, **fields)
