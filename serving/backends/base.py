@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
+from serving.sampling.parameters import SamplingRows
 from serving.sampling.penalties import Edits
 
 FloatArray = NDArray[np.float32]
@@ -47,15 +48,12 @@ class Backend(Protocol):
 
 @dataclass
 class Request:
-    """What each row of a batch asks of the next choice, all [rows]; `draw` is its random number in [0, 1).
+    """What each row of a batch asks of the next choice; `draw` [rows] is its random number in [0, 1).
 
     `candidates` is among how many of the likeliest tokens the choice is looked for.
     """
 
-    temperature: FloatArray
-    top_k: IntArray
-    top_p: FloatArray
-    min_p: FloatArray
+    sampling: SamplingRows
     draw: FloatArray
     edits: Edits
     candidates: int

@@ -29,7 +29,7 @@ _PROGRESS_SECONDS = 10.0
         click.option("--concurrency", type=click.IntRange(1, 4096),
                      help="Maximum number of requests in flight.  [default: twice --max-num-seqs]"),
         click.option("--max-body", default="4MiB", show_default=True, type=Size(),
-                     help="Maximum size of a request body. A line with a larger one becomes an error."),
+                     help="Maximum size of a body; a larger one becomes an error."),
         click.option("--memory-budget", type=Size(), help="Maximum memory of the model.  [default: the machine's available memory]"),
     ]
 )  # fmt: skip
