@@ -20,7 +20,7 @@ def generation_loop(
     token_ids: Any,
     lengths: Any,
     max_new_tokens: Any,
-    *sampling: Any,
+    sampling: tuple[Any, Any, Any, Any],
 ) -> dict[str, Any]:
     """Continue prompts [batch, width] that have been checked; return `token_ids` [batch, longest] and `lengths`.
 
@@ -36,7 +36,7 @@ def generation_loop(
 
     def body(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
         count = tf.fill([batch], tf.cast(step, tf.int64))
-        token = tf.where(active, sample_token(logits, *sampling, step=count), end)
+        token = tf.where(active, sample_token(logits, *sampling, count), end)
         output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
         made += tf.cast(active, tf.int32)
         active = active & (token != end) & (made < budget)

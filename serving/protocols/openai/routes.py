@@ -24,7 +24,7 @@ from serving.protocols.openai.sampling_fields import SamplingFields
 from serving.protocols.openai.schema import CompletionRequest
 from serving.protocols.openai.stream import Run, stream
 from serving.protocols.texts import LONG_TEXT, TooLongError, encode_prompts
-from serving.sampling import MAX_SEED, SamplingParams
+from serving.sampling import DECLARATIONS, MAX_SEED, SamplingParams
 from serving.sampling.constraints import Grammar
 from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
@@ -215,7 +215,7 @@ def make_requests(
     tokens = body.max_tokens if body.max_tokens is not None else body.default_max_tokens
     if tokens is None:
         tokens = model.engine.n_positions - max(len(prompt.ids) for prompt in prompts)
-    values: dict[str, Any] = {
+    values = {each.name: getattr(body, each.wire) for each in DECLARATIONS.values()} | {
         "max_new_tokens": max(1, tokens),
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_k": None if body.top_k is None else max(0, body.top_k),
@@ -224,9 +224,6 @@ def make_requests(
         "logit_bias": tuple(body.logit_bias.items()),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
     }
-    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
-        values[name] = getattr(body, name)
-    values["ignore_eos"] = body.ignore_eos
     if (body.min_tokens or 0) > tokens:
         raise FieldError(f"min_tokens is {body.min_tokens}, over max_tokens, {tokens}; lower it", "min_tokens")
     try:
