@@ -1,1 +1,1 @@
-"""Programs that answer one question each; the answers are in docs/decisions.md and docs/benchmarks.md."""
+"""Programs that answer one question each; the answers are in docs/decisions/ and docs/benchmarks.md."""

@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 
 LEAST = 16
-"""Tokens of a piece: with fewer, prompts take ever longer and steps hardly less (docs/decisions.md)."""
+"""Tokens of a piece: with fewer, prompts take ever longer and steps hardly less (docs/decisions/engine.md)."""
 _WEIGHTS = 24
 """Tokens that cost as much as reading all weights, keys and values once. Measured; what is far from it converges more
 slowly, since each piece's cost is measured as a whole."""
@@ -35,7 +35,7 @@ class BoundedPace(Pace):
     """As many tokens as keep a step's time at about `slowdown` times that of one that reads nothing, LEAST to `most`.
 
     Of several prompts to be read each allows as much again, and LEAST tokens more: they wait for one another, so what
-    running texts gain by shorter pieces is lost many times in front of them (docs/decisions.md).
+    running texts gain by shorter pieces is lost many times in front of them (docs/decisions/engine.md).
 
     A piece of k tokens behind p positions is taken to cost (24 + k) (a + b p) seconds. a and b are fitted to the pieces
     that were read, by least squares whose weights fall by 5 % a piece, so they follow the machine and its load. What a

@@ -46,7 +46,8 @@ class Scheduler:
     Prompts are read one at a time. While continuations decode, each step reads one piece, as long as `pace` says, or
     makes one copy, beside them; otherwise as many chunks as `max_batched_tokens` hold, in one piece. Numbers do not
     depend on the load: a product's row is the same among any number of rows but one, so wherever prompts are cut, no
-    piece is a single token but the last one, and that if it is alone in its chunk of `chunk` (docs/decisions.md).
+    piece is a single token but the last one, and that if it is alone in its chunk of `chunk`
+    (docs/decisions/engine.md).
     """
 
     def __init__(
