@@ -68,7 +68,7 @@ def figures(repeat: Repeat, objectives: Objectives) -> dict[str, float | None]:
 
 
 def comparison(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
-    """The best of a figure and each other target compared with it, or None for fewer than two that have it in every repeat.
+    """Return the best target of a figure and each other one compared with it; None for fewer than two with the figure.
 
     `rows` is target to its figures, repeat by repeat. `best` has the best median; `winner` is it if it is better than
     every other beyond the noise, else null; `over_best` maps each other target to the median of its ratios to the best,
