@@ -114,14 +114,14 @@ class CleaningRecipe:
 
     html: bool = _key(False, "Strip HTML's tags, scripts and styles, and decode its entities.")
     invisible: bool = _key(False, "Remove control characters, terminal sequences and zero-width characters.")
-    unicode: str = _key("none", "Unicode normalisation form.", choices=("none", "NFC", "NFKC"))
+    unicode: str = _key("none", "Unicode normalization form.", choices=("none", "NFC", "NFKC"))
     symbols: str = _key(
         "keep",
         "Rows of four or more equal symbols, and of box drawing: shorten them (collapse) or take them out (drop).",
         choices=("keep", "collapse", "drop"),
     )
     boilerplate_documents: int = _key(
-        0, "Remove lines that stand in at least this many documents, such as licence headers; 0 keeps all.", low=0
+        0, "Remove lines that stand in at least this many documents, such as license headers; 0 keeps all.", low=0
     )
     boilerplate_characters: int = _key(20, "Lines shorter than this are never boilerplate.", low=1)
     white_space: str = _key(
@@ -287,7 +287,7 @@ class ExportRecipe:
     """What a bundle holds beside the float32 graphs, which are always there."""
 
     variants: tuple[str, ...] = _key(
-        ("int8", "int4"), "Further precisions of the optimised graph, under ort/.", choices=("fp16", "int8", "int4")
+        ("int8", "int4"), "Further precisions of the optimized graph, under ort/.", choices=("fp16", "int8", "int4")
     )
     int8_caches: tuple[str, ...] = _key(
         ("int8", "int4"),

@@ -2,7 +2,7 @@
 
 The files are tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json
 and config.json. They are read as transformers 5 reads them; where two of them name different ids for one role, nothing
-is guessed. docs/checkpoints.md says for every field whether it is honoured, checked or refused.
+is guessed. docs/checkpoints.md says for every field whether it is honored, checked or refused.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -85,6 +87,12 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = (), extra: Sequence[str] 
     return tokenizer
 
 
+def chat_files(template: Any, **settings: Any) -> dict[str, bytes]:
+    """The file of a bundle that has a chat template."""
+    table = {"eos_token": END, "bos_token": END, "chat_template": template, **settings}
+    return {"tokenizer_config.json": json.dumps(table).encode()}
+
+
 def geometry(vocab_size: int = 257, n_positions: int = 64) -> Geometry:
     """A tiny GPT-2's sizes, the end token last in the vocabulary."""
     return Geometry(
@@ -128,8 +136,8 @@ def graphs() -> dict[str, Graph]:
     }
 
 
-def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
-    """Write a bundle whose graphs are arbitrary bytes and whose tokenizer is `byte_tokenizer`."""
+def write_bundle(folder: Path, name: str = "tiny", extra: Mapping[str, bytes] | None = None) -> Manifest:
+    """Write a bundle whose graphs are arbitrary bytes and whose tokenizer is `byte_tokenizer`, and `extra` files."""
     files = {
         "README.md": b"# tiny\n",
         "ort/fp32/model.onnx": name.encode() * 3,
@@ -137,6 +145,7 @@ def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
         "savedmodel/1/saved_model.pb": b"\x08\x01",
         "savedmodel/1/variables/variables.index": b"",
         "tokenizer.json": byte_tokenizer().to_str().encode(),
+        **(extra or {}),
     }
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +179,15 @@ class ClosedFormSlotBackend:
     cache_bytes = 0
 
     def __init__(
-        self, slots: int = 4, max_length: int = 64, chunk: int = 8, copies: bool = True, vocab_size: int = 257
+        self,
+        slots: int = 4,
+        max_length: int = 64,
+        chunk: int = 8,
+        copies: bool = True,
+        vocab_size: int = 257,
+        scored_tokens: int = 8,
     ) -> None:
+        self.scored_tokens = scored_tokens
         self.slots, self.max_length, self.n_positions = slots, max_length, max_length
         self.copies, self.vocab_size, self._chunk = copies, vocab_size, chunk
         self._tokens = np.full((slots, max_length), -1)
@@ -187,6 +203,12 @@ class ClosedFormSlotBackend:
         assert self._read[slot, :start].all(), "positions that no piece of several tokens of a prompt has made"
         self._tokens[slot, start:end], self._read[slot, start:end] = tokens, len(tokens) > 1 or self._chunk == 1
         return self._logits(slot, end)
+
+    def score_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        assert len(tokens) <= self.scored_tokens
+        self.prefill_chunk(slot, tokens, start)
+        self.calls[-1] = ("score", len(tokens))
+        return np.stack([self._logits(slot, start + count + 1) for count in range(len(tokens))])
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         self._call("decode", len(tokens))

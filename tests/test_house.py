@@ -20,13 +20,13 @@ LAYERS = {
     "serving": (
         "cli",
         "commands",
-        "entrypoints",
+        "entrypoints model",
         "protocols",
         "server",
         "engine",
         "generation clients",
         "backends",
-        "sampling deploy",
+        "sampling deploy chat",
         "bundle protobuf",
         "support errors",
     ),
@@ -174,7 +174,8 @@ def test_the_contract_needs_only_the_standard_library(place: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("serving", "tensorflow onnxruntime llguidance"),
+        ("serving", "tensorflow onnxruntime llguidance numpy tokenizers"),
+        ("serving.model", "tensorflow onnxruntime"),
         ("serving.engine.engine, serving.commands.generate, serving.protocols.openai.routes", "llguidance onnxruntime"),
         ("serving.clients.session_transport", "tensorflow"),
         ("builder.stages.pipeline", "tensorflow onnx onnxruntime"),

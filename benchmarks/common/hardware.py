@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from serving.support.cores import usable_cores as usable_cores
+
 _PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy", "tokenizers", "rensa")
 _CORES = Path("/sys/devices/system/cpu")
 # Far larger than any cache, so that every pass comes from memory.
@@ -70,11 +72,6 @@ class ComputeProbe:
             best = max(best, 2 * _SIDE**3 / (time.perf_counter() - began))
         self.samples.append(best)
         return best
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def busy_seconds() -> float:

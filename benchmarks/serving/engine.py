@@ -20,9 +20,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common.bundle_targets import read_text
-from benchmarks.common.decode_step import cut_prompts
 from benchmarks.common.hardware import environment
+from benchmarks.common.held_out_text import cut_prompts, read_text
 from benchmarks.common.standalone import run
 from benchmarks.common.statistics import summarise
 from benchmarks.serving.bare import bare

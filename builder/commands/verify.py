@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from builder.commands.options import make_run, recipe_options
 from serving.errors import InputError
+from serving.support.json_line import json_line
 
 
 @click.command()
@@ -57,4 +58,4 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
         detail = f", largest logit difference {table['every_step']['max_abs']:.1e}" if table else ""
         reporter.line(f"{name}: {record['equal']:,} of {record['of']:,} greedy tokens equal{detail}")
     if as_json:
-        click.echo(json.dumps(certificate))
+        click.echo(json_line(certificate))

@@ -18,7 +18,7 @@ from typing import Any
 
 from builder.data.docstrings import read_functions
 from builder.data.documents import END, FRAME, PROMPT, RESPONSE, Document, Segment
-from builder.data.file_formats import (
+from builder.data.file_readers import (
     NotTextError,
     Skipped,
     checked_label,

@@ -23,11 +23,6 @@ Result = TypeVar("Result")
 _CHUNKS_ALONE = 8
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_in_order(function: Callable[[Chunk], Result], chunks: Iterable[Chunk], workers: int) -> Iterator[Result]:
     """Yield `function` of each chunk, in order; it, the chunks and the results are pickled.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from builder.data.chinese_sentences import read_chinese_sentences
 from builder.data.docstrings import read_docstrings
 from builder.data.documents import Document
-from builder.data.file_formats import Skipped, kind_of, kinds, read_records
+from builder.data.file_readers import Skipped, kind_of, kinds, read_records
 from builder.data.instructions import read_function_instructions, read_instructions
 from builder.recipe import CorpusRecipe, InstructionRecipe
 from serving.errors import InputError

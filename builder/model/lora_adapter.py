@@ -72,7 +72,7 @@ class LoraAdapter:
         return f"{self._folder.name} (LoRA, rank {self._config.get('r')}, {len(self._factors)} matrices)"
 
     def merged(self, name: str, weight: Any) -> Any:
-        """Return `weight` [inputs, outputs], named as in Hugging Face without "transformer.", with what was learnt."""
+        """Return `weight` [inputs, outputs], named as in Hugging Face without "transformer.", with what was learned."""
         if name in self._whole:
             return self._finite(self._whole[name]).reshape(weight.shape)
         factors = self._factors.get(name)

@@ -1,4 +1,4 @@
-"""Graphs that take several steps without the host: an optimised graph with the choice of the token, fed back to itself.
+"""Graphs that take several steps without the host: an optimized graph with the choice of the token, fed back to itself.
 
 Each is a variant's `model.onnx` with nodes behind the logits that choose the next token (`greedy`, or `sample` as in
 `ort/choose`), keep it, and advance position and attention mask; it reads the same data file. What a step leaves is the
@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from builder.onnx_export.graph_builder import GraphBuilder
-from builder.onnx_export.sampling_graph import add_choice
+from builder.onnx_export.sampling_graph import add_sampling
 
 KINDS = ("greedy", "sample")
 # Among how many tokens a sampled one is looked for; where a row needs more it is not exact.
@@ -83,7 +83,7 @@ def _sampled(b: GraphBuilder, logits: str, place: str, vocab_size: int) -> tuple
     candidates = b.constant([count], np.int64, "candidates")
     places = b.constant(np.arange(count), np.int64, "places")
     draw = b.node("GatherElements", "draws", place, axis=1)
-    chosen = add_choice(b, logits, draw, candidates, places, vocab_size)
+    chosen = add_sampling(b, logits, draw, candidates, places, vocab_size)
     return chosen.token, chosen.exact
 
 

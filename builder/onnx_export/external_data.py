@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-from builder.model.safetensors_file import clone_or_copy, tensor_ranges
+from builder.model.safetensors_file import WeightFile, clone_or_copy
 from builder.onnx_export.trace import TracedGraph
 
 EXTERNAL_DATA = "model.onnx_data"
@@ -25,14 +25,14 @@ def write_graph(traced: TracedGraph, weights: Path, path: Path) -> onnx.ModelPro
     """
     graph = onnx.ModelProto()
     graph.CopyFrom(traced.model)
-    ranges = tensor_ranges(weights)
+    tensors = WeightFile(weights)
     weight_names = set(traced.weight_names)
     kept = []
     for value in graph.graph.input:
         if value.name not in weight_names:
             kept.append(value)
             continue
-        offset, length = ranges[value.name]
+        offset, length = tensors.byte_range(value.name)
         tensor = graph.graph.initializer.add(
             name=value.name,
             data_type=value.type.tensor_type.elem_type,

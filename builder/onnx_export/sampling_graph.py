@@ -26,7 +26,7 @@ IR_VERSION = 10
 MARGIN = 2.0**-17
 
 
-def choose_model(vocab_size: int) -> onnx.ModelProto:
+def sampling_model(vocab_size: int) -> onnx.ModelProto:
     """The graph for logits of `vocab_size`; docs/format.md says what goes in and out."""
     b = GraphBuilder()
     one = b.constant([1], np.int64)
@@ -39,7 +39,7 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
     logits = b.node("ScatterElements", flat, "edit_ids", edited, axis=1)
     places = b.node("Range", b.constant(0, np.int64), b.node("Squeeze", "candidates"), b.constant(1, np.int64))
     draw = b.node("Unsqueeze", "draw", one)
-    chosen = add_choice(b, logits, draw, "candidates", places, vocab_size)
+    chosen = add_sampling(b, logits, draw, "candidates", places, vocab_size)
     b.name(chosen.token, "token")
     b.name(b.node("Squeeze", chosen.exact, one), "exact")
     b.name(chosen.values, "candidate_logits")
@@ -54,8 +54,8 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Names of what `add_choice` computes, [batch, 1] but for `values` and `ids`, [batch, candidates]."""
+class SampledToken:
+    """Names of what `add_sampling` computes, [batch, 1] but for `values` and `ids`, [batch, candidates]."""
 
     token: str
     exact: str
@@ -64,7 +64,9 @@ class Chosen:
     everything: str
 
 
-def add_choice(b: GraphBuilder, logits: str, draw: str, candidates: str, places: str, vocab_size: int) -> Chosen:
+def add_sampling(
+    b: GraphBuilder, logits: str, draw: str, candidates: str, places: str, vocab_size: int
+) -> SampledToken:
     """Add the choice among the `candidates` ([1] int64) likeliest of `logits` [batch, vocab_size].
 
     `draw` is [batch, 1], `places` the numbers from 0 to candidates - 1; temperature, top_k, top_p and min_p are the
@@ -144,7 +146,7 @@ def add_choice(b: GraphBuilder, logits: str, draw: str, candidates: str, places:
     exact = b.node("And", finite, b.node("Or", greedy, b.node("And", decidable, found)))
     index = b.node("Where", b.node("And", exact, b.node("Not", greedy)), index, b.constant([[0]], np.int64))
 
-    return Chosen(b.node("GatherElements", ids, index, axis=1), exact, values, ids, everything)
+    return SampledToken(b.node("GatherElements", ids, index, axis=1), exact, values, ids, everything)
 
 
 def _inputs(vocab_size: int) -> list[Any]:
@@ -174,9 +176,9 @@ def _outputs() -> list[Any]:
     ]
 
 
-def write_choose(vocab_size: int, path: Path) -> onnx.ModelProto:
+def write_sampling_graph(vocab_size: int, path: Path) -> onnx.ModelProto:
     """Write the graph to `path` and return it."""
-    model = choose_model(vocab_size)
+    model = sampling_model(vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(path))
     return model

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.data.content_hashes import ContentHashes, Inputs, corpus_inputs
-from builder.data.process_map import usable_cores
 from builder.data.transforms import transform_hash
-from builder.model.pretrained import local_base
+from builder.model.pretrained import Base, resolve_base
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.run_folder import STAMP, is_done, refusals_named, refuse_strangers, run_stage, stage_key
@@ -26,6 +25,7 @@ from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
+from serving.support.cores import usable_cores
 
 # In the folder of `prepare`: what it read.
 INPUTS = "inputs.json"
@@ -75,12 +75,15 @@ class Run:
         return transform_hash(self.recipe.corpus.transform) if self.recipe.corpus.transform else ""
 
     @cached_property
-    def base(self) -> Inputs | str:
-        """The files of a base checkpoint in a local folder, as `corpus`; else its name."""
-        base = local_base(self.recipe.model.base) if self.recipe.model.base else None
-        if base is None:
-            return self.recipe.model.base
-        return self.hashes.all_of((path.name, path) for path in base.files() if path.is_file())
+    def base_parts(self) -> Base | None:
+        """Where the base checkpoint lies: in its folder, or in the hub's cache."""
+        return resolve_base(self.recipe.model.base) if self.recipe.model.base else None
+
+    @cached_property
+    def base(self) -> Inputs:
+        """The files of the base checkpoint, as `corpus`; empty from scratch."""
+        base = self.base_parts
+        return self.hashes.all_of((path.name, path) for path in base.files()) if base else []
 
     def prepare_key(self) -> str:
         """Of the texts, of all that decides what becomes of them, and of the base that brings the tokenizer."""

@@ -96,7 +96,7 @@ def prepare(
     report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size) + _again(ran))
     shards = [(folder / "tokens" / name).with_suffix(".bin") for name in (TRAIN, VALIDATION)]
     tokens_key = stage_key(key, "tokens")
-    half_done = tuple(shard.with_suffix(ending).name for shard in shards for ending in (".bin", ".progress"))
+    half_done = tuple(shard.with_suffix(ending).name for shard in shards for ending in (".bin", ".mask", ".progress"))
     run_stage(
         folder / "tokens",
         tokens_key,
@@ -140,13 +140,18 @@ def _make_corpus(recipe: Recipe, folder: Path, workers: int, check: Callable[[],
 
 
 def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequence[Path], key: str) -> None:
-    limits: dict[str, Any] = {"max_tokens": recipe.corpus.max_tokens, "trim": recipe.corpus.trim, "end_token": end}
+    limits: dict[str, Any] = {
+        "max_tokens": recipe.corpus.max_tokens,
+        "trim": recipe.corpus.trim,
+        "end_token": end,
+        "resume_key": key,
+    }
     for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
         source = shard.parent.parent / "corpus" / name
         if recipe.instruction.is_set:
             count = write_masked_tokens(read_file(source), tokenizer, shard, **limits)
         else:
-            count = write_tokens(iter_texts(source), tokenizer, shard, **limits, resume_key=key)
+            count = write_tokens(iter_texts(source), tokenizer, shard, **limits)
         if not count:
             raise InputError(
                 f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
@@ -182,7 +187,7 @@ def _make_tokenizer(recipe: Recipe, base: CheckedBase | None, folder: Path, repo
 
 
 def _texts_to_learn(path: Path) -> Iterator[str]:
-    """The texts that a vocabulary is learnt from; a plain document is one run."""
+    """The texts that a vocabulary is learned from; a plain document is one run."""
     for document in read_file(path):
         # The end token inside a chat is no text.
         yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))

@@ -107,7 +107,7 @@ def _train(
     """Make the model, fit it and write what `train` says, on the devices whose scope is open."""
     from builder.keras_backend import keras
     from builder.model.safetensors_file import write_safetensors
-    from builder.training.freezing import choose_trainable
+    from builder.training.freezing import set_trainable
     from builder.training.samples import Continuations
     from builder.training.trainer import LanguageModel, exported_row, fit, layer_precision
 
@@ -125,7 +125,7 @@ def _train(
     about = [f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}"]
     trainable = 0
     if settings.epochs:
-        choose_trainable(model, settings)
+        set_trainable(model, settings)
         trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
         if settings.lora_rank or settings.freeze:
             about.append(adapter_line(settings, trainable, geometry.parameters))

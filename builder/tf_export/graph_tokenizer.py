@@ -40,6 +40,10 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
             self.pair_together = _table(tables.pair_together)
             self.token_bytes = _table(tables.token_bytes)
 
+    def added_text(self, token_id: int) -> str | None:
+        """Return the text of an added token, such as `<|endoftext|>`; None for any other id."""
+        return next((text for text, added in self._added.items() if added == token_id), None)
+
     def encode(self, text: Any) -> Any:
         """Return the token ids of `text` [batch] string, a ragged tensor [batch, (tokens)] int32.
 
@@ -71,7 +75,7 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
         """Where a word of GPT-2's pattern, or an added token, begins: [characters] bool.
 
         The pattern is 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+. Each of its
-        decisions shows in the neighbouring characters, so no regular expression is needed.
+        decisions shows in the neighboring characters, so no regular expression is needed.
         """
         begins, covered, cut = self._added_tokens(points, row)
         # A part is what the pattern is run on: a row, or what lies between added tokens.

@@ -1,7 +1,7 @@
 """GPT-2's target-dependent operations in the SavedModel: plain TensorFlow ops on caches that a step writes in.
 
 Hidden states are kept as [rows, n_embd], so that a dense layer is one MatMul with its bias, which TensorFlow's graph
-optimiser fuses. No op here needs XLA or anything that stock TensorFlow Serving does not link.
+optimizer fuses. No op here needs XLA or anything that stock TensorFlow Serving does not link.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class ServableKernels(Kernels):
 
     def layer_norm(self, layer: Any, hidden: Any) -> Any:
         mean = tf.reduce_mean(hidden, axis=-1, keepdims=True)
-        centred = hidden - mean
-        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        centered = hidden - mean
+        variance = tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True)
         scale = tf.math.rsqrt(variance + self.geometry.layer_norm_epsilon)
-        return centred * (scale * tf.convert_to_tensor(layer.gamma)) + tf.convert_to_tensor(layer.beta)
+        return centered * (scale * tf.convert_to_tensor(layer.gamma)) + tf.convert_to_tensor(layer.beta)
 
     def attention(self, layer: int, qkv: Any, training: bool) -> Any:
         shape = [self.batch, self.sequence, 3, self.geometry.n_head, self.geometry.head_dim]

@@ -1,6 +1,6 @@
 """Freed memory, kept by the process for its next use.
 
-A training step allocates and frees as much as all weights, optimiser states and logits take. glibc gives blocks of that
+A training step allocates and frees as much as all weights, optimizer states and logits take. glibc gives blocks of that
 size back to the system at once, which hands them out again page by page, each cleared anew.
 """
 

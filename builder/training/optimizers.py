@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, as a recipe describes them."""
+"""Optimizers and learning-rate schedules, as a recipe describes them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
 
 
 class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """`schedule` for an optimiser that counts `parts` calls of each update: Keras asks with the number of calls."""
+    """`schedule` for an optimizer that counts `parts` calls of each update: Keras asks with the number of calls."""
 
     def __init__(self, schedule: Any, parts: int) -> None:
         self.schedule, self.parts = schedule, parts
@@ -121,7 +121,7 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
     Muon (Jordan et al., 2024) orthogonalises the momentum of each block's matrices; scaled as by Liu et al. (2025,
     arXiv:2502.16982), one rate means updates of AdamW's size. AdamW fits what is no matrix, and the embeddings.
 
-    With `recipe.accumulation` of k, the optimiser is called k times an update. Keras moves the average of the weights
+    With `recipe.accumulation` of k, the optimizer is called k times an update. Keras moves the average of the weights
     (`recipe.ema`) at every call, so its momentum is the k-th root of the recipe's.
     """
     parts = recipe.accumulation
@@ -159,7 +159,7 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
 
 @contextlib.contextmanager
 def averaged(model: Any, optimizer: Any) -> Iterator[None]:
-    """Give `model` the moving average of its weights inside the block, if the optimiser keeps one."""
+    """Give `model` the moving average of its weights inside the block, if the optimizer keeps one."""
     if not optimizer.use_ema:
         yield
         return

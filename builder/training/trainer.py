@@ -156,7 +156,7 @@ def _run(
     interval: int,
     watch: Watch,
 ) -> None:
-    """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
+    """Take the steps that are left, calling the optimizer `recipe.accumulation` times in each."""
     # On several devices Keras joins them in the middle of a step, where XLA cannot.
     one_device = model.distribute_strategy.num_replicas_in_sync == 1
     model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile and one_device)

@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_choices(
+def compare_sampling(
     backend: OnnxBackend, prompts: Sequence[Sequence[int]], candidates: NDArray[np.int64], batch_size: int
 ) -> dict[str, dict[str, int]]:
     """Choose at every step of `candidates`, [prompts, new tokens], on both sides and under each of SETTINGS.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> A
     return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), *parse_device(device))
 
 
-def open_graph(bundle: Bundle, graph_name: str, device: str, threads: int | None) -> Any:
+def open_graph(
+    bundle: Bundle, graph_name: str, device: str, threads: int | None, edit: Callable[[bytes], bytes] | None = None
+) -> Any:
     """A session of one of the manifest's graphs, such as "ort/int8"; see `open_session`.
 
     Raises BundleError too if the file's tensors are not those that the manifest says, and RuntimeMissingError if ONNX
     Runtime is too old for the graph.
     """
     _check_version(bundle, graph_name)
-    session = open_session(bundle, bundle.graph(graph_name).path, device, threads)
+    session = open_session(bundle, bundle.graph(graph_name).path, device, threads, edit=edit)
     problem = _tensor_problem(bundle, graph_name, session)
     if problem:
         raise BundleError(f"{bundle.folder}: the graph {graph_name!r} {problem}; {ADVICE}")
@@ -57,8 +59,17 @@ def _check_version(bundle: Bundle, graph_name: str) -> None:
         )
 
 
-def open_session(bundle: Bundle, path: str, device: str, threads: int | None, captured: bool = False) -> Any:
+def open_session(
+    bundle: Bundle,
+    path: str,
+    device: str,
+    threads: int | None,
+    captured: bool = False,
+    edit: Callable[[bytes], bytes] | None = None,
+) -> Any:
     """A session of the ONNX file `path` of `bundle` on `device`, "cpu" or "cuda:N"; `captured` by CUDA graphs.
+
+    `edit` changes the model in memory, after its hash was checked.
 
     Raises RuntimeMissingError if ONNX Runtime does not run on the device, BundleError if it cannot load the file.
     """
@@ -67,6 +78,7 @@ def open_session(bundle: Bundle, path: str, device: str, threads: int | None, ca
     options = ort.SessionOptions()
     # The weights must live until the session has copied them.
     graph, weights = _read_graph(bundle, path)
+    graph = graph if edit is None else edit(graph)
     _give_weights(options, weights, bundle.path(path).parent)
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -1,4 +1,4 @@
-"""`gpt2-bundle generate`: continue one prompt, on the terminal as it comes or as one line of JSON."""
+"""`gpt2-bundle generate`: continue one prompt, as text while it is generated or as one line of JSON."""
 
 from __future__ import annotations
 
@@ -22,67 +22,102 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option("--runtime", default="onnx", show_default=True, metavar="NAME", help="onnx or tensorflow.")
-@click.option("--graph", metavar="NAME", help="A graph by its name in the manifest, such as ort/int8.")
 @click.option(
-    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N, for ONNX Runtime."
+    "--runtime", default="onnx", show_default=True, metavar="NAME", help="Run the model in onnx or tensorflow."
 )
-@click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
 @click.option(
-    "--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token each time."
+    "--graph",
+    metavar="NAME",
+    help="Run this ONNX graph, by its name in the manifest, such as ort/int8.  [default: ort/fp32]",
 )
-@click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
-@click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="NAME", help="Run ONNX Runtime on cpu, cuda or cuda:N."
+)
+@click.option(
+    "--max-new-tokens",
+    default=_DEFAULTS["max_new_tokens"],
+    show_default=True,
+    help="Maximum number of tokens to generate.",
+)
+@click.option(
+    "--temperature",
+    default=_DEFAULTS["temperature"],
+    show_default=True,
+    help="Divide the logits by this value before sampling; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-k",
+    default=_DEFAULTS["top_k"],
+    show_default=True,
+    help="Sample among the k most likely tokens; 0 considers all.",
+)
+@click.option(
+    "--top-p",
+    default=_DEFAULTS["top_p"],
+    show_default=True,
+    help="Sample among the fewest tokens that together reach this probability; 1 considers all.",
+)
 @click.option(
     "--min-p",
     default=_DEFAULTS["min_p"],
     show_default=True,
-    help="Leave out what is less likely than this share of the likeliest.",
+    help="Exclude tokens less likely than this share of the most likely one; 0 excludes none.",
 )
 @click.option(
     "--repetition-penalty",
     default=_DEFAULTS["repetition_penalty"],
     show_default=True,
-    help="Above 1, tokens that came, prompt too, come less.",
+    help="Values above 1 make tokens already in the prompt or the output less likely; 1 changes nothing.",
 )
 @click.option(
     "--presence-penalty",
     default=_DEFAULTS["presence_penalty"],
     show_default=True,
-    help="Taken from the logit of each token generated.",
+    help="Subtract this from the logit of each token already in the output; 0 changes nothing.",
 )
 @click.option(
     "--frequency-penalty",
     default=_DEFAULTS["frequency_penalty"],
     show_default=True,
-    help="The same, for each time that it came.",
+    help="Subtract this once for each occurrence in the output; 0 changes nothing.",
 )
 @click.option(
-    "--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; may be given several times."
+    "--logit-bias",
+    multiple=True,
+    metavar="ID=VALUE",
+    help="Add VALUE to the logit of the token ID. May be repeated.  [default: none]",
 )
 @click.option(
-    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
+    "--seed",
+    type=Seed(),
+    default=_DEFAULTS["seed"],
+    show_default=True,
+    help="Seed of the random numbers: equal seeds give equal text; -1 takes a new one.",
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="End the output before this text. May be repeated.  [default: none]"
+)
 @click.option(
     "--stop-token-id",
     "stop_token_ids",
     type=int,
     multiple=True,
     metavar="ID",
-    help="End at this token; may be given several times.",
+    help="End the output after this token. May be repeated.  [default: none]",
 )
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token.  [default: end there]")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
+)
 @click.option(
     "--json-schema",
     metavar="FILE|TEXT",
-    help="Make the text JSON that follows this schema, a file or the schema itself.",
+    help="Make the output JSON that follows this schema, a file or the schema itself.  [default: any text]",
 )
-@click.option("--regex", metavar="PATTERN", help="Make the whole text match this regular expression.")
+@click.option("--regex", metavar="PATTERN", help="Make the whole output match this regular expression.")
 @click.option(
-    "--choice", "choices", multiple=True, metavar="TEXT", help="Make the text one of these; give several times."
+    "--choice", "choices", multiple=True, metavar="TEXT", help="Make the output one of these texts. May be repeated."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
 def generate(
     bundle: Path,
     prompt: str,
@@ -99,65 +134,43 @@ def generate(
 ) -> None:
     """Continue PROMPT with the model in the folder BUNDLE and print the continuation.
 
-    PROMPT '-' reads standard input, less one newline at its end; an empty one starts from the end-of-text token. Put
-    '--' before a PROMPT that begins with a dash.
+    PROMPT '-' reads standard input without the newline at its end. An empty PROMPT starts from the end-of-text token.
+    Put '--' before a PROMPT that begins with a dash.
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
     wanted = _wanted(json_schema, regex, choices)
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
-    from serving.backends.loader import load_backend
-    from serving.bundle import open_bundle
-    from serving.generation import stream
-    from serving.sampling.detokenizer import TextStream, load_tokenizer
+    from serving.model import load
 
-    opened = open_bundle(bundle, check="sizes")
-    tokenizer = load_tokenizer(opened)
-    eos_token_id = opened.manifest.model.eos_token_id
-    prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
-    pieces = TextStream(tokenizer, params.stop)
-    constraint = None
+    model = load(bundle, graph=graph, runtime=runtime, device=device)
+    grammar = None
     if wanted is not None:
-        from serving.sampling.grammars import GrammarCompiler
-
         option, structure = wanted
-        compiler = GrammarCompiler(tokenizer, opened.manifest.model.vocab_size, eos_token_id)
         try:
-            constraint = compiler.compile(structure).start()
+            grammar = model.compile(structure)
         except InputError as error:
             raise InputError(f"{option}: {error}") from None
-    backend = load_backend(opened, runtime, graph, device)
-
+    stream = model.stream(text, params, grammar=grammar)
     began = time.perf_counter()
-    token_ids: list[int] = []
-    parts: list[str] = []
-
-    def put(piece: str) -> None:
-        parts.append(piece)
-        if piece and not as_json:
-            write(piece)
-
-    for token in stream(backend, prompt_ids, params, eos_token_id, constraint):
-        token_ids.append(token)
-        put(pieces.push(token))
-        if pieces.stopped:
-            break
-    put(pieces.finish())
+    for part in stream:
+        if not as_json:
+            write(part)
     seconds = time.perf_counter() - began
     if not as_json:
         write("\n")
         return
-    done = constraint is not None and constraint.done
-    ended = done or pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
+    completion = stream.completion
+    count = len(completion.token_ids)
     report = {
-        "text": "".join(parts),
-        "token_ids": token_ids,
-        "finish_reason": "stop" if ended else "length",
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
         "runtime": runtime,
-        "prompt_tokens": len(prompt_ids),
+        "prompt_tokens": completion.prompt_tokens,
         "seconds": round(seconds, 6),
-        "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
+        "tokens_per_second": round(count / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json_line(report))
 

@@ -80,6 +80,8 @@ class Logprobs:
 
     own: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
+    """How many tokens are at least as likely, itself among them."""
 
 
 @dataclass(frozen=True)

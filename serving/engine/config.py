@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from serving.bundle import Bundle
-from serving.engine.slot_backend import cache_bytes
+from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
 
 SHARED_CHUNK = 16
@@ -30,8 +30,11 @@ class EngineConfig:
 
     What it adds counts for each prompt that waits for its turn, so steps are longer where several do.
     """
-    prefill_budget: int = 512
-    """Prompt tokens read in one step while nothing decodes; from 1 to 65536, and at least one chunk is read."""
+    max_num_batched_tokens: int = 512
+    """Tokens of one step at most: a prefill chunk, and one for each running sequence; from 1 to 65536.
+
+    A prompt is never stalled: at least 2 tokens of it are read in a step, and one chunk where nothing decodes.
+    """
     queue_limit: int = 256
     """Requests that may wait for a slot; from 0 to 1000000. One more is refused."""
     threads: int | None = None
@@ -44,7 +47,7 @@ class EngineConfig:
             ("slots", 1, 1024),
             ("max_length", 2, 2**31 - 1),
             ("prefill_chunk", 1, 4096),
-            ("prefill_budget", 1, 65536),
+            ("max_num_batched_tokens", 1, 65536),
             ("queue_limit", 0, 1_000_000),
             ("threads", 1, 1024),
         ):
@@ -93,5 +96,5 @@ def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> Me
     return MemoryEstimate(
         weights=2 * bundle.graph_size(graph_name),
         cache=cache_bytes(geometry, config.slots, length, dtypes[0] if dtypes else "float32"),
-        logits=(config.slots + 1) * geometry.vocab_size * 4,
+        logits=(config.slots + 1 + scored_tokens(geometry.vocab_size, length)) * geometry.vocab_size * 4,
     )

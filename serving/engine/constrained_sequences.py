@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from serving.backends.base import FloatArray
 from serving.engine.mask_worker import MaskWorker
@@ -43,15 +43,14 @@ class ConstrainedSequences:
             self._scheduler.pause(owner)
             owners[row] = None
 
-    def sample_late(self, before_waiting: Callable[[], None]) -> list[Sampled]:
+    def sample_late(self) -> list[Sampled]:
         """The next tokens of those that were late and are not any more; they decode again from this step on.
 
-        Where the engine has nothing else to do, it calls `before_waiting` and waits for one of them for a moment.
+        Where the engine has nothing else to do, it waits for one of them for a moment.
         """
         if not self._late:
             return []
         if not self._scheduler.running and not self._scheduler.reading:
-            before_waiting()
             self._masks.wait(_constraints(self._late), _NAP, every=False)
         ready = [owner for owner in self._late if owner.constraint is not None and owner.constraint.ready]
         sampled = []

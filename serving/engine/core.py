@@ -24,7 +24,7 @@ from serving.engine.constrained_sequences import ConstrainedSequences
 from serving.engine.device_sampler import needs_logits, sample_there
 from serving.engine.requests import Continuation, Task
 from serving.engine.sampler import Sampled, log_probabilities, sample
-from serving.engine.scheduler import Scheduler
+from serving.engine.scheduler import Scheduler, Work
 from serving.engine.slot_backend import SlotBackend, chooses
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ class Core:
         self._backend, self._observer, self._clock = backend, observer, clock
         self._choosing = backend if chooses(backend) else None
         self._next_deadline = float("inf")
-        self._flushes: dict[Callable[[], None], None] = {}
         self._deaf: list[Task] = []
         self._prompt_tokens = self._cached_tokens = self._made = self._steps = 0
         self._inter_token: list[float] = []
@@ -58,7 +57,7 @@ class Core:
         """Take `arrived` in and drop `cancelled`; then one piece of a prompt, one token for every row, or both."""
         began = self._clock()
         self._add(arrived, cancelled, began)
-        self._emit(self._constrained.sample_late(self._flush))
+        self._emit(self._constrained.sample_late())
         read, finished = self._read_prompts(began)
         read_at = self._clock()
         owners, logits = self._decode(may_move=not read)
@@ -84,7 +83,7 @@ class Core:
                     self._finish(continuation, reason, message=message, keep=keep)
 
     def settle(self) -> None:
-        """Bring `stats` up to date and wake whoever waits for events."""
+        """Bring `stats` up to date."""
         table = self.scheduler.table
         used = [slot.filled for slot in table.slots if slot.owner is not None]
         self.stats = EngineStats(
@@ -98,8 +97,6 @@ class Core:
             self._made,
             self._steps,
         )
-        if not self.tasks:
-            self._flush()
 
     def close(self) -> None:
         """End the threads that compute masks."""
@@ -122,8 +119,10 @@ class Core:
         while budget > 0 and (work := self.scheduler.next(now, budget)) is not None:
             budget = self.scheduler.left(work, budget)
             try:
-                self._flush()
-                logits = work.run(self._backend)
+                if work.scores:
+                    self._score_chunk(work)
+                # The logits after a prompt's last token come from a call that gives no others: their last bits differ.
+                logits = work.run(self._backend) if not work.scores or (work.ends and work.task.budget) else None
             except Exception as error:
                 self._fail([work.task], error)
                 continue
@@ -143,7 +142,6 @@ class Core:
         if not owners:
             return [], None
         try:
-            self._flush()
             self._constrained.start(owners)
             logits = None
             if self._choosing is None or needs_logits(owners):
@@ -169,6 +167,15 @@ class Core:
             self.scheduler.not_moved(copies)
         else:
             self.scheduler.moved(copies)
+
+    def _score_chunk(self, work: Work) -> None:
+        """Read a chunk, and take the log-probabilities of the prompt tokens that follow its tokens."""
+        assert work.slot is not None and work.task.scores is not None
+        logits = self._backend.score_chunk(work.slot.index, work.tokens, work.start)
+        count = work.task.request.prompt_logprobs or 0
+        following = work.task.prompt[work.start + 1 : work.start + 1 + len(work.tokens)]
+        for line, token in zip(logits, following, strict=False):
+            work.task.scores.append(log_probabilities(line, token, count))
 
     def _score(self, owners: list[Continuation | None], logits: FloatArray) -> None:
         """Take the log-probabilities of prompt tokens, and those rows out of `owners`."""
@@ -295,22 +302,13 @@ class Core:
         self.end((task for task in dict.fromkeys(tasks) if task in self.tasks), "error", error, keep=False)
 
     def _tell(self, task: Task, event: Event) -> None:
-        if task.flush is not None:
-            self._flushes[task.flush] = None
         try:
             task.listener(event)
         except Exception:
             # It may not raise. Nobody listens any more, so its slots are freed in the next step.
             _log.exception("a listener failed")
-            task.listener, task.flush = _ignore, None
+            task.listener = _ignore
             self._deaf.append(task)
-
-    def _flush(self) -> None:
-        """Wake those who were told something, once each. Done as late as the next call of the backend, so that they
-        work while that call runs and not while this thread needs the interpreter."""
-        flushes, self._flushes = self._flushes, {}
-        for flush in flushes:
-            flush()
 
     def _end_step(self, began: float, read_at: float, read: int, rows: int) -> None:
         ended = self._clock()

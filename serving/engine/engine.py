@@ -70,8 +70,6 @@ class SlotEngine:
     """
 
     unsupported: frozenset[str] = frozenset()
-    flushes = True
-    """A listener's attribute `flush`, if it has one, is called once for all events of a step, equal ones once."""
 
     def __init__(
         self,
@@ -218,7 +216,7 @@ class SlotEngine:
 
 
 def _scheduler(backend: SlotBackend, config: EngineConfig) -> Scheduler:
-    chunk, budget = config.prefill_chunk, config.prefill_budget
+    chunk, budget = config.prefill_chunk, config.max_num_batched_tokens
     pace = Pace(chunk) if chunk else BoundedPace(config.prefill_slowdown, budget)
     return Scheduler(backend, min(chunk or SHARED_CHUNK, SHARED_CHUNK), budget, pace, config.prefix_cache)
 

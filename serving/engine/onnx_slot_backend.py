@@ -14,10 +14,13 @@ import numpy as np
 from serving.backends.base import Choice, FloatArray, IntArray, Request
 from serving.backends.devices import parse_device
 from serving.backends.onnx import DEFAULT_GRAPH
+from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_session import CHOOSE_GRAPH, bind_request, device_zeros, open_graph
 from serving.bundle import Bundle
-from serving.engine.slot_backend import cache_bytes
+from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
+
+_LAST = np.zeros(1, np.int64)
 
 
 class OnnxSlotBackend:
@@ -60,7 +63,12 @@ class OnnxSlotBackend:
         dtype = graph.inputs[self._past[0]].dtype
         self._row = (geometry.n_head, max_length, graph.cache_head_dim(geometry))
         self.cache_bytes = cache_bytes(geometry, slots, max_length, dtype)
-        self._session: Any = open_graph(bundle, graph_name, device, threads)
+        self._session: Any = open_graph(
+            bundle, graph_name, device, threads, edit=lambda data: with_offsets(data, geometry.n_embd)
+        )
+        self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
+        self.scored_tokens = scored_tokens(self.vocab_size, max_length) if self._offsets else 0
+        self._scored_logits = np.empty((0, 1, self.vocab_size), np.float32)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
         has_choice = CHOOSE_GRAPH in bundle.manifest.graphs
@@ -69,6 +77,7 @@ class OnnxSlotBackend:
         self._prompt_logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._leading: dict[int, Any] = {}
         self._alone: dict[int, Any] = {}
+        self._scoring: dict[int, Any] = {}
         if self.chooses:
             self._kept_logits = _Buffer((slots, 1, self.vocab_size), np.dtype(np.float32), device)
             # One thread: on the processor two sessions' threads would wait by spinning on each other's cores.
@@ -82,13 +91,30 @@ class OnnxSlotBackend:
         """See `SlotBackend.prefill_chunk`."""
         if slot not in self._alone:
             self._alone[slot] = self._bind(slot, 1, self._prompt_logits)
-        binding, end = self._alone[slot], start + len(tokens)
+        self._read(self._alone[slot], tokens, start)
+        logits: FloatArray = self._prompt_logits[0, 0]
+        return logits
+
+    def score_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        """See `SlotBackend.score_chunk`."""
+        count = len(tokens)
+        if len(self._scored_logits) < count:
+            self._scored_logits = np.empty((self.scored_tokens, 1, self.vocab_size), np.float32)
+        logits: FloatArray = self._scored_logits[:count]
+        if slot not in self._scoring:
+            self._scoring[slot] = self._bind(slot, 1, logits)
+        binding = self._scoring[slot]
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
+        self._read(binding, tokens, start)
+        return logits[:, 0]
+
+    def _read(self, binding: Any, tokens: Sequence[int], start: int) -> None:
+        end = start + len(tokens)
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("position_ids", np.arange(start, end)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
         self._session.run_with_iobinding(binding)
-        logits: FloatArray = self._prompt_logits[0, 0]
-        return logits
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         """See `SlotBackend.decode`."""
@@ -142,6 +168,7 @@ class OnnxSlotBackend:
         """See `SlotBackend.close`."""
         self._leading.clear()
         self._alone.clear()
+        self._scoring.clear()
         self._buffers.clear()
         self._session = None
         if self.chooses:
@@ -152,6 +179,8 @@ class OnnxSlotBackend:
     def _bind(self, first: int, rows: int, logits: FloatArray | None) -> Any:
         """A binding of `rows` slots from `first` on as past and present at once; without `logits`, those stay there."""
         binding = self._session.io_binding()
+        if self._offsets:
+            binding.bind_cpu_input(OFFSETS, _LAST)
         for name, buffer in zip(self._past, self._buffers, strict=True):
             place = (*self._place, buffer.dtype, (rows, *self._row), buffer.address(first))
             binding.bind_input(name, *place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.backends.base import FloatArray
@@ -76,7 +75,6 @@ class Task:
     made: int = 0
     logits: FloatArray | None = None
     """Those after the prompt, [vocab_size], between its last chunk and the first token."""
-    flush: Callable[[], None] | None = None
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -110,7 +108,6 @@ def open_task(
     params = request.params
     deadline = None if timeout is None else arrived + timeout
     task = Task(request, listener, arrived, deadline, budget, params.end_ids(eos_token_id))
-    task.flush = getattr(listener, "flush", None)
     if request.prompt_logprobs is not None:
         task.scores = [None]
     history = History([request.prompt], [params], eos_token_id)

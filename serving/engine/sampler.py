@@ -104,7 +104,7 @@ def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
         ids = np.flatnonzero(line >= np.partition(line, -count)[-count])
         ids = ids[np.lexsort((ids, -line[ids]))][:count]
         top = tuple(zip(ids.tolist(), (line[ids] - total).tolist(), strict=True))
-    return Logprobs(float(line[token] - total), top)
+    return Logprobs(float(line[token] - total), top, int(np.count_nonzero(line >= line[token])))
 
 
 def _raw(line: FloatArray, owner: Continuation | None) -> FloatArray | None:

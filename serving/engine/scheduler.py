@@ -23,6 +23,13 @@ class Work:
     slot: Slot | None = None
     tokens: tuple[int, ...] = ()
     start: int = 0
+    scores: bool = False
+    """Whether the logits after each of the tokens are wanted."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the end of its prompt."""
+        return self.slot is not None and self.start + len(self.tokens) == len(self.task.prompt)
 
     def run(self, backend: SlotBackend) -> FloatArray | None:
         """Do it; the logits after the chunk, if it is one."""
@@ -37,20 +44,22 @@ class Scheduler:
     """Requests in the order of their arrival, on the slots of one backend.
 
     Prompts are read one at a time. While continuations decode, each step reads one piece, as long as `pace` says, or
-    makes one copy, beside them; otherwise as many chunks as `prefill_budget` tokens hold, in one piece. Numbers do not
+    makes one copy, beside them; otherwise as many chunks as `max_batched_tokens` hold, in one piece. Numbers do not
     depend on the load: a product's row is the same among any number of rows but one, so wherever prompts are cut, no
     piece is a single token but the last one, and that if it is alone in its chunk of `chunk` (docs/decisions.md).
     """
 
-    def __init__(self, backend: SlotBackend, chunk: int, prefill_budget: int, pace: Pace, reuse: bool = True) -> None:
+    def __init__(
+        self, backend: SlotBackend, chunk: int, max_batched_tokens: int, pace: Pace, reuse: bool = True
+    ) -> None:
         self.table = SlotTable(backend.slots, chunk, backend.copies)
         self.waiting: deque[Task] = deque()
         self.reading: deque[Task] = deque()
         self.running: list[Continuation] = []
         self.backlog = 0
         """Tokens that waiting requests will take at most, prompts included."""
-        self._chunk, self._prefill_budget, self._copies = chunk, prefill_budget, backend.copies
-        self._reuse = reuse
+        self._chunk, self._max_batched_tokens, self._copies = chunk, max_batched_tokens, backend.copies
+        self._reuse, self._scored_tokens = reuse, backend.scored_tokens
         self._last_position = backend.max_length - 1
         self._pace = pace
         self._pending: tuple[Copy, ...] = ()
@@ -64,7 +73,7 @@ class Scheduler:
 
     def budget(self) -> int:
         """How many prompt tokens this step may read where nothing decodes; a copy counts as a chunk."""
-        return max(self._prefill_budget, self._chunk)
+        return max(self._max_batched_tokens, self._chunk)
 
     def next(self, now: float, budget: int) -> Work | None:
         """The next piece of work on prompts, of at most `budget` tokens; `done` or `release` must follow before it is
@@ -81,7 +90,7 @@ class Scheduler:
         assert slot is not None and first is not None
         if task.holding and self._copies:
             return Work(task, (Copy(first, slot, len(task.prompt), first.tokens, first.salt),))
-        return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read)
+        return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read, task.scoring)
 
     def _end(self, task: Task, budget: int) -> int:
         """How far the next piece of a prompt goes."""
@@ -93,8 +102,11 @@ class Scheduler:
             return length
         # Who waits for a slot waits for a text to end, and not for prompts to be read.
         prompts = len(self.reading) + min(len(self.waiting), len(self.table.free))
-        tokens = self._pace.tokens(task.read, prompts) if self.running else budget
-        end = min(last, task.read + max(tokens, 2))
+        if self.running:
+            budget = min(self._pace.tokens(task.read, prompts), self._max_batched_tokens - len(self.running))
+        if task.scoring:
+            budget = min(budget, self._scored_tokens - 1)
+        end = min(last, task.read + max(budget, 2))
         return last if last - end == 1 else end
 
     def left(self, work: Work, budget: int) -> int:
@@ -224,8 +236,8 @@ class Scheduler:
         task.cached = task.read
         for continuation in task.continuations[1:]:
             self.table.reserve(continuation)
-        if task.scoring:
-            # Token by token beside the others, since a chunk gives the logits of its last token only.
+        if task.scoring and not self._scored_tokens:
+            # Token by token beside the others: this backend's chunk gives the logits of its last token only.
             task.first.last = task.prompt[0]
             self.running.append(task.first)
         else:

@@ -13,6 +13,9 @@ import numpy as np
 from serving.backends.base import Choice, FloatArray, IntArray, Request
 from serving.bundle import Geometry
 
+SCORED_BYTES = 32 << 20
+"""Memory for the logits of one chunk of a prompt that is scored, unless three tokens need more."""
+
 
 class SlotBackend(Protocol):
     """One graph of one bundle, loaded, with its cache. Used by one thread at a time.
@@ -31,6 +34,8 @@ class SlotBackend(Protocol):
     """Whether `copy_prefix` may be called."""
     cache_bytes: int
     """What the whole cache takes, once every position was written."""
+    scored_tokens: int
+    """Tokens that one `score_chunk` may take, at least 3; 0 where it may not be called."""
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         """Append `tokens` (at least one) behind the first `start` positions of `slot`; the logits after the last of
@@ -38,6 +43,12 @@ class SlotBackend(Protocol):
 
         What is written, and the logits, depend on nothing but the tokens, and on which of them were pieces of a single
         token: the same bits in any slot, beside any company, wherever else a prompt is cut.
+        """
+        ...
+
+    def score_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        """Write what `prefill_chunk` writes, to the bit; the logits after each of the tokens, [tokens, vocab_size]
+        float32. The next call may write into the same memory.
         """
         ...
 
@@ -78,6 +89,11 @@ class ChoosingSlotBackend(SlotBackend, Protocol):
 def chooses(backend: SlotBackend) -> TypeGuard[ChoosingSlotBackend]:
     """Whether to have `backend` choose tokens itself."""
     return bool(getattr(backend, "chooses", False))
+
+
+def scored_tokens(vocab_size: int, max_length: int) -> int:
+    """How many tokens' logits fit into SCORED_BYTES, from 3 to `max_length`."""
+    return max(3, min(max_length, SCORED_BYTES // (4 * vocab_size)))
 
 
 def cache_bytes(geometry: Geometry, slots: int, max_length: int, dtype: str = "float32") -> int:

@@ -189,7 +189,7 @@ class Versions:
             model.engine.drain(self._server.settings.request_timeout or threading.TIMEOUT_MAX)
             model.state = State.END
             self._server.metrics.model(model.name, model.version).release()
-            model.engine.close()
+            model.close()
             self._server.registry.remove(model.name, model.version)
             self._estimates.pop(model.version, None)
             self._retiring.pop(model.version, None)
@@ -222,11 +222,11 @@ class Versions:
         return sum(1 for _ in threads if _taken(results)) == len(threads)
 
     def close(self) -> None:
-        """Close every engine."""
+        """Close every model."""
         self._stop.set()
         for model in self._loaded():
             model.state = State.END
-            model.engine.close()
+            model.close()
 
 
 def _taken(results: Queue[bool]) -> bool:

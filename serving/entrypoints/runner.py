@@ -137,7 +137,7 @@ class Runner:
         except OSError as error:
             listener.close()
             raise InputError(
-                f"the certificate or its key cannot be used: {error}; check --tls-cert and --tls-key"
+                f"the certificate or its key cannot be used: {error}; check --ssl-certfile and --ssl-keyfile"
             ) from None
         self._uvicorn = _Uvicorn(config, self._on_signal)
         try:

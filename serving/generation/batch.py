@@ -9,11 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from serving.backends.base import Backend
+from serving.backends.base import Backend, FloatArray
 from serving.errors import InputError
-from serving.generation.token_selection import open_steps
+from serving.generation.token_selection import Chooser, HostSteps, open_steps
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import TokenConstraint
+
+OnLogits = Callable[[int, int, FloatArray], None]
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,19 @@ def generate(
     params: Sequence[SamplingParams] | SamplingParams,
     eos_token_id: int,
     on_token: Callable[[int, int], bool | None] | None = None,
+    on_logits: OnLogits | None = None,
 ) -> list[Generation]:
     """Continue each of `prompts` (token ids, any lengths) and return one Generation for each, in order.
 
     `params` is one for all or one for each; its `stop` strings are text and not looked at here. `on_token` is called
-    with (prompt index, token id) for every new token and ends that row by returning True. A prompt and its
-    continuation fill at most `n_positions`. All rows run as one batch, ended rows fed tokens that nobody sees, unless
-    that would push one past the context: then the rows run as several batches, shorter prompts first. Raises
-    InputError for an empty prompt, one that leaves no room for a token, and a token id outside the vocabulary.
+    with (prompt index, token id) for every new token and ends that row by returning True. Before it, `on_logits` is
+    called with (prompt index, token id, logits): the logits [vocab_size] that the token was sampled from, as the model
+    gave them, without bias and penalties. The next step may overwrite them.
+
+    A prompt and its continuation fill at most `n_positions`. All rows run as one batch, ended rows fed tokens that
+    nobody sees, unless that would push one past the context: then the rows run as several batches, shorter prompts
+    first. Raises InputError for an empty prompt, one that leaves no room for a token, and a token id outside the
+    vocabulary.
     """
     every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(every) != len(prompts):
@@ -57,8 +64,12 @@ def generate(
         live = [True] * len(rows)
         batch = [prompts[row] for row in rows]
         limits = [budgets[row] for row in rows]
-        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, live, eos_token_id):
+        for place, token, logits in _steps(
+            backend, batch, [every[row] for row in rows], limits, live, eos_token_id, on_logits is not None
+        ):
             row = rows[place]
+            if on_logits is not None and logits is not None:
+                on_logits(row, token, logits)
             tokens[row].append(token)
             said_so = on_token is not None and on_token(row, token) is True
             if said_so or token in ends[row]:
@@ -72,6 +83,7 @@ def stream(
     prompt: Sequence[int],
     params: SamplingParams,
     eos_token_id: int,
+    on_logits: OnLogits | None = None,
     constraint: TokenConstraint | None = None,
 ) -> Iterator[int]:
     """Continue one prompt and give each token id as soon as it is chosen, the one that ends it included.
@@ -84,7 +96,12 @@ def stream(
     ends = params.end_ids(eos_token_id)
 
     def tokens() -> Iterator[int]:
-        for _, token in _steps(backend, [prompt], [params], [budget], [True], eos_token_id, constraint):
+        wanted = on_logits is not None
+        for row, token, logits in _steps(
+            backend, [prompt], [params], [budget], [True], eos_token_id, wanted, constraint
+        ):
+            if on_logits is not None and logits is not None:
+                on_logits(row, token, logits)
             yield token
             if token in ends or (constraint is not None and constraint.done):
                 return
@@ -149,18 +166,25 @@ def _steps(
     budgets: Sequence[int],
     live: list[bool],
     eos_token_id: int,
+    with_logits: bool,
     constraint: TokenConstraint | None = None,
-) -> Iterator[tuple[int, int]]:
-    """Give (row, token) for each new token; the caller ends a row by setting its `live` to False."""
+) -> Iterator[tuple[int, int, FloatArray | None]]:
+    """Give (row, token, its logits) for each new token; the caller ends a row by setting its `live` to False.
+
+    The logits are None without `with_logits`. `constraint` is that of a single prompt.
+    """
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
-    steps = open_steps(backend, prompts, params, capacity, eos_token_id, constraint)
+    # Only these steps bring logits to the host.
+    chooser = Chooser(prompts, params, eos_token_id, constraint)
+    host = HostSteps(backend, chooser, prompts, capacity) if with_logits or constraint is not None else None
+    steps = host or open_steps(backend, prompts, params, capacity, eos_token_id)
     for step in itertools.count():
         rows = np.flatnonzero(live)
         tokens = steps.choose(rows, step)
         for row in rows.tolist():
             # Before the caller sees the token, so that the caller's own verdict is the last word.
             live[row] = step + 1 < budgets[row]
-            yield row, int(tokens[row])
+            yield row, int(tokens[row]), host.logits[row] if host is not None and with_logits else None
         if not any(live):
             return
         steps.feed(tokens)

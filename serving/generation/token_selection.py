@@ -39,15 +39,9 @@ def open_steps(
     params: Sequence[SamplingParams],
     capacity: int,
     eos_token_id: int | None = None,
-    constraint: TokenConstraint | None = None,
 ) -> Steps:
-    """Run `prompts`, each with its own `params`, in the way that is the faster one for them.
-
-    `constraint` is that of a single prompt, whose logits come here each step.
-    """
-    chooser = Chooser(prompts, params, eos_token_id, constraint)
-    if constraint is not None:
-        return HostSteps(backend, chooser, prompts, capacity)
+    """Run `prompts`, each with its own `params`, in the way that is the faster one for them."""
+    chooser = Chooser(prompts, params, eos_token_id)
     loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
     if loop is not None:
         return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
@@ -132,18 +126,19 @@ class HostSteps:
 
     def __init__(self, backend: Backend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int) -> None:
         self._backend, self._chooser = backend, chooser
-        self._state, self._logits = backend.prefill(prompts, capacity)
+        self._state, self.logits = backend.prefill(prompts, capacity)
+        """[all rows, vocab_size], before bias and penalties; `feed` overwrites them."""
 
     def choose(self, rows: IntArray, step: int) -> IntArray:
         """See `Steps.choose`."""
-        tokens = np.zeros(len(self._logits), np.int64)
-        tokens[rows] = self._chooser.choose(self._logits[rows], rows, step)
+        tokens = np.zeros(len(self.logits), np.int64)
+        tokens[rows] = self._chooser.choose(self.logits[rows], rows, step)
         self._chooser.add(rows, tokens)
         return tokens
 
     def feed(self, tokens: IntArray) -> None:
         """See `Steps.feed`."""
-        self._logits = self._backend.decode(self._state, tokens)
+        self.logits = self._backend.decode(self._state, tokens)
 
 
 class DeviceSteps:

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from serving import __version__
 from serving.protocols.open_inference import schema as v2
-from serving.protocols.openai import schema
+from serving.protocols.openai import chat_schema, schema
 from serving.protocols.tf_serving.signatures import SIGNATURES
 from serving.server.middleware import OPEN_PATHS, openai_shaped
 from serving.server.registry import ModelRegistry, ServedModel
@@ -26,9 +26,14 @@ _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 # By method and path: the body, the answer, and the statuses beside 200, 401, 429 and 500.
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel], tuple[int, ...]]] = {
     "POST /v1/completions": (schema.CompletionRequest, schema.Completion, (400, 404, 408, 413, 415, 503, 504)),
+    "POST /v1/chat/completions": (
+        chat_schema.ChatRequest,
+        chat_schema.ChatCompletion,
+        (400, 404, 408, 413, 415, 503, 504),
+    ),
     "GET /v1/models": (None, schema.ModelList, ()),
     "GET /v1/models/{model}": (None, schema.ModelCard, (404,)),
-    "POST /tokenize": (schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 415, 503)),
+    "POST /tokenize": (chat_schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 415, 503)),
     "POST /detokenize": (schema.DetokenizeRequest, schema.Text, (400, 404, 408, 413, 415, 503)),
 }
 for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
@@ -41,6 +46,12 @@ def examples(prompt: str) -> dict[str, dict[str, Any]]:
     """Example bodies by method and path, with a prompt that the served model may be asked to continue."""
     return {
         "POST /v1/completions": {"prompt": prompt, "max_tokens": 16, "temperature": 0.8, "seed": 7},
+        "POST /v1/chat/completions": {
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": 16,
+            "temperature": 0.8,
+            "seed": 7,
+        },
         "POST /tokenize": {"prompt": prompt},
         "POST /detokenize": {"tokens": [40, 41]},
         "POST /v2/models/{model}/generate": {"text_input": prompt, "parameters": {"max_tokens": 16, "seed": 7}},
@@ -157,6 +168,10 @@ def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
     if answer is schema.Completion:
         content["text/event-stream"] = {
             "example": 'data: {"choices": [{"index": 0, "text": "..."}]}\n\ndata: [DONE]\n\n'
+        }
+    if answer is chat_schema.ChatCompletion:
+        content["text/event-stream"] = {
+            "example": 'data: {"choices": [{"index": 0, "delta": {"content": "..."}}]}\n\ndata: [DONE]\n\n'
         }
     if answer is v2.InferAnswer:
         content[_BINARY] = {"schema": _BYTES}

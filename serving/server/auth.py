@@ -22,8 +22,8 @@ CALLER: ContextVar[str] = ContextVar("caller", default="")
 _REMEMBERED = 10_000
 
 
-def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
-    """Keys from `file`, one a line, '#' beginning a comment, and from `variable`, with commas between.
+def read_keys(file: Path | None, variable: str | None, given: Iterable[str] = ()) -> tuple[str, ...]:
+    """Keys from `file`, one a line, '#' beginning a comment, from `variable`, with commas between, and those `given`.
 
     Raises InputError for a file that cannot be read or has no key, and for a key that is too short or not plain ASCII.
     """
@@ -36,7 +36,7 @@ def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
             raise InputError(f"the API key file {file} cannot be read: {reason}") from None
         if not any(lines):
             raise InputError(f"the API key file {file} has no key; write one on each line")
-    lines += (variable or "").split(",")
+    lines += [*(variable or "").split(","), *given]
     keys = tuple(dict.fromkeys(key.strip() for key in lines if key.strip()))
     for number, key in enumerate(keys, 1):
         if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serving.chat import RendererBusyError
 from serving.engine.api import DrainingError, FinishEvent, QueueFullError
 from serving.errors import GPT2BundleError, InputError, one_line
 from serving.server.registry import ModelNotFoundError, ModelNotReadyError
@@ -124,6 +125,7 @@ TABLE: dict[type[BaseException], Kind] = {
     RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
     ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),
     UnsupportedCallError: Kind(501, "UNIMPLEMENTED", "invalid_request_error"),
+    RendererBusyError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     BodiesFullError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),

@@ -219,9 +219,17 @@ def error_response(failure: Failure, path: str) -> Response:
     return JSONResponse(body, failure.kind.status, headers)
 
 
+_MISTAKEN = (
+    ("/v1/v1/", "/v1/"),
+    ("/completions", "/v1/completions"),
+    ("/chat/completions", "/v1/chat/completions"),
+    ("/models", "/v1/models"),
+)
+
+
 def _hint(path: str) -> str:
     """Where a client with a wrong base URL wanted to go."""
-    for wrong, right in (("/v1/v1/", "/v1/"), ("/completions", "/v1/completions"), ("/models", "/v1/models")):
+    for wrong, right in _MISTAKEN:
         if path == wrong or (wrong.endswith("/") and path.startswith(wrong)):
             return f"; ask {cut(right + path[len(wrong) :])}, with the base URL of this server and /v1 once"
     return ""

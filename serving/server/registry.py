@@ -10,6 +10,7 @@ from functools import cached_property
 
 from serving.bundle import Bundle
 from serving.bundle.examples import example_prompts
+from serving.chat import ChatTemplate, chat_template
 from serving.engine.api import Engine
 from serving.errors import GPT2BundleError, cut
 
@@ -43,6 +44,26 @@ class ServedModel:
     created: int
     state: State = State.START
     message: str = ""
+    _chat: list[ChatTemplate | None] = field(default_factory=list, init=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, compare=False)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """The bundle's chat template, None where it has none; its files are read at the first call.
+
+        Raises BundleError for files that are not what they say.
+        """
+        with self._lock:
+            if not self._chat:
+                self._chat.append(chat_template(self.bundle))
+            return self._chat[0]
+
+    def close(self) -> None:
+        """Close the engine, and the processes of the chat template."""
+        self.engine.close()
+        with self._lock:
+            for template in self._chat:
+                if template is not None:
+                    template.close()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from serving.support.suggestions import did_you_mean
 
 FORMAT = "gpt2-bundle-schedule/1"
 SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
-ARRIVALS = ("poisson", "gamma", "constant", "trace")
+ARRIVALS = ("poisson", "gamma", "constant")
 # Coefficient of variation of gamma arrivals: burstier than Poisson's 1.
 GAMMA_VARIATION = 2.0
 # Requests of one rate of a sweep: enough to see a queue grow, few enough to end soon.
@@ -176,8 +176,6 @@ class Planner:
                 "a sweep starts above 0 and at 1000000 requests a second at most, its factor is above 1 and at most "
                 "100, and each rate lasts for some time"
             )
-        if arrivals not in ("poisson", "gamma", "constant"):
-            raise InputError(f"a sweep cannot have arrivals of {arrivals!r}; write poisson, gamma or constant")
         found = []
         for rate in (start * factor**step for step in range(rates)):
             count = min(max(round(rate * seconds), _SWEEP_FEWEST), _SWEEP_MOST)
@@ -196,19 +194,13 @@ class Planner:
         *,
         rate: float,
         arrivals: str = "poisson",
-        trace: Sequence[float] = (),
     ) -> Schedule:
-        """Requests at moments that do not wait for answers: `rate` a second on average, or those of `trace` (seconds).
+        """Requests that do not wait for answers: `rate` a second on average.
 
         Gaps are exponential ("poisson"), of a gamma distribution with a coefficient of variation of 2 ("gamma"), or
         all alike ("constant").
         """
         random = np.random.default_rng((self._seed, 1))
-        if arrivals == "trace":
-            if not trace:
-                raise InputError("arrivals of a trace need its moments; pass --trace FILE")
-            moments = sorted(float(moment) - min(trace) for moment in trace)[:count]
-            return self._draw("server", "trace", len(moments), prompt, output, moments=moments, arrivals="trace")
         if arrivals not in ARRIVALS:
             raise InputError(f"no arrivals {arrivals!r}{did_you_mean(arrivals, ARRIVALS)}")
         if not (rate > 0 and math.isfinite(rate)):

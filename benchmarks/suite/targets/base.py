@@ -35,7 +35,7 @@ class Target(Protocol):
     """As the person named it."""
     label: str
     """What it is, for tables: "ONNX Runtime in this process, static batches"."""
-    stand_in: bool
+    emulator: bool
     """Whether it only stands for what it is named after."""
 
     @property

@@ -39,12 +39,12 @@ class GenerateTarget:
         bundle: Bundle,
         *,
         model: str | None,
-        stand_in: bool = False,
+        emulator: bool = False,
         process: int | None = None,
     ) -> None:
         self._http = HttpClient(url)
         self.name, self.label = name, f"{server} at {self._http.place}, by generate_stream"
-        self.stand_in, self._process = stand_in, process
+        self.emulator, self._process = emulator, process
         self._bundle, self._model = bundle, model
 
     async def start(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from benchmarks.common.static_batch import BackendRunner
 from benchmarks.suite.load.schedule import Planned
 from benchmarks.suite.targets.base import Answer, TargetError
 from serving.backends.base import Backend
@@ -34,7 +35,7 @@ class BatchTarget:
         open_backend: loads the backend, in `start`.
     """
 
-    stand_in = False
+    emulator = False
     starts_in = "ours"
 
     def __init__(self, name: str, label: str, precision: str, open_backend: Callable[[], Backend], most: int) -> None:
@@ -42,12 +43,13 @@ class BatchTarget:
         self.label = f"{label}, static batches of at most {most}"
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.backend: Backend | None = None
-        """What it runs, between `start` and `stop`; of use to others while no request waits."""
+        self.runner: BackendRunner | None = None
+        """What runs static batches, between `start` and `stop`, while no request waits."""
 
     async def start(self) -> None:
-        self.backend = await asyncio.to_thread(self._open)
-        self._thread = threading.Thread(target=self._work, args=(self.backend,), name=self.name, daemon=True)
+        backend = await asyncio.to_thread(self._open)
+        self.runner = BackendRunner(backend)
+        self._thread = threading.Thread(target=self._work, args=(backend,), name=self.name, daemon=True)
         self._thread.start()
 
     async def send(self, request: Planned) -> Answer:
@@ -57,7 +59,7 @@ class BatchTarget:
         if self._thread is not None:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
-            self._thread = self.backend = None
+            self._thread = self.runner = None
 
     def pid(self) -> int | None:
         return None
@@ -108,10 +110,10 @@ class EngineTarget:
         label: str,
         precision: str | None,
         open_engine: Callable[[], Engine],
-        stand_in: bool = False,
+        emulator: bool = False,
         starts_in: str | None = "ours",
     ) -> None:
-        self.name, self.label, self.precision, self.stand_in = name, label, precision, stand_in
+        self.name, self.label, self.precision, self.emulator = name, label, precision, emulator
         self.starts_in = starts_in
         self._open = open_engine
         self._engine: Engine | None = None

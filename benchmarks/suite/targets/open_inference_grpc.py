@@ -37,11 +37,11 @@ class OpenInferenceGrpcTarget:
         bundle: Bundle,
         *,
         model: str,
-        stand_in: bool = False,
+        emulator: bool = False,
         process: int | None = None,
     ) -> None:
         self.name, self.label = name, f"{server} at {address}, by ModelStreamInfer"
-        self.stand_in, self._process = stand_in, process
+        self.emulator, self._process = emulator, process
         self._address, self._bundle, self._model = address, bundle, model
         self._channel: Any = None
 

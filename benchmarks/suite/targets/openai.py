@@ -36,13 +36,13 @@ class OpenAITarget:
         model: str | None = None,
         api_key: str | None = None,
         label: str | None = None,
-        stand_in: bool = False,
+        emulator: bool = False,
         process: int | None = None,
         ids: bool = False,
     ) -> None:
         self._http = HttpClient(url, (("Authorization", f"Bearer {api_key}"),) if api_key is not None else ())
         self._http.path = self._http.path.removesuffix("/v1")
-        self.name, self.label, self.stand_in = name, label or f"OpenAI API at {self._http.place}", stand_in
+        self.name, self.label, self.emulator = name, label or f"OpenAI API at {self._http.place}", emulator
         self._model, self._process, self._ids = model, process, ids
 
     async def start(self) -> None:

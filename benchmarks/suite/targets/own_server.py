@@ -30,7 +30,7 @@ class OwnServerTarget:
         grpc: whether its gRPC port is opened beside.
     """
 
-    stand_in = False
+    emulator = False
     starts_in = "own"
 
     def __init__(
@@ -48,7 +48,7 @@ class OwnServerTarget:
         self._command = ["serve", str(bundle.folder), "--graph", graph, "--port", "0"]
         self._command += ["--grpc-port", "0"] if grpc else []
         # All requests of a schedule may come at once; what it cannot run waits.
-        self._command += ["--slots", str(slots), "--queue", "1000000"]
+        self._command += ["--max-num-seqs", str(slots), "--queue", "1000000"]
         self._client = client
         self._process: asyncio.subprocess.Process | None = None
         self._served: Target | None = None

@@ -34,12 +34,12 @@ _REST_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Found:
-    """What serves: a binary or a container engine. `stand_in` is a binary that is not TensorFlow Serving's."""
+    """What serves: a binary or a container engine. `emulator` is a binary that is not TensorFlow Serving's."""
 
     command: str
     container: bool
     label: str
-    stand_in: bool = False
+    emulator: bool = False
 
 
 def image(gpu: bool = False) -> str:
@@ -218,8 +218,8 @@ class StartedTFServing:
     precision: str | None = "fp32"
     starts_in = "own"
 
-    def __init__(self, name: str, bundle: Bundle, found: Found, how: str, *, whole: bool, stand_in: bool) -> None:
-        self.name, self.label, self.stand_in = name, found.label, stand_in or found.stand_in
+    def __init__(self, name: str, bundle: Bundle, found: Found, how: str, *, whole: bool, emulator: bool) -> None:
+        self.name, self.label, self.emulator = name, found.label, emulator or found.emulator
         self._bundle, self._how, self._whole = bundle, how, whole
         self._server = TFServingProcess(name, bundle, found, how)
         self._inner: TFServingTarget | None = None
@@ -228,7 +228,7 @@ class StartedTFServing:
         address = await asyncio.to_thread(self._server.start)
         self._inner = TFServingTarget(
             self.name, self.label, self._bundle, lambda: self._server.connect(address),
-            {"grpc": "gRPC", "rest": "REST"}[self._how], whole=self._whole, stand_in=self.stand_in,
+            {"grpc": "gRPC", "rest": "REST"}[self._how], whole=self._whole, emulator=self.emulator,
         )  # fmt: skip
         await self._inner.start()
         self.label = self._inner.label

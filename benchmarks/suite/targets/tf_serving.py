@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -55,10 +56,10 @@ class TFServingTarget:
         *,
         precision: str | None = "fp32",
         whole: bool = False,
-        stand_in: bool = False,
+        emulator: bool = False,
         process: int | None = None,
     ) -> None:
-        self.name, self.precision, self.stand_in = name, precision, stand_in
+        self.name, self.precision, self.emulator = name, precision, emulator
         self.label = f"{server}, by {how}"
         self._bundle, self._open, self._whole, self._process = bundle, open_transport, whole, process
         self._inner: EngineTarget | WholeAnswerTarget | None = None
@@ -139,15 +140,21 @@ class WholeAnswerTarget:
 
     def _call(self, prompt: tuple[int, ...], new_tokens: int) -> tuple[list[int], float]:
         """Token ids of one greedy answer, and the moment at which they were there."""
-        inputs = {
-            "token_ids": np.array([prompt], np.int32),
-            "lengths": np.array([len(prompt)], np.int32),
-            "max_new_tokens": np.array([new_tokens], np.int32),
-            "temperature": np.zeros(1, np.float32),
-            "top_k": np.zeros(1, np.int32),
-            "top_p": np.ones(1, np.float32),
-            "seed": np.zeros(1, np.int64),
-        }
+        inputs = greedy_inputs(np.array([prompt]), np.array([len(prompt)]), new_tokens)
         outputs = self._transport.predict("serving_default", inputs, _CALL_SECONDS)
         row = [int(token) for token in outputs["token_ids"][0][: int(outputs["lengths"][0])]]
         return row, time.monotonic()
+
+
+def greedy_inputs(token_ids: Any, lengths: Any, new_tokens: int) -> dict[str, Any]:
+    """Inputs of `serving_default` for greedy decoding: `token_ids` is [rows, longest], `lengths` is [rows]."""
+    rows = len(lengths)
+    return {
+        "token_ids": token_ids.astype(np.int32),
+        "lengths": lengths.astype(np.int32),
+        "max_new_tokens": np.full(rows, new_tokens, np.int32),
+        "temperature": np.zeros(rows, np.float32),
+        "top_k": np.zeros(rows, np.int32),
+        "top_p": np.ones(rows, np.float32),
+        "seed": np.zeros(rows, np.int64),
+    }

@@ -1,8 +1,8 @@
-"""The bodies of the OpenAI completions protocol and of vLLM's /tokenize and /detokenize, as pydantic models."""
+"""The bodies of the OpenAI completions protocol and of vLLM's /detokenize, as pydantic models."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
@@ -57,6 +57,11 @@ Texts = Annotated[
 class CompletionRequest(SamplingFields):
     """A prompt to continue."""
 
+    default_max_tokens: ClassVar[int | None] = 16
+    """None is what the context has room for."""
+    prompt_field: ClassVar[str] = "prompt"
+    """What errors of the prompt name."""
+
     prompt: Annotated[
         Prompts,
         BeforeValidator(_prompts),
@@ -80,6 +85,10 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = Field(
         None, description="How many of the likeliest tokens to report."
     )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = Field(
+        None,
+        description="Report the prompt's tokens, and this many of the most likely at each position; not in streams.",
+    )
     suffix: str | None = Field(None, description="Not supported; GPT-2 continues text only at its end.")
 
 
@@ -92,6 +101,14 @@ class Logprobs(BaseModel):
     text_offset: list[int] = Field(description="Where the token begins, in characters of the choice's text.")
 
 
+class PromptLogprob(BaseModel):
+    """A token at one place of a prompt."""
+
+    logprob: float = Field(description="Nats.")
+    rank: int = Field(description="1 is the likeliest.")
+    decoded_token: str
+
+
 class Choice(BaseModel):
     """One continuation, or the next piece of it."""
 
@@ -101,6 +118,9 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None = Field(description="The stop text or token id that ended it; null at its end token.")
     token_ids: list[int] | None = Field(None, description="Where asked for; without those of the prompt.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        None, description="Where asked for: by token id, for each token of the prompt but the first."
+    )
 
 
 class PromptTokensDetails(BaseModel):
@@ -155,15 +175,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelCard]
-
-
-class TokenizeRequest(RequestBody):
-    """Text to turn into token ids."""
-
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = Field(None, description="Ignored: GPT-2 adds none.")
-    return_token_strs: bool | None = None
 
 
 class Tokens(BaseModel):

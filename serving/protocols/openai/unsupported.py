@@ -1,4 +1,4 @@
-"""Fields of other servers' completions that change what an answer means and are not done here.
+"""Fields of other servers' requests that change what an answer means and are not done here.
 
 Leaving one out in silence would give an answer to another question, so it is refused by name, unless its value is one
 that changes nothing.
@@ -21,7 +21,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "early_stopping": (),
     "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
     "prompt_embeds": (),
     "allowed_token_ids": (),
     "bad_words": (),
@@ -67,10 +66,35 @@ STRUCTURED: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
 }
 """The same for what protocols refuse that do not have structured output."""
+CHAT_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    # vLLM
+    "chat_template": (),
+    "documents": (),
+    "echo": (),
+    "prompt_logprobs": (),
+    "best_of": (1,),
+    # completions
+    "prompt": (),
+    "suffix": (),
+}
+"""The same for chat completions, in addition."""
 _INSTEAD = {
     "grammar": "guided_grammar",
     "json_schema": "response_format",
     "guided_decoding_backend": "guidance",
+    "prompt": "messages, or /v1/completions",
+    "prompt_logprobs": "/v1/completions",
+    "echo": "/v1/completions",
     "n_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -78,7 +102,6 @@ _INSTEAD = {
     "stop_sequences": "stop",
     "do_sample": "temperature",
     "n_probs": "logprobs",
-    "prompt_logprobs": "echo with logprobs",
 }
 
 

@@ -21,7 +21,7 @@ class Scheduled:
     """Answers one request at a time: the first token after `first` seconds, each further one after `step`."""
 
     name = label = "scheduled"
-    precision, stand_in = None, False
+    precision, emulator = None, False
 
     def __init__(self, first=0.5, step=0.125, slots=1, tokens=None, fails=()):
         self.first, self.step, self.tokens, self.fails = first, step, tokens, fails

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jinja2
 import pytest
 from tokenizers import Tokenizer
 
+from builder.data import masked_shards, token_shards
 from builder.data.cleaning import steps, trim
 from builder.data.corpus import prepare_corpus
 from builder.data.documents import Document, read_file
@@ -282,6 +284,44 @@ def test_shards_and_masks(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path.with_suffix(".mask").unlink()
     with pytest.raises(InputError, match="prepare' again"):
         open_shard(path, end)
+
+
+def test_a_masked_shard_that_was_broken_off_is_resumed(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masked_shards, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_shards, "_BATCHES_A_NOTE", 1)
+    template = Template.of(CHAT)
+    documents = [
+        Document("", "").with_segments(template.segments([("user", f"x {n}"), ("assistant", "Hello " * (n % 9))]))
+        for n in range(60)
+    ]
+    whole, broken = tmp_path / "whole.bin", tmp_path / "broken.bin"
+    taken: list[int] = []
+
+    def breaking() -> Iterator[Document]:
+        yield from documents[:45]
+        raise RuntimeError("killed")
+
+    def counting() -> Iterator[Document]:
+        for number, document in enumerate(documents):
+            taken.append(number)
+            yield document
+
+    for cut in (True, False):
+        options: dict[str, Any] = {"max_tokens": 40, "trim": cut}
+        write_masked_tokens(documents, tokenizer, whole, **options)
+        with pytest.raises(RuntimeError):
+            write_masked_tokens(breaking(), tokenizer, broken, resume_key="key", **options)
+        noted = json.loads(broken.with_suffix(".progress").read_text())
+        assert noted["taken"] > 30 and noted["no_response"] and noted["too_long"]
+        for place in (broken, broken.with_suffix(".mask")):
+            with place.open("ab") as file:
+                file.write(b"half of a batch that was not noted")
+        write_masked_tokens(counting(), tokenizer, broken, resume_key="key", **options)
+        for ending in (".bin", ".mask", ".json"):
+            assert broken.with_suffix(ending).read_bytes() == whole.with_suffix(ending).read_bytes(), ending
+        broken.with_suffix(".progress").unlink()
 
 
 def test_preparation_counts_what_the_loss_counts(tmp_path: Path) -> None:

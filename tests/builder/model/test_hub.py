@@ -232,4 +232,4 @@ def test_a_partial_snapshot_is_read_if_it_has_what_is_needed(
     assert resolve_base("gpt2").weights == checkpoint
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be reached"):
-        resolve_base("gpt2")
+        resolve_base("openai-community/gpt2")

@@ -14,7 +14,7 @@ import pytest
 from builder.onnx_export.calibration import Calibration
 from builder.onnx_export.precisions import write_variant
 from tests.oracles.fixtures import FOLDER, keras_model
-from tests.oracles.tiny_bundle import trace_optimised
+from tests.oracles.tiny_bundle import trace_optimized
 
 CAPACITY, LENGTH, UNWRITTEN = 44, 38, 7
 TEXTS = np.random.default_rng(11).integers(0, 257, (3, LENGTH))
@@ -25,7 +25,7 @@ Open = Callable[[str, bool], ort.InferenceSession]
 def open_variant(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """A session of the fixture "bytes" in a precision, with caches in int8 or in float32."""
     model = keras_model("bytes")
-    traced = trace_optimised(model)
+    traced = trace_optimized(model)
     sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
 
     def make(precision: str, int8_caches: bool) -> ort.InferenceSession:

@@ -58,7 +58,7 @@ def test_each_runtime_says_what_generate_says(real_bundle: Path, runtime: str) -
     (expected,) = generate(backend, [PROMPT], params, 256)
     text = byte_tokenizer().decode(expected.token_ids, skip_special_tokens=False)
     with process(
-        real_bundle, "--runtime", runtime, "--slots", "2", "--replicas", "2", "--log-format", "json"
+        real_bundle, "--runtime", runtime, "--max-num-seqs", "2", "--replicas", "2", "--log-format", "json"
     ) as served:
         server, url = served
         whole = json.loads(completion(url))["choices"][0]
@@ -100,15 +100,17 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--tf-serving", "http://127.0.0.1:1"], 2, "is for --runtime tf-serving"),
         (["--runtime", "tf-serving", "--tf-serving", "nonsense"], 2, "no address of a server"),
         (["--runtime", "tf-serving", "--tf-serving", "grpc:127.0.0.1:1", "--replicas", "2"], 2, "one set of slots"),
-        (["--tls-cert", "cert.pem"], 2, "belong together"),
-        (["--tls-cert", "none.pem", "--tls-key", "none.pem"], 2, "check --tls-cert and --tls-key"),
+        (["--ssl-certfile", "cert.pem"], 2, "belong together"),
+        (["--ssl-certfile", "none.pem", "--ssl-keyfile", "none.pem"], 2, "check --ssl-certfile and --ssl-keyfile"),
         (["--memory-budget", "many"], 2, "is no size"),
         (["--memory-budget", "1KiB"], 1, "raise --memory-budget"),
-        (["--max-length", "4000"], 2, "the model's context is"),
+        (["--max-model-len", "4000"], 2, "the model's context is"),
         (["--graph", "ort/fp23"], 2, "did you mean 'ort/fp32'"),
         (["--api-key-file", "none"], 2, "cannot be read"),
+        (["--api-key", "short"], 2, "8 or more printable ASCII characters"),
+        (["--max-num-batched-tokens", "64", "--runtime", "tensorflow"], 2, "is for --runtime onnx"),
         (["--host", ""], 2, "127.0.0.1, or 0.0.0.0 for every interface"),
-        (["--name", "a:b"], 2, "'a:b' must be 1 to 100 letters"),
+        (["--served-model-name", "a:b"], 2, "'a:b' must be 1 to 100 letters"),
         (["--watch", "nan"], 2, "'nan' is no number"),
         (["--prefill-slowdown", "nan"], 2, "'nan' is no number"),
         (["--watch", "inf"], 2, "not in the range"),

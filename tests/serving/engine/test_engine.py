@@ -93,7 +93,7 @@ def test_a_deadline_ends_who_runs_and_who_waits() -> None:
 
 
 def test_a_cancel_frees_the_slot_in_the_next_step_wherever_the_request_is() -> None:
-    engine = Stepped(slots=1, length=256, prefill_budget=8)
+    engine = Stepped(slots=1, length=256, max_num_batched_tokens=8)
     for steps in (0, 1, 2, 3, 20):
         heard, handle = engine.submit(list(range(20)), max_new_tokens=200, ignore_eos=True, prompt_logprobs=steps % 2)
         for _ in range(steps):

@@ -6,43 +6,80 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from serving.bundle import Bundle, Provenance, open_bundle, write_manifest
+from serving.bundle import Bundle, Provenance, TensorSpec, open_bundle, write_manifest
 from serving.engine.api import GenerationRequest
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.sampling import SamplingParams
 from tests.closed_form import byte_tokenizer
 from tests.oracles.fixtures import FOLDER, keras_model, read_cases
-from tests.oracles.tiny_bundle import graphs, trace_optimised
+from tests.oracles.tiny_bundle import graphs, trace_optimized
 from tests.serving.engine.harness import EOS, TOKENIZER, Heard
 
 SLOTS, CHUNK = 6, 8
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The fixture "bytes" as one graph, in int8."""
+@cache
+def traced() -> Any:
+    return trace_optimized(keras_model("bytes"))
+
+
+def write_one_graph(folder: Path, precision: str) -> Bundle:
+    """A bundle of the fixture "bytes" as one graph."""
     from builder.onnx_export.precisions import write_variant
 
-    folder, model = tmp_path_factory.mktemp("int8") / "bytes", keras_model("bytes")
+    model = keras_model("bytes")
     folder.mkdir()
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")
-    path = folder / "ort/int8/model.onnx"
-    write_variant(trace_optimised(model), FOLDER / "bytes" / "model.safetensors", "int8", path)
-    graph = replace(graphs(model.geometry)["ort/fp32"], path="ort/int8/model.onnx", precision="int8")
+    path = f"ort/{precision}/model.onnx"
+    write_variant(traced(), FOLDER / "bytes" / "model.safetensors", precision, folder / path)
+    graph = replace(graphs(model.geometry)["ort/fp32"], path=path, precision=precision)
+    if precision == "fp16":
+        caches = {name: TensorSpec("float16", spec.shape) for name, spec in graph.inputs.items() if "past" in name}
+        graph = replace(graph, inputs={**graph.inputs, **caches})
     write_manifest(
         folder,
         name="bytes",
         model=model.geometry,
-        graphs={"ort/int8": graph},
+        graphs={f"ort/{precision}": graph},
         provenance=Provenance(recipe={}, corpus_sha256="0" * 64, versions={}, seed=0),
         quality={},
         parity={},
     )
     return open_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_one_graph(tmp_path_factory.mktemp("int8") / "bytes", "int8")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp16"])
+def test_a_scored_chunk_gives_the_logits_of_each_token_in_every_precision(tmp_path: Path, precision: str) -> None:
+    from serving.engine.onnx_slot_backend import OnnxSlotBackend
+
+    backend = OnnxSlotBackend(
+        write_one_graph(tmp_path / "bytes", precision), f"ort/{precision}", slots=3, max_length=48
+    )
+    tokens = read_cases("bytes")["full"].ids[0, :24].tolist()
+    assert backend.scored_tokens == 48
+    scored = np.concatenate([backend.score_chunk(2, tokens[start : start + 8], start).copy() for start in (0, 8, 16)])
+    for end in range(2, 25):
+        # A row among several is the same as alone but for the order of sums; fp16 rounds where these differ.
+        plain = backend.prefill_chunk(0, tokens[:end], 0)
+        np.testing.assert_allclose(scored[end - 1], plain, atol=2e-2 if precision == "fp16" else 2e-5)
+    for slot in (0, 2):
+        backend.prefill_chunk(slot, tokens[16:], 16)
+    both = backend.decode(np.array([5, 5, 5]), np.array([24, 0, 24]))
+    np.testing.assert_array_equal(both[0], both[2])
+    backend.close()
 
 
 @pytest.fixture(params=[CHUNK, None])

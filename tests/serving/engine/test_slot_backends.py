@@ -24,7 +24,7 @@ from serving.sampling import SamplingParams
 from serving.sampling.detokenizer import load_tokenizer
 from tests.closed_form import ClosedFormSlotBackend, logits_after
 from tests.oracles.fixtures import max_difference, read_cases
-from tests.serving.engine.harness import EOS, Heard
+from tests.serving.engine.harness import EOS, Heard, Observed
 
 LIMIT, CHUNK, SLOTS = 48, 8, 4
 
@@ -72,6 +72,22 @@ def test_a_prompt_in_pieces_in_any_slot(case: Case) -> None:
         logits = read(case.backend, slot, case.texts[row][:length])
         assert logits.shape == (257,) and logits.dtype == np.float32
         assert max_difference(logits, case.logits(row, length)) <= case.tolerance
+
+
+def test_a_scored_chunk_has_the_logits_after_each_token_and_writes_what_a_plain_one_does(case: Case) -> None:
+    text = case.texts[0]
+    plain = read(case.backend, 1, text[:24])
+    scored = [case.backend.score_chunk(2, text[start : start + CHUNK], start).copy() for start in (0, 8, 16)]
+    found = np.concatenate(scored)
+    assert found.shape == (24, 257) and found.dtype == np.float32
+    for place in range(24):
+        assert max_difference(found[place], case.logits(0, place + 1)) <= case.tolerance
+    # The cache is the same to the bit: what is read after it, and decoded after it, does not differ.
+    np.testing.assert_array_equal(case.backend.prefill_chunk(2, text[16:24], 16), plain)
+    for slot in (1, 2):
+        case.backend.prefill_chunk(slot, text[24:32], 24)
+    both = case.backend.decode(np.array([0, text[32], text[32]]), np.array([0, 32, 32]))
+    np.testing.assert_array_equal(both[1], both[2])
 
 
 def test_leading_rows_decode_together_wherever_they_are(case: Case) -> None:
@@ -197,7 +213,8 @@ def test_every_token_of_a_prompt_that_fills_the_context_is_scored(bundle: Bundle
     fixture = read_cases("bytes")["full"]
     length = bundle.manifest.model.n_positions
     assert fixture.ids.shape[1] >= length
-    engine = open_engine(bundle, config=EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
+    observed = Observed()
+    engine = open_engine(bundle, config=EngineConfig(slots=SLOTS, prefill_chunk=CHUNK), observer=observed)
     rows = range(2)
     heard = [
         Heard(
@@ -219,6 +236,7 @@ def test_every_token_of_a_prompt_that_fills_the_context_is_scored(bundle: Bundle
         assert prompt is not None and prompt.logprobs is not None and prompt.logprobs[0] is None
         found = [each.own for each in prompt.logprobs if each is not None]
         np.testing.assert_allclose(found, wanted, atol=2e-4)
+    assert observed.steps and not any(step.decoded_rows for step in observed.steps), "no token took a decode step"
 
 
 def test_alone_is_beside_others(bundle: Bundle) -> None:
@@ -266,6 +284,6 @@ def test_the_memory_estimate_counts_the_arrays(bundle: Bundle) -> None:
     estimate = estimate_memory(bundle, "ort/fp32", EngineConfig(slots=3, max_length=20))
     assert backend.cache_bytes == arrays == estimate.cache
     assert cache_bytes(bundle.manifest.model, 3, 20, "float16") == arrays / 2
-    assert estimate.total == estimate.weights + arrays + 4 * 257 * 4
+    assert estimate.total == estimate.weights + arrays + (4 + 20) * 257 * 4
     assert estimate.weights >= 2 * bundle.path("ort/fp32/model.onnx_data").stat().st_size
     backend.close()

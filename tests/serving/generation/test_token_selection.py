@@ -28,7 +28,7 @@ def bundle(real_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The optimised graph; `fetches` counts how often its logits were asked for."""
+    """The optimized graph; `fetches` counts how often its logits were asked for."""
     loaded: Any = load_backend(bundle, "onnx")
     loaded.fetches = 0
     fetch = loaded.logits
@@ -50,7 +50,7 @@ def both_ways(
         with monkeypatch.context() as patch:
             patch.setattr(
                 "serving.generation.batch.open_steps",
-                lambda backend, prompts, params, capacity, end, steps=steps: steps(
+                lambda backend, prompts, params, capacity, end, constraint, steps=steps: steps(
                     backend, token_selection.Chooser(prompts, params, end), prompts, capacity
                 ),
             )
