@@ -50,7 +50,7 @@ def both_ways(
         with monkeypatch.context() as patch:
             patch.setattr(
                 "serving.generation.batch.open_steps",
-                lambda backend, prompts, params, capacity, end, constraint, steps=steps: steps(
+                lambda backend, prompts, params, capacity, end, steps=steps: steps(
                     backend, token_selection.Chooser(prompts, params, end), prompts, capacity
                 ),
             )
