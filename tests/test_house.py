@@ -34,12 +34,12 @@ LAYERS = {
         "commands",
         "stages",
         "verification",
-        "training onnx_export tf_export recipe_reader",
+        "training onnx_export tf_export recipe_reader recipe_reference",
         "data model",
         "recipe run_folder progress keras_backend special_tokens",
         "plain_files",
     ),
-    "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
+    "benchmarks": ("commands", "serving training experiments", "peers", "suite", "common"),
 }
 
 
@@ -174,8 +174,8 @@ def test_the_contract_needs_only_the_standard_library(place: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("serving", "tensorflow onnxruntime llguidance numpy tokenizers"),
-        ("serving.model", "tensorflow onnxruntime"),
+        ("serving", "tensorflow onnxruntime numpy tokenizers llguidance"),
+        ("serving.model", "tensorflow onnxruntime llguidance"),
         ("serving.engine.engine, serving.commands.generate, serving.protocols.openai.routes", "llguidance onnxruntime"),
         ("serving.clients.session_transport", "tensorflow"),
         ("builder.stages.pipeline", "tensorflow onnx onnxruntime"),

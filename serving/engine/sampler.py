@@ -1,4 +1,4 @@
-"""The next token of every row, and the log-probabilities that were asked for."""
+"""Sampling of the next token of every row, with the log-probabilities that requests want."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from serving.backends.base import FloatArray
 from serving.engine.api import Logprobs
 from serving.engine.requests import Continuation
 from serving.errors import BundleError
-from serving.sampling import choose
+from serving.sampling import SamplingRows, choose
 from serving.sampling.constraints import ConstraintError, choose_allowed
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The next token of `owner`, or why there is none."""
+    """The next token of `owner`, or the error that prevents one."""
 
     owner: Continuation
     token: int
@@ -30,7 +30,7 @@ class Sampled:
 
 
 def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sampled]:
-    """Choose for every row of `logits` [rows, vocab] that has an owner, as `serving.generation.generate` does.
+    """Sample every row of `logits` [rows, vocab] that has a sequence, as `serving.generation.generate` does.
 
     Bias and penalties are written into `logits`.
     """
@@ -108,18 +108,18 @@ def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
 
 
 def _raw(line: FloatArray, owner: Continuation | None) -> FloatArray | None:
-    """The model's own logits, if somebody will ask for them."""
+    """The model's own logits, if log-probabilities are wanted."""
     if owner is None or owner.task.request.logprobs is None:
         return None
     return line.copy() if owner.history is not None else line
 
 
 def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[tuple[int, str]]:
-    """For each row of `live` its token, or why there is none."""
+    """The token or the error of each row of `live`."""
     try:
         return [(token, "") for token in _tokens(logits, owners, live)]
     except BundleError:
-        # One row's logits are no numbers: find out whose, the others go on.
+        # One row has logits that are not finite. Find it, so that the others continue.
         if len(live) > 1:
             return [_choose(logits, owners, [row])[0] for row in live]
         owner = owners[live[0]]
@@ -129,15 +129,12 @@ def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: lis
 
 def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[int]:
     each = [owner for row in live if (owner := owners[row]) is not None]
-    # Without holes nothing is copied.
+    # Without idle rows no copy is needed.
     rows = logits if len(live) == len(logits) else logits[live]
     tokens: list[int] = choose(
         rows,
-        np.array([one.params.temperature for one in each], np.float32),
-        np.array([one.params.top_k for one in each], np.int64),
-        np.array([one.params.top_p for one in each], np.float32),
-        np.array([one.seed for one in each], np.int64),
-        np.array([one.made for one in each], np.int64),
-        np.array([one.params.min_p for one in each], np.float32),
+        seed=np.array([one.seed for one in each], np.int64),
+        step=np.array([one.made for one in each], np.int64),
+        **SamplingRows.of([one.params for one in each]).arrays(),
     ).tolist()
     return tokens

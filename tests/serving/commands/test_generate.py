@@ -16,7 +16,7 @@ from serving.backends import loader
 from serving.bundle import Bundle, open_bundle
 from serving.cli import run
 from serving.errors import InputError, RuntimeMissingError
-from tests.closed_form import ClosedFormBackend, byte_tokenizer, greedy
+from tests.closed_form import END, ClosedFormBackend, byte_tokenizer, chat_files, greedy, write_bundle
 from tests.tiny_build import Fails
 
 TOKENIZER = byte_tokenizer()
@@ -54,6 +54,32 @@ def test_text_and_json_agree(
     assert table["finish_reason"] == "length" and table["runtime"] == "onnx" and table["prompt_tokens"] == 2
     assert table["tokens_per_second"] > 0
     assert asked == [("onnx", None), ("onnx", "ort/fp32")]
+
+
+def test_a_chat_is_rendered_and_ends_at_its_turns_end(
+    tmp_path: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+    write_bundle(tmp_path / "chat", extra=chat_files(template))
+    command = ["generate", str(tmp_path / "chat"), "hi", "--chat", "--system", "Be.", "--max-new-tokens", "9", "--json"]
+    assert run(command) == 0
+    table = json.loads(capsys.readouterr().out)
+    prompt = TOKENIZER.encode(f"<system>Be.{END}<user>hi{END}<assistant>").ids
+    assert table["token_ids"] == greedy(prompt, 9, 257) and table["prompt_tokens"] == len(prompt)
+
+
+def test_a_chat_takes_a_template(
+    bundle_folder: Path, tmp_path: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", str(bundle_folder), "hi", "--chat"]) == 2
+    assert "no chat template; leave --chat out" in capsys.readouterr().err
+    assert run(["generate", str(bundle_folder), "hi", "--system", "x"]) == 2
+    assert "give --chat too" in capsys.readouterr().err
+    write_bundle(tmp_path / "chat", extra=chat_files("{{ raise_exception('no\x1b[31m talk') }}"))
+    assert run(["generate", str(tmp_path / "chat"), "hi", "--chat"]) == 2
+    said = capsys.readouterr().err
+    assert "refuses these messages: no" in said and "\x1b" not in said and len(said.splitlines()) == 1
+    assert asked == []
 
 
 def test_stop_strings_end_it(
