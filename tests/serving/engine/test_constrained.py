@@ -39,7 +39,7 @@ class Held:
         self.tokens: list[int] = []
         self.computed = 0
 
-    def start(self) -> Held:
+    def start(self, ends: frozenset[int] = frozenset()) -> Held:
         return self
 
     def accept(self, token: int) -> None:
