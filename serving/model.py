@@ -17,7 +17,7 @@ from serving.engine.api import MAX_LOGPROBS, Logprobs
 from serving.engine.sampler import log_probabilities
 from serving.errors import InputError
 from serving.sampling import SamplingParams
-from serving.sampling.constraints import Grammar, StructuredOutput, TokenConstraint
+from serving.sampling.constraints import Grammar, StructuredOutput, TokenConstraint, ends_without_text
 from serving.sampling.detokenizer import TextStream, TokenBytes, load_tokenizer
 from serving.support.suggestions import did_you_mean
 
@@ -150,7 +150,9 @@ class Model:
         `generate` are raised here, not at the first part; a part may raise ConstraintError.
         """
         params = _params(params, sampling)
-        constraint = None if grammar is None else grammar.start()
+        constraint = (
+            None if grammar is None else grammar.start(ends_without_text(params, self._eos, self._token_bytes.special))
+        )
         builder = self._builder(prompt, params, logprobs, constraint)
         on_logits = None if logprobs is None else lambda row, token, logits: builder.score(token, logits)
         return CompletionStream(

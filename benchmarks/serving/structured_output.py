@@ -17,9 +17,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common.bundle_targets import read_text
-from benchmarks.common.decode_step import cut_prompts
 from benchmarks.common.hardware import environment
+from benchmarks.common.held_out_text import cut_prompts, read_text
 from benchmarks.common.standalone import run
 from benchmarks.common.statistics import paired, summarise
 from serving.bundle import open_bundle
@@ -104,7 +103,10 @@ def _masks(compiler: GrammarCompiler, wanted: StructuredOutput, count: int) -> d
     draw = np.random.default_rng(0)
     words = np.zeros(-(-compiler.vocab_size // 32), np.uint32)
     place = (words.ctypes.data, words.nbytes)
-    bare, whole, accept, allowed = [], [], [], []
+    bare: list[float] = []
+    whole: list[float] = []
+    accept: list[float] = []
+    allowed: list[int] = []
     constraint = grammar.start()
     while len(whole) < count:
         if not constraint.ready:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from serving.backends.base import FloatArray
 from serving.engine.api import GenerationRequest, Listener, Logprobs
 from serving.sampling import SamplingParams
-from serving.sampling.constraints import TokenConstraint
+from serving.sampling.constraints import TokenConstraint, ends_without_text
 from serving.sampling.detokenizer import TextStream, TokenBytes
 from serving.sampling.penalties import History
 
@@ -112,9 +112,10 @@ def open_task(
     if request.prompt_logprobs is not None:
         task.scores = [None]
     history = History([request.prompt], [params], eos_token_id)
+    ends = ends_without_text(params, eos_token_id, token_bytes.special)
     for index in range(request.n):
         text = TextStream(token_bytes, params.stop_automaton)
         own = None if history.empty else history.copy()
-        constraint = None if request.grammar is None else request.grammar.start()
+        constraint = None if request.grammar is None else request.grammar.start(ends)
         task.continuations.append(Continuation(task, index, params, request.seed(index), text, own, constraint))
     return task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -126,9 +127,18 @@ class TokenConstraint(Protocol):
 class Grammar(Protocol):
     """A compiled grammar, for any number of sequences."""
 
-    def start(self) -> TokenConstraint:
-        """A sequence of which nothing was generated."""
+    def start(self, ends: frozenset[int] = frozenset()) -> TokenConstraint:
+        """A sequence of which nothing was generated. `ends` may end it wherever the end-of-text token may."""
         ...
+
+
+def ends_without_text(params: SamplingParams, eos_token_id: int, special: Mapping[str, int]) -> frozenset[int]:
+    """The tokens that end a text by `params` and add nothing to it, such as the end of a chat's turn.
+
+    `special` are the special tokens by their text.
+    """
+    ids = frozenset(special.values())
+    return (params.end_ids(eos_token_id) & ids) | {special[text] for text in params.stop if text in special}
 
 
 def choose_allowed(line: NDArray[np.float32], allowed: Allowed, params: SamplingParams, seed: int, step: int) -> int:

@@ -75,7 +75,7 @@ class GrammarCompiler:
             raise InputError(_reason(error)) from None
         if matcher.is_error():
             raise InputError(complaint(matcher.get_error()))
-        return CompiledGrammar(matcher, self.vocab_size)
+        return CompiledGrammar(matcher, self.vocab_size, self.eos_token_id)
 
     def _source(self, wanted: StructuredOutput) -> str:
         """`wanted` in the library's own form."""
@@ -121,26 +121,32 @@ class CompiledGrammar:
     Its sequences share what the library learns on the way, and therefore a lock.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, eos_token_id: int) -> None:
         """Compute the tokens that a text may begin with. Raises InputError if there is no such text."""
-        self._matcher, self._vocab_size = matcher, vocab_size
-        self._lock = threading.Lock()
+        self._matcher, self.vocab_size, self.eos_token_id = matcher, vocab_size, eos_token_id
+        self.lock = threading.Lock()
         try:
-            self._first = Matcher(matcher, vocab_size, self._lock).allowed()
+            self._first = Matcher(self, matcher, frozenset()).allowed()
+            self._may_be_empty = eos_token_id in self._first.ids
         except ConstraintError as error:
             raise InputError(str(error)) from None
 
-    def start(self) -> Matcher:
+    def start(self, ends: frozenset[int] = frozenset()) -> Matcher:
         """See `Grammar.start`."""
-        return Matcher(self._matcher.deep_copy(), self._vocab_size, self._lock, self._first)
+        # Where a text may be empty, its own ends are among what may come first.
+        first = None if ends and self._may_be_empty else self._first
+        return Matcher(self, self._matcher.deep_copy(), ends, first)
 
 
 class Matcher:
     """See `serving.sampling.constraints.TokenConstraint`."""
 
-    def __init__(self, matcher: Any, vocab_size: int, lock: threading.Lock, first: Allowed | None = None) -> None:
-        self._matcher, self._vocab_size, self._lock = matcher, vocab_size, lock
-        self._words = np.zeros(-(-vocab_size // 32), np.uint32)
+    def __init__(
+        self, grammar: CompiledGrammar, matcher: Any, ends: frozenset[int], first: Allowed | None = None
+    ) -> None:
+        self._matcher, self._lock, self._vocab_size = matcher, grammar.lock, grammar.vocab_size
+        self._eos, self._ends = grammar.eos_token_id, ends
+        self._words = np.zeros(-(-self._vocab_size // 32), np.uint32)
         self._place = (self._words.ctypes.data, self._words.nbytes)
         self._allowed, self._error, self._count = first, "", 0
         self._pending: list[int] = []
@@ -183,6 +189,8 @@ class Matcher:
         """Have the library take the tokens that it has not seen."""
         for token in self._pending:
             self._count += 1
+            if token in self._ends:
+                token = self._eos
             if not self._matcher.consume_token(token):
                 self._error = self._matcher.get_error() or "it does not allow the last one"
         self._pending.clear()
@@ -194,4 +202,6 @@ class Matcher:
             self._error = self._matcher.get_error()
             return None
         bits = np.unpackbits(self._words.view(np.uint8), count=self._vocab_size, bitorder="little")
+        if self._ends and bits[self._eos]:
+            bits[list(self._ends)] = 1
         return Allowed(bits.view(np.bool_))

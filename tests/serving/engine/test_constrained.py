@@ -39,7 +39,7 @@ class Held:
         self.tokens: list[int] = []
         self.computed = 0
 
-    def start(self) -> Held:
+    def start(self, ends: frozenset[int] = frozenset()) -> Held:
         return self
 
     def accept(self, token: int) -> None:
@@ -99,7 +99,7 @@ def test_an_engine_and_stream_choose_the_same_tokens() -> None:
         heard, _ = engine.submit([3, 4, 5], params=params, grammar=regex("(ab?c){2,7}"))
         engine.run()
         constraint = regex("(ab?c){2,7}").start()
-        assert list(stream(ClosedFormBackend(), [3, 4, 5], params, EOS, constraint)) == heard.ids()
+        assert list(stream(ClosedFormBackend(), [3, 4, 5], params, EOS, constraint=constraint)) == heard.ids()
         assert re.fullmatch("(ab?c){2,7}", heard.text().rstrip())
 
 

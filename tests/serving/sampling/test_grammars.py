@@ -40,6 +40,19 @@ def test_the_end_token_is_allowed_where_the_text_is_whole_and_only_there() -> No
     assert constraint.done
 
 
+def test_other_ends_are_allowed_where_the_end_token_is() -> None:
+    grammar = compiler().compile(StructuredOutput("regex", "(ab)*"))
+    end = SIZE - 1  # Of which the tokenizer knows nothing, as of a special token that is not its end token.
+    assert end in grammar.start(frozenset([end])).allowed().ids and end not in grammar.start().allowed().ids
+    constraint = grammar.start(frozenset([end]))
+    accept(constraint, "a")
+    assert end not in constraint.allowed().ids
+    accept(constraint, "b")
+    assert {0, end} <= set(constraint.allowed().ids.tolist())
+    constraint.accept(end)
+    assert constraint.done
+
+
 def test_a_text_that_nothing_can_follow_is_done() -> None:
     constraint = start("json_schema", '{"enum": [12, 13]}')
     assert not constraint.done
@@ -88,7 +101,7 @@ def test_a_token_that_is_not_allowed_is_an_error_of_its_own_sequence() -> None:
 def test_a_sequence_does_not_wait_for_another_that_computes() -> None:
     grammar = compiler().compile(StructuredOutput("regex", "ab|ac"))
     constraint = grammar.start()
-    with grammar._lock:  # As another thread has it while it computes.
+    with grammar.lock:  # As another thread has it while it computes.
         constraint.accept(tokenizer().encode("a").ids[0])
         assert not constraint.ready
     constraint.compute()

@@ -24,8 +24,8 @@ from serving.server import grammar_pool
 from serving.server.errors import FieldError
 from serving.server.registry import ModelRegistry, ServedModel, State
 from serving.server.settings import Settings
-from tests.closed_form import write_bundle
-from tests.serving.double_engine import DoubleEngine
+from tests.closed_form import chat_files, write_bundle
+from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.guided_model import open_engine
 from tests.serving.protocols.open_inference.double_server import all_routes
 
@@ -215,3 +215,17 @@ def test_other_protocols_say_that_they_do_not_have_it(client: TestClient) -> Non
     assert answer.status_code == 400 and "guided_regex" in answer.json()["error"]
     answer = client.post("/v2/models/tiny/generate", json={"text_input": "A", "response_format": {"type": "text"}})
     assert answer.status_code == 200
+
+
+def test_chat_answers_follow_too(engine: SlotEngine, tmp_path: Path) -> None:
+    registry = registry_of(
+        engine, tmp_path / "tiny", extra=chat_files("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    )
+    with TestClient(build_app(registry, Settings())) as client:
+        body = {"messages": [{"role": "user", "content": "Who?"}], "seed": 3, "max_tokens": 300}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+        choice = client.post("/v1/chat/completions", json={**body, "response_format": form}).json()["choices"][0]
+        assert choice["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        answer = client.post("/v1/chat/completions", json={**body, "guided_choice": ["a"], "guided_regex": "b"})
+        assert answer.status_code == 400 and "guided_regex and guided_choice" in answer.json()["error"]["message"]
