@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "builder.commands.build:build",
         "Build a verified bundle from text: prepare, train, export, verify, package.",
     ),
+    "recipe": ("builder.commands.recipe:recipe", "Print the keys of a recipe: types, defaults and meanings."),
     "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print its contents."),
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
     "serve": ("serving.commands.serve:serve", "Serve a bundle over HTTP and gRPC, with continuous batching."),

@@ -23,7 +23,7 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
     """Prove that Keras, the SavedModel and both ONNX graphs say the same.
 
     With BUNDLE, repeats the certificate of a published bundle on its own golden input and writes nothing. Without,
-    verifies the recipe's exported draft and writes verification.json beside it.
+    verifies the recipe's exported draft and writes verification.json next to it.
     """
     for name in ("base", "corpus", "runs"):
         if bundle is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:

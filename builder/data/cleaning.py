@@ -1,6 +1,6 @@
 """Clean one text: pure functions from a text to (the text cleaned, whether that changed it).
 
-None of them raises, whatever the text. Each but `strip_html` gives its own output back unchanged; so do all of them
+No step raises, whatever the text. Each but `strip_html` gives its own output back unchanged; so do all of them
 in a row, with that step off. (HTML cannot: a page that shows `&lt;b&gt;` becomes a text that says `<b>`, which is to
 stay.)
 """
@@ -134,7 +134,7 @@ def tidy_space(text: str, *, words: bool) -> Cleaned:
 def strip_html(text: str) -> Cleaned:
     """Remove HTML's tags, comments, scripts and styles, and decode its entities; blocks end lines.
 
-    What looks like a tag but is none of HTML's, such as `<T>` or `List<String>`, stays. A text that the parser cannot
+    What looks like a tag but is not an HTML tag, such as `<T>` or `List<String>`, stays. A text that the parser cannot
     read is left as it is.
     """
     if not _MARKUP.search(text):

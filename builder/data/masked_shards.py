@@ -130,7 +130,7 @@ def _encoded(
 def _cut(
     ids: NDArray[np.int64], mask: NDArray[np.uint8], limit: int, end: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """A document's first `limit` tokens up to the last counted one, and its end token behind them."""
+    """A document's first `limit` tokens up to the last counted one, and its end token after them."""
     counted = np.flatnonzero(mask[:limit] & COUNTED)
     kept = int(counted[-1]) + 1 if len(counted) else 0
     if kept and ids[kept - 1] == end:  # A whole turn: its end token becomes the document's.

@@ -19,7 +19,7 @@ from serving.errors import GPT2BundleError
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
-# Starting processes takes longer than so few chunks do.
+# Starting processes takes longer than this few chunks.
 _CHUNKS_ALONE = 8
 
 

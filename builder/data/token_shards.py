@@ -1,6 +1,6 @@
 """Packed token shards: written, resumed after an interruption, and read.
 
-A shard is one flat little-endian array of token ids (`train.bin`), each document followed by the end token, beside a
+A shard is one flat little-endian array of token ids (`train.bin`), each document followed by the end token, with a
 JSON index (`train.json`) with `dtype`, `count`, `documents`, `vocab_size` and the `sha256` of the array.
 """
 
@@ -49,7 +49,7 @@ class ShardWriter:
     """Writes a shard's ids, its mask if it has one, and its index; resumes a shard that was left half written.
 
     With `resume_key`, which names all that decides the shard, progress is noted now and then in a file next to it
-    (.progress, the caller's to remove). The caller takes up the stream of documents after `progress.taken`.
+    (.progress, the caller's to remove). The caller continues the stream of documents after `progress.taken`.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, *, masked: bool = False, resume_key: str = "") -> None:

@@ -70,7 +70,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has no such repository, or it is private; check the name, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return "it is no name of a hub repository (ORGANIZATION/NAME) either; name a folder or a repository"
+        return "it is not a name of a hub repository (ORGANIZATION/NAME) either; name a folder or a repository"
     said = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ").rstrip(".")
     if constants.HF_HUB_OFFLINE:
         return "the hub's cache has no whole copy of it while HF_HUB_OFFLINE is set; unset it, or name a local folder"

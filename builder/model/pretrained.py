@@ -62,7 +62,7 @@ def local_base(name: str) -> Base | None:
         raise InputError(f"{folder}: this run is not trained yet; run 'gpt2-bundle train' with its recipe first")
     if prepared.stat().st_mtime_ns > trained.stat().st_mtime_ns:
         raise InputError(
-            f"{folder}: this run was prepared anew since it was trained; run 'gpt2-bundle train' with its recipe first"
+            f"{folder}: this run was prepared again since it was trained; run 'gpt2-bundle train' with its recipe first"
         )
     return Base(trained.parent, prepared.parent / "tokenizer")
 

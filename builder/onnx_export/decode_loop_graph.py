@@ -1,6 +1,6 @@
 """Graphs that take several steps without the host: an optimized graph with the choice of the token, fed back to itself.
 
-Each is a variant's `model.onnx` with nodes behind the logits that choose the next token (`greedy`, or `sample` as in
+Each is a variant's `model.onnx` with nodes after the logits that choose the next token (`greedy`, or `sample` as in
 `ort/choose`), keep it, and advance position and attention mask; it reads the same data file. What a step leaves is the
 next step's input, so both may be bound to one memory. No step depends on a size that grows, and no number goes from
 the host to the device, so that it can be captured as a CUDA graph: the mask is as wide as the cache, and the place of
@@ -29,7 +29,7 @@ CANDIDATES = 256
 
 
 def write_loops(model: onnx.ModelProto, folder: Path, vocab_size: int) -> None:
-    """Write greedy.onnx and sample.onnx beside the model.onnx in `folder` that `model` is."""
+    """Write greedy.onnx and sample.onnx next to the model.onnx in `folder` that `model` is."""
     for kind in KINDS:
         path = folder / f"{kind}.onnx"
         path.write_bytes(loop_model(model, kind, vocab_size).SerializeToString())

@@ -19,7 +19,7 @@ EXTERNAL_DATA = "model.onnx_data"
 
 
 def write_graph(traced: TracedGraph, weights: Path, path: Path) -> onnx.ModelProto:
-    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` beside it.
+    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` next to it.
 
     Returns what was written.
     """

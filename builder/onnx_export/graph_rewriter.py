@@ -29,7 +29,7 @@ class Rewriter(GraphBuilder):
         self.last: set[str] = set()
         """Tensors of each row's last token alone."""
         self.calibration: Calibration | None = None
-        self.int8_caches = False
+        self.int8_kv_cache = False
         self.widened: dict[str, str] = {}
 
     def rewrite(self) -> None:
@@ -54,7 +54,7 @@ class Rewriter(GraphBuilder):
         self.nodes.append(node)
 
     def plain(self, tensor: NDArray[np.float32]) -> NDArray[Any]:
-        """What is stored of a weight that no node has another form of."""
+        """The stored form of a weight that no node replaces."""
         return tensor
 
     def external(self, name: str, array: NDArray[Any]) -> str:

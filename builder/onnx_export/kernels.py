@@ -168,7 +168,7 @@ class OptimizedKernels(OnnxKernels):
         return tf.reshape(context, [-1, self.geometry.n_embd])
 
     def wanted(self, layer: int, rows: Any) -> Any:
-        """Behind the last block's attention, whose keys and values are cached by then, only each row's last token.
+        """After the attention of the last block, whose keys and values are cached by then, only each row's last token.
 
         Nothing reads what the other tokens would become: in a prompt that is a sixteenth of all products.
         """

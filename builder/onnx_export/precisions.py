@@ -39,12 +39,12 @@ def write_variant(
     precision: str,
     path: Path,
     calibration: Calibration | None = None,
-    int8_caches: bool = False,
+    int8_kv_cache: bool = False,
 ) -> onnx.ModelProto:
     """Write `traced`, the optimized graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
 
-    Its weights come from the safetensors file `weights` and go into one data file beside `path`. `calibration` says
-    what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_caches`
+    Its weights come from the safetensors file `weights` and go into one data file next to `path`. `calibration` says
+    what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_kv_cache`
     needs it, for their scales.
     """
     model = onnx.ModelProto()
@@ -52,9 +52,9 @@ def write_variant(
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / EXTERNAL_DATA).open("xb") as data:
         rewriter = _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data)
-        rewriter.calibration, rewriter.int8_caches = calibration, int8_caches
+        rewriter.calibration, rewriter.int8_kv_cache = calibration, int8_kv_cache
         rewriter.rewrite()
-    if int8_caches:
+    if int8_kv_cache:
         (standard,) = (entry for entry in model.opset_import if entry.domain == "")
         standard.version = OPSET
         model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([standard]))
@@ -84,7 +84,7 @@ class _Int8(Rewriter):
             self.product(node)
         elif node.op_type == "Gather" and node.input[0] == TOKEN_TABLE:
             self.embedding(node.input[1], node.output[0])
-        elif node.op_type == "GroupQueryAttention" and self.int8_caches:
+        elif node.op_type == "GroupQueryAttention" and self.int8_kv_cache:
             self.attention(node)
         elif node.output[0] not in self.widened.values():
             if node.op_type == "FastGelu":
@@ -152,7 +152,7 @@ class _Int8(Rewriter):
     def by_row(self, name: str) -> tuple[str, str]:
         """Quantize [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
-        Behind GELU the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
+        After GELU, the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
         its values become, times 0 they are zeros again.
         """
         last = self.small("last_axis", [-1])

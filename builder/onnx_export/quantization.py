@@ -76,7 +76,7 @@ def int4_by_block(
 def _spread(moments: FloatArray, damping: float, width: int) -> FloatArray:
     """The upper triangular U with U^T U the inverse of the damped moments, widened to [width, width] by the identity.
 
-    Its line i says how the error of input i goes over to the inputs behind it.
+    Its line i says how the error of input i is passed to the inputs after it.
     """
     damped = np.eye(width)
     inputs = len(moments)

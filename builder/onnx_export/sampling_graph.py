@@ -2,7 +2,7 @@
 
 It has no weights and serves every precision. Exponentials and sums differ between runtimes in their last bits, so a
 row whose draw lies so near a border that those could decide is flagged as not exact, as is one whose draw may lie
-behind the candidates. The caller then takes that row's logits and chooses on the host. A row that is flagged as exact
+after the candidates. The caller then takes that row's logits and chooses on the host. A row that is flagged as exact
 has the host's token.
 """
 
@@ -76,7 +76,7 @@ def add_sampling(
     that top-k leaves, m = MARGIN * M:
 
     - the last kept sum lies between those of the tokens that are surely and that are possibly kept. Where the nucleus
-      ends behind the candidates it lies between top_p * M, which it reaches, and the last candidate's weight above it;
+      ends after the candidates it lies between top_p * M, which it reaches, and the last candidate's weight above it;
     - the draw times either bound, less or plus m, falls on one and the same candidate, or the row is not exact.
     """
     one, minus_one = b.constant([1], np.int64), b.constant([-1], np.int64)
@@ -110,7 +110,7 @@ def add_sampling(
     last_sum = b.node("Slice", sums, minus_one, b.constant([2**31 - 1], np.int64), one)
     last_weight = b.node("Slice", weight, minus_one, b.constant([2**31 - 1], np.int64), one)
 
-    # Whether no kept token is behind the candidates because of top-k, and the mass that top-k leaves.
+    # Whether no kept token is after the candidates because of top-k, and the mass that top-k leaves.
     complete = b.node("LessOrEqual", kept_places, candidates)
     decidable = b.node("Or", complete, b.node("Not", limited))
     mass = b.node("Where", complete, last_sum, everything)

@@ -71,15 +71,15 @@ def export(
     shard = prepared / "tokens" / "train.bin"
     for precision in recipe.export.variants:
         path = f"ort/{precision}/model.onnx"
-        int8_caches = precision in recipe.export.int8_caches
-        if int8_caches and geometry.padded_head_dim != geometry.head_dim:
+        int8_kv_cache = precision in recipe.export.int8_kv_cache
+        if int8_kv_cache and geometry.padded_head_dim != geometry.head_dim:
             raise InputError(
-                f"export.int8_caches: heads of {geometry.head_dim} have no int8 cache, only multiples of 8"
+                f"export.int8_kv_cache: heads of {geometry.head_dim} have no int8 cache, only multiples of 8"
             )
         calibration = None
-        if precision == "int4" or int8_caches:
+        if precision == "int4" or int8_kv_cache:
             calibration = Calibration(model, calibration_texts(shard, geometry.n_positions, recipe.seed))
-        written = write_variant(optimized, weights, precision, draft / path, calibration, int8_caches)
+        written = write_variant(optimized, weights, precision, draft / path, calibration, int8_kv_cache)
         write_genai(geometry, draft, (draft / path).parent)
         if precision == "fp16":  # The others' products have no kernels on CUDA.
             write_loops(written, (draft / path).parent, geometry.vocab_size)
@@ -103,7 +103,7 @@ def export(
 
     held_out = prepared / "tokens" / "validation.bin"
     summary = json.loads((prepared / "prepare.json").read_text(encoding="utf-8"))
-    examples = summary.get("examples", [])
+    examples = {key: summary.get(key, []) for key in ("examples", "example_messages")}
     write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN, examples)
     write_manifest(
         draft,

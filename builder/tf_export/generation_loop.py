@@ -10,7 +10,7 @@ from builder.tf_export.kernels import Cache, LoopKernels, PromptKernels
 from builder.tf_export.sampling import sample_token
 from serving.bundle import Geometry
 
-# Positions that the loop's cache grows by: it is copied once for so many tokens, and attended to its end.
+# Positions that the loop's cache grows by: it is copied once per this many tokens, and attended to its end.
 _BLOCK = 64
 
 

@@ -25,7 +25,7 @@ def check_all(condition: Any, message: str) -> Any:
 
 
 def check_ranks(**tensors: tuple[Any, int]) -> list[Any]:
-    """The tensors, but not before each has been found to have as many axes as is said with it.
+    """The tensors, but after a check that each has the given number of axes.
 
     A server feeds a session what a client has sent, whatever shape the signature declares.
     """

@@ -115,7 +115,7 @@ class LoopKernels(ServableKernels):
     """One new token a row inside the generation loop, written in place into a cache that only the loop knows.
 
     Args:
-        positions: [batch] int32, each row's new token's position; what a row holds behind it is never attended.
+        positions: [batch] int32, each row's new token's position; positions after it are never attended.
         cache: per block (key, value), each [batch * n_head * capacity, head_dim].
         capacity: scalar int32, cached positions a row.
     """
@@ -152,5 +152,5 @@ class SlotKernels(LoopKernels):
     """The same on a cache that has room for more rows than the step: its first ones are the step's."""
 
     def attended(self, cache: Any) -> Any:
-        # The head of a tensor is no copy of it.
+        # The head of a tensor is a view, not a copy.
         return cache[: tf.size(self.places) * self.capacity]

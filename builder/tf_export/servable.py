@@ -70,7 +70,7 @@ class Servable(tf.Module):  # type: ignore[misc]
     ) -> None:
         """Without a tokenizer there are no signatures for text, and without slots none for them.
 
-        With `matmul_parts` above 1 weight matrices are stored and multiplied in so many parts.
+        With `matmul_parts` above 1 weight matrices are stored and multiplied in that many parts.
         """
         super().__init__(name="gpt2")
         # The method and not the model, which would be tracked and its weights stored a second time.
@@ -149,7 +149,7 @@ class Servable(tf.Module):  # type: ignore[misc]
     def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:
         """Run a prompt; return `logits` [batch, vocab_size] after each row's last token, and the cache.
 
-        The cache tensors are [batch, n_head, length, head_dim], zero behind the prompt; their length is the largest
+        The cache tensors are [batch, n_head, length, head_dim], zero after the prompt; their length is the largest
         of `capacity` [batch], which must be at least the padded prompt's and at most n_positions.
         """
         token_ids, lengths, capacity = check_ranks(

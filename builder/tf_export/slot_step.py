@@ -30,7 +30,7 @@ MOST_ROWS = 64
 _STEPS = 16
 # Padded tokens of the prompts that one batch runs, unless the first has more; and tokens of padding among them.
 _PROMPT_TOKENS, _PADDING = 2048, 128
-# Steps for which a whole answer's slot goes on without its call, which may be on its way back to the queue.
+# Steps for which a whole answer's slot continues without its call, which may be on its way back to the queue.
 _STEPS_AHEAD = 2
 _NEVER = 2**62
 

@@ -1,4 +1,4 @@
-"""The SavedModel's signatures for text: the graph tokenizer before and behind generation."""
+"""The SavedModel's signatures for text: the graph tokenizer before and after generation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         }
 
     def tokenize(self, text: Any) -> dict[str, Any]:
-        """Return `token_ids` [batch, longest] int32, the end token behind each row's own, and `lengths` [batch]."""
+        """Return `token_ids` [batch, longest] int32, padded with the end token, and `lengths` [batch]."""
         (text,) = check_ranks(text=(text, 1))
         return self._tokens(text)
 

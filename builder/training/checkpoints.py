@@ -1,8 +1,8 @@
 """Training checkpoints: weights under their Hugging Face names and the optimizer's state, in one safetensors file.
 
-A checkpoint appears whole or not at all: it is written beside its name and renamed. Its metadata says of which step
-it is and which run it belongs to, so that another recipe's state is never taken up. `checkpoint.safetensors` is the
-newest; older ones that a recipe keeps are `checkpoint-STEP.safetensors`, and the first whole one is taken up.
+A checkpoint appears whole or not at all: it is written under a temporary name and renamed. Its metadata names
+its step and its run, so that state of another recipe is never resumed. `checkpoint.safetensors` is the
+newest; older ones that a recipe keeps are `checkpoint-STEP.safetensors`, and the first whole one is resumed.
 `best.safetensors` holds the weights, without the optimizer, of the validation with the lowest loss.
 """
 
@@ -72,7 +72,7 @@ def load_checkpoint(
     and, `with_best`, one whose best weights are gone.
     """
     state = _state(model, optimizer)
-    # An older checkpoint may stand beside better weights of later: what follows it will write those again.
+    # An older checkpoint may have newer best weights next to it: what follows it will write those again.
     best = _step_of(folder / BEST, run_id) if with_best else -1
     for path in (folder / FILE, *_older(folder)):
         held = _read(path, state, run_id)

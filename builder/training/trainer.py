@@ -111,7 +111,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
 
-    Takes up the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
+    Resumes the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
     and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
     figures go to `log`. Raises TrainingError when the loss is not a number.
     """

@@ -265,7 +265,7 @@ def _greedy_record(place: dict[str, Any]) -> dict[str, int]:
 def _equal_tokens(
     generate: Callable[[Any, int], list[list[int]]], prompts: list[list[int]], candidates: NDArray[np.int64], end: int
 ) -> int:
-    """How many candidate tokens the loop gives too. It stops at the end token, so it is asked to go on behind it."""
+    """How many candidate tokens the loop gives too. It stops at the end token, so it is asked to continue after it."""
     equal = 0
     done = [0] * len(prompts)
     while rows := [row for row in range(len(prompts)) if done[row] < candidates.shape[1]]:

@@ -1,4 +1,4 @@
-"""How far two models' losses on the same tokens lie apart, and how well so many tokens tell."""
+"""How far two models' losses on the same tokens lie apart, and how certain that is for the number of tokens."""
 
 from __future__ import annotations
 

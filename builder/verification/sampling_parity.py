@@ -1,4 +1,4 @@
-"""The choice of the next token in `ort/choose` beside the host's, on the bundle's own logits."""
+"""Compares tokens sampled by `ort/choose` with those sampled on the host, on the bundle's own logits."""
 
 from __future__ import annotations
 

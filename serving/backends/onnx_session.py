@@ -19,7 +19,7 @@ from serving.errors import BundleError, RuntimeMissingError
 CHOOSE_GRAPH = "ort/choose"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 INT8_CACHES = (1, 28)
-"""The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions.md."""
+"""The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions/int8-kv-cache.md."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,11 @@ from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import MAX_TEXT, StructuredOutput
 from serving.support.json_line import json_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from serving.bundle import Bundle
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
@@ -118,6 +124,10 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--choice", "choices", multiple=True, metavar="TEXT", help="Make the output one of these texts. May be repeated."
 )
+@click.option(
+    "--chat", is_flag=True, help="Send PROMPT as a user's message, through the bundle's chat template.  [default: off]"
+)
+@click.option("--system", metavar="TEXT", help="With --chat, send this system message first.  [default: none]")
 def generate(
     bundle: Path,
     prompt: str,
@@ -125,6 +135,8 @@ def generate(
     graph: str | None,
     device: str,
     as_json: bool,
+    chat: bool,
+    system: str | None,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
     json_schema: str | None,
@@ -139,6 +151,8 @@ def generate(
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
     wanted = _wanted(json_schema, regex, choices)
+    if system is not None and not chat:
+        raise InputError("--system is a message of a chat; give --chat too")
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
@@ -152,6 +166,10 @@ def generate(
             grammar = model.compile(structure)
         except InputError as error:
             raise InputError(f"{option}: {error}") from None
+    if chat:
+        text, ends = _rendered(model.bundle, model.tokenizer, text, system)
+        if not params.ignore_eos:
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
     stream = model.stream(text, params, grammar=grammar)
     began = time.perf_counter()
     for part in stream:
@@ -173,6 +191,20 @@ def generate(
         "tokens_per_second": round(count / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json_line(report))
+
+
+def _rendered(bundle: Bundle, tokenizer: Tokenizer, text: str, system: str | None) -> tuple[str, tuple[int, ...]]:
+    """The prompt of a chat of one message, and the tokens that end the answer."""
+    from serving.chat import chat_template
+
+    template = chat_template(bundle)
+    if template is None:
+        raise InputError(f"{bundle.folder}: the bundle has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with contextlib.closing(template):
+        return template.render(messages), template.end_token_ids(tokenizer)
 
 
 def _read_bias(text: str) -> tuple[int, float]:

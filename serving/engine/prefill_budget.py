@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 
 LEAST = 16
-"""Minimum tokens of a prefill chunk: smaller ones delay prompts and hardly shorten steps (docs/decisions.md)."""
+"""Minimum tokens of a prefill chunk: smaller ones delay prompts and hardly shorten steps (docs/decisions/engine.md)."""
 _WEIGHTS = 24
 """Number of tokens whose cost equals reading all weights and the KV cache once. Measured. The fit converges more slowly
 where the true number is far from it, since only the cost of a whole chunk is measured."""
@@ -35,7 +35,7 @@ class BoundedPace(Pace):
     """The largest chunk that lengthens a step to about `slowdown` times a decode-only step; LEAST to `most` tokens.
 
     Each further waiting prompt allows as much again, and LEAST tokens more. Prompts wait for one another, so short
-    chunks would cost the waiting ones more than they save the running sequences (docs/decisions.md).
+    chunks would cost the waiting ones more than they save the running sequences (docs/decisions/engine.md).
 
     The cost model of a chunk of k tokens after p positions is (24 + k) (a + b p) seconds. A least-squares fit of a and
     b follows the machine and its load: the weight of a chunk falls by 5 % with each later one. The time of a

@@ -34,12 +34,15 @@ def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sa
 
     Bias and penalties are written into `logits`.
     """
-    found = [
-        _sample_allowed(logits[row], owner)
-        for row, owner in enumerate(owners)
-        if owner is not None and owner.constraint is not None
-    ]
-    live = [row for row, owner in enumerate(owners) if owner is not None and owner.constraint is None]
+    found, live = [], []
+    for row, owner in enumerate(owners):
+        if owner is None:
+            continue
+        sampled = None if owner.constraint is None else _sample_restricted(logits[row], owner)
+        if sampled is None:
+            live.append(row)
+        else:
+            found.append(sampled)
     if not live:
         return found
     raw = {row: _raw(logits[row], owners[row]) for row in live}
@@ -56,16 +59,22 @@ def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sa
     return found
 
 
-def _sample_allowed(line: FloatArray, owner: Continuation) -> Sampled:
-    """The next token of a sequence with a grammar; `line` [vocab] is edited."""
+def _sample_restricted(line: FloatArray, owner: Continuation) -> Sampled | None:
+    """The next token of a sequence whose grammar allows few.
+
+    None where it allows many: then the others are at minus infinity in `line` [vocab], which is sampled as any row.
+    """
     assert owner.constraint is not None
     owner.constraint.compute()
     if owner.constraint.done:
         return Sampled(owner, 0, ended=True)
     try:
         allowed = owner.constraint.allowed()
+        if allowed.bias is not None:
+            line += allowed.bias
+            return None
         wanted = owner.task.request.logprobs
-        raw = None if wanted is None else line[allowed]
+        raw = None if wanted is None else line[allowed.ids]
         if owner.history is not None:
             owner.history.edits.apply_to(line, 0)
         token = choose_allowed(line, allowed, owner.params, owner.seed, owner.made)
@@ -75,8 +84,9 @@ def _sample_allowed(line: FloatArray, owner: Continuation) -> Sampled:
         return Sampled(owner, 0, error=_not_finite(owner))
     if raw is None or wanted is None:
         return Sampled(owner, token)
-    among = log_probabilities(raw, int(np.searchsorted(allowed, token)), wanted)
-    return Sampled(owner, token, Logprobs(among.own, tuple((int(allowed[place]), nats) for place, nats in among.top)))
+    ids = allowed.ids
+    among = log_probabilities(raw, int(np.searchsorted(ids, token)), wanted)
+    return Sampled(owner, token, Logprobs(among.own, tuple((int(ids[place]), nats) for place, nats in among.top)))
 
 
 def _not_finite(owner: Continuation) -> str:

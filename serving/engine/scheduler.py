@@ -47,7 +47,8 @@ class Scheduler:
     prefill budget, or one copy. Otherwise a step prefills up to `max_batched_tokens` tokens.
 
     Results do not depend on the load. A row of a matrix product has the same bits among any number of rows above one,
-    so no chunk has a single token, except a last token that is alone in its block of `chunk` (docs/decisions.md).
+    so no chunk has a single token, except a last token that is alone in its block of `chunk`
+    (docs/decisions/engine.md).
     """
 
     def __init__(

@@ -82,7 +82,7 @@ class SlotTable:
         if top is None or not self._copies:
             return []
         holes = [slot for slot in self.free if slot.index < top.index]
-        # An estimate: one row of a step costs as much as copying 64 positions (docs/decisions.md).
+        # An estimate: one row of a step costs as much as copying 64 positions (docs/decisions/engine.md).
         if not holes or left * 64 < top.filled:
             return []
         hole = min(holes, key=lambda slot: (self._wanted(slot), slot.used, slot.index))

@@ -45,7 +45,7 @@ def open_steps(
     loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
     if loop is not None:
         return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
-    # On a CPU the host reads the logits in place and is faster (docs/decisions.md).
+    # On a CPU the host reads the logits in place and is faster (docs/decisions/sampling.md).
     if chooses(backend) and backend.device != "cpu":
         return DeviceSteps(backend, chooser, prompts, capacity)
     return HostSteps(backend, chooser, prompts, capacity)

@@ -9,10 +9,10 @@ from enum import IntEnum
 from functools import cached_property
 
 from serving.bundle import Bundle
-from serving.bundle.examples import example_prompts
+from serving.bundle.examples import example_messages, example_prompts
 from serving.chat import ChatTemplate, chat_template
 from serving.engine.api import Engine
-from serving.errors import GPT2BundleError, cut
+from serving.errors import BundleError, GPT2BundleError, cut
 
 
 class ModelNotFoundError(GPT2BundleError):
@@ -75,6 +75,15 @@ class ServedModel:
     def example_prompt(self) -> str:
         """A text that this model may be asked to continue, from the bundle's held-out text."""
         return example_prompts(self.bundle.folder)[0]
+
+    @cached_property
+    def example_message(self) -> str | None:
+        """A message that this model may be sent in a chat; None where it has no chat template."""
+        try:
+            found = self.chat_template()
+        except BundleError:
+            return None
+        return next(iter(example_messages(self.bundle.folder)), "Hello") if found is not None else None
 
 
 @dataclass

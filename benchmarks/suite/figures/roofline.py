@@ -13,7 +13,7 @@ from serving.bundle import Geometry
 
 Interval = tuple[float, float]
 _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-# Of a number in the KV cache: int8 and int4 keep it in int8, unless `export.int8_caches` says otherwise.
+# Of a number in the KV cache: int8 and int4 keep it in int8, unless `export.int8_kv_cache` says otherwise.
 _CACHE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 1.0}
 
 

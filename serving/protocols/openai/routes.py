@@ -253,6 +253,7 @@ def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
         "owned_by": "gpt2-bundle",
         "max_model_len": newest.bundle.manifest.model.n_positions,
         "example_prompt": newest.example_prompt,
+        "example_message": newest.example_message,
         **model_status(registry, name),
     }
 

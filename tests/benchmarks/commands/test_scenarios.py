@@ -22,7 +22,7 @@ from benchmarks.suite.load.clock import WallClock
 from benchmarks.suite.selfcheck import selftest
 from benchmarks.suite.selfcheck.client_overhead import client_overhead, fake_process, lateness
 from benchmarks.suite.selfcheck.selftest import FIRST, STEP, Check, expected, schedules
-from benchmarks.suite.targets.base import Answer
+from benchmarks.suite.targets.base import Completion
 from serving.cli import run
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
@@ -214,7 +214,7 @@ def test_what_the_selftest_expects_is_what_comes_in_virtual_time():
             for index in range(request.new_tokens):
                 await asyncio.sleep(STEP if index else FIRST)
                 times.append(loop.now())
-            return Answer(tuple(times), times[-1])
+            return Completion(tuple(times), times[-1])
 
     objectives = Objectives(e2e=FIRST + 2.5 * STEP)
     for schedule in schedules():

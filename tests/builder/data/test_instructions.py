@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -115,7 +116,7 @@ def test_records_that_are_none(tmp_path: Path, record: Any, recipe: InstructionR
         (["instruction.prompt_field=a"], ["instruction.prompt_field", "response_field"]),
         (["instruction.input_field=a"], ["instruction.input_field", "prompt_field"]),
         (["instruction.messages_field=a"], ["instruction.messages_field", "corpus.paths"]),
-        (["instruction.user_template={prompt}"], ["user_template", "{prompt} is no placeholder", "{content}"]),
+        (["instruction.user_template={prompt}"], ["user_template", "{prompt} is not a placeholder", "{content}"]),
         (["instruction.user_template={content!r}"], ["user_template", "no placeholder"]),
         (["instruction.user_template={content} {"], ["user_template", "braces"]),
         (["instruction.assistant_template=Response:"], ["assistant_template", "{content} 0 times"]),
@@ -157,7 +158,7 @@ def test_records_with_what_is_no_text_are_counted(tmp_path: Path) -> None:
     ]
     path, skipped = lines(tmp_path / "a.jsonl", [good, *bad]), Counter[str]()
     assert len(list(read_instructions(path, CorpusRecipe(), CHAT, skipped))) == 1
-    assert skipped == {"part that is no text": 1, "tool call instead of text": 1, "number instead of text": 1,
+    assert skipped == {"part that is not text": 1, "tool call instead of text": 1, "number instead of text": 1,
                        "null instead of text": 1}  # fmt: skip
     for record in bad:
         with pytest.raises(InputError, match="line 1"):
@@ -341,6 +342,8 @@ def test_preparation_counts_what_the_loss_counts(tmp_path: Path) -> None:
     assert "What the loss counts, validation" in (tmp_path / "p/report.html").read_text()
     config = json.loads((tmp_path / "p/tokenizer/tokenizer_config.json").read_text())
     assert "### Response:" in config["chat_template"]
+    messages = json.loads((tmp_path / "p/prepare.json").read_text())["example_messages"]
+    assert messages and all(re.fullmatch(r"Count to \d+ please\.", message) for message in messages)
 
 
 def test_functions_of_the_standard_library() -> None:

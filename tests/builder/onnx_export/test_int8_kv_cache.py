@@ -28,13 +28,13 @@ def open_variant(tmp_path_factory: pytest.TempPathFactory) -> Open:
     traced = trace_optimized(model)
     sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
 
-    def make(precision: str, int8_caches: bool) -> ort.InferenceSession:
-        if (precision, int8_caches) not in sessions:
+    def make(precision: str, int8_kv_cache: bool) -> ort.InferenceSession:
+        if (precision, int8_kv_cache) not in sessions:
             path = tmp_path_factory.mktemp(precision) / "model.onnx"
             calibration = Calibration(model, TEXTS.astype(np.int32))
-            write_variant(traced, weights(), precision, path, calibration, int8_caches)
-            sessions[precision, int8_caches] = ort.InferenceSession(str(path))
-        return sessions[precision, int8_caches]
+            write_variant(traced, weights(), precision, path, calibration, int8_kv_cache)
+            sessions[precision, int8_kv_cache] = ort.InferenceSession(str(path))
+        return sessions[precision, int8_kv_cache]
 
     return make
 

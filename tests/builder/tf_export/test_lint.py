@@ -80,7 +80,7 @@ def test_ops_outside_of_core_are_refused_but_for_those_of_libraries_that_the_ser
     meta_graph.graph_def.node.add(name="d", op="Identity", device="/job:x/device:GPU:3")
     findings = list(check_ops(meta_graph))
     assert [finding.level for finding in findings] == ["note"] * 4 + ["error", "warning"]
-    assert "OwnKernel is no op of core TensorFlow" in findings[4].message
+    assert "OwnKernel is not a core TensorFlow op" in findings[4].message
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_of_records_the_responses_alone_are_scored(built: TinyBuild, tmp_path: P
 
 
 def test_a_transform_is_applied_to_the_text_that_is_evaluated(
-    built: TinyBuild, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails
+    built: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str], fails: Fails
 ) -> None:
     (tmp_path / "own.py").write_text("def words(text):\n    return text.replace('valueof', 'value of')\n")
     transform = f"{tmp_path / 'own.py'}:words"
@@ -144,10 +144,10 @@ def test_a_transform_is_applied_to_the_text_that_is_evaluated(
         (tmp_path / name).write_text(text * 8)
 
     def measured(folder: Path, name: str, *options: str) -> float:
-        capsys.readouterr()
+        capfd.readouterr()
         command = ["evaluate", str(folder), "--text", str(tmp_path / name), "--json", *options]
         assert run(command) == 0
-        return float(json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"])
+        return float(json.loads(capfd.readouterr().out.splitlines()[-1])["perplexity"])
 
     split, joined = measured(built.bundle, "split.txt"), measured(built.bundle, "joined.txt")
     assert split != joined
