@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
+from serving.sampling.parameters import SamplingRows
 from serving.sampling.penalties import Edits
 
 FloatArray = NDArray[np.float32]
@@ -47,15 +48,12 @@ class Backend(Protocol):
 
 @dataclass
 class Request:
-    """The sampling parameters of each row of a batch, all [rows]; `draw` is a random number in [0, 1).
+    """The sampling parameters of each row of a batch; `draw` [rows] is a random number in [0, 1).
 
     `candidates` is the number of top candidates among which the token is searched.
     """
 
-    temperature: FloatArray
-    top_k: IntArray
-    top_p: FloatArray
-    min_p: FloatArray
+    sampling: SamplingRows
     draw: FloatArray
     edits: Edits
     candidates: int

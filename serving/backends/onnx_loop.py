@@ -17,9 +17,9 @@ import onnxruntime as ort
 
 from serving.backends.base import FloatArray, IntArray, Request, check_capacity, pad_right
 from serving.backends.devices import batch_bucket, capacity_bucket
+from serving.sampling import SamplingParams, SamplingRows
 
 _NEVER_CAPTURED = "-1"
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass
@@ -97,8 +97,8 @@ class DeviceLoop:
         self._put(arena, "start", start[:, None])
         if "draws" in self._inputs:
             assert request is not None and draws is not None, "a sampling graph needs parameters and random numbers"
-            for name in _SAMPLING:
-                self._put(arena, name, getattr(request, name))
+            for name, value in request.sampling.arrays().items():
+                self._put(arena, name, value)
             self._put(arena, "draws", np.pad(draws, ((0, 0), (0, self.steps - count))))
         remaining = count
         if state.prompts is not None:
@@ -171,10 +171,7 @@ class DeviceLoop:
             "slots": np.arange(self.steps),
             "tokens": np.zeros((rows, self.steps), np.int64),
             "draws": np.zeros((rows, self.steps), np.float32),
-            "temperature": np.ones(rows, np.float32),
-            "top_k": np.zeros(rows, np.int64),
-            "top_p": np.ones(rows, np.float32),
-            "min_p": np.zeros(rows, np.float32),
+            **SamplingRows.of([SamplingParams(temperature=1.0)] * rows).arrays(),
         }
         values = {name: value for name, value in values.items() if name in self._inputs}
         values |= {"logits": logits, "prompt_logits": logits}

@@ -172,7 +172,8 @@ def bind_request(binding: Any, request: Request) -> None:
     """Bind what the choice graph is asked, all but the logits."""
     edits = request.edits
     for name, value in (
-        *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
+        *request.sampling.arrays().items(),
+        ("draw", request.draw),
         *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
         ("candidates", np.array([request.candidates], np.int64)),
     ):

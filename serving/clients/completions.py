@@ -15,7 +15,7 @@ from serving.clients.rest_transport import CODES, Origin
 from serving.clients.tf_serving import Continuation, TFServingClient
 from serving.clients.transport import Piece
 from serving.errors import ServerError, cut
-from serving.sampling import SamplingParams
+from serving.sampling import DECLARATIONS, SamplingParams
 
 _PATH = "/v1/completions"
 _AT_ONCE = 16
@@ -86,14 +86,9 @@ class Completions:
         return {
             "model": self._model,
             "prompt": prompt,
-            "max_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_k": params.top_k,
-            "top_p": params.top_p,
-            "seed": params.seed,
+            **{each.wire: getattr(params, each.name) for each in DECLARATIONS.values() if each.slots},
             "stop": list(params.stop),
             "stop_token_ids": list(params.stop_token_ids),
-            "ignore_eos": params.ignore_eos,
         }
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from serving.backends.base import pad_right
 from serving.clients.outliving_calls import CallGoesOnError
 from serving.deploy.tf_serving_config import BATCH_SIZES
 from serving.errors import InputError, ServerError
-from serving.sampling import SamplingParams
+from serving.sampling import DECLARATIONS, SamplingParams
 from serving.sampling.detokenizer import TextStream
 
 # A row's answer. What every correct client may meet is a status and no error, which would fail the rows of others too.
@@ -30,9 +30,7 @@ RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD, CANCELLED = 0, 1, -1, -2, -3, -4
 SIGNATURES = frozenset({"prefill_slots", "decode_slots", "release_slots"})
 # What the graph does not compute, by the names of the fields of SamplingParams. Stop texts and stop token ids are
 # looked for by the stream; `ignore_eos` it does by a new prompt, which for a sampled text would draw other numbers.
-UNSUPPORTED = frozenset(
-    {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"}
-)
+UNSUPPORTED = frozenset({"logit_bias", *(each.name for each in DECLARATIONS.values() if not each.slots)})
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 # Rows of one call at most, the largest batch that the server's configuration takes.
 ROWS = BATCH_SIZES[-1]

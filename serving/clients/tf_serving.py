@@ -22,6 +22,7 @@ from serving.clients.request_checks import check_inputs
 from serving.clients.slot_pool import SIGNATURES, check_graph_params
 from serving.clients.slot_stream import SlotTexts
 from serving.clients.transport import EMPTY_PROMPT, Piece, Transport, as_text
+from serving.clients.wrong_answers import check_outputs
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 
@@ -80,9 +81,12 @@ class TFServingClient:
         """
         if not self._signatures:
             self._signatures = self.metadata()
-        check_inputs(inputs, self._signatures.get(signature, {}).get("inputs", {}))
+        specs = self._signatures.get(signature, {})
+        check_inputs(inputs, specs.get("inputs", {}))
         codes = _PASSING if idempotent else frozenset()
-        return self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
+        outputs = self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
+        check_outputs(outputs, specs.get("outputs", {}), max((len(value) for value in inputs.values()), default=0))
+        return outputs
 
     def repeat(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seed
+from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import MAX_TEXT, StructuredOutput
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from serving.bundle import Bundle
-
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
 
 @click.command()
@@ -39,79 +37,7 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="Run ONNX Runtime on cpu, cuda or cuda:N."
 )
-@click.option(
-    "--max-new-tokens",
-    default=_DEFAULTS["max_new_tokens"],
-    show_default=True,
-    help="Maximum number of tokens to generate.",
-)
-@click.option(
-    "--temperature",
-    default=_DEFAULTS["temperature"],
-    show_default=True,
-    help="Divide the logits by this value before sampling; 0 always takes the most likely token.",
-)
-@click.option(
-    "--top-k",
-    default=_DEFAULTS["top_k"],
-    show_default=True,
-    help="Sample among the k most likely tokens; 0 considers all.",
-)
-@click.option(
-    "--top-p",
-    default=_DEFAULTS["top_p"],
-    show_default=True,
-    help="Sample among the fewest tokens that together reach this probability; 1 considers all.",
-)
-@click.option(
-    "--min-p",
-    default=_DEFAULTS["min_p"],
-    show_default=True,
-    help="Exclude tokens less likely than this share of the most likely one; 0 excludes none.",
-)
-@click.option(
-    "--repetition-penalty",
-    default=_DEFAULTS["repetition_penalty"],
-    show_default=True,
-    help="Values above 1 make tokens already in the prompt or the output less likely; 1 changes nothing.",
-)
-@click.option(
-    "--presence-penalty",
-    default=_DEFAULTS["presence_penalty"],
-    show_default=True,
-    help="Subtract this from the logit of each token already in the output; 0 changes nothing.",
-)
-@click.option(
-    "--frequency-penalty",
-    default=_DEFAULTS["frequency_penalty"],
-    show_default=True,
-    help="Subtract this once for each occurrence in the output; 0 changes nothing.",
-)
-@click.option(
-    "--logit-bias",
-    multiple=True,
-    metavar="ID=VALUE",
-    help="Add VALUE to the logit of the token ID. May be repeated.  [default: none]",
-)
-@click.option(
-    "--seed",
-    type=Seed(),
-    default=_DEFAULTS["seed"],
-    show_default=True,
-    help="Seed of the random numbers: equal seeds give equal text; -1 takes a new one.",
-)
-@click.option(
-    "--stop", multiple=True, metavar="TEXT", help="End the output before this text. May be repeated.  [default: none]"
-)
-@click.option(
-    "--stop-token-id",
-    "stop_token_ids",
-    type=int,
-    multiple=True,
-    metavar="ID",
-    help="End the output after this token. May be repeated.  [default: none]",
-)
-@click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token.  [default: end there]")
+@sampling_options()
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
 )

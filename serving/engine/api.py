@@ -53,6 +53,8 @@ class GenerationRequest:
     timeout: float | None = None
     """Seconds from submission to the last token, the wait in the queue included; None is without end."""
     request_id: str = ""
+    joins_call: bool = False
+    """It belongs to a call that found nobody waiting, so it may wait although the queue is full."""
     cache_salt: str = ""
     """Only requests of the same salt share prefixes of their prompts."""
     grammar: Grammar | None = None

@@ -110,7 +110,8 @@ class SlotEngine:
                 raise DrainingError("the server is stopping and takes no new requests; ask another one")
             stats = self._core.stats
             waiting = len(self._inbox) + stats.waiting_requests
-            if waiting >= self.config.queue_limit + stats.slots - stats.active_slots:
+            room = self.config.queue_limit + stats.slots - stats.active_slots
+            if waiting >= room and not request.joins_call:
                 raise QueueFullError(f"{waiting} requests are waiting already; try again later", self._retry_after())
             self._inbox.append(task)
             self._changed.notify_all()

@@ -11,7 +11,7 @@ from serving.backends.base import FloatArray
 from serving.engine.api import Logprobs
 from serving.engine.requests import Continuation
 from serving.errors import BundleError
-from serving.sampling import choose
+from serving.sampling import SamplingRows, choose
 from serving.sampling.constraints import ConstraintError, choose_allowed
 
 
@@ -133,11 +133,8 @@ def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: lis
     rows = logits if len(live) == len(logits) else logits[live]
     tokens: list[int] = choose(
         rows,
-        np.array([one.params.temperature for one in each], np.float32),
-        np.array([one.params.top_k for one in each], np.int64),
-        np.array([one.params.top_p for one in each], np.float32),
-        np.array([one.seed for one in each], np.int64),
-        np.array([one.made for one in each], np.int64),
-        np.array([one.params.min_p for one in each], np.float32),
+        seed=np.array([one.seed for one in each], np.int64),
+        step=np.array([one.made for one in each], np.int64),
+        **SamplingRows.of([one.params for one in each]).arrays(),
     ).tolist()
     return tokens

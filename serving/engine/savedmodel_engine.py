@@ -115,7 +115,7 @@ class SignatureEngine:
             if self._draining or self._closing:
                 raise DrainingError("the engine is shutting down and takes no new requests")
             waiting = self._waiting()
-            if waiting >= self._max_waiting:
+            if waiting >= self._max_waiting and not request.joins_call:
                 retry_after = max(1, math.ceil(self._rounds.seconds * waiting / self._slots))
                 raise QueueFullError(f"{waiting} requests wait already; try again in {retry_after} s", retry_after)
             self._arrived.append(job)

@@ -12,7 +12,7 @@ import numpy as np
 
 from serving.backends.base import Backend, ChoosingBackend, FloatArray, IntArray, Request
 from serving.generation.device_loop import LoopSteps
-from serving.sampling import SamplingParams, choose, uniform
+from serving.sampling import SamplingParams, SamplingRows, choose, uniform
 from serving.sampling.constraints import TokenConstraint, choose_allowed
 from serving.sampling.penalties import History
 
@@ -67,17 +67,15 @@ class Chooser:
         constraint: TokenConstraint | None = None,
     ) -> None:
         self._params, self._constraint = params, constraint
-        self._temperature = np.array([each.temperature for each in params], np.float32)
-        self._top_k = np.array([each.top_k for each in params], np.int64)
-        self._top_p = np.array([each.top_p for each in params], np.float32)
-        self._min_p = np.array([each.min_p for each in params], np.float32)
+        self._sampling = SamplingRows.of(params)
         self._seed = np.array([each.seed for each in params], np.int64)
         self._history = History(prompts, params, eos_token_id)
         self._budgets = np.array([each.max_new_tokens for each in params], np.int64)
-        sampled = (self._temperature > 0) & (self._top_k != 1)
+        sampled = ~self._sampling.greedy
         self.samples = bool(sampled.any())
         """Whether any row is not greedy."""
-        wanted = np.where(self._top_k > 0, self._top_k, USUAL_CANDIDATES)[sampled]
+        top_k = self._sampling.top_k
+        wanted = np.where(top_k > 0, top_k, USUAL_CANDIDATES)[sampled]
         self._candidates = min(int(wanted.max(initial=1)), MAX_CANDIDATES)
         self.loops = self._history.empty and self._candidates <= USUAL_CANDIDATES
         """Whether multi-step decode can run: no step depends on earlier tokens except by the KV cache."""
@@ -90,16 +88,15 @@ class Chooser:
             params = self._params[0]
             token = choose_allowed(logits[0], self._constraint.allowed(), params, params.seed, step)
             return np.array([token], np.int64)
-        every = (self._temperature, self._top_k, self._top_p, self._seed)
-        temperature, top_k, top_p, seed = (each[rows] for each in every)
-        return choose(logits, temperature, top_k, top_p, seed, np.full(len(rows), step), self._min_p[rows])
+        sampling = self._sampling.take(rows).arrays()
+        return choose(logits, seed=self._seed[rows], step=np.full(len(rows), step), **sampling)
 
     def request(self, step: int, vocab_size: int) -> Request:
         """The parameters for a backend that samples."""
         draw = uniform(self._seed, np.full(len(self._seed), step))
         few = min(self._candidates, vocab_size)
         edits = self._history.edits
-        return Request(self._temperature, self._top_k, self._top_p, self._min_p, draw, edits, few)
+        return Request(self._sampling, draw, edits, few)
 
     def draws(self, step: int, count: int) -> FloatArray:
         """The random numbers of `count` steps from `step` on, [rows, count]."""

@@ -82,12 +82,15 @@ class Problem:
     message: str
 
 
-def check_saved_model(version: Path) -> None:
-    """Raise BundleError for the first of `find_problems`; nothing of the SavedModel in `version` has run then."""
+def check_saved_model(version: Path, named: Path | None = None) -> None:
+    """Raise BundleError for the first of `find_problems`; nothing of the SavedModel in `version` has run then.
+
+    `named` is what errors say in its place, such as the folder that it is a copy of.
+    """
     for problem in find_problems(version):
         raise BundleError(
-            f"{version}: {problem.where}: {problem.message}; it was not loaded. Export it again, or take it from "
-            "somebody whose programs you would run"
+            f"{named or version}: {problem.where}: {problem.message}; it was not loaded. Export it again, or take it "
+            "from somebody whose programs you would run"
         )
 
 

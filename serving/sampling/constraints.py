@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import BundleError, GPT2BundleError, InputError, cut
-from serving.sampling.sampler import SamplingParams, choose
+from serving.sampling.parameters import SamplingParams, SamplingRows
+from serving.sampling.sampler import choose
 
 MAX_TEXT = 32_768
 """Characters of a schema, regular expression or grammar, or of all choices together."""
@@ -137,7 +138,7 @@ def choose_allowed(line: NDArray[np.float32], allowed: Allowed, params: Sampling
     """
     logits = line[allowed.ids] if allowed.bias is None else line + allowed.bias
     try:
-        chosen = choose(logits[None], params.temperature, params.top_k, params.top_p, seed, step, params.min_p)
+        chosen = choose(logits[None], seed=seed, step=step, **SamplingRows.of([params]).arrays())
     except BundleError:
         if np.isneginf(logits).all() and not np.isneginf(line).all():
             raise ConstraintError("the grammar allows only tokens that min_tokens holds back; lower it") from None

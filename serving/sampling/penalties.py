@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.sampling.sampler import SamplingParams
+from serving.sampling.parameters import SamplingParams
 
 
 @dataclass

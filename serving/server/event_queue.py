@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -55,7 +57,7 @@ class Generation:
         return generation
 
     def _submit(self, engine: Engine) -> None:
-        for index, request in enumerate(self._requests):
+        for index, request in enumerate(one_call(engine, self._requests)):
             handle = engine.submit(request, self._listener(index))
             self._handles.append(handle)
             if self._cancelled:  # By the loop, while this runs in another thread.
@@ -126,6 +128,22 @@ class Generation:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+
+
+def one_call(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterator[GenerationRequest]:
+    """`requests` of one call, to be submitted as they come. What submitting takes counts in the time of each.
+
+    Where nobody waits, all of them may, however short the queue is.
+    """
+    began, joins = time.monotonic(), len(requests) > 1 and not engine.stats().waiting_requests
+    for index, request in enumerate(requests):
+        timeout = time_left(request.timeout, began)
+        yield replace(request, timeout=timeout, joins_call=joins and index > 0) if len(requests) > 1 else request
+
+
+def time_left(limit: float | None, began: float) -> float | None:
+    """What is left of `limit` seconds since `began` on the monotonic clock, above 0."""
+    return None if limit is None else max(1e-3, limit - (time.monotonic() - began))
 
 
 def takes_long(requests: Sequence[GenerationRequest]) -> bool:

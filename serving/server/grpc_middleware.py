@@ -32,7 +32,7 @@ def headers_of(context: Any) -> dict[str, str]:
 def client_of(context: Any) -> str:
     """Whence a call comes, as HTTP has it; gRPC writes "ipv4:127.0.0.1:5" and "ipv6:%5B::1%5D:5"."""
     address: str = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
-    return address.strip("[]")
+    return address.strip("[]").removeprefix("::ffff:")
 
 
 def _named(context: Any) -> str:
