@@ -26,7 +26,7 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one line, with the seconds since the start. Raises KeyboardInterrupt if Ctrl-C was lost before."""
         check_interrupt()
-        # A path may hold what the terminal's encoding has no form for; that is no reason to end a build.
+        # A path may hold what the terminal's encoding has no form for; that must not end a build.
         text = text.encode(self.console.encoding, "replace").decode(self.console.encoding)
         self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, emoji=False)
 

@@ -1,10 +1,10 @@
-"""A run's folder: one sub-folder a stage, each stamped when it is whole, so that a killed build goes on where it was.
+"""A run's folder: one sub-folder a stage, each stamped when it is whole, so that an interrupted build resumes.
 
 A stamp holds a key made of everything that decides the stage's output, and the sizes of the files that came of it. A
 stage whose stamp has the same key, and whose files have these sizes, is not run again; any other state of its folder
-is thrown away, but for what the stage itself keeps to resume from.
+is removed, except for what the stage itself keeps to resume from.
 
-Only what a stage wrote is thrown away: its folder has a marker, which a folder with other files never gets, and each
+Only what a stage wrote is removed: its folder has a marker, which a folder with other files never gets, and each
 stage names what it writes there. A folder with anything else in it, or one that is a link, is refused.
 """
 
@@ -70,8 +70,8 @@ def run_stage(
     """Run `work(folder)` unless the stage is done already, then stamp it; return whether it ran.
 
     `writes` are the names, or patterns of names, that `work` gives what it leaves in `folder`. They are removed first.
-    The names in `keep` and `parts` are not: `keep` is no part of the stage's output; `parts` is, and `work` itself
-    takes over what it finds there or makes it anew. Raises InputError as `refuse_strangers` does.
+    The names in `keep` and `parts` are not: `keep` is not part of the stage's output; `parts` is, and `work` itself
+    reuses what it finds there or makes it again. Raises InputError as `refuse_strangers` does.
     """
     if is_done(folder, key):
         return False

@@ -2,7 +2,7 @@
 
 The files are tokenizer.json, tokenizer_config.json, special_tokens_map.json, added_tokens.json, generation_config.json
 and config.json. They are read as transformers 5 reads them; where two of them name different ids for one role, nothing
-is guessed. docs/checkpoints.md says for every field whether it is honoured, checked or refused.
+is guessed. docs/checkpoints.md says for every field whether it is honored, checked or refused.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class RoleResolver:
             found = self._tokenizer.token_to_id(end_token)
             if found is None:
                 raise InputError(
-                    f"recipe key 'model.end_token' is {end_token!r}, which is no token of {self._folder}; name one"
+                    f"recipe key 'model.end_token' is {end_token!r}, which is not a token of {self._folder}; name one"
                 )
             others = {f"{self._shown(index)} in {file}" for index, file in self._statements("eos") if index != found}
             if others:
@@ -234,11 +234,11 @@ class RoleResolver:
                 if self._tokenizer.id_to_token(index) is not None:
                     found.append((index, name))
                 elif index == _DEFAULT_ID or role == "pad":
-                    note = f"{name}: {role}_token_id {index} is no token of this tokenizer, and was left out"
+                    note = f"{name}: {role}_token_id {index} is not a token of this tokenizer, and was left out"
                     self.notes += [note] if note not in self.notes else []
                 else:
                     raise InputError(
-                        f"{self._folder}: {role}_token_id in {name} is {index}, which is no token of its tokenizer; "
+                        f"{self._folder}: {role}_token_id in {name} is {index}, which is not a token of its tokenizer; "
                         "mend it in a copy of the folder"
                     )
         return found

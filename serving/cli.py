@@ -23,19 +23,26 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("builder.commands.prepare:prepare", "Read text, train or load the tokenizer, write token shards."),
     "train": ("builder.commands.train:train", "Train GPT-2 on prepared tokens."),
     "export": ("builder.commands.export:export", "Export the trained model to SavedModel and ONNX."),
-    "verify": ("builder.commands.verify:verify", "Prove that every runtime says the same; write the certificate."),
-    "build": ("builder.commands.build:build", "Text to verified bundle: prepare, train, export, verify, package."),
-    "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print what is in it."),
+    "verify": (
+        "builder.commands.verify:verify",
+        "Prove that all runtimes give the same results; write the certificate.",
+    ),
+    "build": (
+        "builder.commands.build:build",
+        "Build a verified bundle from text: prepare, train, export, verify, package.",
+    ),
+    "recipe": ("builder.commands.recipe:recipe", "Print the keys of a recipe: types, defaults and meanings."),
+    "inspect": ("serving.commands.inspect:inspect", "Check a bundle and print its contents."),
     "generate": ("serving.commands.generate:generate", "Continue a prompt with a bundle."),
-    "serve": ("serving.commands.serve:serve", "Serve a bundle by HTTP and gRPC, many requests at once."),
-    "batch": ("serving.commands.batch:batch", "Answer a file of requests, OpenAI's batch lines; resumable."),
-    "evaluate": ("builder.commands.evaluate:evaluate", "Measure a bundle's perplexity on a text."),
+    "serve": ("serving.commands.serve:serve", "Serve a bundle over HTTP and gRPC, with continuous batching."),
+    "batch": ("serving.commands.batch:batch", "Answer a file of requests in OpenAI's batch format; resumable."),
+    "evaluate": ("builder.commands.evaluate:evaluate", "Measure the perplexity of a bundle on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
-    "deploy": ("serving.commands.deploy:deploy", "Write a folder that TensorFlow Serving serves a bundle from."),
-    "client": ("serving.commands.client:client", "Talk to a running TensorFlow Serving or 'serve', by REST or gRPC."),
+    "deploy": ("serving.commands.deploy:deploy", "Write a folder from which TensorFlow Serving serves a bundle."),
+    "client": ("serving.commands.client:client", "Call a running TensorFlow Serving or 'serve', over REST or gRPC."),
     "bench": (
         "benchmarks.commands.run:bench",
-        "Measure latency: steps against the floor, requests as clients see them.",
+        "Measure latency and throughput of decode steps and of requests.",
     ),
 }
 # What keeps its work by stages, and takes it up again.
@@ -53,6 +60,7 @@ class LazyGroup(click.Group):
             return None
         module_name, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module_name), attribute)
+        _name_ranges(command)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -75,6 +83,21 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+def _name_ranges(command: click.Command) -> None:
+    """Call the values of bounded options INTEGER and NUMBER in the help; click's own names are INTEGER RANGE and such.
+
+    The bounds themselves stay next to the default.
+    """
+    for option in command.params:
+        if isinstance(option, click.Option) and option.metavar is None and not option.count:
+            if isinstance(option.type, click.IntRange):
+                option.metavar = "INTEGER"
+            elif isinstance(option.type, click.FloatRange):
+                option.metavar = "NUMBER"
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _name_ranges(below)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,7 +128,7 @@ def _fail(line: str, code: int) -> int:
 
 
 def _open_missing_streams() -> None:
-    """Give a process that was started without standard output or errors (`>&-`) ones that nobody reads."""
+    """Give a process that was started without standard output or errors (`>&-`) dummy ones."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
@@ -136,7 +159,9 @@ def run(arguments: list[str] | None = None) -> int:
             click.echo(err=True)  # Behind the terminal's "^C".
         goes_on = next(iter(sys.argv[1:] if arguments is None else arguments), None) in STAGES
         return _fail(
-            "interrupted" + ("; the same command goes on from the last finished stage" if goes_on else ""), 130
+            "interrupted"
+            + ("; run the same command again to resume after the last completed stage" if goes_on else ""),
+            130,
         )
     except GPT2BundleError as error:
         return _fail(one_line(error), error.exit_code)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -85,6 +87,12 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = (), extra: Sequence[str] 
     return tokenizer
 
 
+def chat_files(template: Any, **settings: Any) -> dict[str, bytes]:
+    """The file of a bundle that has a chat template."""
+    table = {"eos_token": END, "bos_token": END, "chat_template": template, **settings}
+    return {"tokenizer_config.json": json.dumps(table).encode()}
+
+
 def geometry(vocab_size: int = 257, n_positions: int = 64) -> Geometry:
     """A tiny GPT-2's sizes, the end token last in the vocabulary."""
     return Geometry(
@@ -128,8 +136,8 @@ def graphs() -> dict[str, Graph]:
     }
 
 
-def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
-    """Write a bundle whose graphs are arbitrary bytes and whose tokenizer is `byte_tokenizer`."""
+def write_bundle(folder: Path, name: str = "tiny", extra: Mapping[str, bytes] | None = None) -> Manifest:
+    """Write a bundle whose graphs are arbitrary bytes and whose tokenizer is `byte_tokenizer`, and `extra` files."""
     files = {
         "README.md": b"# tiny\n",
         "ort/fp32/model.onnx": name.encode() * 3,
@@ -137,6 +145,7 @@ def write_bundle(folder: Path, name: str = "tiny") -> Manifest:
         "savedmodel/1/saved_model.pb": b"\x08\x01",
         "savedmodel/1/variables/variables.index": b"",
         "tokenizer.json": byte_tokenizer().to_str().encode(),
+        **(extra or {}),
     }
     for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,13 @@ LAYERS = {
     "serving": (
         "cli",
         "commands",
-        "entrypoints",
+        "entrypoints model",
         "protocols",
         "server",
         "engine",
         "generation clients",
         "backends",
-        "sampling deploy",
+        "sampling deploy chat",
         "bundle protobuf",
         "support errors",
     ),
@@ -34,12 +34,12 @@ LAYERS = {
         "commands",
         "stages",
         "verification",
-        "training onnx_export tf_export recipe_reader",
+        "training onnx_export tf_export recipe_reader recipe_reference",
         "data model",
         "recipe run_folder progress keras_backend special_tokens",
         "plain_files",
     ),
-    "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
+    "benchmarks": ("commands", "serving training experiments", "peers", "suite", "common"),
 }
 
 
@@ -174,7 +174,9 @@ def test_the_contract_needs_only_the_standard_library(place: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("serving", "tensorflow onnxruntime"),
+        ("serving", "tensorflow onnxruntime numpy tokenizers llguidance"),
+        ("serving.model", "tensorflow onnxruntime llguidance"),
+        ("serving.engine.engine, serving.commands.generate, serving.protocols.openai.routes", "llguidance onnxruntime"),
         ("serving.clients.session_transport", "tensorflow"),
         ("builder.stages.pipeline", "tensorflow onnx onnxruntime"),
         # The training stage with all that it imports when it runs.
@@ -196,6 +198,7 @@ def test_only_the_backend_that_is_named_so_imports_a_runtime() -> None:
     allowed = {
         "tensorflow": {"backends/tensorflow.py", "clients/session_transport.py", "support/tensorflow_import.py"},
         "onnxruntime": {"backends/onnx.py", "backends/onnx_loop.py", "backends/onnx_session.py"},
+        "llguidance": {"sampling/grammars.py"},
         "keras": set(),
         "onnx": set(),
         "torch": set(),

@@ -102,7 +102,7 @@ def test_stages_go_on_with_what_was_read_when_the_corpus_changes_or_goes(
     tiny: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = replace(tiny, corpus=write_corpus(tmp_path / "c.txt", 300))
-    said = "the corpus has changed since it was read: this goes on with what was read"
+    said = "the corpus has changed since it was read: the build continues with what was read"
     assert run(["prepare", *own.options()]) == 0
     with own.corpus.open("a") as file:
         file.write("One more line of text.\n")

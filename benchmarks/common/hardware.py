@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from serving.support.cores import usable_cores as usable_cores
+
 _PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy", "tokenizers", "rensa")
 _CORES = Path("/sys/devices/system/cpu")
 # Far larger than any cache, so that every pass comes from memory.
@@ -72,11 +74,6 @@ class ComputeProbe:
         return best
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def busy_seconds() -> float:
     """CPU seconds that all processes, and whoever else the host runs, have taken from this machine since it started.
 
@@ -96,7 +93,7 @@ def own_seconds(processes: Iterable[int] = ()) -> float:
     found = times.user + times.system + times.children_user + times.children_system
     for process in processes:
         try:
-            # The name, in brackets, may hold anything; behind it user and system time are fields 14 and 15 of all.
+            # The name, in brackets, may hold anything; after it user and system time are fields 14 and 15 of all.
             fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue

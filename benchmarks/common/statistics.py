@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -15,6 +14,8 @@ SMALLEST = 0.01
 """A difference under 1 % is not named whatever the interval says."""
 BETWEEN_RUNS = 0.05
 """And one under 5 % is not between two runs: the machine itself is by some per cent another, which no repeat shows."""
+SAME, UNKNOWN = "not distinguishable", "too few repeats"
+"""What a verdict says instead of "higher" or "lower"; two runtimes are never called equal."""
 _BATCH = 5
 
 
@@ -41,13 +42,13 @@ def summarise(samples: Sequence[float], resamples: int = 1000, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of one figure of a contender beside that of a reference.
+    """What the repeats say of one figure of a contender compared with that of a reference.
 
     `ratio` is contender over reference with its 95 % interval; `noise` is the relative difference that repeats of one
-    and the same show by themselves. `call` is "equal" inside the noise and "unknown" for too few repeats.
+    and the same show by themselves. `call` is higher, lower, `SAME` within the noise, or `UNKNOWN`.
     """
 
-    call: Literal["equal", "higher", "lower", "unknown"]
+    call: str
     ratio: float | None
     low: float | None
     high: float | None
@@ -99,13 +100,13 @@ def paired(contender: Sequence[float], reference: Sequence[float], smallest: flo
     """
     pairs = [(one, other) for one, other in zip(contender, reference, strict=True) if one > 0 and other > 0]
     if not pairs:
-        return Verdict("unknown", None, None, None, None, 0)
+        return Verdict(UNKNOWN, None, None, None, None, 0)
     logs = np.log([one / other for one, other in pairs])
     low, high = median_interval(logs.tolist())
     # What hits both of a pair cancels in its ratio, so the ratios' own spread is the noise.
     found = noise([np.exp(logs).tolist()])
     found = found / math.sqrt(2) if found is not None else None
-    return _judge(float(np.median(logs)), low, high, found, len(pairs), smallest)
+    return _verdict(float(np.median(logs)), low, high, found, len(pairs), smallest)
 
 
 def unpaired(
@@ -118,15 +119,15 @@ def unpaired(
     """
     ours, theirs = ([value for value in values if value > 0] for values in (contender, reference))
     if not ours or not theirs:
-        return Verdict("unknown", None, None, None, None, 0)
+        return Verdict(UNKNOWN, None, None, None, None, 0)
     random = np.random.default_rng(0)
     sides = []
     for values in (np.log(ours), np.log(theirs)):
         sides.append(np.median(values[random.integers(0, len(values), (resamples, len(values)))], axis=1))
     low, high, least, most = (float(each) for each in np.percentile(sides[0] - sides[1], [2.5, 97.5, 0.5, 99.5]))
     ratio = float(np.median(np.log(ours)) - np.median(np.log(theirs)))
-    found = _judge(ratio, low, high, noise([ours, theirs]), min(len(ours), len(theirs)), smallest)
-    return replace(found, call="equal") if least <= 0 <= most and found.call != "unknown" else found
+    found = _verdict(ratio, low, high, noise([ours, theirs]), min(len(ours), len(theirs)), smallest)
+    return replace(found, call=SAME) if least <= 0 <= most and found.call != UNKNOWN else found
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -146,10 +147,10 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(ordered[cut]), float(ordered[count - 1 - cut])
 
 
-def _judge(ratio: float, low: float, high: float, found: float | None, pairs: int, smallest: float) -> Verdict:
-    call: Literal["equal", "higher", "lower", "unknown"] = "equal"
+def _verdict(ratio: float, low: float, high: float, found: float | None, pairs: int, smallest: float) -> Verdict:
+    call: str = SAME
     if pairs < FEWEST_REPEATS:
-        call = "unknown"
+        call = UNKNOWN
     elif abs(ratio) > math.log1p(max(smallest, found or 0.0)):
-        call = "higher" if low > 0 else "lower" if high < 0 else "equal"
+        call = "higher" if low > 0 else "lower" if high < 0 else SAME
     return Verdict(call, math.exp(ratio), math.exp(low), math.exp(high), found, pairs)

@@ -25,7 +25,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.common.hardware import environment
 from benchmarks.experiments.synthetic_corpus import write_corpus, write_novel
@@ -64,7 +64,7 @@ print(time.perf_counter() - began)
 def main(
     work: Path, megabytes: int, rounds: int, sizes: tuple[int, ...], novels: tuple[float, ...], output: Path | None
 ) -> None:
-    """Time preparation beside the bare library, and measure its memory."""
+    """Compare the time of preparation with that of the bare library, and measure its memory."""
     work.mkdir(parents=True, exist_ok=True)
     base = _make_base(work) if rounds or sizes else work
     record: dict[str, Any] = {"environment": environment(), "settings": SETTINGS, "synthetic_seed": 0}
@@ -192,6 +192,7 @@ def _make_base(work: Path) -> Path:
     write_corpus(sample, 5_000_000)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=31_999, initial_alphabet=alphabet, show_progress=False)
     with sample.open(encoding="utf-8") as file:

@@ -1,17 +1,18 @@
-"""A token by `decode_slots` compared with a token by `serving_default`.
+"""Slots and concurrent requests of a SavedModel compared with one request of `serving_default`.
 
-python -m benchmarks.experiments.savedmodel_slots BUNDLE/savedmodel/1
+python -m benchmarks.experiments.savedmodel_slots BUNDLE
 
-Both run in this process through TensorFlow's Session API, on random prompts, greedily, rounds taking turns. A token of
-`serving_default` is the difference between calls for many tokens and for one, so its prompt is not in it; one of
-`decode_slots` is a whole call, with its way in and out. `last` is one active slot, the highest: where slots below it
-are free they are computed all the same.
+Everything runs in this process through TensorFlow's Session API, on random prompts, greedily, in rounds. The time per
+token of `serving_default` is the difference between calls for many tokens and for one; that of `decode_slots` is a
+whole call. `highest slot only` has one active slot above free ones. `concurrent` is as many requests of one row, each
+on its own thread, as `one request` has rows. `next to others` is a stream while whole answers never stop coming.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,107 +23,136 @@ import click
 import numpy as np
 
 from benchmarks.common.hardware import environment
+from benchmarks.common.standalone import run
+from benchmarks.suite.targets.tf_serving import greedy_inputs
+from serving.bundle import open_bundle
+from serving.clients.session_transport import SessionTransport
+from serving.errors import GPT2BundleError
 
 TOKENS = 32
+_CALL_SECONDS = 600.0
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--active", default="1,4,16", show_default=True, help="Numbers of active slots.")
-@click.option("--prompt", default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds; the first of each is not counted.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
-def main(folder: Path, active: str, prompt: int, rounds: int, output: Path | None) -> None:
-    """Time slots beside the generation loop."""
-    call = load(folder)
-    record: dict[str, Any] = {"environment": environment(), "prompt": prompt, "rounds": rounds, "milliseconds": {}}
-    for count in [int(number) for number in active.split(",")]:
-        targets: dict[str, Callable[[], list[float]]] = {
-            "serving_default": partial(_loop, call, count, prompt),
-            "decode_slots, 1 token a call": partial(_slots, call, count, prompt, 1),
-            "decode_slots, 8 tokens a call": partial(_slots, call, count, prompt, 8),
+@click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--rows", default="1,4,8,16", show_default=True, help="Numbers of active slots, and of requests at once.")
+@click.option("--others", default=4, show_default=True, help="Number of whole answers next to a stream.")
+@click.option("--prompt", default=128, show_default=True, help="Length of each prompt in tokens.")
+@click.option("--rounds", default=3, show_default=True, help="Number of rounds after one that is not counted.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON to FILE.")
+def main(folder: Path, rows: str, others: int, prompt: int, rounds: int, output: Path | None) -> None:
+    """Measure milliseconds a token, and tokens a second of concurrent requests."""
+    model = _Model(SessionTransport(open_bundle(folder, check="sizes")), prompt)
+    record: dict[str, Any] = {"environment": environment(), "prompt": prompt, "rounds": rounds}
+    record |= {"ms_a_token": {}, "tokens_per_second": {}}
+    for count in [int(number) for number in rows.split(",")]:
+        ways: dict[str, Callable[[], list[float]]] = {
+            "serving_default": partial(model.loop, count),
+            "decode_slots, 1 token a call": partial(model.slots, count, 1),
+            "decode_slots, 8 tokens a call": partial(model.slots, count, 8),
         }
         if count > 1:
-            targets["decode_slots, 1 token a call, last"] = partial(_slots, call, count, prompt, 1, last=True)
-        times: dict[str, list[float]] = {name: [] for name in targets}
-        for number in range(rounds + 1):
-            for name, target in targets.items():
-                found = target()
-                times[name] += found if number else []
-        record["milliseconds"][str(count)] = {name: statistics.median(some) * 1e3 for name, some in times.items()}
+            ways["decode_slots, 1 token a call, highest slot only"] = partial(model.slots, count, 1, highest=True)
+        times = _rounds(ways, rounds)
+        record["ms_a_token"][str(count)] = {name: statistics.median(some) * 1e3 for name, some in times.items()}
+        requests: dict[str, Callable[[], list[float]]] = {
+            "one request": partial(model.whole, count),
+            "concurrent": partial(model.concurrent, count),
+        }
+        times = _rounds(requests, rounds)
+        rates = {name: count * TOKENS / statistics.median(some) for name, some in times.items()}
+        record["tokens_per_second"][str(count)] = rates
+    alone, crowded = model.slots(1, 1), model.slots_next_to(others)
+    record["stream_ms"] = {
+        name: {"median": statistics.median(some) * 1e3, "longest": max(some) * 1e3}
+        for name, some in (("alone", alone), (f"next to {others} others", crowded))
+    }
     text = json.dumps(record, indent=2)
     click.echo(text)
     if output is not None:
         output.write_text(text + "\n", encoding="utf-8")
 
 
-def load(folder: Path, intra: int = 0, inter: int = 0) -> Callable[..., dict[str, Any]]:
-    """A function from a signature and its inputs to its outputs, through the Session API.
-
-    `intra` is how many threads an op has and `inter` how many ops run at once; 0 leaves it to TensorFlow. The first
-    session of a process decides.
-    """
-    import tensorflow as tf
-
-    config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=intra, inter_op_parallelism_threads=inter)
-    session = tf.compat.v1.Session(graph=tf.Graph(), config=config)
-    with session.graph.as_default():
-        definitions = tf.compat.v1.saved_model.load(session, ["serve"], str(folder)).signature_def
-
-    def call(signature: str, **inputs: Any) -> dict[str, Any]:
-        definition = definitions[signature]
-        feeds = {definition.inputs[name].name: value for name, value in inputs.items()}
-        result: dict[str, Any] = session.run({name: info.name for name, info in definition.outputs.items()}, feeds)
-        return result
-
-    return call
+def _rounds(ways: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            found = way()
+            times[name] += found if number else []
+    return times
 
 
-def prompts(rows: int, prompt: int, tokens: int) -> dict[str, Any]:
-    """Inputs of `serving_default`: random prompts of one length, continued greedily."""
-    random = np.random.default_rng(0)
-    return {
-        "token_ids": random.integers(0, 250, (rows, prompt)).astype(np.int32),
-        "lengths": np.full(rows, prompt, np.int32),
-        "max_new_tokens": np.full(rows, tokens, np.int32),
-        "temperature": np.zeros(rows, np.float32),
-        "top_k": np.zeros(rows, np.int32),
-        "top_p": np.ones(rows, np.float32),
-        "seed": np.zeros(rows, np.int64),
-    }
+class _Model:
+    """The signatures of one SavedModel, timed."""
 
+    def __init__(self, transport: SessionTransport, prompt: int) -> None:
+        self._transport, self._prompt = transport, prompt
 
-def _loop(call: Callable[..., dict[str, Any]], rows: int, prompt: int) -> list[float]:
-    """Seconds a token of `serving_default`."""
-    seconds = []
-    for tokens in (1, TOKENS + 1):
-        began = time.perf_counter()
-        call("serving_default", **prompts(rows, prompt, tokens))
-        seconds.append(time.perf_counter() - began)
-    return [(seconds[1] - seconds[0]) / TOKENS]
+    def whole(self, rows: int, tokens: int = TOKENS) -> list[float]:
+        """Seconds of one request of `rows` rows."""
+        return [self._call("serving_default", self._inputs(rows, tokens))[0]]
 
+    def loop(self, rows: int) -> list[float]:
+        """Seconds a token of `serving_default`."""
+        (first,), (whole,) = self.whole(rows, 1), self.whole(rows, TOKENS + 1)
+        return [(whole - first) / TOKENS]
 
-def _slots(
-    call: Callable[..., dict[str, Any]], rows: int, prompt: int, steps: int, *, last: bool = False
-) -> list[float]:
-    """Seconds a token of each call of `decode_slots`."""
-    names = np.arange(1, rows + 1, dtype=np.int64)
-    given = call("prefill_slots", request_id=names, **prompts(rows, prompt, TOKENS + 1))
-    if (given["status"] < 0).any():
-        raise click.ClickException("the SavedModel has fewer slots than --active asks for; export it with more")
-    held = {name: given[name] for name in ("slot", "generation")}
-    if last:
-        call("release_slots", **{name: value[:-1] for name, value in held.items()})
-        held = {name: value[-1:] for name, value in held.items()}
-    size, seconds = len(held["slot"]), []
-    for received in range(1, TOKENS + 1, steps):
-        began = time.perf_counter()
-        counts = {"received": np.full(size, received, np.int32), "steps": np.full(size, steps, np.int32)}
-        call("decode_slots", **held, **counts)
-        seconds.append((time.perf_counter() - began) / steps)
-    call("release_slots", **held)
-    return seconds
+    def concurrent(self, count: int) -> list[float]:
+        """Seconds until the last of `count` requests of one row has its answer."""
+        inputs = self._inputs(count, TOKENS)
+        single = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(count)]
+        threads = [threading.Thread(target=self._call, args=("serving_default", each)) for each in single]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [time.perf_counter() - start]
+
+    def slots(self, rows: int, steps: int, highest: bool = False) -> list[float]:
+        """Seconds a token of each call of `decode_slots` for `steps` tokens."""
+        names = np.arange(rows, dtype=np.int64) + time.time_ns()
+        _, given = self._call("prefill_slots", {"request_id": names, **self._inputs(rows, TOKENS + 1)})
+        if (given["status"] < 0).any():
+            raise GPT2BundleError("the SavedModel has fewer slots than --rows asks for; export it with more")
+        held = {name: given[name] for name in ("slot", "generation")}
+        if highest:
+            self._call("release_slots", {name: value[:-1] for name, value in held.items()})
+            held = {name: value[-1:] for name, value in held.items()}
+        size, seconds = len(held["slot"]), []
+        for received in range(1, TOKENS + 1, steps):
+            counts = {"received": np.full(size, received, np.int32), "steps": np.full(size, steps, np.int32)}
+            seconds.append(self._call("decode_slots", held | counts)[0] / steps)
+        self._call("release_slots", held)
+        return seconds
+
+    def slots_next_to(self, others: int) -> list[float]:
+        """Seconds a token of a stream while so many whole answers run."""
+        over = threading.Event()
+
+        def answers() -> None:
+            while not over.is_set():
+                self.whole(1)
+
+        threads = [threading.Thread(target=answers) for _ in range(others)]
+        for thread in threads:
+            thread.start()
+        try:
+            return self.slots(1, 1)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+
+    def _inputs(self, rows: int, tokens: int) -> dict[str, Any]:
+        ids = np.random.default_rng(0).integers(0, 250, (rows, self._prompt))
+        return greedy_inputs(ids, np.full(rows, self._prompt), tokens)
+
+    def _call(self, signature: str, inputs: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        start = time.perf_counter()
+        outputs = self._transport.predict(signature, inputs, _CALL_SECONDS)
+        return time.perf_counter() - start, outputs
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

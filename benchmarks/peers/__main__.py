@@ -1,85 +1,118 @@
-"""`python -m benchmarks.peers`: contests one after the other, kept in one record that later calls add to."""
+"""`python -m benchmarks.peers`: the bundle's graphs and other runtimes, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
+from benchmarks.common.held_out_text import read_text
 from benchmarks.common.standalone import run
-from benchmarks.peers.contest import OWN, PEERS, PRECISIONS, Contest, Setting, commands
-from benchmarks.peers.report import conditions, table
+from benchmarks.peers.comparison import Comparison, Settings, new_record
+from benchmarks.peers.gpu_device import describe, measure_rates
+from benchmarks.peers.runtimes import CPU, GPU, PRECISIONS, chosen
+from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
+from benchmarks.suite.report.markdown import to_markdown, verdict
 from serving.bundle import open_bundle
-from serving.errors import InputError
+from serving.errors import GPT2BundleError, InputError
 
 
+# fmt: off
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="Measure on the CPU, runtimes in turns, or on a GPU, one runtime after the other.")
+@click.option("--rehearse", is_flag=True, help="Measure the GPU's runtimes on the CPU, one after the other.")
 @click.option("--environments", default=".", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Where the peers' environments are: .venv-peer-NAME; peers without one are left out.")  # fmt: skip
-@click.option("--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), help="Repeatable; all by default.")
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), default=PRECISIONS,
-              show_default=True, help="Repeatable; contestants of one precision take turns.")  # fmt: skip
-@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16, 64),
-              show_default=True, help="Rows at once; repeatable.")  # fmt: skip
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Decode steps a round.")
-@click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Rounds.")
+              help="Look for the peer environments .venv-peer-NAME in FOLDER; peers without one are left out.")
+@click.option("--runtime", "names", multiple=True, metavar="NAME",
+              help="Measure this runtime only, such as openvino or openvino/int8; repeatable.")
+@click.option("--precision", "precisions", multiple=True, type=click.Choice((*PRECISIONS, "fp16")),
+              help="Measure this precision only; repeatable.")
+@click.option("--batch-size", "batch_sizes", multiple=True, type=click.IntRange(1, 4096),
+              help="Number of rows; repeatable.  [default: 1, 4, 16, 64; on a GPU also 128, 256]")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Length of each prompt.")
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True,
+              help="Number of decode steps in a round.")
+@click.option("--repeats", type=click.IntRange(1, 1000), default=5, show_default=True,
+              help="Number of rounds; verdicts need five.")
+@click.option("--seconds", type=click.FloatRange(0),
+              help="Skip what this time has no room for.  [default: no limit; on a GPU 540]")
 @click.option("--work", default="runs/bench-peers", show_default=True, type=click.Path(path_type=Path),
-              metavar="FOLDER", help="Converted models and the peers' logs.")  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE",
-              help="The record, as JSON; contests that it holds of other precisions and batch sizes stay.")  # fmt: skip
+              metavar="FOLDER", help="Keep converted models and logs in FOLDER.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="FILE",
+              help="Write the record to FILE; its points of other batch sizes and precisions stay.")
+@click.option("--resume", is_flag=True, help="Leave out what the record in --output already has.")
 def main(
     bundle: Path,
+    device: str,
+    rehearse: bool,
     environments: Path,
-    peers: tuple[str, ...],
+    names: tuple[str, ...],
     precisions: tuple[str, ...],
     batch_sizes: tuple[int, ...],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    seconds: float | None,
     work: Path,
-    output: Path | None,
-    **settings: Any,
+    output: Path,
+    resume: bool,
 ) -> None:
-    """Measure BUNDLE's graphs beside other runtimes on the CPU: decode and prefill, in turns, batch by batch."""
+    """Measure prefill and decode of static batches of BUNDLE and of other runtimes."""
     opened = open_bundle(bundle, check="sizes")
-    needed = settings["prompt_tokens"] + settings["new_tokens"] + 1
-    if needed > opened.manifest.model.n_positions:
-        raise InputError(f"{needed} positions pass the context of {opened.manifest.model.n_positions} tokens")
-    record: dict[str, Any] = {"bundle": opened.manifest.name, "contests": []}
-    if output is not None and output.exists():
-        record = _read(output)
-    for batch_size in batch_sizes:
-        for precision in precisions:
-            found = commands(precision, environments)
-            chosen = {name: command for name, command in found.items() if name == OWN or name in (peers or PEERS)}
-            contest = Contest(opened, chosen, work, lambda line: click.echo(line, err=True))
-            add(record, contest.hold(Setting(precision, batch_size, **settings)))
-            if output is not None:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    click.echo(table(record))
-    click.echo()
-    click.echo(conditions(record))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        record["contests"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as a record ({error!r}); name another file") from None
-    return record
-
-
-def add(record: dict[str, Any], contest: dict[str, Any]) -> None:
-    """Put a contest into the record, in the place of one of the same precision and batch size."""
-    kept = [other for other in record["contests"] if _place(other) != _place(contest)]
-    record["contests"] = sorted([*kept, contest], key=_place)
-
-
-def _place(contest: dict[str, Any]) -> tuple[int, int]:
-    return PRECISIONS.index(contest["precision"]), contest["batch_size"]
+    if prompt_tokens + new_tokens + 1 > opened.manifest.model.n_positions:
+        raise InputError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones do not fit a context of "
+            f"{opened.manifest.model.n_positions}; lower --prompt-tokens or --new-tokens"
+        )
+    on_gpu = device != "cpu"
+    alone = on_gpu or rehearse
+    known = GPU if alone else CPU
+    runtimes = [each for each in chosen(known, names) if not precisions or each.precision in precisions]
+    if not runtimes:
+        raise InputError(f"no such runtime; there are {', '.join(each.name for each in known)}")
+    installed = [each for each in runtimes if each.is_installed(environments)]
+    seconds = 540.0 if on_gpu and seconds is None else seconds
+    settings = Settings(prompt_tokens, new_tokens, repeats, device, alone, seconds)
+    record = new_record(about(opened), settings, SCHEMA)
+    if output.exists():
+        record = read_record(output)
+        lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        if any(record[key] != value for key, value in about(opened).items()) or not (
+            lengths.items() <= record["settings"].items()
+        ):
+            raise InputError(f"{output} is of another bundle or other lengths; name another file")
+    record["not_measured"] = {
+        each.name: f"its environment .venv-peer-{each.environment} is not in {environments}"
+        for each in runtimes if each not in installed
+    }
+    if on_gpu:
+        record["gpu"] = describe(device)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = {(row["target"], point["settings"]["requests"]) for point in record["points"] for row in point["rows"]
+            if not row["errors"]} if resume else set()
+    comparison = Comparison(
+        opened, read_text(opened), settings, record, environments=environments, work=work,
+        rates=measure_rates(device) if alone else None, keep=lambda: write_reports(record, output),
+        say=lambda line: click.echo(line, err=True),
+    )
+    sizes = batch_sizes or ((1, 4, 16, 64, 128, 256) if on_gpu else (1, 4, 16, 64))
+    if alone:
+        for runtime in installed:
+            if left := [size for size in sizes if (runtime.name, size) not in done]:
+                comparison.run([runtime], left)
+    else:
+        for size in sizes:
+            # A point is whole or not there: its runtimes took turns.
+            missing = {each.precision for each in installed if (each.name, size) not in done}
+            comparison.run([each for each in installed if each.precision in missing], [size])
+    write_reports(record, output)
+    click.echo(to_markdown(record))
+    click.echo("\n".join(verdict(record)))
+    if not any(row["figures"].get("prefill_ms") for point in record["points"] for row in point["rows"]):
+        raise GPT2BundleError(f"nothing was measured on {device}; the table says why")
 
 
 if __name__ == "__main__":

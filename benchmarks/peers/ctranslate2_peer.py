@@ -10,36 +10,36 @@ from typing import Any
 import ctranslate2
 from ctranslate2.converters import TransformersConverter
 
-from benchmarks.peers.protocol import Clock, Job, Run, converted, serve
+from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
 
 _COMPUTE = {"fp32": "float32", "int8": "int8"}
 
 
-class CTranslate2Contestant:
+class CTranslate2Runner:
     """Its interface is whole generations, which tell of each token as it is made: the last row's ends a step."""
 
     notes = ("times are between the tokens that generate_batch reports: its own choice of token is in them",)
 
-    def __init__(self, job: Job) -> None:
-        folder = Path(job.work) / f"ctranslate2-{job.precision}"
+    def __init__(self, request: LoadRequest) -> None:
+        folder = Path(request.work) / f"ctranslate2-{request.precision}"
         with converted(folder) as draft:
             if draft is not None:
-                _Converter(job.bundle).convert(str(draft), quantization=_COMPUTE[job.precision], force=True)
+                _Converter(request.bundle).convert(str(draft), quantization=_COMPUTE[request.precision], force=True)
         self.generator = ctranslate2.Generator(
-            str(folder), compute_type=_COMPUTE[job.precision], inter_threads=1, intra_threads=job.threads
+            str(folder), compute_type=_COMPUTE[request.precision], inter_threads=1, intra_threads=request.threads
         )
         self.words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """See `Contestant.run`."""
-        run, clock, rows = Run(), Clock(), len(prompts)
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `BatchRunner.run`."""
+        run, watch, rows = BatchRun(), Stopwatch(), len(prompts)
         seconds: list[float] = []
         tokens: list[dict[int, int]] = [{} for _ in range(new_tokens + 1)]
 
         def told(result: Any) -> bool:
             tokens[result.step][result.batch_id] = result.token_id
             if len(tokens[result.step]) == rows:
-                seconds.append(clock.lap())
+                seconds.append(watch.lap())
             return False
 
         self.generator.generate_batch(
@@ -68,4 +68,4 @@ class _Converter(TransformersConverter):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    serve(CTranslate2Contestant, ("ctranslate2", "transformers", "torch"))
+    serve(CTranslate2Runner, ("ctranslate2", "transformers", "torch"))

@@ -17,10 +17,10 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.peers.protocol import Clock, Job, Run, converted, serve
+from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
 
 
-class KerasHubContestant:
+class KerasHubRunner:
     """The prefill is a call for one token; a step is what a call for many takes longer, over the tokens it adds."""
 
     notes = (
@@ -28,12 +28,12 @@ class KerasHubContestant:
         "and the faster of the two counts",
     )
 
-    def __init__(self, job: Job) -> None:
-        tf.config.threading.set_intra_op_parallelism_threads(job.threads)
-        folder = Path(job.work) / "keras_hub"
+    def __init__(self, request: LoadRequest) -> None:
+        tf.config.threading.set_intra_op_parallelism_threads(request.threads)
+        folder = Path(request.work) / "keras_hub"
         with converted(folder) as draft:
             if draft is not None:
-                _describe(Path(job.bundle), draft)
+                _describe(Path(request.bundle), draft)
         backbone = keras_hub.models.GPT2Backbone.from_preset(str(folder), dtype="float32")
         self.models = {}
         for xla in (True, False):
@@ -41,9 +41,9 @@ class KerasHubContestant:
             self.models[xla].compile(sampler="greedy", jit_compile=xla)
         self.faster: dict[tuple[int, int], bool] = {}
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """See `Contestant.run`."""
-        run = Run()
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `BatchRunner.run`."""
+        run = BatchRun()
         run.prefill, _ = self._call(prompts, 1)
         whole, tokens = self._call(prompts, 1 + new_tokens)
         run.steps = [max(whole - run.prefill, 0.0) / new_tokens] if new_tokens else []
@@ -70,10 +70,10 @@ class KerasHubContestant:
         return passed, made[:, asked:].T.tolist()
 
     def _generate(self, xla: bool, inputs: dict[str, Any]) -> tuple[float, Any]:
-        clock = Clock()
+        watch = Stopwatch()
         # What `generate` calls for each batch, without its tokenizer; no token ends a text.
         made = self.models[xla].make_generate_function()(inputs, stop_token_ids=None)["token_ids"].numpy()
-        return clock.lap(), made
+        return watch.lap(), made
 
 
 def _describe(bundle: Path, folder: Path) -> None:
@@ -84,4 +84,4 @@ def _describe(bundle: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(KerasHubContestant, ("keras-hub", "keras", "tensorflow"))
+    serve(KerasHubRunner, ("keras-hub", "keras", "tensorflow"))

@@ -13,7 +13,7 @@ import llama_cpp
 import numpy as np
 from safetensors import safe_open
 
-from benchmarks.peers.protocol import Clock, Job, Run, converted, serve
+from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
 
 _TYPES = {
     "fp32": gguf.GGMLQuantizationType.F32,
@@ -31,46 +31,46 @@ _BLOCK = {
 _OUTER = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"}
 
 
-class LlamaContestant:
+class LlamaRunner:
     """One context whose sequences are the rows; every step is one `llama_decode` of all of them."""
 
-    def __init__(self, job: Job) -> None:
-        folder = Path(job.work) / f"llama-{job.precision}"
+    def __init__(self, request: LoadRequest) -> None:
+        folder = Path(request.work) / f"llama-{request.precision}"
         with converted(folder) as draft:
             if draft is not None:
-                write_gguf(Path(job.bundle), draft / "model.gguf", _TYPES[job.precision])
+                write_gguf(Path(request.bundle), draft / "model.gguf", _TYPES[request.precision])
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(str(folder / "model.gguf").encode(), model_params)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = job.rows * -(-job.capacity // 256) * 256
+        params.n_ctx = request.rows * -(-request.capacity // 256) * 256
         params.n_batch = params.n_ctx
-        params.n_seq_max = job.rows
-        params.n_threads = params.n_threads_batch = job.threads
-        if job.precision == "fp32":
+        params.n_seq_max = request.rows
+        params.n_threads = params.n_threads_batch = request.threads
+        if request.precision == "fp32":
             params.type_k = params.type_v = int(gguf.GGMLQuantizationType.F32)
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError("llama.cpp makes no context")
-        self.notes = (f"caches in {'f32' if job.precision == 'fp32' else 'f16'}",)
+        self.notes = (f"caches in {'f32' if request.precision == 'fp32' else 'f16'}",)
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """See `Contestant.run`."""
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `BatchRunner.run`."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        run, clock = Run(), Clock()
+        run, watch = BatchRun(), Stopwatch()
         logits = self._decode(prompts, 0)
-        run.prefill = clock.lap()
+        run.prefill = watch.lap()
         run.tokens.append([int(row.argmax()) for row in logits])
         for step in range(new_tokens):
-            clock.lap()
+            watch.lap()
             logits = self._decode([[token] for token in run.tokens[-1]], len(prompts[0]) + step)
-            run.steps.append(clock.lap())
+            run.steps.append(watch.lap())
             run.tokens.append([int(row.argmax()) for row in logits])
         return run
 
     def _decode(self, rows: Sequence[Sequence[int]], start: int) -> list[Any]:
-        """Append tokens to every row, and return views of the logits behind each row's last, [vocabulary] each."""
+        """Append tokens to every row, and return views of the logits after each row's last, [vocabulary] each."""
         width = len(rows[0])
         batch = llama_cpp.llama_batch_init(len(rows) * width, 0, 1)
         batch.n_tokens = len(rows) * width
@@ -134,4 +134,4 @@ def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    serve(LlamaContestant, ("llama_cpp_python", "gguf", "numpy"))
+    serve(LlamaRunner, ("llama_cpp_python", "gguf", "numpy"))

@@ -13,25 +13,25 @@ import numpy as np
 import openvino
 from openvino import opset13
 
-from benchmarks.peers.protocol import Clock, Job, Run, converted, serve
+from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
 
-_QUANTISATION: dict[str, dict[str, Any]] = {
+_QUANTIZATION: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "sym": False},
     "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0},
 }
 
 
-class OpenVINOContestant:
+class OpenVINORunner:
     """Latency hint; float32 arithmetic at fp32, and at fewer bits whatever OpenVINO chooses for this processor."""
 
-    def __init__(self, job: Job) -> None:
-        folder = Path(job.work) / f"openvino-{job.precision}"
+    def __init__(self, request: LoadRequest) -> None:
+        folder = Path(request.work) / f"openvino-{request.precision}"
         with converted(folder) as draft:
             if draft is not None:
-                _export(job, draft)
+                _export(request, draft)
         core = openvino.Core()
-        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job.threads}
-        if job.precision == "fp32":
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": request.threads}
+        if request.precision == "fp32":
             options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         model = core.read_model(folder / "openvino_model.xml")
         _keep_last_position(model)
@@ -41,14 +41,14 @@ class OpenVINOContestant:
         chosen = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
         self.notes = tuple(f"{name} {_told(compiled.get_property(name))}" for name in chosen)
 
-    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """See `Contestant.run`."""
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `BatchRunner.run`."""
         self.request.reset_state()
-        run, ids = Run(), np.array(prompts, np.int64)
+        run, ids = BatchRun(), np.array(prompts, np.int64)
         for step in range(new_tokens + 1):
-            clock = Clock()
+            watch = Stopwatch()
             logits = self._step(ids, run_length=len(prompts[0]) + step)
-            seconds = clock.lap()
+            seconds = watch.lap()
             if step:
                 run.steps.append(seconds)
             else:
@@ -70,13 +70,13 @@ class OpenVINOContestant:
         return self.request.get_output_tensor(0).data
 
 
-def _export(job: Job, folder: Path) -> None:
+def _export(request: LoadRequest, folder: Path) -> None:
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-    settings = _QUANTISATION.get(job.precision)
-    quantisation = OVWeightQuantizationConfig(**settings) if settings else None
-    options: dict[str, Any] = {"quantization_config": quantisation} if quantisation else {"load_in_8bit": False}
-    model = OVModelForCausalLM.from_pretrained(job.bundle, export=True, compile=False, **options)
+    settings = _QUANTIZATION.get(request.precision)
+    quantization = OVWeightQuantizationConfig(**settings) if settings else None
+    options: dict[str, Any] = {"quantization_config": quantization} if quantization else {"load_in_8bit": False}
+    model = OVModelForCausalLM.from_pretrained(request.bundle, export=True, compile=False, **options)
     model.save_pretrained(folder)
 
 
@@ -96,4 +96,4 @@ def _told(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    serve(OpenVINOContestant, ("openvino", "optimum-intel", "nncf", "transformers", "torch"))
+    serve(OpenVINORunner, ("openvino", "optimum-intel", "nncf", "transformers", "torch"))

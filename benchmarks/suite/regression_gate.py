@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common.statistics import Verdict, unpaired
+from benchmarks.common.statistics import SAME, UNKNOWN, Verdict, unpaired
 from benchmarks.suite.figures.record_rows import HIGHER_IS_BETTER
+from benchmarks.suite.record import record_rows
 from benchmarks.suite.report.tables import name_of
-from benchmarks.suite.run import SCHEMA
 from serving.errors import GPT2BundleError, InputError
 from serving.support.suggestions import did_you_mean
 
@@ -34,7 +32,7 @@ class BudgetError(GPT2BundleError):
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one row in two records. `word` is better, WORSE, equal or "too few repeats"."""
+    """One figure of one row in two records. `word` is better, WORSE, not distinguishable or too few repeats."""
 
     where: str
     figure: str
@@ -46,38 +44,7 @@ class Change:
     def __str__(self) -> str:
         ratio, low, high = (value - 1 for value in (self.verdict.ratio, self.verdict.low, self.verdict.high) if value)
         moved = f"{ratio:+.1%}, {low:+.1%} to {high:+.1%}"
-        return f"{self.word:>15}  {self.where}, {self.figure}: {self.before:.3f} -> {self.after:.3f} ({moved})"
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a record of the suite. Raises InputError for anything else, and for one that measured nothing."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            schema = record.get("schema") if isinstance(record, dict) else None
-            raise ValueError(f"its schema is {schema!r}, not {SCHEMA!r}" if schema else f"it has no schema {SCHEMA!r}")
-        for point, row in rows(record):
-            _ = point["schedule_sha256"], point["point"], dict(point["winners"]), row["target"], row["errors"]
-            for values in row["figures"].values():
-                if not all(value is None or isinstance(value, (int, float)) for value in values):
-                    raise ValueError("a figure is not a number")
-            if row["summary"] is not None:
-                _ = row["summary"]["failed"]
-        if not any(True for _ in rows(record)):
-            raise ValueError("nothing was measured in it")
-    except KeyError as error:
-        raise InputError(f"{path}: not a whole record of 'gpt2-bundle bench' (it lacks {error})") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a record of 'gpt2-bundle bench' with a scenario ({error})") from None
-    found: dict[str, Any] = record
-    return found
-
-
-def rows(record: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Each (point, row)."""
-    for point in record["points"]:
-        for row in point["rows"]:
-            yield point, row
+        return f"{self.word:>19}  {self.where}, {self.figure}: {self.before:.3f} -> {self.after:.3f} ({moved})"
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
@@ -86,9 +53,9 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     The records were taken at different times, so their repeats are no pairs. Rows of other schedules are not compared.
     Raises InputError where nothing is left to compare.
     """
-    earlier = {_key(point, row): row for point, row in rows(before)}
+    earlier = {_key(point, row): row for point, row in record_rows(before)}
     found = []
-    for point, row in rows(after):
+    for point, row in record_rows(after):
         match = earlier.get(_key(point, row))
         if match is None:
             continue
@@ -100,7 +67,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
             if verdict.ratio is None:
                 continue
             better = "higher" if figure in HIGHER_IS_BETTER else "lower"
-            word = {better: "better", "equal": "equal", "unknown": "too few repeats"}.get(verdict.call, "WORSE")
+            word = {better: "better", SAME: SAME, UNKNOWN: UNKNOWN}.get(verdict.call, "WORSE")
             where = f"{name_of(row)}, {point['point']}"
             found.append(Change(where, figure, float(np.median(old)), float(np.median(new)), verdict, word))
     if not found:
@@ -120,14 +87,14 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     found = changes(before, after)
     counts = Counter(change.word for change in found)
     told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-    lines = [str(change) for word in ("equal", "better", "WORSE") for change in found if change.word == word]
-    lines.append(f"{'in all':>15}  {told}")
-    lines += [f"{'failed':>15}  {sentence}" for sentence in _failed(after)]
+    lines = [str(change) for word in (SAME, "better", "WORSE") for change in found if change.word == word]
+    lines.append(f"{'in all':>19}  {told}")
+    lines += [f"{'failed':>19}  {sentence}" for sentence in _failed(after)]
     for name, one, other in (("before", before, after), ("after", after, before)):
         alone = _alone(one, other)
-        lines += [f"{'only ' + name:>15}  {'; '.join(alone)}"] if alone else []
+        lines += [f"{'only ' + name:>19}  {'; '.join(alone)}"] if alone else []
     if before.get("bundle") != after.get("bundle"):
-        lines.append(f"{'the bundle':>15}  was {before.get('bundle')}, is {after.get('bundle')}")
+        lines.append(f"{'the bundle':>19}  was {before.get('bundle')}, is {after.get('bundle')}")
     return lines + _machine(before, after)
 
 
@@ -138,7 +105,7 @@ def check_baseline(record: Mapping[str, Any], baseline: Mapping[str, Any], allow
     InputError where no figure has the repeats to be told from another.
     """
     found = changes(baseline, record)
-    if all(change.verdict.call == "unknown" for change in found):
+    if all(change.verdict.call == UNKNOWN for change in found):
         raise InputError("the records have too few repeats to tell anything; measure both with --repeats 5 or more")
     broken = [str(change).strip() for change in found if _is_past(change, allowed)]
     broken += [*_failed(record), *(f"{where}: not in the record" for where in _alone(baseline, record))]
@@ -160,12 +127,14 @@ def _key(point: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _alone(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The rows of one record that the other lacks."""
-    theirs = {_key(point, row) for point, row in rows(other)}
-    return [f"{name_of(row)}, {point['point']}" for point, row in rows(one) if _key(point, row) not in theirs]
+    theirs = {_key(point, row) for point, row in record_rows(other)}
+    return [f"{name_of(row)}, {point['point']}" for point, row in record_rows(one) if _key(point, row) not in theirs]
 
 
 def _failed(record: Mapping[str, Any]) -> list[str]:
-    return [f"{name_of(row)}, {point['point']}: {row['errors'][0]}" for point, row in rows(record) if row["errors"]]
+    return [
+        f"{name_of(row)}, {point['point']}: {row['errors'][0]}" for point, row in record_rows(record) if row["errors"]
+    ]
 
 
 def _machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -175,11 +144,11 @@ def _machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         old, new = before.get(rate), after.get(rate)
         if old and new and abs(new / old - 1) > _OTHER_MACHINE:
             said.append(f"{name} {new / old - 1:+.1%}")
-    lines = [f"{'the machine':>15}  was another: {', '.join(said)}; a target may owe as much to that"] if said else []
+    lines = [f"{'the machine':>19}  was another: {', '.join(said)}; a target may owe as much to that"] if said else []
     shares = [record.get("others_cpu_share") or 0.0 for record in (before, after)]
     if max(shares) > _MUCH_FOR_OTHERS:
         lines.append(
-            f"{'others':>15}  took {shares[0]:.0%} of the cores before and {shares[1]:.0%} after; "
+            f"{'others':>19}  took {shares[0]:.0%} of the cores before and {shares[1]:.0%} after; "
             "measure both again on a machine left alone"
         )
     return lines
@@ -195,7 +164,7 @@ def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
     broken: list[str] = []
     for text in budgets:
         figure, sign, limit = _parse(text, record)
-        for point, row in rows(record):
+        for point, row in record_rows(record):
             if figure not in row["figures"]:
                 continue
             values = [value for value in row["figures"][figure] if value is not None]
@@ -214,7 +183,7 @@ def check_budgets(record: Mapping[str, Any], budgets: list[str]) -> list[str]:
 
 def _parse(text: str, record: Mapping[str, Any]) -> tuple[str, str, float]:
     match = _BUDGET.fullmatch(text)
-    known = list(dict.fromkeys(figure for _, row in rows(record) for figure in row["figures"]))
+    known = list(dict.fromkeys(figure for _, row in record_rows(record) for figure in row["figures"]))
     try:
         if match is None:
             raise ValueError

@@ -13,24 +13,24 @@ from benchmarks.common.statistics import warm_from
 from benchmarks.suite.cold_start import ColdStart
 from benchmarks.suite.driver import play
 from benchmarks.suite.figures.latency_metrics import Objectives
-from benchmarks.suite.figures.record_rows import COLD, Repeat, add_limits, blank_row, make_point, point_of
+from benchmarks.suite.figures.record_rows import COLD, Repeat, add_bounds, blank_row, make_point, point_of
 from benchmarks.suite.load.clock import Clock
 from benchmarks.suite.load.events import Response
 from benchmarks.suite.load.schedule import Lengths, Planned, Planner, Schedule
 from benchmarks.suite.machine.contention import Machine, Others
-from benchmarks.suite.machine.meters import Reading
 from benchmarks.suite.rate_sweep import best, sweep
+from benchmarks.suite.record import SCHEMA
 from benchmarks.suite.resume import SUSTAINED, Earlier, most_of, session, whole_sweep
-from benchmarks.suite.static_batches import WARM_UP_STEPS, Played, add_floors, backend_of, run_batch, steps_point
+from benchmarks.suite.static_batches import add_bounds as add_batch_bounds
+from benchmarks.suite.static_batches import play_batches, runner_of, steps_point
 from benchmarks.suite.targets.base import Target, TargetError
 from serving.bundle import Geometry
 from serving.errors import GPT2BundleError
 
-SCHEMA = "gpt2-bundle-bench/1"
-_WARM_UP_ROUND, _WARM_UP_MOST = 10, 60
-# A request of a sweep: what takes longer is far behind already, and the sweep must end.
+_WARM_UP_ROUND, _WARM_UP_MAX = 10, 60
+# A request of a sweep that takes longer is far behind already, and the sweep must end.
 _SWEEP_TIMEOUT = 30.0
-# A runtime's threads go on spinning for a while after its last call, and would take the cores from the next one.
+# A runtime's threads spin for a while after its last call, and would take the cores from the next one.
 _PAUSE = 0.1
 Say = Callable[[str], None]
 Decode = Callable[[Sequence[int]], str]
@@ -51,18 +51,14 @@ class _Run:
     played: list[tuple[Schedule, dict[str, list[Repeat]]]] = field(default_factory=list)
     plays: int = 0
     decode: Decode | None = None
-    # How many of `points` have their floors.
-    limited: int = 0
+    # How many of `points` have their bounds.
+    bounded: int = 0
 
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
-        await self.rest()
-        window = self.machine.meters.begin() if self.machine.meters and self.machine.meters.sources else None
-        reading: Reading | None = None
-        try:
-            responses = await play(schedule, target, self.clock, timeout or self.timeout)
-        finally:
-            reading = window.end() if window is not None else None
-        return Repeat([self._with_text(each) for each in responses], reading)
+        # Until the target before is still.
+        await self.clock.until(self.clock.now() + _PAUSE)
+        responses = await play(schedule, target, self.clock, timeout or self.timeout)
+        return [self._with_text(each) for each in responses]
 
     def _with_text(self, response: Response) -> Response:
         """Servers that give text alone are compared by it, so those that give ids alone need theirs."""
@@ -70,18 +66,13 @@ class _Run:
             return response
         return replace(response, text=self.decode(response.tokens))
 
-    async def rest(self) -> None:
-        """Wait until the target before is still."""
-        await self.clock.until(self.clock.now() + _PAUSE)
-
     def next_number(self) -> int:
         """Another one for each time that all targets are asked the same, so that no prompt comes twice."""
         self.plays += 1
         return self.plays - 1
 
     def add(self, schedule: Schedule, targets: Sequence[Target], played: dict[str, list[Repeat]]) -> None:
-        point = make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour)
-        self.add_point(schedule, point, played)
+        self.add_point(schedule, make_point(schedule, targets, played, self.objectives), played)
 
     def add_point(
         self, schedule: Schedule, point: dict[str, Any], played: dict[str, list[Repeat]] | None = None
@@ -89,18 +80,17 @@ class _Run:
         self.points.append(point)
         self.played.append((schedule, {} if played is None else played))
 
-    def add_limits(self, geometry: Geometry | None, first: int) -> None:
-        """Put floors, by the machine's rates so far, into the points from the `first` on that this run has measured."""
+    def add_bounds(self, geometry: Geometry | None, first: int) -> None:
+        """Put bounds, by the machine's rates so far, into the points from the `first` on that this run has measured."""
         bandwidth, rate = self.machine.rates()
-        precisions = {target.name: target.precision for target in self.targets}
-        self.limited = len(self.points)
+        self.bounded = len(self.points)
         for point, (schedule, played) in list(zip(self.points, self.played, strict=True))[first:]:
             if geometry is None or played is _NOT_HERE:
                 continue
             if point["scenario"] == "steps":
-                add_floors(point, schedule.requests, precisions, geometry, bandwidth, rate)
+                add_batch_bounds(point, schedule, geometry, bandwidth, rate)
             else:
-                add_limits(point, played, precisions, geometry, bandwidth, rate)
+                add_bounds(point, played, geometry, bandwidth, rate)
 
 
 # Whose requests an earlier run has seen, and this one has not.
@@ -130,20 +120,19 @@ async def measure(
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
 
     A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
-    The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
+    The schema is docs/bench-format.md's. Schedules of a sweep that follow each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
-    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone. What `earlier` has is
-    not measured again; `keep` is given the record so far behind each schedule or sweep. Raises InputError where
+    `machine` give the roofline and its bounds; `decode` the text of targets that give ids alone. What `earlier` has is
+    not measured again; `keep` is given the record so far after each schedule or sweep. Raises InputError where
     `earlier` is of other settings, targets, versions or another machine.
     """
     machine = machine or Machine()
-    idle = machine.meters.idle(5.0) if machine.meters is not None else None
     entries: list[dict[str, Any]] = []
     run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
     about = environment()
     settings = {
         "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
-        "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
+        "sweep_seconds": sweep_seconds,
     }  # fmt: skip
 
     if earlier is not None:
@@ -157,7 +146,6 @@ async def measure(
             "settings": settings,
             "sessions": sessions,
             **most_of(sessions),
-            "energy": machine.energy(idle),
             "targets": entries,
             "not_measured": missing or {},
             "points": run.points,
@@ -173,7 +161,7 @@ async def measure(
             warm = await warm_up(target, schedules[0], clock, timeout)
             entries.append({
                 "name": target.name, "label": target.label, "precision": target.precision,
-                "stand_in": target.stand_in, "load_seconds": loaded, **warm,
+                "emulator": target.emulator, "load_seconds": loaded, **warm,
             })  # fmt: skip
         if earlier is not None:
             earlier.check_started([target.name for target in targets])
@@ -190,18 +178,18 @@ async def measure(
             elif part[0].scenario == "cold-start":
                 await _cold(run, part[0], starter, cold_starts)
             elif part[0].scenario == "steps":
-                await _steps(run, part[0], repeats)
+                _steps(run, part[0], repeats)
             else:
                 await _repeat(run, part[0], repeats)
             if keep is not None:
-                run.add_limits(geometry, run.limited)
+                run.add_bounds(geometry, run.bounded)
                 keep(so_far())
         record = so_far()
     finally:
         for target in targets:
             await target.stop()
-    # Anew, since the machine's best may have come late.
-    run.add_limits(geometry, 0)
+    # Again for all points, since the best sample of a probe may be a late one.
+    run.add_bounds(geometry, 0)
     return record
 
 
@@ -239,7 +227,7 @@ async def warm_up(target: Target, like: Schedule, clock: Clock, timeout: float) 
     lengths = Lengths(len(first.prompt), len(first.prompt)), Lengths(made, made)
     latencies: list[float] = []
     cut = None
-    while cut is None and len(latencies) < _WARM_UP_MOST:
+    while cut is None and len(latencies) < _WARM_UP_MAX:
         # Other prompts in each round, or a server that keeps prompts would seem to warm up at the second.
         planner = Planner(text, len(first.prompt) + made, seed=len(latencies))
         responses = await play(planner.single(_WARM_UP_ROUND, *lengths), target, clock, timeout)
@@ -254,30 +242,20 @@ async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
         run.machine.sample()
         run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
         asked = schedule.varied(run.next_number())
-        # Who goes first changes, so that nobody always runs behind the same other.
+        # Who goes first changes, so that nobody always runs after the same other.
         for place in range(len(run.targets)):
             target = run.targets[(place + repeat) % len(run.targets)]
             played[target.name].append(await run.play(target, asked))
     run.add(schedule, run.targets, played)
 
 
-async def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
-    """A batch size, for those targets that are a graph in this process."""
-    backends = {target.name: backend for target in run.targets if (backend := backend_of(target)) is not None}
-    if not backends:
+def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
+    """One batch size, for those targets that are a graph in this process."""
+    runners = {target.name: runner for target in run.targets if (runner := runner_of(target)) is not None}
+    if not runners:
         run.say(f"{schedule.scenario}, {schedule.point}: left out, no target is a graph in this process")
         return
-    played: dict[str, list[Played]] = {name: [] for name in backends}
-    for backend in backends.values():
-        run_batch(backend, schedule, WARM_UP_STEPS)
-    for repeat in range(repeats):
-        run.machine.sample()
-        run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
-        asked, names = schedule.varied(run.next_number()), list(backends)
-        for place in range(len(names)):
-            name = names[(place + repeat) % len(names)]
-            await run.rest()
-            played[name].append(run_batch(backends[name], asked))
+    played = play_batches(runners, schedule, repeats, sample=run.machine.sample, say=run.say)
     run.add_point(schedule, steps_point(schedule, played, run.targets))
 
 
@@ -292,7 +270,7 @@ async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> No
             run.say(f"saturation, {schedule.point}")
         repeat = await run.play(named[name], asked[place], min(run.timeout, _SWEEP_TIMEOUT))
         played[place][name] = [repeat]
-        return repeat.responses
+        return repeat
 
     standings = await sweep(list(named), schedules, run.clock, run.objectives, seconds, once)
     for place, schedule in enumerate(schedules):

@@ -1,114 +1,172 @@
-"""Prefill and decode of static batches: the graph alone, without a scheduler or a client between.
+"""Prefill and decode of static batches: the graph alone, without a scheduler or a client.
 
-A step of a batch costs little more than a step of one row until arithmetic, and no longer reading, holds it; the rows
-here say from which batch on.
+A step of a batch costs little more than a step of one row until arithmetic, and not reading, bounds it; the rows of
+this scenario show from which batch size on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.common.decode_step import step_bytes
-from benchmarks.suite.figures.record_rows import STEPS, blank_row, point_of
-from benchmarks.suite.figures.roofline import floor_seconds, prefill_bytes, prompt_flops, token_flops
-from benchmarks.suite.load.schedule import Planned, Schedule
-from benchmarks.suite.targets.base import Target
-from serving.backends.base import Backend
+from benchmarks.common.static_batch import BatchRun, BatchRunner
+from benchmarks.common.statistics import summarise
+from benchmarks.suite.figures.record_rows import STEPS, Named, blank_row, point_of
+from benchmarks.suite.figures.roofline import bound_seconds, prefill_bytes, prompt_flops, step_bytes, token_flops
+from benchmarks.suite.load.schedule import Schedule
 from serving.bundle import Geometry
+from serving.errors import GPT2BundleError
 
-WARM_UP_STEPS = 8
-"""Before the first repeat of a batch size, so that the memory of that batch is there."""
-Played = tuple[float, list[float], NDArray[np.int64]]
-"""Seconds of the prefill and of each step, and the tokens, [rows, steps + 1]."""
-
-
-def is_static(target: Target) -> bool:
-    """Whether a target runs static batches of a graph in this process, loaded or not."""
-    return hasattr(target, "backend")
+# A runtime's threads spin for a while after its last call, and would take the cores from the next one.
+_PAUSE = 0.3
 
 
-def backend_of(target: Target) -> Backend | None:
-    """The backend that a target runs in this process in static batches, or None where it does not."""
-    found: Backend | None = getattr(target, "backend", None)
+def is_static(target: object) -> bool:
+    """Return whether a target runs static batches of a graph in this process, loaded or not."""
+    return hasattr(target, "runner")
+
+
+def runner_of(target: object) -> BatchRunner | None:
+    """Return what runs a target's static batches, or None if the target has nothing of the kind."""
+    found: BatchRunner | None = getattr(target, "runner", None)
     return found
 
 
-def run_batch(backend: Backend, schedule: Schedule, most: int | None = None) -> Played:
-    """Read the schedule's prompts as one batch and continue them greedily, `most` steps at most."""
+def play_batches(
+    runners: Mapping[str, BatchRunner],
+    schedule: Schedule,
+    repeats: int,
+    *,
+    warm_up_steps: int = 8,
+    sample: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
+    failed: dict[str, str] | None = None,
+) -> dict[str, list[BatchRun]]:
+    """Run the schedule's prompts as one batch, `repeats` times by each runner in turns.
+
+    Before, each runner takes `warm_up_steps`, so that the memory of that batch is allocated. `sample` is called before
+    each round. A runner that fails is left out and named in `failed`; without `failed` its GPT2BundleError is raised.
+    """
     prompts = [request.prompt for request in schedule.requests]
-    count = min(schedule.requests[0].new_tokens, most or schedule.requests[0].new_tokens)
-    began = time.perf_counter()
-    state, logits = backend.prefill(prompts, len(prompts[0]) + count)
-    prefill = time.perf_counter() - began
-    steps, tokens = [], [logits.argmax(-1)]
-    for _ in range(count):
-        began = time.perf_counter()
-        logits = backend.decode(state, tokens[-1])
-        steps.append(time.perf_counter() - began)
-        tokens.append(logits.argmax(-1))
-    return prefill, steps, np.stack(tokens, axis=1).astype(np.int64)
+    steps = schedule.requests[0].new_tokens
+    played: dict[str, list[BatchRun]] = {name: [] for name in runners}
+
+    def once(name: str, new_tokens: int) -> None:
+        time.sleep(_PAUSE)
+        try:
+            played[name].append(runners[name].run(prompts, new_tokens))
+        except GPT2BundleError as error:
+            if failed is None:
+                raise
+            say(f"{name} is left out: {error}")
+            failed[name] = str(error)
+            del played[name]
+
+    for name in list(played):
+        say(f"{schedule.point}: {name} warms up")
+        once(name, min(steps, warm_up_steps))
+    for runs in played.values():
+        runs.clear()
+    for repeat in range(repeats):
+        sample()
+        names = list(played)
+        say(f"{schedule.point}: repeat {repeat + 1} of {repeats}: {', '.join(names)}")
+        # The order rotates, so that no runtime always runs after the same other one.
+        for place in range(len(names)):
+            once(names[(place + repeat) % len(names)], steps)
+    return {name: runs for name, runs in played.items() if runs}
 
 
 def steps_point(
-    schedule: Schedule, played: Mapping[str, Sequence[Played]], targets: Sequence[Target]
+    schedule: Schedule, played: Mapping[str, Sequence[BatchRun]], targets: Sequence[Named]
 ) -> dict[str, Any]:
-    """The point of a batch size, of those targets that were played. A repeat's step is the median of its steps."""
+    """Return the point of a batch size, with those targets that were played.
+
+    A repeat's step is the median of its steps; `intervals_ms` are 95 % bootstrap intervals over all prefills and steps.
+    """
     rows = []
     for target in (each for each in targets if each.name in played):
-        repeats = played[target.name]
-        medians = [float(np.median(steps)) for _, steps, _ in repeats]
+        runs = played[target.name]
+        medians = [float(np.median(run.steps)) if run.steps else None for run in runs]
         figures: dict[str, list[float | None]] = {
-            "prefill_ms": [prefill * 1e3 for prefill, _, _ in repeats],
-            "step_ms": [step * 1e3 for step in medians],
-            "step_tokens_per_second": [len(schedule.requests) / step for step in medians],
+            "prefill_ms": [run.prefill * 1e3 for run in runs],
+            "step_ms": [None if step is None else step * 1e3 for step in medians],
+            "step_tokens_per_second": [len(schedule.requests) / step if step else None for step in medians],
         }
-        others = {name: other for name, other in played.items() if name != target.name}
+        samples = {
+            "prefill_ms": [run.prefill * 1e3 for run in runs],
+            "step_ms": [step * 1e3 for run in runs for step in run.steps],
+        }
+        tokens = {name: [_by_row(run) for run in other] for name, other in played.items()}
+        own = tokens.pop(target.name)
         rows.append(blank_row(target, figures) | {
-            "outputs_sha256": hashlib.sha256(repeats[0][2].astype("<i8").tobytes()).hexdigest(),
-            "differing_requests": {name: _differing(repeats, other) for name, other in others.items()},
+            "intervals_ms": {name: _interval(values) for name, values in samples.items()},
+            "outputs_sha256": hashlib.sha256(own[0].astype("<i8").tobytes()).hexdigest(),
+            "differing_requests": {name: _differing(own, other) for name, other in tokens.items()},
+            "notes": ["the outputs of its repeats differ"] if _differing(own, own[:1] * len(own)) else [],
         })  # fmt: skip
     return point_of(schedule, rows, STEPS)
 
 
-def add_floors(
+def add_bounds(
     point: dict[str, Any],
-    requests: Sequence[Planned],
-    precisions: Mapping[str, str | None],
+    schedule: Schedule,
     geometry: Geometry,
     bandwidth: float | None,
-    rate: float | None,
+    flops_per_second: float | Mapping[str, float] | None,
+    caches: Mapping[str, str] | None = None,
 ) -> None:
-    """Put floors and the roofline's points into the rows: those of the whole batch, each weight read once for it."""
-    rows, asked, made = len(requests), len(requests[0].prompt), requests[0].new_tokens
-    cached = asked + made / 2
+    """Put the roofline bounds into the rows: those of the whole batch, each weight read once for it.
+
+    `caches` are the precisions of KV caches by target, where they do not follow from the weights'. The rates
+    are those of `bound_seconds`; without a bandwidth there are no bounds.
+    """
+    requests = schedule.requests
+    rows, prompt, new_tokens = len(requests), len(requests[0].prompt), requests[0].new_tokens
+    cached = prompt + new_tokens / 2
     for row in point["rows"]:
-        precision = precisions[row["target"]]
-        if precision is None:
+        precision = row["precision"]
+        if precision is None or row["errors"]:
             continue
-        work = {"prefill": rows * prompt_flops(geometry, asked), "decode": rows * token_flops(geometry, cached)}
+        work = {"prefill": rows * prompt_flops(geometry, prompt), "decode": rows * token_flops(geometry, cached)}
         read = {
-            "prefill": prefill_bytes(geometry, precision, rows, asked),
-            "decode": step_bytes(geometry, precision, rows, cached),
+            "prefill": prefill_bytes(geometry, precision, rows, prompt),
+            "decode": step_bytes(geometry, precision, rows, cached, (caches or {}).get(row["target"], "")),
         }
         if bandwidth is not None:
-            floors = [floor_seconds(work[phase], read[phase], precision, bandwidth, rate) * 1e3 for phase in work]
-            row["floor_ttft_ms"], row["floor_inter_token_ms"] = floors
+            seconds = [bound_seconds(work[each], read[each], precision, bandwidth, flops_per_second) for each in work]
+            row["bound_ttft_ms"], row["bound_inter_token_ms"] = (each * 1e3 for each in seconds)
         row["roofline"] = {
-            phase: {
-                "intensity": work[phase] / read[phase],
-                "flops_per_second": work[phase] / float(np.median(row["figures"][figure])) * 1e3,
-                "rows": rows,
-            }
+            phase: _attained(work[phase], read[phase], rows, row["figures"][figure])
             for phase, figure in zip(work, STEPS, strict=True)
         }
 
 
-def _differing(repeats: Sequence[Played], others: Sequence[Played]) -> list[int]:
-    pairs = zip((tokens for *_, tokens in repeats), (tokens for *_, tokens in others), strict=True)
-    return sorted({int(row) for ours, theirs in pairs for row in np.flatnonzero((ours != theirs).any(axis=1))})
+def _attained(work: float, read: float, rows: int, milliseconds: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in milliseconds if value]
+    if not known:
+        return None
+    return {"intensity": work / read, "flops_per_second": work / float(np.median(known)) * 1e3, "rows": rows}
+
+
+def _interval(values: Sequence[float]) -> list[float] | None:
+    found = summarise(values)
+    return None if found is None else [found.low, found.high]
+
+
+def _by_row(run: BatchRun) -> Any:
+    """The tokens as [rows, steps + 1]."""
+    return np.array(run.tokens, np.int64).T
+
+
+def _differing(repeats: Sequence[Any], others: Sequence[Any]) -> list[int]:
+    found: set[int] = set()
+    # A runtime that failed later has fewer repeats.
+    for ours, theirs in zip(repeats, others, strict=False):
+        width = min(ours.shape[1], theirs.shape[1])
+        found |= {int(row) for row in np.flatnonzero((ours[:, :width] != theirs[:, :width]).any(axis=1))}
+    return sorted(found)

@@ -15,16 +15,20 @@ from serving.support.json_line import json_line
 @click.command()
 @recipe_options
 @click.option("--output", default="dist", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Where the bundle's folder goes.")  # fmt: skip
+              help="Folder that gets the bundle, as FOLDER/NAME.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end.")
 def build(output: Path, as_json: bool, **options: Any) -> None:
-    """Text to verified bundle: prepare, train, export, verify, package. Goes on where an interrupted build stopped."""
+    """Build a verified bundle from text: prepare, train, export, verify, package.
+
+    If a build is interrupted, run the same command again: it resumes after the last completed step.
+    """
     run = make_run(**options)
 
     from builder.progress import Reporter
     from builder.run_folder import locked
     from builder.stages.pipeline import build as run_build
-    from serving.bundle.examples import example_prompts, shell_quoted
+    from builder.stages.pipeline import report_lines
+    from serving.bundle.examples import generate_arguments
 
     with locked(run.folder):
         bundle = run_build(run, output, Reporter())
@@ -34,5 +38,7 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
                   "parity": manifest.parity}  # fmt: skip
         click.echo(json_line(record))
     else:
-        prompt = shell_quoted(example_prompts(bundle.folder)[0])
-        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {prompt}")
+        for line in report_lines(run, bundle):
+            click.echo(line)
+        arguments = generate_arguments(bundle.folder)
+        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {arguments}")

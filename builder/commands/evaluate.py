@@ -15,6 +15,9 @@ from serving.support.json_line import json_line
 @click.option("--text-field", metavar="NAME",
               help="Field or column that is the text, in .jsonl, .csv and .parquet.  [default: text, or responses for "
               "a bundle that was trained on instructions]")  # fmt: skip
+@click.option("--transform", metavar="FILE.py:FUNCTION",
+              help="Function to apply to each text first, as corpus.transform of a recipe, or none. Required for a "
+              "bundle whose recipe has one.")  # fmt: skip
 @click.option("--window", type=int, metavar="N", help="Tokens read at once; the model's context by default.")
 @click.option("--stride", type=int, metavar="N", help="Tokens between two windows; half a window by default.")
 @click.option("--graph", metavar="NAME",
@@ -25,6 +28,7 @@ def evaluate(
     bundle: Path,
     text: str,
     text_field: str | None,
+    transform: str | None,
     window: int | None,
     stride: int | None,
     graph: str | None,
@@ -37,7 +41,7 @@ def evaluate(
     with the same fields, and the responses alone are scored; --text-field reads plain text instead.
     """
     from builder.verification.paired_loss import relative_difference
-    from builder.verification.perplexity import evaluate_bundle, instruction_of, open_graph
+    from builder.verification.perplexity import chosen_transform, evaluate_bundle, instruction_of, open_graph
     from serving.bundle import open_bundle
 
     opened = open_bundle(bundle)
@@ -48,6 +52,7 @@ def evaluate(
         stride=stride,
         text_field=text_field or "text",
         instruction=instruction_of(opened) if text_field is None else None,
+        transform=chosen_transform(opened, transform),
         backend=None if graph is None else open_graph(opened, graph),
     )
     if as_json:

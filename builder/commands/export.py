@@ -12,7 +12,7 @@ from builder.commands.options import make_run, recipe_options
 @click.command()
 @recipe_options
 def export(**options: Any) -> None:
-    """Export the trained model to a draft bundle: SavedModel, portable and optimised ONNX."""
+    """Export the trained model to a draft bundle: SavedModel, portable and optimized ONNX."""
     run = make_run(**options)
 
     from builder.progress import Reporter

@@ -32,7 +32,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
               metavar="SECONDS", help="The server's --rest_api_timeout_in_ms, in seconds.")  # fmt: skip
 @click.option("--gpu-memory", callback=_size, metavar="SIZE", help="Refuse what needs more, such as 16GiB.")
 @click.option("--batch", type=click.IntRange(min=1), metavar="N",
-              help="Rows of the largest batch; by default what the batching parameters beside it allow.")  # fmt: skip
+              help="Rows of the largest batch; by default what the batching parameters next to it allow.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def lint(
     folder: Path,

@@ -13,7 +13,7 @@ from builder.commands.options import make_run, recipe_options
 @recipe_options
 @click.option("--loop", type=click.Choice(["fit", "custom"]), help="Whose training loop (short for training.loop).")
 def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train GPT-2 on the prepared tokens; takes up an interrupted run."""
+    """Train GPT-2 on the prepared tokens. An interrupted run resumes from its last checkpoint."""
     if loop is not None:
         overrides = (*overrides, f"training.loop={loop}")
     run = make_run(overrides=overrides, **options)

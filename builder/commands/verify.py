@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from builder.commands.options import make_run, recipe_options
 from serving.errors import InputError
+from serving.support.json_line import json_line
 
 
 @click.command()
@@ -22,7 +23,7 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
     """Prove that Keras, the SavedModel and both ONNX graphs say the same.
 
     With BUNDLE, repeats the certificate of a published bundle on its own golden input and writes nothing. Without,
-    verifies the recipe's exported draft and writes verification.json beside it.
+    verifies the recipe's exported draft and writes verification.json next to it.
     """
     for name in ("base", "corpus", "runs"):
         if bundle is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -57,4 +58,4 @@ def verify(context: click.Context, /, bundle: Path | None, as_json: bool, **opti
         detail = f", largest logit difference {table['every_step']['max_abs']:.1e}" if table else ""
         reporter.line(f"{name}: {record['equal']:,} of {record['of']:,} greedy tokens equal{detail}")
     if as_json:
-        click.echo(json.dumps(certificate))
+        click.echo(json_line(certificate))

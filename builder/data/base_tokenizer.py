@@ -1,4 +1,4 @@
-"""The tokenizer of a base checkpoint, taken over whole: its added tokens, its roles, its chat template.
+"""The tokenizer of a base checkpoint, read whole: its added tokens, its roles, its chat template.
 
 It is written so that transformers reads it with the ids that training uses: as a GPT2Tokenizer where it is GPT-2's own
 kind, else as a PreTrainedTokenizerFast, which takes tokenizer.json as it stands.

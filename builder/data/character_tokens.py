@@ -16,7 +16,7 @@ class CharacterTokens:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         vocabulary = tokenizer.get_vocab() if isinstance(tokenizer.decoder, decoders.ByteLevel) else {}
-        # In UTF-8, bytes from 0x80 to 0xBF go on with a character.
+        # In UTF-8, bytes from 0x80 to 0xBF continue a character.
         going_on = {letter for letter, byte in BYTE_ALPHABET.items() if 0x80 <= byte < 0xC0}
         added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
         self._inside = frozenset(id for text, id in vocabulary.items() if text[:1] in going_on and text not in added)

@@ -1,6 +1,6 @@
 """Clean one text: pure functions from a text to (the text cleaned, whether that changed it).
 
-None of them raises, whatever the text. Each but `strip_html` gives its own output back unchanged; so do all of them
+No step raises, whatever the text. Each but `strip_html` gives its own output back unchanged; so do all of them
 in a row, with that step off. (HTML cannot: a page that shows `&lt;b&gt;` becomes a text that says `<b>`, which is to
 stay.)
 """
@@ -27,7 +27,7 @@ def _names(words: str) -> frozenset[str]:
 
 # C0 and C1 controls but tab and the line ends, with whole terminal sequences; soft hyphen, zero-width space, word
 # joiner and byte-order mark; direction marks, invisible operators, fillers and tags. The two joiners U+200C and U+200D
-# stay: Persian, the scripts of India and emoji are spelt with them.
+# stay: Persian, the scripts of India and emoji are spelled with them.
 _INVISIBLE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
     r"\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0001\U000e0020-\U000e007e]"
@@ -69,9 +69,9 @@ def steps(recipe: CleaningRecipe) -> Iterator[Step]:
     if recipe.invisible:
         yield "invisible", remove_invisible
     if recipe.unicode == "NFC":
-        yield "unicode", lambda text: normalise(text, "NFC")
+        yield "unicode", lambda text: normalize(text, "NFC")
     elif recipe.unicode == "NFKC":
-        yield "unicode", lambda text: normalise(text, "NFKC")
+        yield "unicode", lambda text: normalize(text, "NFKC")
     if recipe.symbols == "collapse":
         yield "symbols", collapse_symbols
     elif recipe.symbols == "drop":
@@ -80,7 +80,7 @@ def steps(recipe: CleaningRecipe) -> Iterator[Step]:
         yield "white_space", lambda text: tidy_space(text, words=recipe.white_space == "words")
 
 
-def normalise(text: str, form: Literal["NFC", "NFKC"]) -> Cleaned:
+def normalize(text: str, form: Literal["NFC", "NFKC"]) -> Cleaned:
     """Compose characters (NFC), or also replace compatibility forms such as ligatures and full width (NFKC)."""
     if unicodedata.is_normalized(form, text):
         return text, False
@@ -134,7 +134,7 @@ def tidy_space(text: str, *, words: bool) -> Cleaned:
 def strip_html(text: str) -> Cleaned:
     """Remove HTML's tags, comments, scripts and styles, and decode its entities; blocks end lines.
 
-    What looks like a tag but is none of HTML's, such as `<T>` or `List<String>`, stays. A text that the parser cannot
+    What looks like a tag but is not an HTML tag, such as `<T>` or `List<String>`, stays. A text that the parser cannot
     read is left as it is.
     """
     if not _MARKUP.search(text):

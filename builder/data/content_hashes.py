@@ -1,4 +1,4 @@
-"""What a build reads, by content: equal texts are equal inputs, whatever their times and however paths are spelt."""
+"""What a build reads, by content: equal texts are equal inputs, whatever their times and however paths are spelled."""
 
 from __future__ import annotations
 

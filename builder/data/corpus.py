@@ -1,8 +1,7 @@
-"""Read, curate and split the documents, and write both sides as JSON lines.
+"""Read, filter_documents and split the documents, and write both sides as JSON lines.
 
-Which side a document falls on depends on its text and the seed only, so the same text is on the same side whatever
-else the corpus holds, as long as that gives both sides their share (see `train_split`). Memory holds what `curation`
-says.
+The side of a document depends on its text and the seed only. The same text is on the same side whatever else the corpus
+holds, as long as both sides get their share (see `train_split`). `corpus_filtering` says what memory holds.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.data.curation import Tally, curate, share
+from builder.data.corpus_filtering import Tally, filter_documents, share
 from builder.data.documents import Document, read_file, write_document
-from builder.data.file_formats import Skipped
+from builder.data.file_readers import Skipped
 from builder.data.label_balance import balance
 from builder.data.sources import find_sources, read_documents, read_sources
 from builder.data.train_split import Sizes, is_near, refusal, split_by_size
@@ -43,7 +42,7 @@ class SideReport:
 class CorpusReport:
     """What went into the corpus, what was changed or left out and why.
 
-    `cleaning`, `lengths` and `samples` are those of `curation.Tally`, `labels` is that of `balance`. `split` is
+    `cleaning`, `lengths` and `samples` are those of `corpus_filtering.Tally`, `labels` is that of `balance`. `split` is
     "documents", or where their hashes alone missed the share, "documents, by size" or "ends of documents" (see
     `train_split`). `sha256` is that of train.jsonl followed by validation.jsonl.
     """
@@ -94,7 +93,7 @@ def prepare_corpus(recipe: Recipe, folder: Path, workers: int = 1) -> CorpusRepo
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).unlink(missing_ok=True)
     tally = Tally()
-    kept = curate(documents, recipe, folder / SCRATCH, tally, workers)
+    kept = filter_documents(documents, recipe, folder / SCRATCH, tally, workers)
     fraction = settings.validation_fraction
     with contextlib.closing(kept):
         sides = _write(folder, ((document, place < fraction) for document, place in kept))

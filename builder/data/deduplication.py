@@ -103,7 +103,7 @@ class NearDuplicates:
         return np.frombuffer(b"".join(parts), np.uint32).reshape(-1, self._permutations)
 
     def _mark_within(self, signatures: Signatures, keys: Numbers, repeated: NDArray[np.bool_]) -> None:
-        """Mark what is much like one of the same block that stays, in order."""
+        """Mark documents that are similar to an earlier one of the same block that stays."""
         _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
         shared = (counts[inverse.reshape(keys.shape)] > 1) & ~repeated[:, None]
         kept: dict[int, list[int]] = {}

@@ -20,7 +20,7 @@ class DiskIndex:
     """Pairs of a key and a value, in files sorted by key: a log-structured merge tree (O'Neil and others, 1996).
 
     Every file is at least twice as long as the next, so a pair is rewritten a logarithmic number of times. A look-up
-    reads the files from end to end, which costs little beside the work on the texts if it is for thousands of keys.
+    reads the files from end to end. For thousands of keys at once, that is cheap compared with work on the texts.
     Memory holds some 20 MB however many pairs there are, the disk 16 bytes a pair (twice that during a merge).
     """
 
@@ -96,7 +96,7 @@ def _merge(first: Path, second: Path, target: Path) -> None:
     more = [True, True]
     with target.open("wb") as file:
         while any(map(len, parts)):
-            # Rows up to the first end of a part that goes on can be written: none that comes later is smaller.
+            # Rows up to the first end of a part that continues can be written: none that comes later is smaller.
             ends = [part[-1, 0] for part, on in zip(parts, more, strict=True) if on and len(part)]
             cuts = [np.searchsorted(part[:, 0], min(ends), "right") if ends else len(part) for part in parts]
             _sorted([part[:cut] for part, cut in zip(parts, cuts, strict=True)]).tofile(file)

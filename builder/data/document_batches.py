@@ -30,7 +30,7 @@ class DocumentRows:
 
     Attributes:
         starts, lengths: of each row in the shard, int64 [rows]; a length is `sequence_length` + 1 at most.
-        documents: documents of the shard, with those that are no row.
+        documents: documents of the shard, including those that make no row.
         truncated: rows whose document is longer.
     """
 

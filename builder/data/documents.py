@@ -11,8 +11,8 @@ from typing import NamedTuple, TextIO
 
 from serving.errors import InputError
 
-# The parts of an instruction document: what its template adds, what was asked, what was answered, the end token behind
-# an answer that another turn follows, and an answer that was cut short (behind which nothing ended).
+# The parts of an instruction document: what its template adds, what was asked, what was answered, the end token after
+# an answer that another turn follows, and an answer that was cut short (after which nothing ended).
 FRAME, PROMPT, RESPONSE, END, CUT = "frame", "prompt", "response", "end", "cut"
 _CONTENT = frozenset({PROMPT, RESPONSE, CUT})
 
@@ -45,9 +45,9 @@ class Document:
 
     @property
     def runs(self) -> list[tuple[str, bool]]:
-        """The text as (stretch, whether the loss counts it), in which what is not counted stands in one piece.
+        """The text as (stretch, whether the loss counts it), with adjacent uncounted stretches joined.
 
-        An answer is counted, and so is the end token behind it unless the answer is empty.
+        An answer is counted, and so is the end token after it unless the answer is empty.
         """
         if not self.segments:
             return [(self.text, True)]
@@ -79,7 +79,7 @@ class Document:
         return replace(self, text="".join(segment.text for segment in segments), segments=tuple(segments))
 
     def with_end(self, text: str) -> Document:
-        """The same document with `text` as the end token behind each turn's answer."""
+        """The same document with `text` as the end token after each turn's answer."""
         if not any(segment.part == END and segment.text not in ("", text) for segment in self.segments):
             return self
         return self.with_segments(
@@ -102,7 +102,7 @@ class Document:
         )
 
     def trimmed(self, limit: int, trim: Callable[[str, int], tuple[str, bool]]) -> Document:
-        """The document cut to `limit` characters by `trim`, an instruction document behind its last answer there."""
+        """The document cut to `limit` characters by `trim`, an instruction document after its last answer there."""
         if len(self.text) <= limit:
             return self
         if not self.segments:
@@ -118,7 +118,7 @@ class Document:
         return self.with_segments(kept or [Segment("", FRAME)]).ended()
 
     def ended(self) -> Document:
-        """An instruction document without what stands behind its last answer; any without an answer as it is."""
+        """An instruction document without what stands after its last answer; any without an answer as it is."""
         segments = list(self.segments)
         while segments and self.is_answered and not (segments[-1].part in (RESPONSE, CUT) and segments[-1].text):
             segments.pop()

@@ -18,7 +18,7 @@ from typing import Any
 
 from builder.data.docstrings import read_functions
 from builder.data.documents import END, FRAME, PROMPT, RESPONSE, Document, Segment
-from builder.data.file_formats import (
+from builder.data.file_readers import (
     NotTextError,
     Skipped,
     checked_label,
@@ -34,7 +34,7 @@ from serving.support.suggestions import did_you_mean
 
 Turn = tuple[str, str]
 
-# Each response begins behind a line end: GPT-2's pattern cuts there whatever follows, so that a prompt has the same
+# Each response begins after a line end: GPT-2's pattern cuts there whatever follows, so that a prompt has the same
 # tokens alone and with its response.
 _BUILT_IN = {
     "instruction": {
@@ -67,7 +67,7 @@ _TURN_KEYS = (("role", "content"), ("from", "value"))
 
 @dataclass(frozen=True)
 class Template:
-    """A piece for each role as (text before the content, text behind it)."""
+    """A piece for each role as (text before the content, text after it)."""
 
     pieces: dict[str, tuple[str, str]]
 
@@ -84,7 +84,7 @@ class Template:
         pieces = {role: _split(role, own[role] or piece) for role, piece in _BUILT_IN[recipe.template].items()}
         if pieces["assistant"][1]:
             raise InputError(
-                "recipe key 'instruction.assistant_template' goes on behind {content}, where the end token stands; "
+                "recipe key 'instruction.assistant_template' has text after {content}, where the end token stands; "
                 "put what separates turns at the start of the next one's piece"
             )
         return cls(pieces)
@@ -226,13 +226,13 @@ def _content(turn: dict[str, Any], place: str, key: str) -> str:
     texts = [part.get("text") if isinstance(part, dict) else None for part in value]
     if not all(isinstance(text, str) for text in texts):
         raise NotTextError(
-            f"{place}: {key!r} has a part that is no text; mend the record or leave it out", "part that is no text"
+            f"{place}: {key!r} has a part that is not text; mend the record or leave it out", "part that is not text"
         )
     return "".join(_text(text, place, key) for text in texts)
 
 
 def _split(role: str, piece: str) -> tuple[str, str]:
-    """The text before and behind a piece's one `{content}`; doubled braces stand for single ones."""
+    """The text before and after a piece's one `{content}`; doubled braces stand for single ones."""
     where = f"recipe key 'instruction.{role}_template'"
     try:
         parts = list(string.Formatter().parse(piece))
@@ -244,7 +244,7 @@ def _split(role: str, piece: str) -> tuple[str, str]:
         if name is None:
             continue
         if name != "content" or form or conversion:
-            raise InputError(f"{where}: {{{name}}} is no placeholder; the only one is {{content}}")
+            raise InputError(f"{where}: {{{name}}} is not a placeholder; the only one is {{content}}")
         texts.append("")
     if len(texts) != 2:
         raise InputError(f"{where} has {{content}} {len(texts) - 1} times; the turn's text must stand in it once")

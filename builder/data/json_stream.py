@@ -11,7 +11,7 @@ from typing import Any
 from serving.errors import InputError
 
 _BLANK = re.compile(r"[ \t\n\r]*")
-# An error so near to the end of what was read may be that a word, a number or an escape goes on.
+# An error so near to the end of what was read may mean that a word, a number or an escape continues.
 _NEAR_END = 16
 
 
@@ -58,7 +58,7 @@ class _Buffer:
                 return self._text[self.place : self.place + 1]
 
     def value(self) -> Any:
-        """Return the value that begins there, and go on after it."""
+        """Return the value that begins there, and continue after it."""
         self.peek()
         while True:
             try:

@@ -48,7 +48,7 @@ def _copies(
 
 
 def _rewrite(path: Path, copies: NDArray[np.int64]) -> None:
-    """Write each document as often as `copies` says, in rounds, so that no document stands beside its own copy.
+    """Write each document as often as `copies` says, in rounds, so that no document is next to its own copy.
 
     What is left for the next round goes to a file of its own, so all that is read and written is as long as the result.
     """

@@ -1,4 +1,4 @@
-"""Token shards of instruction documents: beside the ids, which of them the loss counts.
+"""Token shards of instruction documents: next to the ids, which of them the loss counts.
 
 `train.mask` has one byte a token of `train.bin`: bit 0 is set where the token is counted, bit 1 where it is the last of
 its document. The index says `mask`: the `sha256` of that file and `counted`, how many tokens are. Shards of plain text
@@ -7,10 +7,10 @@ have none: there every token counts, and each end token ends a document.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from builder.data.character_tokens import CharacterTokens
 from builder.data.documents import RESPONSE, Document
-from builder.data.token_shards import open_tokens
-from builder.data.tokenizer import can_cut, end_token_id, pieces, vocabulary_size
+from builder.data.token_shards import ShardWriter, open_tokens
+from builder.data.tokenizer import can_cut, end_token_id, pieces
 from serving.errors import InputError
 
 COUNTED, LAST = 1, 2
@@ -61,56 +61,36 @@ def write_masked_tokens(
     *,
     max_tokens: int = 0,
     trim: bool = False,
+    resume_key: str = "",
     end_token: int | None = None,
 ) -> int:
-    """Encode instruction documents into the shard `path` (.bin), its mask and its index; return the tokens.
+    """Encode instruction documents into the shard `path` (.bin), its mask and its index; return the number of tokens.
 
-    As `tokens.write_tokens`, but for this: each stretch of `Document.runs` is encoded by itself, since at inference
-    the prompt is too, and a token that spanned the two would never be seen there. With `max_tokens` and `trim`, a
-    document is cut behind its last counted token that is left, and one that has none is left out as `no_response`;
-    where a response was cut, nothing says that it ended, so the end token there is not counted.
+    As `token_shards.write_tokens`, but each stretch of `Document.runs` is encoded by itself: at inference the prompt
+    is too, and a token that spanned the two would never occur there. With `max_tokens` and `trim`, a document is cut
+    after its last counted token within the limit. One that has none is left out and counted as `no_response`. Where a
+    response was cut, the end token is not counted, because the response did not end there.
     """
     end = end_token_id(tokenizer) if end_token is None else end_token
-    size = vocabulary_size(tokenizer)
-    name, dtype = ("uint16", "<u2") if size <= 1 << 16 else ("uint32", "<u4")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index, mask_path = path.with_suffix(".json"), path.with_suffix(".mask")
-    index.unlink(missing_ok=True)
-    ids_digest, mask_digest = hashlib.sha256(), hashlib.sha256()
-    written = {"count": 0, "documents": 0, "too_long": 0, "no_response": 0, "counted": 0}
     characters = CharacterTokens(tokenizer)
-    with path.open("wb") as ids_file, mask_path.open("wb") as mask_file:
-        for ids, mask in _encoded(documents, tokenizer, end):
-            if 0 < max_tokens < len(ids) - 1:
-                written["too_long"] += 1
-                if not trim:
+    with ShardWriter(path, tokenizer, masked=True, resume_key=resume_key) as shard:
+        done = shard.progress
+        for batch in _encoded(islice(documents, done.taken, None), tokenizer, end):
+            for ids, mask in batch:
+                done.taken += 1
+                if 0 < max_tokens < len(ids) - 1:
+                    done.too_long += 1
+                    if not trim:
+                        continue
+                    ids, mask = _cut(ids, mask, characters.last_place(ids, max_tokens), end)
+                if not (mask & COUNTED).any():
+                    done.no_response += 1
                     continue
-                ids, mask = _cut(ids, mask, characters.last_place(ids, max_tokens), end)
-            if not (mask & COUNTED).any():
-                written["no_response"] += 1
-                continue
-            data, marks = ids.astype(dtype).tobytes(), mask.tobytes()
-            ids_file.write(data)
-            mask_file.write(marks)
-            ids_digest.update(data)
-            mask_digest.update(marks)
-            written["count"] += len(ids)
-            written["documents"] += 1
-            written["counted"] += int((mask & COUNTED).sum())
-    record: dict[str, Any] = {
-        "dtype": name,
-        "byte_order": "little",
-        "count": written["count"],
-        "documents": written["documents"],
-        "vocab_size": size,
-        "sha256": ids_digest.hexdigest(),
-        "mask": {"counted": written["counted"], "sha256": mask_digest.hexdigest()},
-        "no_response": written["no_response"],
-    }
-    if max_tokens:
-        record["too_long"] = written["too_long"]
-    index.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return written["count"]
+                shard.add(ids, mask)
+                done.documents += 1
+                done.counted += int((mask & COUNTED).sum())
+            shard.end_batch()
+        return shard.finish("no_response", *(["too_long"] if max_tokens else []))
 
 
 def encode_document(
@@ -118,12 +98,13 @@ def encode_document(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Return the ids and the mask of one document, its end token included."""
     end = end_token_id(tokenizer) if end_token is None else end_token
-    return next(_encoded([document], tokenizer, end))
+    return next(_encoded([document], tokenizer, end))[0]
 
 
 def _encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, end: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+) -> Iterator[list[tuple[NDArray[np.int64], NDArray[np.uint8]]]]:
+    """Yield the ids and masks of a batch of documents at a time."""
     cut, end_text = can_cut(tokenizer), str(tokenizer.id_to_token(end))
     for batch in _batches(document.with_end(end_text) for document in documents):
         runs = [(index, text, counted) for index, document in enumerate(batch) for text, counted in document.runs]
@@ -138,15 +119,18 @@ def _encoded(
         for (index, _, counted), encoding in zip(parts, encodings, strict=True):
             ids[index] += encoding.ids
             marks[index] += [COUNTED if counted else 0] * len(encoding.ids)
+        encoded = []
         for document, tokens, mask in zip(batch, ids, marks, strict=True):
             ends = not document.segments or (document.segments[-1].part == RESPONSE and document.segments[-1].text)
-            yield np.array([*tokens, end]), np.array([*mask, LAST | (COUNTED if ends else 0)], np.uint8)
+            last = LAST | (COUNTED if ends else 0)
+            encoded.append((np.array([*tokens, end]), np.array([*mask, last], np.uint8)))
+        yield encoded
 
 
 def _cut(
     ids: NDArray[np.int64], mask: NDArray[np.uint8], limit: int, end: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """A document's first `limit` tokens up to the last counted one, and its end token behind them."""
+    """A document's first `limit` tokens up to the last counted one, and its end token after them."""
     counted = np.flatnonzero(mask[:limit] & COUNTED)
     kept = int(counted[-1]) + 1 if len(counted) else 0
     if kept and ids[kept - 1] == end:  # A whole turn: its end token becomes the document's.

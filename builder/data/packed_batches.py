@@ -28,7 +28,7 @@ class RowSampler:
     """Rows of a token stream, a pure function of (seed, step).
 
     In each epoch the stream, taken as a ring, is cut from a random offset into `len // sequence_length` rows that do
-    not overlap, in a random order; so rows differ from epoch to epoch and no token is favoured. Rows are numbered
+    not overlap, in a random order; so rows differ from epoch to epoch and no token is favored. Rows are numbered
     through all epochs and a batch takes the next ones, across the end of an epoch too.
     """
 

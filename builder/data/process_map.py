@@ -19,13 +19,8 @@ from serving.errors import GPT2BundleError
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
-# Starting processes takes longer than so few chunks do.
+# Starting processes takes longer than this few chunks.
 _CHUNKS_ALONE = 8
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(function: Callable[[Chunk], Result], chunks: Iterable[Chunk], workers: int) -> Iterator[Result]:

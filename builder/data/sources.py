@@ -12,7 +12,7 @@ from pathlib import Path
 from builder.data.chinese_sentences import read_chinese_sentences
 from builder.data.docstrings import read_docstrings
 from builder.data.documents import Document
-from builder.data.file_formats import Skipped, kind_of, kinds, read_records
+from builder.data.file_readers import Skipped, kind_of, kinds, read_records
 from builder.data.instructions import read_function_instructions, read_instructions
 from builder.recipe import CorpusRecipe, InstructionRecipe
 from serving.errors import InputError
@@ -40,7 +40,7 @@ class Sources:
 
 
 def find_sources(paths: Sequence[str], asked: str = "corpus.paths") -> Sources:
-    """Return the files behind `paths` (files, folders or globs): entries in their order, each entry's files sorted.
+    """Return the files that `paths` name (files, folders or globs): entries in their order, each entry's files sorted.
 
     A file that two entries reach is read once. In folders and globs, hidden files and unknown endings are skipped and
     counted, and in a folder .json files where there are texts of another kind. Raises InputError for a path that does
@@ -167,7 +167,7 @@ def _readable(entry: str, what: str, found: Sequence[tuple[Path, Path]], skipped
         else:
             kept.append(SourceFile(path, name.as_posix(), named=False))
     if what == "folder" and any(kind_of(source.path) != ".json" for source in kept):
-        # Beside texts, .json files are most often settings.
+        # Next to texts, .json files are most often settings.
         for source in [source for source in kept if kind_of(source.path) == ".json"]:
             kept.remove(source)
             endings[".json"] += 1

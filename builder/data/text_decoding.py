@@ -33,13 +33,13 @@ def check_encoding(name: str, where: str) -> None:
     except LookupError:
         text = False
     if not text:
-        raise InputError(f"{where} is {name!r}, which is no text encoding{did_you_mean(name, _COMMON)}")
+        raise InputError(f"{where} is {name!r}, which is not a text encoding{did_you_mean(name, _COMMON)}")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> Iterator[str]:
     """Yield the text of a file in chunks of about a million characters.
 
-    A byte-order mark, which is no part of the text, decides the encoding; without one it is `encoding`. Raises
+    A byte-order mark, which is not part of the text, decides the encoding; without one it is `encoding`. Raises
     InputError, with the byte where it has one, for what cannot be decompressed or decoded, and for a zero character,
     which only binary files have.
     """

@@ -48,7 +48,7 @@ class Sizes:
 
 
 def is_near(held_out: int, total: int, fraction: float) -> bool:
-    """Return whether so many characters of all are near the share to hold out, and no more than the half."""
+    """Return whether this many characters of all are near the share to hold out, and no more than the half."""
     return fraction * total / _NEAR <= held_out <= min(_NEAR * fraction * total, (total + 1) / 2)
 
 
@@ -110,7 +110,7 @@ def _choose(sizes: Sizes, candidates: NDArray[np.bool_], room: float) -> NDArray
 
 
 def _divide(document: Document, characters: float) -> Iterator[tuple[Document, bool]]:
-    """Cut about so many characters off a document's end."""
+    """Cut about `characters` characters off the end of a document."""
     text = document.text
     length = len(text)
     low, high = length - round(1.5 * characters), length - max(1, round(0.6 * characters))

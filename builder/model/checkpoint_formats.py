@@ -1,7 +1,7 @@
 """Readers of the files that GPT-2's weights come in: safetensors, transformers' tf_model.h5, TensorFlow checkpoints of
 OpenAI or of a Keras model, and the .weights.h5 of KerasHub.
 
-Each gives its tensors one at a time, so that no more than one is in memory beside the model. Nothing is unpickled, and
+Each gives its tensors one at a time, so that memory holds the model and at most one tensor. Nothing is unpickled, and
 no file but those of the folder is opened.
 """
 
@@ -100,7 +100,7 @@ def find_weights(folder: Path) -> WeightFiles:
     if pickled:
         raise InputError(
             f"{folder}: only pickled weights ({pickled[0]}) here, which are never unpickled; where you trust them, "
-            "convert them with the script in docs/checkpoints.md (nanoGPT's layout is told there)"
+            "convert them with the script in docs/checkpoints.md (it explains the layout of nanoGPT)"
         )
     raise InputError(
         f"{folder}: no model.safetensors, tf_model.h5 or TensorFlow checkpoint here; name the folder of a whole GPT-2 "
@@ -158,7 +158,8 @@ def _reader(path: Path, name: str, read: Reader) -> Reader:
         with _readable(path):
             array = np.asarray(read())
         if array.dtype.name not in _FLOATS:
-            raise InputError(f"{path}: tensor {name!r} is {array.dtype.name}, which is no plain float; widen it first")
+            kind = array.dtype.name
+            raise InputError(f"{path}: tensor {name!r} is {kind}, which is not a plain float type; widen it first")
         return array.astype(np.float32, copy=False)
 
     return as_float32
@@ -184,7 +185,7 @@ def safetensors_tensors(path: Path) -> Iterator[Stored]:
 
 
 def _datasets(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """The names and shapes of the datasets of an HDF5 file, none of which may lie in another file."""
+    """The names and shapes of the datasets of an HDF5 file, which may not lie in another file."""
     import h5py
 
     found: list[tuple[str, tuple[int, ...]]] = []

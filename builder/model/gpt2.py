@@ -26,7 +26,7 @@ def initial_normal(n_embd: int, projections: int = 1) -> Any:
 
 
 class Block(keras.layers.Layer):  # type: ignore[misc]
-    """One transformer block: attention and a feed-forward layer, each behind a layer norm and a residual add."""
+    """One transformer block: attention and a feed-forward layer, each after a layer norm and with a residual add."""
 
     def __init__(self, geometry: Geometry, index: int, resid_pdrop: float, **options: Any) -> None:
         super().__init__(**options)

@@ -6,6 +6,7 @@ since its own client does the work.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from builder.model.checkpoint_formats import has_weights
@@ -23,8 +24,11 @@ _SAFETENSORS = [
 _H5 = ["tf_model.h5", "tf_model-*-of-*.h5", "tf_model.h5.index.json", "model.weights.h5"]
 
 
+@functools.cache
 def download(name: str) -> Path:
     """Return the folder of the hub's snapshot of the repository `name`, fetching what the cache lacks.
+
+    A process asks once: a commit that comes later belongs to the next build.
 
     Raises InputError if the repository or its weights cannot be had, with the reason.
     """
@@ -66,7 +70,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has no such repository, or it is private; check the name, or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return "it is no name of a hub repository (ORGANISATION/NAME) either; name a folder or a repository"
+        return "it is not a name of a hub repository (ORGANIZATION/NAME) either; name a folder or a repository"
     said = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ").rstrip(".")
     if constants.HF_HUB_OFFLINE:
         return "the hub's cache has no whole copy of it while HF_HUB_OFFLINE is set; unset it, or name a local folder"

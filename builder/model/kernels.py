@@ -1,4 +1,4 @@
-"""The operations of GPT-2 that differ by target, behind one interface; this file holds the plain ones.
+"""The operations of GPT-2 that differ by target, as one interface; this file holds the plain ones.
 
 A trace of the model passes its own subclass: static caches for the SavedModel (`builder.tf_export.kernels`), marker
 nodes for ONNX (`builder.onnx_export.kernels`). Everything else in the model is the same Keras code in every target.
@@ -64,7 +64,7 @@ class Kernels:
         return ops.matmul(probabilities, value)
 
     def wanted(self, layer: int, rows: Any) -> Any:
-        """Those of [batch, sequence, n_embd] that block `layer` goes on with behind its attention: here all."""
+        """Those of [batch, sequence, n_embd] that block `layer` continues with after its attention: here all."""
         return rows
 
     def embed(self, layer: Any, ids: Any) -> Any:

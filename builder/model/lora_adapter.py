@@ -60,7 +60,7 @@ class LoraAdapter:
                 self._whole[short.replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")] = tensor
         unknown = sorted((self._factors.keys() | self._whole.keys()) - self._shapes.keys() - {"lm_head.weight"})
         if unknown:
-            raise InputError(f"{folder}: the adapter has {unknown[0]!r}, which is none of the base's weights")
+            raise InputError(f"{folder}: the adapter has {unknown[0]!r}, which is not a weight of the base")
         if "lm_head.weight" in self._factors or "lm_head.weight" in self._whole:
             raise InputError(f"{folder}: the adapter changes lm_head, which is tied to the token embedding here")
         for name, factors in self._factors.items():
@@ -72,7 +72,7 @@ class LoraAdapter:
         return f"{self._folder.name} (LoRA, rank {self._config.get('r')}, {len(self._factors)} matrices)"
 
     def merged(self, name: str, weight: Any) -> Any:
-        """Return `weight` [inputs, outputs], named as in Hugging Face without "transformer.", with what was learnt."""
+        """Return `weight` [inputs, outputs], named as in Hugging Face without "transformer.", with what was learned."""
         if name in self._whole:
             return self._finite(self._whole[name]).reshape(weight.shape)
         factors = self._factors.get(name)
@@ -98,7 +98,7 @@ class LoraAdapter:
         shape = self._shapes[name]
         a, b = (factors[key].shape if key in factors else () for key in "AB")
         if len(shape) != 2 or name in ("wte.weight", "wpe.weight"):
-            raise InputError(f"{self._folder}: the adapter changes {name!r}, which is no matrix of a block")
+            raise InputError(f"{self._folder}: the adapter changes {name!r}, which is not a matrix of a block")
         if len(a) != 2 or len(b) != 2 or (a[1], b[0]) != shape or a[0] != b[1]:
             raise InputError(
                 f"{self._folder}: the adapter's factors of {name!r} are {list(a)} and {list(b)}, which do not make "

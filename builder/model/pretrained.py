@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ from serving.errors import InputError
 if TYPE_CHECKING:
     from builder.model.gpt2 import GPT2
 
+_READ = (
+    *("*.json", "*.jinja", "*.txt", "*.bpe", "*.safetensors", "*.h5"),
+    *("checkpoint", "*.index", "*.data-*"),  # A TensorFlow checkpoint.
+)
 _TOKENIZER_NAMES = ("tokenizer.json", "vocab.json", "vocab.txt", "encoder.json")
 
 
@@ -31,9 +36,10 @@ class Base:
     adapter: Path | None = None
 
     def files(self) -> list[Path]:
-        """The files that decide what is read, sorted."""
+        """The files that decide what is read, sorted. A README or pickled weights next to them decide nothing."""
         folders = [self.weights, self.tokenizer, *([self.adapter] if self.adapter else [])]
-        return sorted({path for folder in folders for path in folder.glob("*")})
+        paths = sorted({path for folder in folders for path in folder.glob("*")})
+        return [path for path in paths if any(fnmatchcase(path.name, pattern) for pattern in _READ) and path.is_file()]
 
 
 def local_base(name: str) -> Base | None:
@@ -56,7 +62,7 @@ def local_base(name: str) -> Base | None:
         raise InputError(f"{folder}: this run is not trained yet; run 'gpt2-bundle train' with its recipe first")
     if prepared.stat().st_mtime_ns > trained.stat().st_mtime_ns:
         raise InputError(
-            f"{folder}: this run was prepared anew since it was trained; run 'gpt2-bundle train' with its recipe first"
+            f"{folder}: this run was prepared again since it was trained; run 'gpt2-bundle train' with its recipe first"
         )
     return Base(trained.parent, prepared.parent / "tokenizer")
 

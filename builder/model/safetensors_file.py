@@ -40,20 +40,6 @@ def write_safetensors(model: GPT2, path: Path) -> None:
             file.write(np.ascontiguousarray(variable, np.float32).data)
 
 
-def tensor_ranges(path: Path) -> dict[str, tuple[int, int]]:
-    """Return the absolute (offset, length) in bytes of each tensor of a safetensors file."""
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(header_bytes))
-    start = 8 + header_bytes
-    ranges = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            ranges[name] = (start + begin, end - begin)
-    return ranges
-
-
 class WeightFile:
     """Tensors of a file that `write_safetensors` wrote, read one at a time into memory of their own.
 
@@ -71,12 +57,15 @@ class WeightFile:
         """Return a tensor's shape without reading it."""
         return tuple(self._header[name]["shape"])
 
+    def byte_range(self, name: str) -> tuple[int, int]:
+        """Return the absolute (offset, length) in bytes of a tensor."""
+        begin, end = self._header[name]["data_offsets"]
+        return self._start + begin, end - begin
+
     def get_tensor(self, name: str) -> NDArray[np.float32]:
         """Return a tensor, float32 of its shape."""
-        entry = self._header[name]
-        begin, end = entry["data_offsets"]
-        flat = np.fromfile(self._path, np.float32, (end - begin) // 4, offset=self._start + begin)
-        return flat.reshape(entry["shape"])
+        offset, length = self.byte_range(name)
+        return np.fromfile(self._path, np.float32, length // 4, offset=offset).reshape(self.shape(name))
 
 
 def clone_or_copy(source: Path, destination: Path) -> None:

@@ -28,7 +28,7 @@ _MOST_NAMES = 4
 class Matched:
     """The weights of a folder by Hugging Face's names without "transformer.", each of its shape.
 
-    `others` are the names of tensors that are none of GPT-2's.
+    `others` are the names of tensors that GPT-2 does not have.
     """
 
     label: str

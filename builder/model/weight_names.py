@@ -53,7 +53,7 @@ def stored_names(layout: Layout, name: str) -> tuple[str, ...]:
 def h5_name_of_object(name: str) -> str | None:
     """Return the h5 name of a variable that `save_weights` of a TensorFlow class wrote to an object checkpoint.
 
-    None for what is no variable of the model: the object graph, a counter, an optimizer's slot.
+    None for what is not a variable of the model: the object graph, a counter, an optimizer's slot.
     """
     found = _OBJECT.fullmatch(name)
     if not found or "/.OPTIMIZER_SLOT/" in name:

@@ -1,6 +1,6 @@
-"""Graphs that take several steps without the host: an optimised graph with the choice of the token, fed back to itself.
+"""Graphs that take several steps without the host: an optimized graph with the choice of the token, fed back to itself.
 
-Each is a variant's `model.onnx` with nodes behind the logits that choose the next token (`greedy`, or `sample` as in
+Each is a variant's `model.onnx` with nodes after the logits that choose the next token (`greedy`, or `sample` as in
 `ort/choose`), keep it, and advance position and attention mask; it reads the same data file. What a step leaves is the
 next step's input, so both may be bound to one memory. No step depends on a size that grows, and no number goes from
 the host to the device, so that it can be captured as a CUDA graph: the mask is as wide as the cache, and the place of
@@ -21,7 +21,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from builder.onnx_export.graph_builder import GraphBuilder
-from builder.onnx_export.sampling_graph import add_choice
+from builder.onnx_export.sampling_graph import add_sampling
+from serving.sampling.parameters import ROW_DTYPES
 
 KINDS = ("greedy", "sample")
 # Among how many tokens a sampled one is looked for; where a row needs more it is not exact.
@@ -29,7 +30,7 @@ CANDIDATES = 256
 
 
 def write_loops(model: onnx.ModelProto, folder: Path, vocab_size: int) -> None:
-    """Write greedy.onnx and sample.onnx beside the model.onnx in `folder` that `model` is."""
+    """Write greedy.onnx and sample.onnx next to the model.onnx in `folder` that `model` is."""
     for kind in KINDS:
         path = folder / f"{kind}.onnx"
         path.write_bytes(loop_model(model, kind, vocab_size).SerializeToString())
@@ -83,7 +84,7 @@ def _sampled(b: GraphBuilder, logits: str, place: str, vocab_size: int) -> tuple
     candidates = b.constant([count], np.int64, "candidates")
     places = b.constant(np.arange(count), np.int64, "places")
     draw = b.node("GatherElements", "draws", place, axis=1)
-    chosen = add_choice(b, logits, draw, candidates, places, vocab_size)
+    chosen = add_sampling(b, logits, draw, candidates, places, vocab_size)
     return chosen.token, chosen.exact
 
 
@@ -145,10 +146,7 @@ _INPUTS: tuple[tuple[str, int, list[Any]], ...] = (
 )
 _SAMPLE_INPUTS: tuple[tuple[str, int, list[Any]], ...] = (
     ("draws", _FLOAT, ["batch_size", "steps"]),
-    ("temperature", _FLOAT, ["batch_size"]),
-    ("top_k", _INT, ["batch_size"]),
-    ("top_p", _FLOAT, ["batch_size"]),
-    ("min_p", _FLOAT, ["batch_size"]),
+    *((name, _INT if dtype is np.int64 else _FLOAT, ["batch_size"]) for name, dtype in ROW_DTYPES.items()),
 )
 _OUTPUTS: tuple[tuple[str, int, list[Any]], ...] = (
     ("next_input_ids", _INT, ["batch_size", 1]),

@@ -12,27 +12,27 @@ from pathlib import Path
 
 import onnx
 
-from builder.model.safetensors_file import clone_or_copy, tensor_ranges
+from builder.model.safetensors_file import WeightFile, clone_or_copy
 from builder.onnx_export.trace import TracedGraph
 
 EXTERNAL_DATA = "model.onnx_data"
 
 
 def write_graph(traced: TracedGraph, weights: Path, path: Path) -> onnx.ModelProto:
-    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` beside it.
+    """Write `traced` to `path` with its weights as initializers that point into a copy of `weights` next to it.
 
     Returns what was written.
     """
     graph = onnx.ModelProto()
     graph.CopyFrom(traced.model)
-    ranges = tensor_ranges(weights)
+    tensors = WeightFile(weights)
     weight_names = set(traced.weight_names)
     kept = []
     for value in graph.graph.input:
         if value.name not in weight_names:
             kept.append(value)
             continue
-        offset, length = ranges[value.name]
+        offset, length = tensors.byte_range(value.name)
         tensor = graph.graph.initializer.add(
             name=value.name,
             data_type=value.type.tensor_type.elem_type,

@@ -1,4 +1,4 @@
-"""What ONNX Runtime GenAI needs beside an optimised graph: its configuration and the tokenizer."""
+"""What ONNX Runtime GenAI needs in addition to an optimized graph: its configuration and the tokenizer."""
 
 from __future__ import annotations
 

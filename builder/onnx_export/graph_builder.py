@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ class GraphBuilder:
         name = f"{self.prefix}{array.dtype.name}_{what}_{array.ndim}"
         self.constants[name] = numpy_helper.from_array(array, name)
         return name
+
+    def add(self, kind: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node that is named for its one output; return the output."""
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, domain=domain, **attributes))
+        return output
 
     def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         """Append a node and return the name of its output, or a list of names."""

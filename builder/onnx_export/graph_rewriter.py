@@ -12,23 +12,24 @@ from onnx import TensorProto, helper, numpy_helper
 from builder.model.safetensors_file import WeightFile
 from builder.onnx_export.calibration import Calibration
 from builder.onnx_export.external_data import EXTERNAL_DATA
+from builder.onnx_export.graph_builder import GraphBuilder
 
 _ALIGNMENT = 64
 
 
-class Rewriter:
+class Rewriter(GraphBuilder):
     """One graph on its way to another precision, and the data file that its weights go to, one after the other."""
 
     def __init__(self, graph: Any, weight_names: Sequence[str], tensors: WeightFile, data: Any) -> None:
+        super().__init__()
         self.graph, self.weight_names, self.tensors, self.data = graph, set(weight_names), tensors, data
-        self.nodes: list[Any] = []
         self.dims: dict[str, tuple[int, ...]] = {}
         self.gelus: set[str] = set()
         self.zeros: set[str] = set()
         self.last: set[str] = set()
         """Tensors of each row's last token alone."""
         self.calibration: Calibration | None = None
-        self.int8_caches = False
+        self.int8_kv_cache = False
         self.widened: dict[str, str] = {}
 
     def rewrite(self) -> None:
@@ -53,7 +54,7 @@ class Rewriter:
         self.nodes.append(node)
 
     def plain(self, tensor: NDArray[np.float32]) -> NDArray[Any]:
-        """What is stored of a weight that no node has another form of."""
+        """The stored form of a weight that no node replaces."""
         return tensor
 
     def external(self, name: str, array: NDArray[Any]) -> str:
@@ -79,17 +80,12 @@ class Rewriter:
         second.CopyFrom(tensor)
         second.name, second.dims[:] = name, shape
 
-    def constant(self, name: str, array: Any) -> str:
+    def small(self, name: str, array: Any) -> str:
         """Add a small initializer inside the graph, if it is not there yet; return the name."""
         if name not in self.dims:
             self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
             self.dims[name] = np.shape(array)
         return name
-
-    def node(self, op_type: str, inputs: Sequence[str], output: str, domain: str = "", **attributes: Any) -> str:
-        """Append a node that is named for its one output; return the output."""
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, domain=domain, **attributes))
-        return output
 
 
 def reads(node: Any) -> set[str]:

@@ -3,7 +3,7 @@
 ONNX Runtime's kernel for such caches widens each key once for every query, which is right for a step and made prompts
 a third slower. So where there is more than one new token per row, the new keys and values are rounded and written
 into the caches by nodes of their own, what the caches hold is widened once, and the float32 kernel attends to that.
-It sees the rounded keys and values of the prompt itself too, so a prompt read in pieces has the bits of the whole.
+It sees the rounded keys and values of the prompt itself too, so chunked prefill gives the bits of one prefill.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from builder.onnx_export.markers import MICROSOFT
 
 OPSET = 24
 """The first with TensorScatter."""
-_SCALES = 12  # GroupQueryAttention's place for k_scale; v_scale is behind it.
+_SCALES = 12  # GroupQueryAttention's place for k_scale; v_scale follows it.
 _SINK = 11
 # A sink that takes no share of the attention. With one, ONNX Runtime multiplies whole matrices; without, it goes
 # through them in tiles, which for prompts of some hundred tokens takes longer.
@@ -63,7 +63,7 @@ class Int8Attention:
         new = b.node("Reshape", new, constant([0, 0, 2 * self.heads, self.head_dim]))
         parts = b.node("Split", b.node("Transpose", new, perm=(0, 2, 1, 3)), outputs=2, axis=1, num_outputs=2)
 
-        # A row's new tokens lie behind those before them; in a first prompt the shorter rows end before `total`.
+        # A row's new tokens follow its earlier ones; in a first prompt the shorter rows end before `total`.
         behind = b.node("Add", b.node("Cast", last, to=TensorProto.INT64), constant([1]))
         start = b.node("Max", b.node("Sub", behind, self._columns), constant([0]))
         outputs, widened = [], []

@@ -1,7 +1,7 @@
 """GPT-2's target-dependent operations as they stand in the two ONNX graphs.
 
 Portable: standard operators only, any padding, key-value cache by concatenation (the layout Optimum and
-transformers.js read). Optimised: one GroupQueryAttention a block on a shared, fixed-length cache buffer.
+transformers.js read). Optimized: one GroupQueryAttention a block on a shared, fixed-length cache buffer.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class PortableKernels(OnnxKernels):
         return tf.reshape(logits, [shape[0], shape[1], self.geometry.vocab_size])
 
 
-class OptimisedKernels(OnnxKernels):
+class OptimizedKernels(OnnxKernels):
     """GroupQueryAttention on a shared buffer, FastGelu, and logits of each row's last token only.
 
     Right padding only. Args:
@@ -168,7 +168,7 @@ class OptimisedKernels(OnnxKernels):
         return tf.reshape(context, [-1, self.geometry.n_embd])
 
     def wanted(self, layer: int, rows: Any) -> Any:
-        """Behind the last block's attention, whose keys and values are cached by then, only each row's last token.
+        """After the attention of the last block, whose keys and values are cached by then, only each row's last token.
 
         Nothing reads what the other tokens would become: in a prompt that is a sixteenth of all products.
         """

@@ -1,7 +1,8 @@
 """Marker operations: TensorFlow nodes that tf2onnx turns into exactly the ONNX node that was asked for.
 
 A marker is a `tf.numpy_function` that is never run. Its token names an entry of a `MarkerTable`, and the table's
-handler replaces the node during conversion: no pattern matching, so what is asked for is what the graph holds.
+handler replaces the node during conversion. No pattern matching is involved, and the graph holds exactly the node that
+was asked for.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The optimised graph in other precisions: the traced fp32 graph with its products and its token table replaced.
+"""The optimized graph in other precisions: the traced fp32 graph with its products and its token table replaced.
 
-int8: a product's input is quantised by row (absmax / 127, around a zero point of 128) and its matrix by column, so that
+int8: a product's input is quantized by row (absmax / 127, around a zero point of 128) and its matrix by column, so that
 a row's result never depends on its company; the sums are exact integers. int4: all matrices in 4 bits (`MatMulNBits`).
 In both, embedding and head read one table. int8 and int4 may keep their caches in int8 too. fp16: every float.
 
-Weights are read, quantised and written one at a time, so nothing of the model's size is held in memory.
+Weights are read, quantized and written one at a time, so nothing of the model's size is held in memory.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def write_variant(
     precision: str,
     path: Path,
     calibration: Calibration | None = None,
-    int8_caches: bool = False,
+    int8_kv_cache: bool = False,
 ) -> onnx.ModelProto:
-    """Write `traced`, the optimised graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
+    """Write `traced`, the optimized graph, to `path` in `precision` ("int8", "int4", "fp16"), and return it.
 
-    Its weights come from the safetensors file `weights` and go into one data file beside `path`. `calibration` says
-    what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_caches`
+    Its weights come from the safetensors file `weights` and go into one data file next to `path`. `calibration` says
+    what the matrices are multiplied with, which int4 rounds for; without it, it rounds to the nearest. `int8_kv_cache`
     needs it, for their scales.
     """
     model = onnx.ModelProto()
@@ -52,9 +52,9 @@ def write_variant(
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / EXTERNAL_DATA).open("xb") as data:
         rewriter = _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data)
-        rewriter.calibration, rewriter.int8_caches = calibration, int8_caches
+        rewriter.calibration, rewriter.int8_kv_cache = calibration, int8_kv_cache
         rewriter.rewrite()
-    if int8_caches:
+    if int8_kv_cache:
         (standard,) = (entry for entry in model.opset_import if entry.domain == "")
         standard.version = OPSET
         model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([standard]))
@@ -84,7 +84,7 @@ class _Int8(Rewriter):
             self.product(node)
         elif node.op_type == "Gather" and node.input[0] == TOKEN_TABLE:
             self.embedding(node.input[1], node.output[0])
-        elif node.op_type == "GroupQueryAttention" and self.int8_caches:
+        elif node.op_type == "GroupQueryAttention" and self.int8_kv_cache:
             self.attention(node)
         elif node.output[0] not in self.widened.values():
             if node.op_type == "FastGelu":
@@ -109,19 +109,19 @@ class _Int8(Rewriter):
         """Store a weight in int8 with scales over `axis`, once; return the names of values and scales."""
         values, scales = f"{name}_int8", f"{name}_scale"
         if values not in self.dims:
-            quantised, by_line = int8_by_axis(self.tensors.get_tensor(name), axis)
-            self.external(values, quantised)
+            quantized, by_line = int8_by_axis(self.tensors.get_tensor(name), axis)
+            self.external(values, quantized)
             self.external(scales, by_line)
         return values, scales
 
     def embedding(self, ids: str, output: str) -> None:
         """Rows of the int8 table, widened: ids [batch, sequence] to [batch, sequence, n_embd]."""
         values, scales = self.matrix(TOKEN_TABLE, axis=1)
-        rows = self.node("Gather", [values, ids], f"{output}_int8")
-        rows = self.node("Cast", [rows], f"{output}_float", to=TensorProto.FLOAT)
-        row_scales = self.node("Gather", [scales, ids], f"{output}_scale")
-        row_scales = self.node("Unsqueeze", [row_scales, self.constant("last_axis", [-1])], f"{output}_column")
-        self.node("Mul", [rows, row_scales], output)
+        rows = self.add("Gather", [values, ids], f"{output}_int8")
+        rows = self.add("Cast", [rows], f"{output}_float", to=TensorProto.FLOAT)
+        row_scales = self.add("Gather", [scales, ids], f"{output}_scale")
+        row_scales = self.add("Unsqueeze", [row_scales, self.small("last_axis", [-1])], f"{output}_column")
+        self.add("Mul", [rows, row_scales], output)
 
     def product(self, node: Any) -> None:
         """[rows, inputs] by [inputs, outputs], or by its transpose as the table is stored, plus the bias.
@@ -132,41 +132,41 @@ class _Int8(Rewriter):
         transposed: bool = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         matrix, scales = self.matrix(node.input[1], axis=int(transposed))
         values, row_scales = self.by_row(node.input[0])
-        left = [values, self.constant("one", np.float32(1)), self.constant("zero_point", np.uint8(128))]
+        left = [values, self.small("one", np.float32(1)), self.small("zero_point", np.uint8(128))]
         zeros = f"{matrix}_zero"
         if zeros not in self.dims:
             self.external(zeros, np.zeros(self.dims[scales], np.int8))
-        unscaled = self.node(
-            "QGemm", [*left, matrix, scales, zeros], f"{output}_unscaled", MICROSOFT, transB=int(transposed)
+        unscaled = self.add(
+            "QGemm", [*left, matrix, scales, zeros], f"{output}_unscaled", domain=MICROSOFT, transB=int(transposed)
         )
         if output in self.widened:
-            first = self.constant("first_axis", [1])
-            unscaled = self.node("Unsqueeze", [unscaled, first], f"{output}_wide")
-            row_scales = self.node("Unsqueeze", [row_scales, first], f"{row_scales}_wide")
+            first = self.small("first_axis", [1])
+            unscaled = self.add("Unsqueeze", [unscaled, first], f"{output}_wide")
+            row_scales = self.add("Unsqueeze", [row_scales, first], f"{row_scales}_wide")
             output = self.widened[output]
         has_bias = len(node.input) > 2
-        product = self.node("Mul", [unscaled, row_scales], f"{output}_product" if has_bias else output)
+        product = self.add("Mul", [unscaled, row_scales], f"{output}_product" if has_bias else output)
         if has_bias:
-            self.node("Add", [product, node.input[2]], output)
+            self.add("Add", [product, node.input[2]], output)
 
     def by_row(self, name: str) -> tuple[str, str]:
-        """Quantise [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
+        """Quantize [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
 
-        Behind GELU the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
+        After GELU, the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
         its values become, times 0 they are zeros again.
         """
-        last = self.constant("last_axis", [-1])
+        last = self.small("last_axis", [-1])
         if name in self.gelus:
             # GELU falls no lower than -0.17, so where a row's largest value is less than that, this is a bound of its
             # absmax; everywhere else it is the absmax, without a pass over the widest of all tensors for Abs.
-            largest = self.node("ReduceMax", [name, last], f"{name}_top", keepdims=0)
-            largest = self.node("Max", [largest, self.constant("gelu_depth", GELU_DEPTH)], f"{name}_max")
+            largest = self.add("ReduceMax", [name, last], f"{name}_top", keepdims=0)
+            largest = self.add("Max", [largest, self.small("gelu_depth", GELU_DEPTH)], f"{name}_max")
         else:
-            largest = self.node("ReduceMax", [self.node("Abs", [name], f"{name}_abs"), last], f"{name}_max", keepdims=0)
-        scale = self.node("Mul", [largest, self.constant("one_over_127", np.float32(1 / 127))], f"{name}_scale")
+            largest = self.add("ReduceMax", [self.add("Abs", [name], f"{name}_abs"), last], f"{name}_max", keepdims=0)
+        scale = self.add("Mul", [largest, self.small("one_over_127", np.float32(1 / 127))], f"{name}_scale")
         zero_points = self.zero_points(scale, name in self.last)
-        values = self.node("QuantizeLinear", [name, scale, zero_points], f"{name}_uint8", axis=0)
-        return values, self.node("Unsqueeze", [scale, last], f"{name}_column")
+        values = self.add("QuantizeLinear", [name, scale, zero_points], f"{name}_uint8", axis=0)
+        return values, self.add("Unsqueeze", [scale, last], f"{name}_column")
 
     def zero_points(self, scale: str, few: bool) -> str:
         """128 for each row. Products share one tensor where they have the same rows; the last ones have fewer."""
@@ -174,7 +174,7 @@ class _Int8(Rewriter):
         if name not in self.zeros:
             self.zeros.add(name)
             around = numpy_helper.from_array(np.array([128], np.uint8))
-            self.node("ConstantOfShape", [self.node("Shape", [scale], f"{name}_rows")], name, value=around)
+            self.add("ConstantOfShape", [self.add("Shape", [scale], f"{name}_rows")], name, value=around)
         return name
 
 
@@ -206,8 +206,8 @@ class _Int4(_Int8):
             super().embedding(ids, output)
             return
         # The table is written when the head asks for it, as the second shape of the same bytes.
-        self.node(
-            "GatherBlockQuantized", [f"{TOKEN_TABLE}_rows", ids, f"{TOKEN_TABLE}_scale"], output, MICROSOFT,
+        self.add(
+            "GatherBlockQuantized", [f"{TOKEN_TABLE}_rows", ids, f"{TOKEN_TABLE}_scale"], output, domain=MICROSOFT,
             bits=4, block_size=BLOCK, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
@@ -225,10 +225,10 @@ class _Int4(_Int8):
         if head:
             self.again(f"{name}_rows", values[0], (len(packed), packed[0].size))
         if output in self.widened:
-            left = self.node("Unsqueeze", [left, self.constant("first_axis", [1])], f"{left}_wide")
+            left = self.add("Unsqueeze", [left, self.small("first_axis", [1])], f"{left}_wide")
             output = self.widened[output]
-        self.node(
-            "MatMulNBits", [left, *values, *bias], output, MICROSOFT,
+        self.add(
+            "MatMulNBits", [left, *values, *bias], output, domain=MICROSOFT,
             K=matrix.shape[int(head)], N=matrix.shape[1 - int(head)], bits=4, block_size=BLOCK, accuracy_level=4,
         )  # fmt: skip
 

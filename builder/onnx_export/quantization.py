@@ -1,4 +1,4 @@
-"""The arithmetic of quantised weights: int8 by column, and 4 bits by block, as ONNX Runtime's operators read them.
+"""The arithmetic of quantized weights: int8 by column, and 4 bits by block, as ONNX Runtime's operators read them.
 
 Nothing here knows of graphs; `builder.onnx_export.precisions` puts the results into one.
 """
@@ -20,7 +20,7 @@ _WHOLE = 512
 
 
 def int8_by_axis(matrix: FloatArray, axis: int) -> tuple[NDArray[np.int8], FloatArray]:
-    """Quantise a matrix to int8 in -64 to 64, one scale for each line along `axis`.
+    """Quantize a matrix to int8 in -64 to 64, one scale for each line along `axis`.
 
     Returns (values, scales); `values * expand_dims(scales, axis)` is the matrix to half a scale.
     """
@@ -33,7 +33,7 @@ def int8_by_axis(matrix: FloatArray, axis: int) -> tuple[NDArray[np.int8], Float
 def int4_by_block(
     matrix: FloatArray, moments: FloatArray | None = None, damping: float = DAMPING
 ) -> tuple[NDArray[np.uint8], FloatArray]:
-    """Quantise [inputs, outputs] to 4 bits in blocks of 32 inputs, as `MatMulNBits` reads them.
+    """Quantize [inputs, outputs] to 4 bits in blocks of 32 inputs, as `MatMulNBits` reads them.
 
     Returns (packed, scales): packed is [outputs, blocks, 16] uint8, two values a byte, the first in the low half; the
     scales are [outputs, blocks]. A value q of 0 to 15 stands for (q - 8) * scale. The largest weight of a block becomes
@@ -76,7 +76,7 @@ def int4_by_block(
 def _spread(moments: FloatArray, damping: float, width: int) -> FloatArray:
     """The upper triangular U with U^T U the inverse of the damped moments, widened to [width, width] by the identity.
 
-    Its line i says how the error of input i goes over to the inputs behind it.
+    Its line i says how the error of input i is passed to the inputs after it.
     """
     damped = np.eye(width)
     inputs = len(moments)

@@ -2,7 +2,7 @@
 
 It has no weights and serves every precision. Exponentials and sums differ between runtimes in their last bits, so a
 row whose draw lies so near a border that those could decide is flagged as not exact, as is one whose draw may lie
-behind the candidates. The caller then takes that row's logits and chooses on the host. A row that is flagged as exact
+after the candidates. The caller then takes that row's logits and chooses on the host. A row that is flagged as exact
 has the host's token.
 """
 
@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from builder.onnx_export.graph_builder import GraphBuilder
+from serving.sampling.parameters import ROW_DTYPES
 
 OPSET = 18
 IR_VERSION = 10
@@ -26,7 +27,7 @@ IR_VERSION = 10
 MARGIN = 2.0**-17
 
 
-def choose_model(vocab_size: int) -> onnx.ModelProto:
+def sampling_model(vocab_size: int) -> onnx.ModelProto:
     """The graph for logits of `vocab_size`; docs/format.md says what goes in and out."""
     b = GraphBuilder()
     one = b.constant([1], np.int64)
@@ -39,7 +40,7 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
     logits = b.node("ScatterElements", flat, "edit_ids", edited, axis=1)
     places = b.node("Range", b.constant(0, np.int64), b.node("Squeeze", "candidates"), b.constant(1, np.int64))
     draw = b.node("Unsqueeze", "draw", one)
-    chosen = add_choice(b, logits, draw, "candidates", places, vocab_size)
+    chosen = add_sampling(b, logits, draw, "candidates", places, vocab_size)
     b.name(chosen.token, "token")
     b.name(b.node("Squeeze", chosen.exact, one), "exact")
     b.name(chosen.values, "candidate_logits")
@@ -54,8 +55,8 @@ def choose_model(vocab_size: int) -> onnx.ModelProto:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Names of what `add_choice` computes, [batch, 1] but for `values` and `ids`, [batch, candidates]."""
+class SampledToken:
+    """Names of what `add_sampling` computes, [batch, 1] but for `values` and `ids`, [batch, candidates]."""
 
     token: str
     exact: str
@@ -64,17 +65,19 @@ class Chosen:
     everything: str
 
 
-def add_choice(b: GraphBuilder, logits: str, draw: str, candidates: str, places: str, vocab_size: int) -> Chosen:
+def add_sampling(
+    b: GraphBuilder, logits: str, draw: str, candidates: str, places: str, vocab_size: int
+) -> SampledToken:
     """Add the choice among the `candidates` ([1] int64) likeliest of `logits` [batch, vocab_size].
 
-    `draw` is [batch, 1], `places` the numbers from 0 to candidates - 1; temperature, top_k, top_p and min_p are the
-    graph's inputs of these names, [batch].
+    `draw` is [batch, 1], `places` the numbers from 0 to candidates - 1; the arrays of SamplingRows are the graph's
+    inputs of their names, [batch].
 
     The bounds, in units of the likeliest token's weight, C candidates, c their running sums, M the mass of all tokens
     that top-k leaves, m = MARGIN * M:
 
     - the last kept sum lies between those of the tokens that are surely and that are possibly kept. Where the nucleus
-      ends behind the candidates it lies between top_p * M, which it reaches, and the last candidate's weight above it;
+      ends after the candidates it lies between top_p * M, which it reaches, and the last candidate's weight above it;
     - the draw times either bound, less or plus m, falls on one and the same candidate, or the row is not exact.
     """
     one, minus_one = b.constant([1], np.int64), b.constant([-1], np.int64)
@@ -108,7 +111,7 @@ def add_choice(b: GraphBuilder, logits: str, draw: str, candidates: str, places:
     last_sum = b.node("Slice", sums, minus_one, b.constant([2**31 - 1], np.int64), one)
     last_weight = b.node("Slice", weight, minus_one, b.constant([2**31 - 1], np.int64), one)
 
-    # Whether no kept token is behind the candidates because of top-k, and the mass that top-k leaves.
+    # Whether no kept token is after the candidates because of top-k, and the mass that top-k leaves.
     complete = b.node("LessOrEqual", kept_places, candidates)
     decidable = b.node("Or", complete, b.node("Not", limited))
     mass = b.node("Where", complete, last_sum, everything)
@@ -144,16 +147,17 @@ def add_choice(b: GraphBuilder, logits: str, draw: str, candidates: str, places:
     exact = b.node("And", finite, b.node("Or", greedy, b.node("And", decidable, found)))
     index = b.node("Where", b.node("And", exact, b.node("Not", greedy)), index, b.constant([[0]], np.int64))
 
-    return Chosen(b.node("GatherElements", ids, index, axis=1), exact, values, ids, everything)
+    return SampledToken(b.node("GatherElements", ids, index, axis=1), exact, values, ids, everything)
 
 
 def _inputs(vocab_size: int) -> list[Any]:
     batch, edits = "batch_size", "edits"
-    float_rows = ("temperature", "top_p", "min_p", "draw")
+    float_rows = (*(name for name, dtype in ROW_DTYPES.items() if dtype is np.float32), "draw")
+    integer_rows = (name for name, dtype in ROW_DTYPES.items() if dtype is np.int64)
     return [
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 1, vocab_size]),
         *(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch]) for name in float_rows),
-        helper.make_tensor_value_info("top_k", TensorProto.INT64, [batch]),
+        *(helper.make_tensor_value_info(name, TensorProto.INT64, [batch]) for name in integer_rows),
         helper.make_tensor_value_info("edit_ids", TensorProto.INT64, [batch, edits]),
         *(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, edits])
@@ -174,9 +178,9 @@ def _outputs() -> list[Any]:
     ]
 
 
-def write_choose(vocab_size: int, path: Path) -> onnx.ModelProto:
+def write_sampling_graph(vocab_size: int, path: Path) -> onnx.ModelProto:
     """Write the graph to `path` and return it."""
-    model = choose_model(vocab_size)
+    model = sampling_model(vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, str(path))
     return model

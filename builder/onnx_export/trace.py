@@ -61,7 +61,7 @@ def trace(
         tf.TensorSpec([None, None], tf.int64, name="attention_mask"),
         tf.TensorSpec([None, None], tf.int64, name="position_ids"),
         *[tf.TensorSpec(cache_shape, tf.float32, name=f"past_{index}") for index in range(n_cache)],
-        # TensorFlow's graph optimiser makes zeros for every argument of a known size, so the sizes are told inside.
+        # TensorFlow's graph optimizer makes zeros for every argument of a known size, so the sizes are told inside.
         *[
             tf.TensorSpec([None] * len(variable.shape), tf.float32, name=f"weight_{index}")
             for index, (_, variable) in enumerate(named)

@@ -21,9 +21,9 @@ from builder.onnx_export.calibration import Calibration, calibration_texts
 from builder.onnx_export.decode_loop_graph import write_loops
 from builder.onnx_export.external_data import write_graph
 from builder.onnx_export.genai_config import write_genai
-from builder.onnx_export.kernels import OptimisedKernels, PortableKernels
+from builder.onnx_export.kernels import OptimizedKernels, PortableKernels
 from builder.onnx_export.precisions import write_variant
-from builder.onnx_export.sampling_graph import write_choose
+from builder.onnx_export.sampling_graph import write_sampling_graph
 from builder.onnx_export.trace import trace
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe, Recipe
@@ -62,8 +62,8 @@ def export(
     reporter.line("exported onnx/model.onnx (portable, fp32)")
 
     logits = ["batch_size", 1, geometry.vocab_size]
-    optimised = trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
-    written = write_graph(optimised, weights, draft / "ort" / "fp32" / "model.onnx")
+    optimized = trace(model, OptimizedKernels, logits, "max_sequence_length", "max_sequence_length")
+    written = write_graph(optimized, weights, draft / "ort" / "fp32" / "model.onnx")
     write_genai(geometry, draft, draft / "ort" / "fp32")
     write_loops(written, draft / "ort" / "fp32", geometry.vocab_size)
     graphs["ort/fp32"] = _onnx_graph(written, "ort/fp32/model.onnx", "right", "shared-buffer")
@@ -71,21 +71,21 @@ def export(
     shard = prepared / "tokens" / "train.bin"
     for precision in recipe.export.variants:
         path = f"ort/{precision}/model.onnx"
-        int8_caches = precision in recipe.export.int8_caches
-        if int8_caches and geometry.padded_head_dim != geometry.head_dim:
+        int8_kv_cache = precision in recipe.export.int8_kv_cache
+        if int8_kv_cache and geometry.padded_head_dim != geometry.head_dim:
             raise InputError(
-                f"export.int8_caches: heads of {geometry.head_dim} have no int8 cache, only multiples of 8"
+                f"export.int8_kv_cache: heads of {geometry.head_dim} have no int8 cache, only multiples of 8"
             )
         calibration = None
-        if precision == "int4" or int8_caches:
+        if precision == "int4" or int8_kv_cache:
             calibration = Calibration(model, calibration_texts(shard, geometry.n_positions, recipe.seed))
-        written = write_variant(optimised, weights, precision, draft / path, calibration, int8_caches)
+        written = write_variant(optimized, weights, precision, draft / path, calibration, int8_kv_cache)
         write_genai(geometry, draft, (draft / path).parent)
         if precision == "fp16":  # The others' products have no kernels on CUDA.
             write_loops(written, (draft / path).parent, geometry.vocab_size)
         graphs[f"ort/{precision}"] = _onnx_graph(written, path, "right", "shared-buffer", precision)
         reporter.line(f"exported {path}")
-    written = write_choose(geometry.vocab_size, draft / "ort" / "choose" / "model.onnx")
+    written = write_sampling_graph(geometry.vocab_size, draft / "ort" / "choose" / "model.onnx")
     graphs["ort/choose"] = _onnx_graph(written, "ort/choose/model.onnx", "any", "none")
     reporter.line("exported ort/choose/model.onnx (the choice of the next token)")
 
@@ -103,7 +103,7 @@ def export(
 
     held_out = prepared / "tokens" / "validation.bin"
     summary = json.loads((prepared / "prepare.json").read_text(encoding="utf-8"))
-    examples = summary.get("examples", [])
+    examples = {key: summary.get(key, []) for key in ("examples", "example_messages")}
     write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN, examples)
     write_manifest(
         draft,

@@ -8,7 +8,7 @@ from typing import Any
 from builder.training.plan import OWN_PROGRAM, limits
 from builder.verification.paired_loss import relative_difference
 from serving.bundle import Bundle
-from serving.bundle.examples import example_prompts, shell_quoted
+from serving.bundle.examples import generate_arguments
 
 
 def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, float]) -> str:
@@ -76,8 +76,12 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "",
         "## Use",
         "",
+        "In the folder of this file:",
+        "",
         "```sh",
-        f"gpt2-bundle generate {manifest.name} {shell_quoted(example_prompts(bundle.folder)[0])} --runtime onnx",
+        f"gpt2-bundle generate . {generate_arguments(bundle.folder)} --runtime onnx",
+        "gpt2-bundle serve .",
+        "gpt2-bundle verify .",
         "```",
         "",
         "`savedmodel/` is a TensorFlow Serving model folder; `onnx/model.onnx` takes any padding and uses standard "
@@ -90,7 +94,7 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
 def _base_name(base: str) -> str:
     """The base checkpoint as a card may call it.
 
-    Of a folder its own name at most: the card says nothing about the machine that built it, and dist/NAME is no name
+    Of a folder its own name at most: the card says nothing about the machine that built it, and dist/NAME is not a name
     on the hub.
     """
     local = base.startswith((".", "/", "~")) or Path(base).is_dir()

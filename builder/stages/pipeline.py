@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from builder.data.content_hashes import ContentHashes, Inputs, corpus_inputs
-from builder.data.process_map import usable_cores
 from builder.data.transforms import transform_hash
-from builder.model.pretrained import local_base
+from builder.model.pretrained import Base, resolve_base
 from builder.progress import Reporter
 from builder.recipe import OBSERVING, Recipe
 from builder.run_folder import STAMP, is_done, refusals_named, refuse_strangers, run_stage, stage_key
+from builder.stages.prepare import PAGE as PREPARED_PAGE
 from builder.stages.prepare import PARTS, prepare
 from builder.stages.prepare import WRITES as PREPARE_FILES
 from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, train
 from builder.stages.train import WRITES as TRAIN_FILES
 from builder.training.plan import fine_tuning_line, settled
+from builder.training.training_report import REPORT_PAGE as TRAINED_PAGE
 from serving import __version__
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
+from serving.support.cores import usable_cores
 
 # In the folder of `prepare`: what it read.
 INPUTS = "inputs.json"
@@ -75,12 +77,15 @@ class Run:
         return transform_hash(self.recipe.corpus.transform) if self.recipe.corpus.transform else ""
 
     @cached_property
-    def base(self) -> Inputs | str:
-        """The files of a base checkpoint in a local folder, as `corpus`; else its name."""
-        base = local_base(self.recipe.model.base) if self.recipe.model.base else None
-        if base is None:
-            return self.recipe.model.base
-        return self.hashes.all_of((path.name, path) for path in base.files() if path.is_file())
+    def base_parts(self) -> Base | None:
+        """Where the base checkpoint lies: in its folder, or in the hub's cache."""
+        return resolve_base(self.recipe.model.base) if self.recipe.model.base else None
+
+    @cached_property
+    def base(self) -> Inputs:
+        """The files of the base checkpoint, as `corpus`; empty from scratch."""
+        base = self.base_parts
+        return self.hashes.all_of((path.name, path) for path in base.files()) if base else []
 
     def prepare_key(self) -> str:
         """Of the texts, of all that decides what becomes of them, and of the base that brings the tokenizer."""
@@ -103,7 +108,7 @@ class Run:
 
 
 def as_prepared(run: Run, reporter: Reporter) -> Run:
-    """Return the run for the texts that its tokens were made of, which a stage after `prepare` goes on from.
+    """Return the run for the texts that its tokens were made of, which the stages after `prepare` continue from.
 
     If the corpus has changed since, or is gone, a line says so.
     """
@@ -122,21 +127,21 @@ def as_prepared(run: Run, reporter: Reporter) -> Run:
     then.__dict__["corpus"] = texts
     if is_done(run.prepared, then.prepare_key()):
         reporter.line(
-            "the corpus has changed since it was read: this goes on with what was read; 'prepare' reads it again"
+            "the corpus has changed since it was read: the build continues with what was read; 'prepare' reads it again"
         )
         return then
     return run
 
 
 def prepare_stage(run: Run, reporter: Reporter, workers: int = 0) -> None:
-    """Text to tokens, by so many worker processes, or one a core. Raises InputError for a base that is this run's own
+    """Text to tokens, by `workers` processes, or one per core. Raises InputError for a base that is this run's own
     work."""
     _refuse_as_base(run, run.folder, "the folder of this very run, which is emptied on the way")
 
     key = run.prepare_key()
 
     def work(folder: Path) -> None:
-        recipe = settled(run.recipe)  # A name that leads nowhere is said before all the text is read.
+        recipe = settled(run.recipe)  # A wrong name must be reported before the text is read.
         if recipe.model.base:
             reporter.line(fine_tuning_line(recipe))
         prepare(
@@ -181,7 +186,7 @@ def train_stage(run: Run, reporter: Reporter) -> None:
         train(run.recipe, run.prepared, folder, key, reporter)
 
     # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
-    # run that is not taken up are dropped when the new one begins.
+    # run that is not resumed are dropped when the new one begins.
     if not run_stage(run.trained, key, work, writes=TRAIN_FILES, keep=KEEPS):
         reporter.line("train: done already")
 
@@ -220,7 +225,7 @@ def open_draft(run: Run) -> Bundle:
     except GPT2BundleError as error:
         clear_stamp(run)
         raise BundleError(
-            f"the export was changed ({error}); run the same command again, which makes it anew"
+            f"the export was changed ({error}); run the same command again, which makes it again"
         ) from None
 
 
@@ -232,7 +237,7 @@ def verify_bundle(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[
 
 
 def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], destination: Path) -> Path:
-    """Add certificate and model card to the draft, write the manifest anew, and move it to `destination`, atomically.
+    """Add certificate and model card to the draft, write the manifest again, and move it to `destination`, atomically.
 
     Variants that the certificate leaves out are removed.
     A bundle that stands there is replaced at once; any other folder is refused.
@@ -276,7 +281,7 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     check_trained(run)
     draft = export_stage(run, reporter)
     certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
-    # From here on the draft is no longer the export that the stamp speaks of.
+    # From here on the draft differs from the export that the stamp describes.
     key = run.export_key()
     clear_stamp(run)
     with refusals_named(destination):
@@ -285,6 +290,17 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     (run.folder / "published.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     reporter.line(f"published {destination}")
     return open_bundle(destination, check="sizes")
+
+
+def report_lines(run: Run, bundle: Bundle) -> list[str]:
+    """Return a line for each report of a build that is there."""
+    reports = {
+        "data report": run.prepared / PREPARED_PAGE,
+        "training report": run.trained / TRAINED_PAGE,
+        "certificate": bundle.folder / "verification.json",
+        "model card": bundle.folder / "README.md",
+    }
+    return [f"{name}: {path}" for name, path in reports.items() if path.is_file()]
 
 
 def clear_stamp(run: Run) -> None:

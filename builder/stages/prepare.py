@@ -23,7 +23,7 @@ from builder.data.corpus import (
 )
 from builder.data.data_report import vocabulary_coverage, write_report
 from builder.data.document_batches import describe_loss
-from builder.data.documents import read_file
+from builder.data.documents import PROMPT, read_file
 from builder.data.instructions import Template
 from builder.data.masked_shards import open_shard, write_masked_tokens
 from builder.data.text_boundaries import last_boundary
@@ -44,7 +44,7 @@ from serving.errors import InputError
 if TYPE_CHECKING:
     from builder.stages.base_check import CheckedBase
 
-_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 24
+_EXAMPLES, _EXAMPLE_CHARACTERS, _MESSAGE_CHARACTERS = 3, 24, 120
 SUMMARY, PAGE = "prepare.json", "report.html"
 PARTS = ("corpus", "tokenizer", "tokens")
 # What is written into the stage's folder, and into those of its parts.
@@ -65,7 +65,7 @@ def prepare(
     """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
 
     `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
-    tokenizer and the tokens that it finished are taken over; without a key everything is made anew. `workers` is that
+    tokenizer and the tokens that it finished are reused; without a key everything is made again. `workers` is that
     of `prepare_corpus`. `check` is called when the corpus was read, and raises if it is not what `key` is made of.
 
     `report` gets one plain line as each step ends. Raises InputError for text that cannot be read, split or packed,
@@ -96,7 +96,7 @@ def prepare(
     report(f"tokenizer: {vocab_size:,} entries" + _shortfall(recipe, vocab_size) + _again(ran))
     shards = [(folder / "tokens" / name).with_suffix(".bin") for name in (TRAIN, VALIDATION)]
     tokens_key = stage_key(key, "tokens")
-    half_done = tuple(shard.with_suffix(ending).name for shard in shards for ending in (".bin", ".progress"))
+    half_done = tuple(shard.with_suffix(ending).name for shard in shards for ending in (".bin", ".mask", ".progress"))
     run_stage(
         folder / "tokens",
         tokens_key,
@@ -127,6 +127,9 @@ def prepare(
         if key in indices[0]:
             summary[name] = {shard.stem: index[key] for shard, index in zip(shards, indices, strict=True)}
     summary["examples"] = _examples(folder / "corpus" / VALIDATION)
+    if recipe.instruction.is_set:
+        user = Template.of(recipe.instruction).pieces["user"][0]
+        summary["example_messages"] = _example_messages(folder / "corpus" / VALIDATION, user)
     if loss:
         summary["loss"] = loss
         report(_loss_line(loss))
@@ -140,13 +143,18 @@ def _make_corpus(recipe: Recipe, folder: Path, workers: int, check: Callable[[],
 
 
 def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequence[Path], key: str) -> None:
-    limits: dict[str, Any] = {"max_tokens": recipe.corpus.max_tokens, "trim": recipe.corpus.trim, "end_token": end}
+    limits: dict[str, Any] = {
+        "max_tokens": recipe.corpus.max_tokens,
+        "trim": recipe.corpus.trim,
+        "end_token": end,
+        "resume_key": key,
+    }
     for name, shard in zip((TRAIN, VALIDATION), shards, strict=True):
         source = shard.parent.parent / "corpus" / name
         if recipe.instruction.is_set:
             count = write_masked_tokens(read_file(source), tokenizer, shard, **limits)
         else:
-            count = write_tokens(iter_texts(source), tokenizer, shard, **limits, resume_key=key)
+            count = write_tokens(iter_texts(source), tokenizer, shard, **limits)
         if not count:
             raise InputError(
                 f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
@@ -157,7 +165,7 @@ def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequenc
 
 
 def _read_base(recipe: Recipe) -> CheckedBase | None:
-    """The recipe's base, so that what is wrong with it is said before any text is read."""
+    """The recipe's base, so that its errors are reported before any text is read."""
     if not recipe.model.base:
         return None
     from builder.stages.base_check import read_base  # It may ask the hub, which a model from scratch never needs.
@@ -182,9 +190,9 @@ def _make_tokenizer(recipe: Recipe, base: CheckedBase | None, folder: Path, repo
 
 
 def _texts_to_learn(path: Path) -> Iterator[str]:
-    """The texts that a vocabulary is learnt from; a plain document is one run."""
+    """The texts that a vocabulary is learned from; a plain document is one run."""
     for document in read_file(path):
-        # The end token inside a chat is no text.
+        # The end token inside a chat is not text.
         yield from (text for text, _ in document.runs if not (document.segments and text == END_TOKEN))
 
 
@@ -196,9 +204,25 @@ def _examples(path: Path) -> list[str]:
         if not counted:  # A prompt in its template goes as it is.
             found.append(text)
             continue
-        line = next((line.strip() for line in text.split("\n") if line.strip()), "")
-        found.append(line if len(line) <= _EXAMPLE_CHARACTERS else line[: last_boundary(line, _EXAMPLE_CHARACTERS)])
+        found.append(_line(text, _EXAMPLE_CHARACTERS))
     return list(dict.fromkeys(example for example in found if example))
+
+
+def _example_messages(path: Path, before: str) -> list[str]:
+    """What a model of these conversations may be asked: their first user turns, which stand behind `before`."""
+    found = []
+    for document in islice(read_file(path), _EXAMPLES):
+        pairs = zip(document.segments, document.segments[1:], strict=False)
+        turns = [each.text for frame, each in pairs if each.part == PROMPT and frame.text == before]
+        turns += [each.text for each in document.segments if each.part == PROMPT]
+        found += [_line(text, _MESSAGE_CHARACTERS) for text in turns[:1]]
+    return list(dict.fromkeys(message for message in found if message))
+
+
+def _line(text: str, most: int) -> str:
+    """The first line of a text that has anything in it, up to `most` characters."""
+    line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    return line if len(line) <= most else line[: last_boundary(line, most)]
 
 
 def _again(ran: bool) -> str:

@@ -1,4 +1,4 @@
-"""The training stage: prepared tokens to trained weights, with the report that puts them beside the n-gram models."""
+"""The training stage: prepared tokens to trained weights, with a report that compares them with n-gram models."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     """Train on the tokens in `prepared`; write weights, config.json, training.json, metrics.jsonl and report.html
     to `folder`.
 
-    Returns the report. A checkpoint of the same `run_id` in `folder` is taken up. Raises InputError for a base
+    Returns the report. A checkpoint of the same `run_id` in `folder` is resumed. Raises InputError for a base
     checkpoint that does not fit, TrainingError when the loss is not a number.
     """
     recipe = settled(recipe)
@@ -83,7 +83,7 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
             f"{geometry.vocab_size}; name a whole checkpoint"
         )
 
-    # TensorFlow only now: what is wrong above is answered at once.
+    # TensorFlow is imported only here, so that the errors above come at once.
     from builder.training.device_strategy import training_devices
 
     with training_devices(recipe.training) as devices:
@@ -107,7 +107,7 @@ def _train(
     """Make the model, fit it and write what `train` says, on the devices whose scope is open."""
     from builder.keras_backend import keras
     from builder.model.safetensors_file import write_safetensors
-    from builder.training.freezing import choose_trainable
+    from builder.training.freezing import set_trainable
     from builder.training.samples import Continuations
     from builder.training.trainer import LanguageModel, exported_row, fit, layer_precision
 
@@ -125,7 +125,7 @@ def _train(
     about = [f"model: {geometry.parameters:,} parameters, {geometry.n_layer} layers of {geometry.n_embd}"]
     trainable = 0
     if settings.epochs:
-        choose_trainable(model, settings)
+        set_trainable(model, settings)
         trainable = sum(math.prod(variable.shape) for variable in model.trainable_variables)
         if settings.lora_rank or settings.freeze:
             about.append(adapter_line(settings, trainable, geometry.parameters))

@@ -7,10 +7,10 @@ from typing import Any
 
 from builder.keras_backend import tf
 from builder.tf_export.kernels import Cache, LoopKernels, PromptKernels
-from builder.tf_export.sampling import choose
+from builder.tf_export.sampling import sample_token
 from serving.bundle import Geometry
 
-# Positions that the loop's cache grows by: it is copied once for so many tokens, and attended to its end.
+# Positions that the loop's cache grows by: it is copied once per this many tokens, and attended to its end.
 _BLOCK = 64
 
 
@@ -20,10 +20,7 @@ def generation_loop(
     token_ids: Any,
     lengths: Any,
     max_new_tokens: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    seed: Any,
+    sampling: tuple[Any, Any, Any, Any],
 ) -> dict[str, Any]:
     """Continue prompts [batch, width] that have been checked; return `token_ids` [batch, longest] and `lengths`.
 
@@ -39,7 +36,7 @@ def generation_loop(
 
     def body(step: Any, logits: Any, active: Any, made: Any, output: Any, cache: Cache, capacity: Any) -> Any:
         count = tf.fill([batch], tf.cast(step, tf.int64))
-        token = tf.where(active, choose(logits, temperature, top_k, top_p, seed, count), end)
+        token = tf.where(active, sample_token(logits, *sampling, count), end)
         output = tf.tensor_scatter_nd_update(output, [[step]], token[None])
         made += tf.cast(active, tf.int32)
         active = active & (token != end) & (made < budget)

@@ -25,7 +25,7 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
     """A tokenizer that has no `builder.tf_export.byte_pair_tables.problem`, as graph code over tables of its own."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """`vocab_size` is the model's; ids behind the tokenizer's own decode to nothing."""
+        """`vocab_size` is the model's; ids above those of the tokenizer decode to nothing."""
         super().__init__(name="tokenizer")
         tables = byte_pair_tables(tokenizer, vocab_size)
         self.longest, self._base, self._added = tables.longest, tables.base, dict(tables.added)
@@ -39,6 +39,10 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
             self.pair_results = _table(tables.pair_results)
             self.pair_together = _table(tables.pair_together)
             self.token_bytes = _table(tables.token_bytes)
+
+    def added_text(self, token_id: int) -> str | None:
+        """Return the text of an added token, such as `<|endoftext|>`; None for any other id."""
+        return next((text for text, added in self._added.items() if added == token_id), None)
 
     def encode(self, text: Any) -> Any:
         """Return the token ids of `text` [batch] string, a ragged tensor [batch, (tokens)] int32.
@@ -60,7 +64,7 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
     def decode(self, token_ids: Any, lengths: Any) -> Any:
         """Return the text [batch] string of the first `lengths` [batch] of `token_ids` [batch, sequence] in each row.
 
-        Special tokens are skipped and bytes that are no character become U+FFFD, so it is always valid UTF-8.
+        Special tokens are skipped and bytes that form no character become U+FFFD, so it is always valid UTF-8.
         """
         with tf.device(_HOST):
             inside = tf.range(tf.shape(token_ids)[1])[None, :] < lengths[:, None]
@@ -71,7 +75,7 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
         """Where a word of GPT-2's pattern, or an added token, begins: [characters] bool.
 
         The pattern is 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+. Each of its
-        decisions shows in the neighbouring characters, so no regular expression is needed.
+        decisions shows in the neighboring characters, so no regular expression is needed.
         """
         begins, covered, cut = self._added_tokens(points, row)
         # A part is what the pattern is run on: a row, or what lies between added tokens.
@@ -87,7 +91,7 @@ class GraphTokenizer(tf.Module):  # type: ignore[misc]
         after_blank = ~part_begins & (_behind(points, 1, -1) == _BLANK)
         kind_after = ahead(kind, 1)
 
-        # A blank is the beginning of the word behind it; white space before something else gives up its last character.
+        # A blank is the beginning of the word after it; white space before something else gives up its last character.
         space = kind == SPACE
         space_starts = (kind_before != SPACE) | ((kind_after != SPACE) & (kind_after != -1))
         starts = tf.where(space, space_starts, ~after_blank & (kind_before != kind))

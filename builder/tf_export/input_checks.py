@@ -6,7 +6,11 @@ from typing import Any
 
 from builder.keras_backend import tf
 from serving.bundle import Geometry
-from serving.sampling.sampler import MAX_SEED
+from serving.sampling.parameters import MAX_SEED
+
+SAMPLING = ("temperature", "top_k", "top_p", "seed")
+PARAMETERS = ("max_new_tokens", *SAMPLING)
+"""What a request says of each row, in the order of the signatures' inputs."""
 
 
 def after(checks: list[Any], *tensors: Any) -> list[Any]:
@@ -21,17 +25,22 @@ def check_all(condition: Any, message: str) -> Any:
 
 
 def check_ranks(**tensors: tuple[Any, int]) -> list[Any]:
-    """The tensors, but not before each has been found to have as many axes as is said with it.
+    """The tensors, but after a check that each has the given number of axes.
 
     A server feeds a session what a client has sent, whatever shape the signature declares.
     """
     checks = []
     for name, (tensor, rank) in tensors.items():
-        # The optimiser takes the declared number of axes for a fact. It knows nothing of what comes out of bytes.
+        # The optimizer takes the declared number of axes for a fact. It knows nothing of what comes out of bytes.
         shape = tf.io.parse_tensor(tf.io.serialize_tensor(tf.shape(tensor)), tf.int32)
         axes = "1 axis" if rank == 1 else f"{rank} axes"
         checks.append(check_all(tf.size(shape) == rank, f"{name} must have {axes}"))
     return after(checks, *[tensor for tensor, _ in tensors.values()])
+
+
+def parameter_ranks(*parameters: Any) -> dict[str, tuple[Any, int]]:
+    """The generation parameters as `check_ranks` takes them: in the order of `PARAMETERS`, one value a row."""
+    return {name: (value, 1) for name, value in zip(PARAMETERS, parameters, strict=True)}
 
 
 def check_rows(rows_of: str, first: Any, **tensors: Any) -> list[Any]:
@@ -62,19 +71,11 @@ def check_prompt(geometry: Geometry, token_ids: Any, lengths: Any) -> list[Any]:
     ]
 
 
-def check_parameters(
-    rows_of: str, rows: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any
-) -> list[Any]:
-    """Check what says how each row of `rows`, the input `rows_of`, is continued."""
-    parameters = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
+def check_parameters(rows_of: str, rows: Any, *parameters: Any) -> list[Any]:
+    """Check the generation parameters, in the order of `PARAMETERS`, of each row of `rows`, the input `rows_of`."""
+    max_new_tokens, temperature, top_k, top_p, seed = parameters
     return [
-        *check_rows(rows_of, rows, **parameters),
+        *check_rows(rows_of, rows, **dict(zip(PARAMETERS, parameters, strict=True))),
         check_all(max_new_tokens >= 1, "max_new_tokens must be at least 1"),
         check_all(
             tf.math.is_finite(temperature) & (temperature >= 0), "temperature must be a finite number, 0 or more"

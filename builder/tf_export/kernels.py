@@ -1,7 +1,7 @@
 """GPT-2's target-dependent operations in the SavedModel: plain TensorFlow ops on caches that a step writes in.
 
 Hidden states are kept as [rows, n_embd], so that a dense layer is one MatMul with its bias, which TensorFlow's graph
-optimiser fuses. No op here needs XLA or anything that stock TensorFlow Serving does not link.
+optimizer fuses. No op here needs XLA or anything that stock TensorFlow Serving does not link.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class ServableKernels(Kernels):
 
     def layer_norm(self, layer: Any, hidden: Any) -> Any:
         mean = tf.reduce_mean(hidden, axis=-1, keepdims=True)
-        centred = hidden - mean
-        variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
+        centered = hidden - mean
+        variance = tf.reduce_mean(tf.square(centered), axis=-1, keepdims=True)
         scale = tf.math.rsqrt(variance + self.geometry.layer_norm_epsilon)
-        return centred * (scale * tf.convert_to_tensor(layer.gamma)) + tf.convert_to_tensor(layer.beta)
+        return centered * (scale * tf.convert_to_tensor(layer.gamma)) + tf.convert_to_tensor(layer.beta)
 
     def attention(self, layer: int, qkv: Any, training: bool) -> Any:
         shape = [self.batch, self.sequence, 3, self.geometry.n_head, self.geometry.head_dim]
@@ -115,7 +115,7 @@ class LoopKernels(ServableKernels):
     """One new token a row inside the generation loop, written in place into a cache that only the loop knows.
 
     Args:
-        positions: [batch] int32, each row's new token's position; what a row holds behind it is never attended.
+        positions: [batch] int32, each row's new token's position; positions after it are never attended.
         cache: per block (key, value), each [batch * n_head * capacity, head_dim].
         capacity: scalar int32, cached positions a row.
     """
@@ -152,5 +152,5 @@ class SlotKernels(LoopKernels):
     """The same on a cache that has room for more rows than the step: its first ones are the step's."""
 
     def attended(self, cache: Any) -> Any:
-        # The head of a tensor is no copy of it.
+        # The head of a tensor is a view, not a copy.
         return cache[: tf.size(self.places) * self.capacity]

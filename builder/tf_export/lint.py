@@ -66,8 +66,8 @@ def lint(
 
     The time of a token is `ms_per_token`, or measured here with `run`; the longest generation has `context` tokens, by
     default the model's. `timeout` is the server's for REST in seconds, `budget` a GPU's memory in bytes, `batch` the
-    rows of the largest batch, by default those that the batching parameters beside the SavedModel allow. Raises
-    BundleError for a file that is no SavedModel for serving.
+    rows of the largest batch, by default those that the batching parameters next to the SavedModel allow. Raises
+    BundleError for a file that is not a SavedModel for serving.
     """
     problems = [*find_problems(target.version)]
     if target.geometry is not None and problems:
@@ -102,7 +102,7 @@ def refuse_errors(folder: Path, findings: Sequence[Finding]) -> None:
 
 
 def read_meta_graph(version: Path) -> Any:
-    """The graph tagged for serving. Raises BundleError if the file is no SavedModel or has none."""
+    """The graph tagged for serving. Raises BundleError if the file is not a SavedModel or has no such graph."""
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 

@@ -21,7 +21,7 @@ _FLOAT = 4
 
 
 def check_time(ms_per_token: float, context: int, timeout: float) -> Finding:
-    """The longest generation, `context` tokens in one row, beside the server's REST timeout in seconds.
+    """The longest generation, `context` tokens in one row, compared with the REST timeout of the server in seconds.
 
     An error where one token alone takes longer, so that no request can be answered; a warning where the longest does,
     since callers may ask for fewer tokens, or stream, and the timeout is a flag of the server.
@@ -82,7 +82,7 @@ def stored_bytes(version: Path) -> int:
 
 
 def largest_batch(version: Path) -> int:
-    """The largest batch that the server will run: of the batching parameters that stand beside the SavedModel in a
+    """The largest batch that the server will run: of the batching parameters next to the SavedModel in a
     bundle (`deploy/tf_serving`) or a deployment (`config`), or else of those that this project writes.
     """
     for path in batching_files(version):

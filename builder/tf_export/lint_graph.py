@@ -12,8 +12,8 @@ from builder.keras_backend import tf
 PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 # Signatures that a SavedModel keeps for its loader.
 _INTERNAL = ("__saved_model_init_op", "__saved_model_train_op")
-# What the server links beside core TensorFlow (tensorflow/serving, tensorflow_serving/model_servers/BUILD,
-# SUPPORTED_TENSORFLOW_OPS): tensorflow-text's ops_lib, by its REGISTER_OP calls and the kOpName of its shims (beside
+# What the server links in addition to core TensorFlow (tensorflow/serving, tensorflow_serving/model_servers/BUILD,
+# SUPPORTED_TENSORFLOW_OPS): tensorflow-text's ops_lib, by its REGISTER_OP calls and the kOpName of its shims (and
 # names that begin with "TFText>"), and the inference ops of TensorFlow Decision Forests. Read in July 2026.
 # fmt: off
 _LINKED = {
@@ -68,7 +68,7 @@ def check_ops(meta_graph: Any) -> Iterator[Finding]:
         elif library := _linked(node.op):
             yield Finding("note", "ops", where, f"{node.op} is of {library}, which stock TensorFlow Serving links")
         elif op_def_registry.get(node.op) is None:
-            yield Finding("error", "ops", where, f"{node.op} is no op of core TensorFlow; the stock server lacks it")
+            yield Finding("error", "ops", where, f"{node.op} is not a core TensorFlow op; the stock server lacks it")
         device = node.device.lower()
         if "/device:" in device and "/device:cpu" not in device and ("graph", node.device) not in seen:
             seen.add(("graph", node.device))
@@ -79,7 +79,7 @@ def check_ops(meta_graph: Any) -> Iterator[Finding]:
 
 
 def _linked(op: str) -> str | None:
-    """The library beside core TensorFlow from which the server has `op`."""
+    """The library other than core TensorFlow from which the server has `op`."""
     if op.startswith("TFText>"):
         return "tensorflow-text"
     return next((library for library, ops in _LINKED.items() if op in ops), None)

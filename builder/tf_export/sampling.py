@@ -1,4 +1,4 @@
-"""Choosing the next token inside a TensorFlow graph: the twin of `serving.sampling.choose`, operation by operation.
+"""Samples the next token inside a TensorFlow graph, by the same operations as `serving.sampling.choose`.
 
 It takes what the signatures take: temperature, top-k and top-p. Min-p, penalties and bias are the host's alone.
 
@@ -36,7 +36,7 @@ def uniform(seed: Any, step: Any) -> Any:
     return tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.int64)), tf.float32) * (2.0**-24)
 
 
-def choose(logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, step: Any) -> Any:
+def sample_token(logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, step: Any) -> Any:
     """Return the next token id of each row, [rows] int32.
 
     Args:

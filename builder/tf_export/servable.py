@@ -28,6 +28,7 @@ from builder.tf_export.input_checks import (
     check_prompt,
     check_ranks,
     check_rows,
+    parameter_ranks,
 )
 from builder.tf_export.kernels import PromptKernels, StepKernels
 from builder.tf_export.slots import Slots
@@ -69,7 +70,7 @@ class Servable(tf.Module):  # type: ignore[misc]
     ) -> None:
         """Without a tokenizer there are no signatures for text, and without slots none for them.
 
-        With `matmul_parts` above 1 weight matrices are stored and multiplied in so many parts.
+        With `matmul_parts` above 1 weight matrices are stored and multiplied in that many parts.
         """
         super().__init__(name="gpt2")
         # The method and not the model, which would be tracked and its weights stored a second time.
@@ -79,8 +80,8 @@ class Servable(tf.Module):  # type: ignore[misc]
         replaced = self.served.replaced
         self.weights = [variable.value for variable in model.trainable_variables if id(variable) not in replaced]
         self.geometry = model.geometry
-        door = f"slots_{self.served.digest():08x}"
-        self.slots = Slots(self.geometry, self._run, slots, slot_lease, door) if slots else None
+        queue = f"slots_{self.served.digest():08x}"
+        self.slots = Slots(self.geometry, self._run, slots, slot_lease, queue) if slots else None
         self.text = None if tokenizer is None else TextSignatures(tokenizer, self.geometry, self._continue)
 
     def save(self, folder: Path) -> dict[str, Any]:
@@ -123,40 +124,32 @@ class Servable(tf.Module):  # type: ignore[misc]
         """Names of the cache tensors in `prefill`'s outputs and in `decode`'s inputs and outputs."""
         return [f"cache_{layer}_{part}" for layer in range(self.geometry.n_layer) for part in ("key", "value")]
 
-    def generate(
-        self, token_ids: Any, lengths: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any
-    ) -> dict[str, Any]:
+    def generate(self, token_ids: Any, lengths: Any, *parameters: Any) -> dict[str, Any]:
         """Continue each row; return `token_ids` [batch, longest] int32 and `lengths` [batch] int32.
 
-        A row ends after its end token (which is counted), after `max_new_tokens`, or where the context is full; what
-        lies behind its length is the end token. Parameters are those of `builder.tf_export.sampling.choose`, one a row.
+        A row ends after its end token (which is counted), after `max_new_tokens`, or where the context is full. After
+        its length, the row is filled with the end token. `parameters` are `input_checks.PARAMETERS`, each [batch].
         """
-        token_ids, lengths, *parameters = check_ranks(
-            token_ids=(token_ids, 2),
-            lengths=(lengths, 1),
-            max_new_tokens=(max_new_tokens, 1),
-            temperature=(temperature, 1),
-            top_k=(top_k, 1),
-            top_p=(top_p, 1),
-            seed=(seed, 1),
+        token_ids, lengths, *given = check_ranks(
+            token_ids=(token_ids, 2), lengths=(lengths, 1), **parameter_ranks(*parameters)
         )
         checks = [
             *check_prompt(self.geometry, token_ids, lengths),
-            *check_parameters("token_ids", token_ids, *parameters),
+            *check_parameters("token_ids", token_ids, *given),
         ]
-        token_ids, lengths, *parameters = after(checks, token_ids, lengths, *parameters)
-        return self._continue(token_ids, lengths, *parameters)
+        token_ids, lengths, *given = after(checks, token_ids, lengths, *given)
+        return self._continue(token_ids, lengths, *given)
 
     def _continue(self, token_ids: Any, lengths: Any, max_new_tokens: Any, *sampling: Any) -> dict[str, Any]:
         """The same of rows that have been checked."""
         if self.slots is not None:
             return self.slots.generate(token_ids, lengths, max_new_tokens, *sampling)
-        return generation_loop(self.geometry, self._run, token_ids, lengths, max_new_tokens, *sampling)
+        return generation_loop(self.geometry, self._run, token_ids, lengths, max_new_tokens, tuple(sampling))
 
     def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:
         """Run a prompt; return `logits` [batch, vocab_size] after each row's last token, and the cache.
 
-        The cache tensors are [batch, n_head, length, head_dim], zero behind the prompt; their length is the largest
+        The cache tensors are [batch, n_head, length, head_dim], zero after the prompt; their length is the largest
         of `capacity` [batch], which must be at least the padded prompt's and at most n_positions.
         """
         token_ids, lengths, capacity = check_ranks(

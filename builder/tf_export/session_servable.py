@@ -9,38 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from builder.keras_backend import tf
+import builder.keras_backend  # noqa: F401 - chooses Keras's backend before TensorFlow is imported.
 from serving.backends.base import pad_right
-from serving.errors import BundleError
-from serving.protobuf.saved_model_ops import check_saved_model
+from serving.backends.tensorflow import SavedModelSession
 
 
-class SessionServable:
-    """One loaded SavedModel in a session of its own; tensors are fed and fetched by the signatures' names."""
+class SessionServable(SavedModelSession):
+    """One loaded SavedModel, which generates and tokenizes through its signatures."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises BundleError for what holds more than an export does, and for what TensorFlow cannot load."""
-        check_saved_model(folder)
-        self._session = tf.compat.v1.Session(graph=tf.Graph())
-        try:
-            with self._session.graph.as_default():
-                meta_graph = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
-        except Exception as error:  # Its errors share no narrower base.
-            reason = " ".join(str(error).split())
-            raise BundleError(f"{folder}: TensorFlow cannot load it: {reason}; export it again") from None
-        self.signatures = meta_graph.signature_def
+        """Raises BundleError as `SavedModelSession` does."""
+        super().__init__(folder)
         self._requests = itertools.count(1)
-
-    def run(self, signature: str, **inputs: Any) -> dict[str, Any]:
-        """Run a signature on numpy inputs by name and return its outputs by name.
-
-        Raises tf.errors.InvalidArgumentError for what the signature refuses.
-        """
-        definition = self.signatures[signature]
-        feed = {definition.inputs[name].name: value for name, value in inputs.items()}
-        fetch = {name: info.name for name, info in definition.outputs.items()}
-        result: dict[str, Any] = self._session.run(fetch, feed)
-        return result
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations by `serving_default`; the end token, if reached, is included."""

@@ -28,7 +28,7 @@ _FLOATS = ("temperature", "top_p")
 _SECOND = 1_000_000
 # Requests that are remembered as cancelled, or as waiting, each in the place that its id's low bits name.
 _REMEMBERED = 1024
-# A whole answer's call enters every step. One that missed so many, for so long, has been given up.
+# A whole answer's call enters every step. One that missed this many, for this long, was abandoned.
 _STEPS_ABSENT, _SECONDS_ABSENT = 4, 0.5
 
 State = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What runs within the slots' door: prompts take slots, and active slots advance together, step by step.
+"""What runs within the batch queue of the slots: prompts take slots, and active slots advance together, step by step.
 
 A batch has wishes, one a row: for a prompt to get a slot, or for a slot to reach a number of tokens. Wishes name what
 they are for (a request, or a slot's generation), so that the same one may come twice, in one batch or in several.
@@ -12,40 +12,40 @@ from typing import Any
 from tensorflow.core.framework.attr_value_pb2 import AttrValue
 
 from builder.keras_backend import tf
+from builder.tf_export.input_checks import SAMPLING
 from builder.tf_export.kernels import PromptKernels, SlotKernels
-from builder.tf_export.sampling import choose
+from builder.tf_export.sampling import sample_token
+from builder.tf_export.slot_batching import pause, run_in_batch
 from builder.tf_export.slot_cache import SlotCache
-from builder.tf_export.slot_door import enter, pause
 from builder.tf_export.slot_state import SlotState, State, now
 from serving.bundle import Geometry
 
-SAMPLING = ("temperature", "top_k", "top_p", "seed")
 # A wish, [columns] int64. One for a prompt has its length and no generation, one for tokens has `made` to reach.
 _WISH = ("request_id", "slot", "generation", "made", "entered", "arrived", "length", "budget", "owned", "top_k", "seed")
 _FLOATS = ("temperature", "top_p")
 _FOR_PROMPTS = ("length", "budget", "owned", *SAMPLING)
 # Rows that one batch has at most; a call of more enters with some of them at a time.
 MOST_ROWS = 64
-# Steps of one batch at most. It ends sooner when a wish is fulfilled or another call has come to the door.
+# Steps of one batch at most. It ends sooner when a wish is fulfilled or another call has entered the queue.
 _STEPS = 16
 # Padded tokens of the prompts that one batch runs, unless the first has more; and tokens of padding among them.
 _PROMPT_TOKENS, _PADDING = 2048, 128
-# Steps for which a whole answer's slot goes on without its call, which may be on its way back to the door.
+# Steps for which a whole answer's slot continues without its call, which may be on its way back to the queue.
 _STEPS_AHEAD = 2
 _NEVER = 2**62
 
 
 class SlotStep(tf.Module):  # type: ignore[misc]
-    """The function within the door, and the way in.
+    """The function that the batch queue runs, and the calls into it.
 
     Args:
-        door: names the door within the servable.
+        queue: names the batch queue within the servable.
         run: from (token_ids [rows, sequence], position_ids or None, kernels) to logits.
     """
 
-    def __init__(self, door: str, geometry: Geometry, state: SlotState, run: Callable[[Any, Any, Any], Any]) -> None:
+    def __init__(self, queue: str, geometry: Geometry, state: SlotState, run: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__(name="slot_step")
-        self._door, self.geometry, self.state, self._run = door, geometry, state, run
+        self._queue, self.geometry, self.state, self._run = queue, geometry, state, run
         self.cache = SlotCache(geometry, state.count)
         self._function: Any = None
 
@@ -89,7 +89,7 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         return tf.cond(
             tf.reduce_any(moved | self.state.usable(after)),
             lambda: tf.constant(0),
-            lambda: _after(pause(f"{self._door}/pause")),
+            lambda: _after(pause(f"{self._queue}/pause")),
         )
 
     def _enter(self, wishes: State, token_ids: Any) -> Any:
@@ -109,7 +109,7 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         told = self.state.newest.scatter_max(tf.IndexedSlices(entered[None], tf.constant([0])))
         with tf.control_dependencies([told]):
             rows = [tf.stack(whole, axis=1), tf.stack(parts, axis=1), token_ids]
-            return enter(self._door, self._function, rows, MOST_ROWS)
+            return run_in_batch(self._queue, self._function, rows, MOST_ROWS)
 
     def _step(self, whole: Any, parts: Any, token_ids: Any) -> Any:
         wishes = {name: whole[:, column] for column, name in enumerate(_WISH)}
@@ -204,7 +204,7 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         logits = self._run(token_ids[:, :width], None, kernels)
         longest = tf.reduce_max(tf.where(state["active"], tf.cast(state["length"], tf.int32), 0))
         self.cache.store(kernels.present, taken, width, tf.maximum(longest, width))
-        return choose(logits, *_sampling(values), tf.zeros_like(values["seed"]))
+        return sample_token(logits, *_sampling(values), tf.zeros_like(values["seed"]))
 
     def _advance(self, state: State, asked: Any, goal: Any, answered: Any, rehearsed: Any, newest: Any) -> Any:
         """Decode while a slot that is `asked` for has not reached its `goal`; return how many steps, a scalar.
@@ -244,7 +244,7 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         positions = tf.minimum(tf.cast(state["length"], tf.int32)[:rows], capacity - 1)
         kernels = SlotKernels(self.geometry, positions, self.cache.read(), capacity)
         logits = self._run(tf.cast(last, tf.int32)[:, None], positions[:, None], kernels)
-        token = choose(logits, *_sampling({name: state[name][:rows] for name in SAMPLING}), state["made"][:rows])
+        token = sample_token(logits, *_sampling({name: state[name][:rows] for name in SAMPLING}), state["made"][:rows])
 
         numbers = tf.boolean_mask(tf.range(rows), live[:rows])
         token = tf.boolean_mask(tf.cast(token, tf.int64), live[:rows])

@@ -5,9 +5,9 @@ decode_slots   tokens of some slots out; where one has none ready, all active sl
 release_slots  slots given back.
 cancel_slots   the same by the requests' own names, also before they have a slot.
 
-A call checks its rows by itself, and enters the door of `slot_door` as often as it takes until the committed state
-answers it. What a row asks for is named by itself (a request, or a generation and how many tokens its client has), so
-a row may come twice, in one call or in several, and is answered alike. docs/slots.md is the protocol.
+A call checks its own rows, and enters the batch queue of `slot_batching` until the committed state answers it. A row
+names what it asks for: a request, or a generation and how many tokens its client has. The same row may therefore come
+twice, in one call or in several, and gets the same answer. docs/slots.md is the protocol.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from builder.tf_export.input_checks import (
     check_prompt,
     check_ranks,
     check_rows,
+    parameter_ranks,
 )
 from builder.tf_export.slot_generation import continue_rows
 from builder.tf_export.slot_state import SlotState, State, now
-from builder.tf_export.slot_step import MOST_ROWS, SAMPLING, SlotStep
+from builder.tf_export.slot_step import MOST_ROWS, SlotStep
 from serving.bundle import Geometry
 from serving.clients.slot_pool import AHEAD, CANCELLED, FINISHED, NO_FREE_SLOT, RUNNING, STALE
 
@@ -43,28 +44,18 @@ class Slots(tf.Module):  # type: ignore[misc]
         run: from (token_ids [rows, sequence], position_ids or None, kernels) to logits.
         count: slots, at least 1.
         lease: seconds after which a slot that no call has asked for stops, and may be given to another prompt.
-        door: names this model's door; equal among copies of one model, different among models.
+        queue: names the batch queue of this model; equal among copies of one model, different among models.
     """
 
     def __init__(
-        self, geometry: Geometry, run: Callable[[Any, Any, Any], Any], count: int, lease: float, door: str
+        self, geometry: Geometry, run: Callable[[Any, Any, Any], Any], count: int, lease: float, queue: str
     ) -> None:
         super().__init__(name="slots")
         self.geometry, self.count = geometry, count
         self.state = SlotState(count, geometry.n_positions, lease)
-        self.step = SlotStep(door, geometry, self.state, run)
+        self.step = SlotStep(queue, geometry, self.state, run)
 
-    def prefill(
-        self,
-        request_id: Any,
-        token_ids: Any,
-        lengths: Any,
-        max_new_tokens: Any,
-        temperature: Any,
-        top_k: Any,
-        top_p: Any,
-        seed: Any,
-    ) -> dict[str, Any]:
+    def prefill(self, request_id: Any, token_ids: Any, lengths: Any, *parameters: Any) -> dict[str, Any]:
         """Give each prompt a slot and run it; return `slot`, `generation`, `token_ids` [batch, 1], `lengths`, `status`.
 
         `request_id` [batch] int64 is a prompt's name while it has its slot: a second row or call with it gets the same
@@ -72,26 +63,16 @@ class Slots(tf.Module):  # type: ignore[misc]
         `request_id` is a rehearsal: its slot is free again when the call ends. The other inputs are those of
         `serving_default`.
         """
-        request_id, token_ids, lengths, max_new_tokens, temperature, top_k, top_p, seed = check_ranks(
-            request_id=(request_id, 1),
-            token_ids=(token_ids, 2),
-            lengths=(lengths, 1),
-            max_new_tokens=(max_new_tokens, 1),
-            temperature=(temperature, 1),
-            top_k=(top_k, 1),
-            top_p=(top_p, 1),
-            seed=(seed, 1),
+        request_id, token_ids, lengths, *given = check_ranks(
+            request_id=(request_id, 1), token_ids=(token_ids, 2), lengths=(lengths, 1), **parameter_ranks(*parameters)
         )
-        sampling = dict(zip(SAMPLING, (temperature, top_k, top_p, seed), strict=True))
         checks = [
             *check_prompt(self.geometry, token_ids, lengths),
-            *check_parameters("token_ids", token_ids, max_new_tokens, **sampling),
+            *check_parameters("token_ids", token_ids, *given),
             *check_rows("token_ids", token_ids, request_id=request_id),
             check_all(request_id != 0, "request_id must not be 0: it names the request"),
         ]
-        request_id, token_ids, lengths, max_new_tokens, *values = after(
-            checks, request_id, token_ids, lengths, max_new_tokens, *sampling.values()
-        )
+        request_id, token_ids, lengths, max_new_tokens, *values = after(checks, request_id, token_ids, lengths, *given)
         wishes, token_ids = self.step.prompts(request_id, token_ids, lengths, max_new_tokens, values, owned=False)
 
         patience = now() + _PATIENCE

@@ -1,4 +1,4 @@
-"""The SavedModel's signatures for text: the graph tokenizer before and behind generation."""
+"""The SavedModel's signatures for text: the graph tokenizer before and after generation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 from builder.keras_backend import tf
 from builder.tf_export.graph_tokenizer import GraphTokenizer
-from builder.tf_export.input_checks import after, check_all, check_ids, check_parameters, check_ranks, check_rows
+from builder.tf_export.input_checks import (
+    after,
+    check_all,
+    check_ids,
+    check_parameters,
+    check_ranks,
+    check_rows,
+    parameter_ranks,
+)
 from serving.bundle import Geometry
 
 
@@ -19,8 +27,8 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self._geometry, self._continue = geometry, continue_rows
 
-    def generate(self, text: Any, max_new_tokens: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> Any:
-        """Continue each text; the parameters and the tokens are those of `serving_default`, one a row.
+    def generate(self, text: Any, *parameters: Any) -> Any:
+        """Continue each text; the parameters and the tokens are those of `serving_default`.
 
         Returns, all [batch]: `text`, the continuation without the end token, always valid UTF-8; `lengths` and
         `prompt_tokens` int32, the tokens made (the end token counted) and read; `finish_reason`, "stop" after the end
@@ -28,26 +36,21 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         """
         geometry, limit = self._geometry, self._geometry.n_positions
         too_long = f"the prompt is longer than the context of {limit} tokens"
-        text, *parameters = check_ranks(
-            text=(text, 1),
-            max_new_tokens=(max_new_tokens, 1),
-            temperature=(temperature, 1),
-            top_k=(top_k, 1),
-            top_p=(top_p, 1),
-            seed=(seed, 1),
-        )
+        end = self.tokenizer.added_text(geometry.eos_token_id)
+        empty = "text may not be empty" + (f"; {end} alone starts a new text" if end else "")
+        text, *given = check_ranks(text=(text, 1), **parameter_ranks(*parameters))
         checks = [
-            *check_parameters("text", text, *parameters),
-            check_all(tf.strings.length(text) > 0, "text may not be empty; <|endoftext|> alone starts a new text"),
+            *check_parameters("text", text, *given),
+            check_all(tf.strings.length(text) > 0, empty),
             # So that the work of encoding is bounded too: no text of more bytes can have few enough tokens.
             check_all(tf.strings.length(text) <= limit * self.tokenizer.longest, too_long),
         ]
-        text, *parameters = after(checks, text, *parameters)
+        text, *given = after(checks, text, *given)
         prompt = self._tokens(text)
         longest = tf.reduce_max(prompt["lengths"])
         fits = tf.debugging.Assert(longest <= limit, [f"{too_long}; the longest one has", longest])
         token_ids, lengths = after([fits], prompt["token_ids"], prompt["lengths"])
-        made = self._continue(token_ids, lengths, *parameters)
+        made = self._continue(token_ids, lengths, *given)
 
         # A row without a token has no last one: it is taken from a column of -1 that is put before the first.
         padded = tf.pad(made["token_ids"], [[0, 0], [1, 0]], constant_values=-1)
@@ -60,7 +63,7 @@ class TextSignatures(tf.Module):  # type: ignore[misc]
         }
 
     def tokenize(self, text: Any) -> dict[str, Any]:
-        """Return `token_ids` [batch, longest] int32, the end token behind each row's own, and `lengths` [batch]."""
+        """Return `token_ids` [batch, longest] int32, padded with the end token, and `lengths` [batch]."""
         (text,) = check_ranks(text=(text, 1))
         return self._tokens(text)
 

@@ -26,7 +26,7 @@ _NEW_TOKENS = 2
 def write_warmup(version: Path, name: str, geometry: Geometry, signatures: Sequence[str]) -> int:
     """Write the records of those `signatures` that have requests below the version folder; return how many.
 
-    `name` is the model's. The records of the slots' signatures are rehearsals, which leave nothing behind.
+    `name` is the model's. The records of the slots' signatures are rehearsals, which leave no state.
     """
     from tensorflow_serving.apis.prediction_log_pb2 import PredictionLog
 

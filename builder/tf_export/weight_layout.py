@@ -1,7 +1,8 @@
 """How the SavedModel stores its matrices: as a step of few rows, which is bound by reading them, reads them fastest.
 
 The token table lies transposed, for the head: oneDNN's product with a table stored by tokens takes up to twice as long
-(docs/decisions.md). And matrices may be in parts, for servers that run several ops at once with one thread each.
+(docs/decisions/savedmodel.md). And matrices may be in parts, for servers that run several ops at once with one thread
+each.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from builder.model.gpt2 import GPT2
 class ServedWeights(tf.Module):  # type: ignore[misc]
     """The token table of `model`, transposed, and its Dense layers' weights where `parts` is above 1.
 
-    Each is `parts` variables, split by outputs, so that every output is the same sum as in one piece. `replaced` has
-    the ids of the model's own variables that they stand for.
+    Each is `parts` variables, split by outputs, so that every output is the same sum as in an unsplit matrix.
+    `replaced` has the ids of the model's own variables that they stand for.
     """
 
     def __init__(self, model: GPT2, parts: int) -> None:

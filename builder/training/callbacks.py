@@ -23,7 +23,7 @@ _ROWS_NAMED = 8
 
 
 class Watch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Report progress, keep the history, write a checkpoint at each validation, stop on a loss that is no number.
+    """Report progress, keep the history, write a checkpoint at each validation, stop on a loss that is not a number.
 
     Args:
         folder: where checkpoints go.
@@ -62,7 +62,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def is_stale(self) -> bool:
-        """Whether so many validations brought nothing that the recipe says to stop."""
+        """Whether training should stop early, by `patience`."""
         return 0 < self.recipe.patience <= Progress(self.step, self.history).stale
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

@@ -1,9 +1,9 @@
-"""Training checkpoints: weights under their Hugging Face names and the optimiser's state, in one safetensors file.
+"""Training checkpoints: weights under their Hugging Face names and the optimizer's state, in one safetensors file.
 
-A checkpoint appears whole or not at all: it is written beside its name and renamed. Its metadata says of which step
-it is and which run it belongs to, so that another recipe's state is never taken up. `checkpoint.safetensors` is the
-newest; older ones that a recipe keeps are `checkpoint-STEP.safetensors`, and the first whole one is taken up.
-`best.safetensors` holds the weights, without the optimiser, of the validation with the lowest loss.
+A checkpoint appears whole or not at all: it is written under a temporary name and renamed. Its metadata names
+its step and its run, so that state of another recipe is never resumed. `checkpoint.safetensors` is the
+newest; older ones that a recipe keeps are `checkpoint-STEP.safetensors`, and the first whole one is resumed.
+`best.safetensors` holds the weights, without the optimizer, of the validation with the lowest loss.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def save_checkpoint(folder: Path, model: GPT2, optimizer: Any, run_id: str, prog
 def load_checkpoint(
     folder: Path, model: GPT2, optimizer: Any, run_id: str, *, with_best: bool = False
 ) -> Progress | None:
-    """Restore model and optimiser from the folder's newest whole checkpoint and return its progress.
+    """Restore model and optimizer from the folder's newest whole checkpoint and return its progress.
 
     Returns None, and changes nothing, where there is no checkpoint, or one of another run or shape, or a broken one;
     and, `with_best`, one whose best weights are gone.
     """
     state = _state(model, optimizer)
-    # An older checkpoint may stand beside better weights of later: what follows it will write those again.
+    # An older checkpoint may have newer best weights next to it: what follows it will write those again.
     best = _step_of(folder / BEST, run_id) if with_best else -1
     for path in (folder / FILE, *_older(folder)):
         held = _read(path, state, run_id)

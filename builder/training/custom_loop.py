@@ -1,4 +1,4 @@
-"""The project's own training loop: what `Model.fit` does, in the open, on the same model, optimiser and callbacks."""
+"""The project's own training loop: what `Model.fit` does, in the open, on the same model, optimizer and callbacks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from builder.training.callbacks import Watch
 def run_epochs(
     model: Any, train: Any, validation: Any, *, first: int, epochs: int, calls: int, watch: Watch, xla: bool
 ) -> None:
-    """Take epochs `first` to `epochs` - 1 of `calls` calls of the optimiser each, validating after each.
+    """Take epochs `first` to `epochs` - 1 of `calls` calls of the optimizer each, validating after each.
 
     Args:
-        model: a `builder.training.trainer.LanguageModel`, compiled with its optimiser.
+        model: a `builder.training.trainer.LanguageModel`, compiled with its optimizer.
         train: a dataset of (inputs, targets), int32 [batch, sequence] each, and weights where there are any, of all
             calls that are left.
         validation: a dataset of (inputs, targets, weights).

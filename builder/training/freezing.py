@@ -10,7 +10,7 @@ from builder.training.plan import unknown_weight
 from serving.errors import InputError
 
 
-def choose_trainable(model: GPT2, recipe: TrainingRecipe) -> None:
+def set_trainable(model: GPT2, recipe: TrainingRecipe) -> None:
     """Freeze what the recipe's `freeze` names and, with `lora_rank`, everything but new adapters.
 
     LoRA (Hu et al. 2021): a target's matrix W reads as W + A B * alpha / rank, A random and B zero at first; Keras's

@@ -1,7 +1,7 @@
 """Freed memory, kept by the process for its next use.
 
-A training step allocates and frees as much as all weights, optimiser states and logits take. glibc gives blocks of that
-size back to the system at once, which hands them out again page by page, each cleared anew.
+A training step allocates and frees as much as all weights, optimizer states and logits take. glibc gives blocks of that
+size back to the system at once, which hands them out again page by page, each cleared again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MMAP_THRESHOLD, _MMAP_MAX = 32 << 20, 65536
 
 @contextlib.contextmanager
 def kept_heap() -> Iterator[None]:
-    """Give no freed memory back to the system inside the block, and all that is free behind it.
+    """Give no freed memory back to the system inside the block, and all that is free after it.
 
     Does nothing where the C library is not glibc.
     """

@@ -15,7 +15,7 @@ class MetricsLog:
     """Appends figures to `folder`/metrics.jsonl, and to `folder`/tensorboard if asked.
 
     A line is {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second"} (nats a token, mean over the
-    interval; the norm before clipping of the last call of the optimiser) or {"step", "validation_loss"}.
+    interval; the norm before clipping of the last call of the optimizer) or {"step", "validation_loss"}.
 
     Args:
         folder: the training stage's folder.

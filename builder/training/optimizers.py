@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, as a recipe describes them."""
+"""Optimizers and learning-rate schedules, as a recipe describes them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
 
 
 class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """`schedule` for an optimiser that counts `parts` calls of each update: Keras asks with the number of calls."""
+    """`schedule` for an optimizer that counts `parts` calls of each update: Keras asks with the number of calls."""
 
     def __init__(self, schedule: Any, parts: int) -> None:
         self.schedule, self.parts = schedule, parts
@@ -61,7 +61,7 @@ class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignor
 class _Measured:
     """Keeps the global norm of the gradients that were applied last, before clipping, in `gradient_norm`.
 
-    On several devices it sums their gradients before all else. Keras would sum them behind the clipping, which would
+    On several devices it sums their gradients before all else. Keras would sum them after the clipping, which would
     then clip the parts of a batch and not the batch.
     """
 
@@ -119,9 +119,10 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
     """The recipe's optimizer with its schedule; biases, norms and embeddings are not decayed.
 
     Muon (Jordan et al., 2024) orthogonalises the momentum of each block's matrices; scaled as by Liu et al. (2025,
-    arXiv:2502.16982), one rate means updates of AdamW's size. AdamW fits what is no matrix, and the embeddings.
+    arXiv:2502.16982), one rate means updates of AdamW's size. AdamW fits the embeddings and everything that is
+    not a matrix.
 
-    With `recipe.accumulation` of k, the optimiser is called k times an update. Keras moves the average of the weights
+    With `recipe.accumulation` of k, the optimizer is called k times an update. Keras moves the average of the weights
     (`recipe.ema`) at every call, so its momentum is the k-th root of the recipe's.
     """
     parts = recipe.accumulation
@@ -159,7 +160,7 @@ def make_optimizer(recipe: TrainingRecipe, steps: int) -> Any:
 
 @contextlib.contextmanager
 def averaged(model: Any, optimizer: Any) -> Iterator[None]:
-    """Give `model` the moving average of its weights inside the block, if the optimiser keeps one."""
+    """Give `model` the moving average of its weights inside the block, if the optimizer keeps one."""
     if not optimizer.use_ema:
         yield
         return

@@ -26,7 +26,7 @@ class Continuations:
         for row, (prompt, end) in enumerate(zip(prompts, self.ends, strict=True)):
             self.ids[row, :end] = prompt[-end:]
 
-        # One shape for all passes, so one trace: what is right of a token cannot reach it.
+        # One shape for all passes, so one trace: a token cannot attend to those after it.
         @tf.function  # type: ignore[untyped-decorator]
         def choose(ids: Any, last: Any) -> Any:
             return ops.argmax(tf.gather(model(ids, training=False), last, batch_dims=1), axis=-1)

@@ -111,7 +111,7 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
 
-    Takes up the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
+    Resumes the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
     and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
     figures go to `log`. Raises TrainingError when the loss is not a number.
     """
@@ -156,7 +156,7 @@ def _run(
     interval: int,
     watch: Watch,
 ) -> None:
-    """Take the steps that are left, calling the optimiser `recipe.accumulation` times in each."""
+    """Take the steps that are left, calling the optimizer `recipe.accumulation` times in each."""
     # On several devices Keras joins them in the middle of a step, where XLA cannot.
     one_device = model.distribute_strategy.num_replicas_in_sync == 1
     model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile and one_device)

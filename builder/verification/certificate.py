@@ -30,7 +30,7 @@ from builder.verification.logit_parity import (
 )
 from builder.verification.paired_loss import relative_difference
 from builder.verification.quantization_loss import distributions, greedy_record, is_certain, problem
-from builder.verification.sampling_parity import compare_choices
+from builder.verification.sampling_parity import compare_sampling
 from builder.verification.text_parity import compare_text, judge_text
 from builder.verification.transformers_reading import check_reading
 from serving.backends.base import Backend
@@ -57,13 +57,13 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     reporter.line(f"compared the reading of transformers {reading['version']} on {reading['texts']} texts")
     model = load_model(bundle.folder)
     reference = _reference(model)
-    optimised, portable = OnnxBackend(bundle, _OPTIMISED), OnnxBackend(bundle, _PORTABLE)
+    optimized, portable = OnnxBackend(bundle, _OPTIMISED), OnnxBackend(bundle, _PORTABLE)
     savedmodel = TensorFlowBackend(bundle)
-    backends: dict[str, Backend] = {_OPTIMISED: optimised, _PORTABLE: portable, _SAVEDMODEL: savedmodel}
+    backends: dict[str, Backend] = {_OPTIMISED: optimized, _PORTABLE: portable, _SAVEDMODEL: savedmodel}
     reports = {name: RuntimeReport() for name in backends}
 
     candidates = np.concatenate(
-        [greedy_tokens(optimised, prompts[rows], golden["new_tokens"]) for rows in batches(len(prompts), batch_size)]
+        [greedy_tokens(optimized, prompts[rows], golden["new_tokens"]) for rows in batches(len(prompts), batch_size)]
     )
     for number, rows in enumerate(batches(len(prompts), batch_size)):
         expected = reference_logits(reference, prompts[rows], candidates[rows])
@@ -87,7 +87,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         greedy[name] = {"equal": equal, "of": candidates.size}
     reporter.line("compared greedy tokens of the in-graph loop, through tf.function and the Session API, and of slots")
 
-    choices = compare_choices(optimised, prompts, candidates, batch_size) if optimised.chooses else {}
+    choices = compare_sampling(optimized, prompts, candidates, batch_size) if optimized.chooses else {}
     reporter.line(f"compared {sum(each['draws'] for each in choices.values()):,} choices of ort/choose with the host's")
 
     texts = {}
@@ -100,7 +100,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     count = windows[:, 1:].size
     expected_loss = _sum_losses(lambda some: window_losses_full(reference, some), windows)
     runtimes: dict[str, Callable[[NDArray[np.int64]], float]] = {
-        _OPTIMISED: lambda some: window_losses_cached(optimised, some),
+        _OPTIMISED: lambda some: window_losses_cached(optimized, some),
         _PORTABLE: lambda some: window_losses_cached(portable, some),
         _SAVEDMODEL: lambda some: -float(sum(row.sum(dtype=np.float64) for row in savedmodel.score(some.tolist()))),
     }
@@ -265,7 +265,7 @@ def _greedy_record(place: dict[str, Any]) -> dict[str, int]:
 def _equal_tokens(
     generate: Callable[[Any, int], list[list[int]]], prompts: list[list[int]], candidates: NDArray[np.int64], end: int
 ) -> int:
-    """How many candidate tokens the loop gives too. It stops at the end token, so it is asked to go on behind it."""
+    """How many candidate tokens the loop gives too. It stops at the end token, so it is asked to continue after it."""
     equal = 0
     done = [0] * len(prompts)
     while rows := [row for row in range(len(prompts)) if done[row] < candidates.shape[1]]:

@@ -29,7 +29,7 @@ _TIE = 64 * float(np.finfo(np.float32).eps)
 class Place:
     """How a runtime's logits compare with the reference at one place: largest difference, and rows with equal argmax.
 
-    `ties` counts rows whose argmax differs although the reference's two logits lie so close together, beside its
+    `ties` counts rows whose argmax differs although the reference's two logits lie so close together, compared with its
     largest one, that the order of float32 additions decides between them. The measure is not the difference between
     the runtimes: no other choice is ever further from the reference than twice that.
     """
@@ -58,7 +58,7 @@ class Place:
 
     @property
     def mismatches(self) -> int:
-        """Rows with another argmax that is no tie."""
+        """Rows with another argmax that is not a tie."""
         return self.rows - self.argmax_equal - self.ties
 
     def table(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _is_tie(logits: FloatArray, best: int, other: int) -> bool:
 
 @dataclass
 class RuntimeReport:
-    """One runtime's comparison at each place, and its perplexity beside the reference's."""
+    """One runtime's comparison at each place, and its perplexity compared with that of the reference."""
 
     places: dict[str, Place] = field(default_factory=dict)
     perplexity: float | None = None
@@ -111,7 +111,7 @@ def batches(count: int, size: int) -> list[slice]:
 
 
 def greedy_tokens(backend: Backend, prompts: Sequence[Sequence[int]], new_tokens: int) -> NDArray[np.int64]:
-    """Continue each prompt by the likeliest token, going on after the end token: [prompts, new_tokens]."""
+    """Continue each prompt greedily, past the end token: [prompts, new_tokens]."""
     state, logits = backend.prefill(prompts, max(map(len, prompts)) + new_tokens)
     chosen = [logits.argmax(-1)]
     for _ in range(new_tokens - 1):

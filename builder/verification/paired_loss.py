@@ -1,4 +1,4 @@
-"""How far two models' losses on the same tokens lie apart, and how well so many tokens tell."""
+"""How far two models' losses on the same tokens lie apart, and how certain that is for the number of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def perplexity_interval(differences: NDArray[Any]) -> tuple[float, float] | None
     """Return the 95 % interval of the relative difference of two perplexities; None for fewer than 32 tokens.
 
     `differences` [tokens] holds one model's negative log-likelihood of each token minus the other's, in nats, in the
-    order of the text. The mean's standard error is that of the means of 16 tokens each, as neighbours are not
+    order of the text. The mean's standard error is that of the means of 16 tokens each, as neighbors are not
     independent.
     """
     blocks = len(differences) // _BLOCK

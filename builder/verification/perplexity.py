@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.data.file_formats import has_fields
+from builder.data.file_readers import has_fields
 from builder.data.masked_shards import COUNTED, encode_document
 from builder.data.sources import find_sources, read_sources
 from builder.data.tokenizer import load_tokenizer
+from builder.data.transforms import load_transform
 from builder.model.geometry import read_geometry
 from builder.recipe import CorpusRecipe, InstructionRecipe
 from builder.special_tokens import read_token_ids
@@ -99,19 +100,25 @@ def score(
 
 
 def read_ids(
-    folder: Path, text: str, text_field: str = "text", instruction: InstructionRecipe | None = None
+    folder: Path,
+    text: str,
+    text_field: str = "text",
+    instruction: InstructionRecipe | None = None,
+    transform: str = "",
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Token ids of the documents at `text` (file, folder or glob), each followed by the end token, as one stream.
 
     Also which of them are scored [count]: with an `instruction`, those of responses, unless all files are .txt or .md.
-    Raises InputError if none is scored.
+    `transform` names a function that each text goes through first (`load_transform`). Raises InputError if no token is
+    scored.
     """
     tokenizer, end = load_tokenizer(folder), read_token_ids(folder).eos
     sources = find_sources([text], "--text")
     if instruction is None or not any(has_fields(source.path) for source in sources.files):
         instruction = InstructionRecipe()
+    step = load_transform(transform, "--transform") if transform else None
     encoded = [
-        encode_document(document.ended(), tokenizer, end)
+        encode_document((document.mapped(step) if step else document).ended(), tokenizer, end)
         for document in read_sources(sources, CorpusRecipe(text_field=text_field), instruction)
         if document.is_answered
     ]
@@ -130,6 +137,23 @@ def instruction_of(bundle: Bundle) -> InstructionRecipe | None:
     except TypeError:  # Written by a version with other keys.
         return None
     return recipe if recipe.is_set else None
+
+
+def chosen_transform(bundle: Bundle, given: str | None) -> str:
+    """Return the transform that `--transform` names, empty for none.
+
+    Raises InputError if nothing was given and the bundle's texts went through one: the manifest's word alone imports
+    and runs no code.
+    """
+    if given is not None:
+        return "" if given == "none" else given
+    recorded = bundle.manifest.provenance.recipe.get("corpus", {}).get("transform")
+    if recorded:
+        raise InputError(
+            f"{bundle.folder}: its texts went through corpus.transform; give --transform {recorded} to run that "
+            "function on this text too, or --transform none to score the text as it is"
+        )
+    return ""
 
 
 def open_graph(bundle: Bundle, name: str) -> Backend:
@@ -155,6 +179,7 @@ def evaluate_bundle(
     stride: int | None = None,
     text_field: str = "text",
     instruction: InstructionRecipe | None = None,
+    transform: str = "",
     backend: Backend | None = None,
 ) -> dict[str, Any]:
     """Return perplexity, loss (nats a token), tokens scored, window and stride of a bundle on a text.
@@ -162,7 +187,8 @@ def evaluate_bundle(
     With a `backend`, of one of the bundle's graphs, they are what it serves, and there are also the Keras weights'
     `reference_perplexity`, `perplexity_relative` to it, and the 95 % interval of that.
 
-    With an `instruction`, the text is records, and the tokens of their responses alone are scored.
+    With an `instruction`, the text is records, and the tokens of their responses alone are scored. `transform` names
+    the function that each text goes through first.
 
     `window` is the model's context by default, `stride` half of the window. Raises InputError for a window or stride
     out of bounds and for a text without words.
@@ -176,7 +202,7 @@ def evaluate_bundle(
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise InputError(f"--stride {stride}: it must be from 1 to the window, {window}, or tokens would be left out")
-    ids, counted = read_ids(folder, text, text_field, instruction)
+    ids, counted = read_ids(folder, text, text_field, instruction, transform)
     reference = score(model_losses(load_model(folder)), ids, window, stride, counted)
     found = reference if backend is None else score(backend_losses(backend), ids, window, stride, counted)
     loss = float(found.mean())

@@ -1,7 +1,7 @@
 """The certificate of a variant in fewer bits: how far it lies from Keras in float32, and from itself.
 
 A variant may differ from the reference, up to its gate; it may not differ from itself. What one request is answered
-must not hang on the requests beside it.
+must not depend on the other requests of a batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HALF = 16
 
 @dataclass
 class Distribution:
-    """Next-token distributions of a variant beside the reference's, and the log-likelihood of the true text."""
+    """Next-token distributions of a variant and of the reference, and the log-likelihood of the true text."""
 
     positions: int = 0
     same_choice: int = 0
@@ -84,7 +84,7 @@ def _log_softmax(logits: FloatArray) -> NDArray[np.float64]:
 def distributions(
     backends: Mapping[str, Backend], reference: Reference, windows: NDArray[np.int64]
 ) -> dict[str, Distribution]:
-    """Read `windows` [rows, length] through each backend's cache, token by token, beside one pass of the reference."""
+    """Read `windows` [rows, length] through each backend's cache, token by token, and by one reference pass."""
     result = {name: Distribution() for name in backends}
     for rows in batches(len(windows), 8):
         texts = windows[rows]

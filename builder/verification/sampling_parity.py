@@ -1,4 +1,4 @@
-"""The choice of the next token in `ort/choose` beside the host's, on the bundle's own logits."""
+"""Compares tokens sampled by `ort/choose` with those sampled on the host, on the bundle's own logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_choices(
+def compare_sampling(
     backend: OnnxBackend, prompts: Sequence[Sequence[int]], candidates: NDArray[np.int64], batch_size: int
 ) -> dict[str, dict[str, int]]:
     """Choose at every step of `candidates`, [prompts, new tokens], on both sides and under each of SETTINGS.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,36 @@ class State:
     lengths: IntArray
     capacity: int
     cache: dict[str, Any]
+
+
+class SavedModelSession:
+    """A SavedModel in a TensorFlow session of its own: the way in which TensorFlow Serving loads and runs one."""
+
+    def __init__(self, folder: Path, name: Path | None = None) -> None:
+        """Load the SavedModel in `folder`, which errors call `name`.
+
+        Raises BundleError for what holds more than an export does, and for what TensorFlow cannot load.
+        """
+        check_saved_model(folder, name)
+        self._session = tf.compat.v1.Session(graph=tf.Graph())
+        try:
+            with self._session.graph.as_default():
+                loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
+        except Exception as error:  # Its errors share no narrower base.
+            reason = " ".join(str(error).split())
+            raise BundleError(f"{name or folder}: TensorFlow cannot load it: {reason}; export it again") from None
+        self.signatures = {name: each for name, each in loaded.signature_def.items() if not name.startswith("__")}
+
+    def run(self, signature: str, options: Any = None, **inputs: Any) -> dict[str, Any]:
+        """Run a signature on numpy inputs by name and return its outputs by name.
+
+        Raises tf.errors.InvalidArgumentError for what the signature refuses.
+        """
+        definition = self.signatures[signature]
+        feeds = {definition.inputs[name].name: value for name, value in inputs.items()}
+        fetches = {name: info.name for name, info in definition.outputs.items()}
+        outputs: dict[str, Any] = self._session.run(fetches, feeds, options=options)
+        return outputs
 
 
 class TensorFlowBackend:

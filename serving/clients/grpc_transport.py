@@ -29,7 +29,7 @@ _STATES = {0: "UNKNOWN", 10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOA
 class GrpcTransport:
     """One model at `address`, such as 127.0.0.1:8500.
 
-    Raises RuntimeMissingError without the extra `client`, and InputError for what is no address.
+    Raises RuntimeMissingError without the extra `client`, and InputError for what is not an address.
     """
 
     def __init__(self, address: str, model: str, api_key: str | None = None) -> None:
@@ -44,7 +44,7 @@ class GrpcTransport:
             ) from None
         host, _, port = address.rpartition(":")
         if not (host and host.isascii() and port.isdigit() and 0 < int(port) < 65536):
-            raise InputError(f"{address!r} is no address of a gRPC server; write it as 127.0.0.1:8500")
+            raise InputError(f"{address!r} is not an address of a gRPC server; write it as 127.0.0.1:8500")
         self._grpc, self._address, self._model = grpc, address, model
         self._call_metadata = None if api_key is None else (("authorization", bearer(api_key)),)
         self._messages, self._read_message = tf_messages.MESSAGES, read_message

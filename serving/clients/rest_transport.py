@@ -36,7 +36,7 @@ CODES = {
 class Origin:
     """A server that `url` names, such as http://127.0.0.1:8501, and the API key that it is given, if any.
 
-    Raises InputError for what is no address of a server, and for a key that no header can hold.
+    Raises InputError for what is not an address of a server, and for a key that no header can hold.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -46,7 +46,7 @@ class Origin:
         except ValueError:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise InputError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8501")
+            raise InputError(f"{url!r} is not an address of a server; write it as http://127.0.0.1:8501")
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._url, self._host, self._port, self._path = url, parts.hostname, port, parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}

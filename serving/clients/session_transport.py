@@ -11,30 +11,22 @@ from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
 from serving.bundle.private_copy import private_copy
 from serving.clients.transport import Transport
-from serving.errors import BundleError, InputError, ServerError
+from serving.errors import InputError, ServerError
 
 
 class SessionTransport:
-    """The SavedModel of a bundle behind `serving.clients.transport.Transport`, with variables of its own."""
+    """The SavedModel of a bundle as a `serving.clients.transport.Transport`, with variables of its own."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""
         with runtime_errors("tensorflow"):
-            from serving.backends.tensorflow import GRAPH
-            from serving.protobuf.saved_model_ops import check_saved_model
+            from serving.backends.tensorflow import GRAPH, SavedModelSession
             from serving.support.tensorflow_import import tf
         self._tf = tf
         place = bundle.graph(GRAPH).path.rpartition("/")[0]
         with private_copy(bundle, place) as folder:
-            check_saved_model(folder, bundle.folder / place)
-            self._session = tf.compat.v1.Session(graph=tf.Graph())
-            try:
-                with self._session.graph.as_default():
-                    loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
-            except Exception as error:  # Its errors share no narrower base.
-                reason = " ".join(str(error).split())
-                raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
-        self._signatures = {name: each for name, each in loaded.signature_def.items() if not name.startswith("__")}
+            self._session = SavedModelSession(folder, bundle.folder / place)
+        self._signatures = self._session.signatures
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         """See `Transport.predict`. Raises InputError for a signature or inputs that the model has not."""
@@ -43,18 +35,16 @@ class SessionTransport:
         definition = self._signatures[signature]
         if set(inputs) != set(definition.inputs):
             raise InputError(f"{signature} takes {', '.join(sorted(definition.inputs))}, not {', '.join(inputs)}")
-        feeds = {
-            info.name: np.asarray(inputs[name], self._tf.as_dtype(info.dtype).as_numpy_dtype)
+        arrays = {
+            name: np.asarray(inputs[name], self._tf.as_dtype(info.dtype).as_numpy_dtype)
             for name, info in definition.inputs.items()
         }
-        fetches = {name: info.name for name, info in definition.outputs.items()}
         options = self._tf.compat.v1.RunOptions(timeout_in_ms=max(1, int(timeout * 1000)))
         try:
-            outputs: dict[str, Any] = self._session.run(fetches, feeds, options=options)
+            return self._session.run(signature, options, **arrays)
         except self._tf.errors.OpError as error:
             code = _code(error)
             raise ServerError(f"TensorFlow: {code}: {' '.join(error.message.split())}", code) from None
-        return outputs
 
     def metadata(self, timeout: float) -> dict[str, Any]:
         """See `Transport.metadata`."""

@@ -32,7 +32,7 @@ _PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED
 # Or its answer was lost, where the request changes nothing or says by itself what it wants.
 _LOST = _PASSING | {"DEADLINE_EXCEEDED"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
-# Tokens a call where nobody watches them come.
+# Tokens of a call whose text is not streamed.
 _STEPS = 8
 # One row of the other inputs of `serving_default`.
 _ONE_GREEDY = (
@@ -118,7 +118,7 @@ class TFServingClient:
             calls.leave()
 
     def end_token(self) -> int:
-        """The token that ends a text: as given, or as the server fills rows up with it behind their lengths."""
+        """The token that ends a text: as given, or as the server pads rows with it."""
         if self._eos is None:
             self._eos = self._ask_end_token()
         return self._eos
@@ -156,7 +156,7 @@ class TFServingClient:
         *,
         steps: int = 1,
     ) -> Iterator[Piece]:
-        """Continue texts or token ids over the server's slots and give each piece as it comes, `steps` tokens a call.
+        """Continue texts or token ids over the server's slots and yield the text as it arrives, `steps` tokens a call.
 
         Any number of prompts advance together, as many at once as there are slots. With `tokenizer` text is made here,
         else by the server's `tokenize` and `detokenize`, one more call a token. Stop texts and stop token ids end a
@@ -169,10 +169,10 @@ class TFServingClient:
     def predict_stream(
         self, prompts: Sequence[str | Sequence[int]] | str, params: SamplingParams, tokenizer: Tokenizer | None = None
     ) -> Iterator[Piece]:
-        """Continue texts or token ids by PredictStreamed and give each piece as it comes.
+        """Continue texts or token ids by PredictStreamed and yield the text as it arrives.
 
         For a server without slots, such as `gpt2-bundle serve`: TensorFlow Serving gives the whole answer at once. The
-        client's timeout is the longest wait for a piece. Closing the iterator ends the call. Raises InputError at once
+        client's timeout is the longest wait for new text. Closing the iterator ends the call. Raises InputError at once
         for what the graph does not know, and ServerError, UNIMPLEMENTED where the server has no such call.
         """
         given = [prompts] if isinstance(prompts, str) else prompts

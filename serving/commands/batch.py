@@ -27,10 +27,11 @@ _PROGRESS_SECONDS = 10.0
     [
         *ENGINE_OPTIONS,
         click.option("--concurrency", type=click.IntRange(1, 4096),
-                     help="Requests under way at once.  [default: twice the slots]"),
+                     help="Maximum number of requests in flight.  [default: twice --max-num-seqs]"),
         click.option("--max-body", default="4MiB", show_default=True, type=Size(),
-                     help="A line with a larger body becomes an error."),
-        click.option("--memory-budget", type=Size(), help="For the model.  [default: what the machine has available]"),
+                     help="Maximum size of a request body. A line with a larger one becomes an error."),
+        click.option("--memory-budget", type=Size(),
+                     help="Maximum memory of the model.  [default: the machine's available memory]"),
     ]
 )  # fmt: skip
 def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
@@ -64,7 +65,7 @@ def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
         app = build_app(
             registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server
         )
-        versions = Versions(bundle, server, loader, options["name"], options["memory_budget"])
+        versions = Versions(bundle, server, loader, options["served_model_name"], options["memory_budget"])
         progress = _Progress(written.answered)
         try:
             slots = versions.start().engine.stats().slots
@@ -79,7 +80,7 @@ def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
 
 
 class _Progress:
-    """A line on standard error now and then, where a person looks at it."""
+    """Progress lines on standard error, if it is a terminal."""
 
     def __init__(self, before: int) -> None:
         self.before = before

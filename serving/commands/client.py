@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seconds, Seed
+from serving.commands.param_types import Seconds
+from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 from serving.support.json_line import json_line
@@ -23,29 +24,29 @@ if TYPE_CHECKING:
     from serving.clients.tf_serving import TFServingClient
     from serving.clients.transport import Piece
 
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-
 
 @click.group()
 def client() -> None:
-    """Talk to a TensorFlow Serving that serves a bundle, or to 'gpt2-bundle serve': by REST (--url) or gRPC (--grpc).
+    """Call a TensorFlow Serving that serves a bundle, or 'gpt2-bundle serve', over REST (--url) or gRPC (--grpc).
 
-    A call is tried again while the server is busy or away, within --timeout.
+    A call is retried while the server is busy or unreachable, within --timeout.
     """
 
 
 def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--url", metavar="URL", help="REST, such as http://127.0.0.1:8501."),
-        click.option("--grpc", "grpc_address", metavar="HOST:PORT", help="gRPC, such as 127.0.0.1:8500."),
+        click.option("--url", metavar="URL", help="Call the server over REST at this URL, such as http://127.0.0.1:8501."),
+        click.option("--grpc", "grpc_address", metavar="HOST:PORT",
+                     help="Call the server over gRPC at this address, such as 127.0.0.1:8500."),
         click.option("--api-key", envvar="GPT2_BUNDLE_API_KEY", metavar="KEY", show_envvar=True,
-                     help="For a server that wants one; in the variable, other users of this machine do not see it."),
-        click.option("--model", required=True, metavar="NAME", help="The model's name on the server."),
+                     help="Send this API key. Other users of the machine can read a command line, "
+                          "but not the variable.  [default: no key]"),
+        click.option("--model", required=True, metavar="NAME", help="Call the model of this name on the server."),
         click.option("--timeout", type=Seconds(zero=False), default=60.0, show_default=True,
-                     metavar="SECONDS", help="For a call with all its tries."),
+                     metavar="SECONDS", help="Maximum time of a call with all its retries."),
         click.option("--retries", type=click.IntRange(0, 100), default=4, show_default=True,
-                     help="Tries after the first."),
-        click.option("--json", "as_json", is_flag=True, help="Print one line of JSON."),
+                     help="Maximum number of retries after the first try."),
+        click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.  [default: text]"),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -108,11 +109,16 @@ def metadata(as_json: bool, **server: Any) -> None:
 
 @client.command()
 @click.argument("inputs")
-@click.option("--signature", default="serving_default", show_default=True, metavar="NAME")
-@click.option("--once", is_flag=True, help="Do not try again: for a signature that changes the server's state.")
+@click.option("--signature", default="serving_default", show_default=True, metavar="NAME",
+              help="Call this signature of the model.")  # fmt: skip
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Do not retry; use it for a signature that changes the state of the server.  [default: retry]",
+)
 @_server_options
 def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: Any) -> None:
-    """Run a signature on INPUTS, a JSON object of lists by name, or @FILE with one; prints the outputs as JSON."""
+    """Run a signature on INPUTS, a JSON object of lists by name, or @FILE with one, and print the outputs as JSON."""
     try:
         columns = json.loads(Path(inputs[1:]).read_text("utf-8") if inputs.startswith("@") else inputs)
     except ValueError as error:
@@ -126,26 +132,12 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 
 @client.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
-@click.option("--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
-@click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
-@click.option(
-    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
-)
-@click.option("--stop", multiple=True, metavar="TEXT",
-              help="End before this text, where streams are; may be given several times.")  # fmt: skip
-@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
-              help="End at this token, where streams are; may be given several times.")  # fmt: skip
-@click.option(
-    "--ignore-eos",
-    is_flag=True,
-    help="Go on after the end-of-text token; over slots, at temperature 0.",
-)
+@sampling_options(slots_only=True)
 @click.option("--stream/--no-stream", "streamed", default=None,
-              help="Print as it comes: over slots, or from 'gpt2-bundle serve'; by default on a terminal.")  # fmt: skip
+              help="Print the text as it is generated, if the server has slots or is 'gpt2-bundle serve'.  "
+                   "[default: on a terminal]")  # fmt: skip
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="BUNDLE",
-              help="A bundle whose tokenizer is used here instead of the server's.")  # fmt: skip
+              help="Encode and decode here, with the tokenizer of this bundle.  [default: on the server]")  # fmt: skip
 @_server_options
 def generate(
     prompts: tuple[str, ...],
@@ -209,7 +201,7 @@ def generate(
         made = completions.generate(given, params)
     for each in made:
         if as_json:
-            click.echo(json.dumps(dataclasses.asdict(each)))
+            click.echo(json_line(dataclasses.asdict(each)))
         else:
             write(each.text + "\n")
 

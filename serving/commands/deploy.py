@@ -15,21 +15,24 @@ from serving.support.json_line import json_line
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["tfserving"]), required=True, help="The server.")
+@click.option(
+    "--target", type=click.Choice(["tfserving"]), required=True, help="Write a folder for this server; required."
+)
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="Where it goes.  [default: deploy/NAME-tfserving]")  # fmt: skip
+              help="Write the deployment to this folder.  [default: deploy/NAME-tfserving]")  # fmt: skip
 @click.option("--image-version", default=IMAGE_VERSION, show_default=True, metavar="TAG",
-              help="Tag of tensorflow/serving.")  # fmt: skip
+              help="Use this tag of the image tensorflow/serving.")  # fmt: skip
 @click.option("--rest-timeout", type=Number(min=0.001, max=86_400), default=30.0, show_default=True,
-              metavar="SECONDS", help="After which the server ends a REST request.")  # fmt: skip
+              metavar="SECONDS", help="Maximum time of a REST request on the server.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1, 4096), default=THREADS, show_default=True,
-              help="Requests that the server works on at once, by REST and by gRPC each.")  # fmt: skip
+              help="Number of server threads, for REST and for gRPC each. A thread works on one request.")  # fmt: skip
 @click.option("--keep-versions", type=click.IntRange(min=1), default=KEEP, show_default=True, metavar="N",
-              help="Versions of the model that stay in the folder; older ones are removed.")  # fmt: skip
+              help="Number of model versions to keep in the folder; older ones are removed.")  # fmt: skip
 @click.option("--server-batching", is_flag=True,
-              help="Have the server merge requests; config/batching_parameters.txt names the risks.")  # fmt: skip
-@click.option("--no-copy", is_flag=True, help="Mount the SavedModel from the bundle instead of copying it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+              help="Let the server merge requests; config/batching_parameters.txt names the risks.  "
+                   "[default: no merging]")  # fmt: skip
+@click.option("--no-copy", is_flag=True, help="Mount the SavedModel from the bundle.  [default: copy it]")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.  [default: text]")
 def deploy(
     bundle: Path,
     target: str,

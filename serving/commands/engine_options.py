@@ -14,32 +14,48 @@ if TYPE_CHECKING:
     from serving.entrypoints.engine_loader import EngineLoader
 
 # Options that decide how the ONNX runtime works; the SavedModel's slots were decided at export.
-_ONNX_OPTIONS = ("graph", "device", "max_length", "prefill_slowdown", "prefill_chunk", "threads")
+_ONNX_OPTIONS = (
+    "graph",
+    "device",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "prefill_slowdown",
+    "prefill_chunk",
+    "threads",
+)
 
 ENGINE_OPTIONS = [
     click.option("--runtime", default="onnx", show_default=True,
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
-                 help="Where the model runs: here, or in a remote TensorFlow Serving."),
-    click.option("--graph", metavar="NAME", help="An ONNX graph by its name in the manifest.  [default: ort/fp32]"),
+                 help="Run the model in this process (onnx, tensorflow) or in a remote TensorFlow Serving."),
+    click.option("--graph", metavar="NAME",
+                 help="Serve this ONNX graph, by its name in the manifest.  [default: ort/fp32]"),
     click.option("--device", multiple=True, metavar="DEVICE",
-                 help="cpu, cuda or cuda:N, for ONNX Runtime; several, with commas or one by one, are the replicas' in "
-                      "turns.  [default: cpu]"),
+                 help="Run ONNX Runtime on cpu, cuda or cuda:N. Several devices, separated by commas or in several "
+                      "options, are given to the replicas in turns.  [default: cpu]"),
     click.option("--tf-serving", metavar="ADDRESS",
-                 help="TensorFlow Serving with this model: http://HOST:8501 or grpc:HOST:8500."),
+                 help="Call TensorFlow Serving at this address: http://HOST:8501 or grpc:HOST:8500."),
     click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 256),
-                 help="Engines beside each other, each with all of the model."),
-    click.option("--slots", type=click.IntRange(1, 1024),
-                 help="Texts that grow at once, for each replica.  [default: 16, or what the SavedModel has]"),
-    click.option("--max-length", type=click.IntRange(2), help="Positions of a slot.  [default: the model's context]"),
+                 help="Load the model this many times; each request goes to the least busy replica."),
+    click.option("--max-num-seqs", type=click.IntRange(1, 1024), metavar="N",
+                 help="Maximum number of sequences decoded concurrently, per replica.  "
+                      "[default: 16, or the slots of the SavedModel]"),
+    click.option("--max-model-len", type=click.IntRange(2), metavar="TOKENS",
+                 help="Maximum length of a sequence, prompt and output together.  [default: the model's context]"),
+    click.option("--max-num-batched-tokens", type=click.IntRange(1, 65536), metavar="TOKENS",
+                 help="Maximum number of tokens in one step: a prefill chunk, and one for each running sequence.  "
+                      "[default: 512]"),
     click.option("--prefill-slowdown", type=Number(1, 1000), metavar="TIMES",
-                 help="How many times as long as without it a step of running texts may take that reads a prompt too; "
-                      "more where several wait.  [default: 2.25]"),
-    click.option("--prefill-chunk", type=click.IntRange(1, 4096),
-                 help="Read so many tokens of a prompt beside each step instead, however long that takes."),
-    click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True,
-                 help="Reuse the KV cache of prompts that begin alike; with API keys, for each key apart."),
-    click.option("--threads", type=click.IntRange(1, 1024), help="Of each replica.  [default: the cores, shared out]"),
-    click.option("--name", type=ModelName(), metavar="NAME", help="The model's name.  [default: the bundle's]"),
+                 help="Upper bound on how much a prefill chunk may lengthen a decode step, as a multiple of a "
+                      "decode-only step. The bound grows with the number of waiting prompts.  [default: 2.25]"),
+    click.option("--prefill-chunk", type=click.IntRange(1, 4096), metavar="TOKENS",
+                 help="Use prefill chunks of this fixed size while sequences decode, instead of --prefill-slowdown."),
+    click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True,
+                 help="Reuse the KV cache of prompts that begin alike. With API keys, each key has its own prefixes."),
+    click.option("--threads", type=click.IntRange(1, 1024),
+                 help="Number of ONNX Runtime threads of each replica.  [default: the cores, divided by the replicas]"),
+    click.option("--served-model-name", type=ModelName(), metavar="NAME",
+                 help="Serve the model under this name.  [default: the bundle's name]"),
 ]  # fmt: skip
 
 
@@ -86,13 +102,16 @@ def engine_loader(options: dict[str, Any]) -> EngineLoader:
     if options["prefill_slowdown"] and options["prefill_chunk"]:
         raise InputError("--prefill-slowdown and --prefill-chunk exclude each other; leave one out")
     config = EngineConfig(
-        slots=options["slots"] or EngineConfig.slots,
-        max_length=options["max_length"],
+        slots=options["max_num_seqs"] or EngineConfig.slots,
+        max_length=options["max_model_len"],
+        max_num_batched_tokens=options["max_num_batched_tokens"] or EngineConfig.max_num_batched_tokens,
         prefill_chunk=options["prefill_chunk"],
-        prefix_cache=options["prefix_cache"],
+        prefix_cache=options["enable_prefix_caching"],
         prefill_slowdown=options["prefill_slowdown"] or EngineConfig.prefill_slowdown,
         queue_limit=options["queue"],
         threads=options["threads"],
     )
     devices = parse_devices(options["device"] or "cpu")
-    return EngineLoader(runtime, options["graph"], devices, options["replicas"], options["slots"], config, address)
+    return EngineLoader(
+        runtime, options["graph"], devices, options["replicas"], options["max_num_seqs"], config, address
+    )

@@ -1,78 +1,59 @@
-"""`gpt2-bundle generate`: continue one prompt, on the terminal as it comes or as one line of JSON."""
+"""`gpt2-bundle generate`: continue one prompt, as text while it is generated or as one line of JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seed
-from serving.errors import InputError, printable
+from serving.commands.sampling_options import sampling_options
+from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import MAX_TEXT, StructuredOutput
 from serving.support.json_line import json_line
 
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from serving.bundle import Bundle
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option("--runtime", default="onnx", show_default=True, metavar="NAME", help="onnx or tensorflow.")
-@click.option("--graph", metavar="NAME", help="A graph by its name in the manifest, such as ort/int8.")
 @click.option(
-    "--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N, for ONNX Runtime."
-)
-@click.option("--max-new-tokens", default=_DEFAULTS["max_new_tokens"], show_default=True, help="Tokens to add at most.")
-@click.option(
-    "--temperature", default=_DEFAULTS["temperature"], show_default=True, help="0 takes the likeliest token each time."
-)
-@click.option("--top-k", default=_DEFAULTS["top_k"], show_default=True, help="Sample among the k likeliest; 0 is all.")
-@click.option("--top-p", default=_DEFAULTS["top_p"], show_default=True, help="Sample among the likeliest of this mass.")
-@click.option(
-    "--min-p",
-    default=_DEFAULTS["min_p"],
-    show_default=True,
-    help="Leave out what is less likely than this share of the likeliest.",
+    "--runtime", default="onnx", show_default=True, metavar="NAME", help="Run the model in onnx or tensorflow."
 )
 @click.option(
-    "--repetition-penalty",
-    default=_DEFAULTS["repetition_penalty"],
-    show_default=True,
-    help="Above 1, tokens that came, prompt too, come less.",
+    "--graph",
+    metavar="NAME",
+    help="Run this ONNX graph, by its name in the manifest, such as ort/int8.  [default: ort/fp32]",
 )
 @click.option(
-    "--presence-penalty",
-    default=_DEFAULTS["presence_penalty"],
-    show_default=True,
-    help="Taken from the logit of each token generated.",
+    "--device", default="cpu", show_default=True, metavar="NAME", help="Run ONNX Runtime on cpu, cuda or cuda:N."
+)
+@sampling_options()
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
 )
 @click.option(
-    "--frequency-penalty",
-    default=_DEFAULTS["frequency_penalty"],
-    show_default=True,
-    help="The same, for each time that it came.",
+    "--json-schema",
+    metavar="FILE|TEXT",
+    help="Make the output JSON that follows this schema, a file or the schema itself.  [default: any text]",
+)
+@click.option("--regex", metavar="PATTERN", help="Make the whole output match this regular expression.")
+@click.option(
+    "--choice", "choices", multiple=True, metavar="TEXT", help="Make the output one of these texts. May be repeated."
 )
 @click.option(
-    "--logit-bias", multiple=True, metavar="ID=VALUE", help="Add to a token's logit; may be given several times."
+    "--chat", is_flag=True, help="Send PROMPT as a user's message, through the bundle's chat template.  [default: off]"
 )
-@click.option(
-    "--seed", type=Seed(), default=_DEFAULTS["seed"], show_default=True, help="Equal seeds give equal text; -1 is none."
-)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
-@click.option(
-    "--stop-token-id",
-    "stop_token_ids",
-    type=int,
-    multiple=True,
-    metavar="ID",
-    help="End at this token; may be given several times.",
-)
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end instead of text as it comes.")
+@click.option("--system", metavar="TEXT", help="With --chat, send this system message first.  [default: none]")
 def generate(
     bundle: Path,
     prompt: str,
@@ -80,61 +61,76 @@ def generate(
     graph: str | None,
     device: str,
     as_json: bool,
+    chat: bool,
+    system: str | None,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    choices: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Continue PROMPT with the model in the folder BUNDLE and print the continuation.
 
-    PROMPT '-' reads standard input, less one newline at its end; an empty one starts from the end-of-text token. Put
-    '--' before a PROMPT that begins with a dash.
+    PROMPT '-' reads standard input without the newline at its end. An empty PROMPT starts from the end-of-text token.
+    Put '--' before a PROMPT that begins with a dash.
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
+    wanted = _wanted(json_schema, regex, choices)
+    if system is not None and not chat:
+        raise InputError("--system is a message of a chat; give --chat too")
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
-    from serving.backends.loader import load_backend
-    from serving.bundle import open_bundle
-    from serving.generation import stream
-    from serving.sampling.detokenizer import TextStream, load_tokenizer
+    from serving.model import load
 
-    opened = open_bundle(bundle, check="sizes")
-    tokenizer = load_tokenizer(opened)
-    eos_token_id = opened.manifest.model.eos_token_id
-    prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids or [eos_token_id]
-    pieces = TextStream(tokenizer, params.stop)
-    backend = load_backend(opened, runtime, graph, device)
-
+    model = load(bundle, graph=graph, runtime=runtime, device=device)
+    grammar = None
+    if wanted is not None:
+        option, structure = wanted
+        try:
+            grammar = model.compile(structure)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
+    if chat:
+        text, ends = _rendered(model.bundle, model.tokenizer, text, system)
+        if not params.ignore_eos:
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+    stream = model.stream(text, params, grammar=grammar)
     began = time.perf_counter()
-    token_ids: list[int] = []
-    parts: list[str] = []
-
-    def put(piece: str) -> None:
-        parts.append(piece)
-        if piece and not as_json:
-            write(piece)
-
-    for token in stream(backend, prompt_ids, params, eos_token_id):
-        token_ids.append(token)
-        put(pieces.push(token))
-        if pieces.stopped:
-            break
-    put(pieces.finish())
+    for part in stream:
+        if not as_json:
+            write(part)
     seconds = time.perf_counter() - began
     if not as_json:
         write("\n")
         return
-    ended = pieces.stopped or token_ids[-1] in params.end_ids(eos_token_id)
+    completion = stream.completion
+    count = len(completion.token_ids)
     report = {
-        "text": "".join(parts),
-        "token_ids": token_ids,
-        "finish_reason": "stop" if ended else "length",
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
         "runtime": runtime,
-        "prompt_tokens": len(prompt_ids),
+        "prompt_tokens": completion.prompt_tokens,
         "seconds": round(seconds, 6),
-        "tokens_per_second": round(len(token_ids) / seconds, 3) if seconds > 0 else None,
+        "tokens_per_second": round(count / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json_line(report))
+
+
+def _rendered(bundle: Bundle, tokenizer: Tokenizer, text: str, system: str | None) -> tuple[str, tuple[int, ...]]:
+    """The prompt of a chat of one message, and the tokens that end the answer."""
+    from serving.chat import chat_template
+
+    template = chat_template(bundle)
+    if template is None:
+        raise InputError(f"{bundle.folder}: the bundle has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with contextlib.closing(template):
+        return template.render(messages), template.end_token_ids(tokenizer)
 
 
 def _read_bias(text: str) -> tuple[int, float]:
@@ -143,6 +139,43 @@ def _read_bias(text: str) -> tuple[int, float]:
         return int(token), float(value)
     except ValueError:
         raise InputError(f"--logit-bias is {text!r}; write ID=VALUE, such as 50256=-100") from None
+
+
+def _wanted(
+    json_schema: str | None, regex: str | None, choices: tuple[str, ...]
+) -> tuple[str, StructuredOutput] | None:
+    """What the text must be, and the option that says so. Raises InputError for two of them, or one that is wrong."""
+    given = [
+        option
+        for option, value in (("--json-schema", json_schema), ("--regex", regex), ("--choice", choices or None))
+        if value is not None
+    ]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} both say what the text must be; leave one out")
+    try:
+        if json_schema is not None:
+            return given[0], StructuredOutput("json_schema", _read_schema(json_schema))
+        if regex is not None:
+            return given[0], StructuredOutput("regex", regex)
+        return given[0], StructuredOutput("choice", choices=choices)
+    except InputError as error:
+        raise InputError(f"{given[0]}: {error}") from None
+
+
+def _read_schema(schema: str) -> str:
+    """`schema` itself if it is a JSON object, or else what the file of that name holds."""
+    if schema.lstrip().startswith("{"):
+        return schema
+    try:
+        with Path(schema).open("rb") as file:
+            return file.read(4 * MAX_TEXT + 1).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"the file {cut(schema)!r} cannot be read ({reason}); name a file, or write the schema"
+        ) from None
 
 
 def _read_prompt(prompt: str) -> str:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of tables.")
-@click.option("--no-hashes", is_flag=True, help="Compare sizes only, without reading every byte.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.  [default: tables]")
+@click.option(
+    "--no-hashes", is_flag=True, help="Compare the sizes of files, not their hashes.  [default: compare both]"
+)
 def inspect(bundle: Path, as_json: bool, no_hashes: bool) -> None:
     """Check every file of the folder BUNDLE and print what its manifest says."""
     from serving.bundle import open_bundle

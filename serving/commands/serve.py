@@ -1,4 +1,4 @@
-"""`gpt2-bundle serve`: a bundle behind OpenAI's protocol and others, until a signal says to end."""
+"""`gpt2-bundle serve`: serve a bundle by OpenAI's protocol and others, until a signal."""
 
 from __future__ import annotations
 
@@ -25,38 +25,44 @@ _FILE = click.Path(path_type=Path)
 _OPTIONS = [
     *ENGINE_OPTIONS,
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
-                 help="Requests that may wait, for each replica; more get 429."),
+                 help="Maximum number of waiting requests, per replica. Further requests get status 429."),
     click.option("--host", type=Host(), default="localhost", show_default=True,
-                 help="Address to listen on; localhost is 127.0.0.1 and ::1, 0.0.0.0 every interface."),
-    click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one."),
+                 help="Listen on this address; localhost is 127.0.0.1 and ::1, 0.0.0.0 is every interface."),
+    click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535),
+                 help="Listen on this HTTP port; 0 takes a free one."),
     click.option("--grpc-port", type=click.IntRange(0, 65535),
-                 help="gRPC beside, on the same host; 0 takes a free one."),
+                 help="Serve gRPC too, on this port of the same host; 0 takes a free one.  [default: no gRPC]"),
     click.option("--watch", default=0.0, show_default=True, type=Seconds(), metavar="SECONDS",
-                 help="Look for new versions this often; 0 never does."),
+                 help="Look for new versions in the folder at this interval; 0 never looks."),
     click.option("--memory-budget", type=Size(),
-                 help="For all loaded versions together.  [default: what the machine has available]"),
+                 help="Maximum memory of all loaded versions together.  [default: the machine's available memory]"),
     click.option("--request-timeout", default=600.0, show_default=True, type=Seconds(), metavar="SECONDS",
-                 help="For a whole request; 0 is without end."),
+                 help="Maximum time of a request, with its time in the queue; 0 means no limit."),
     click.option("--ping", default=15.0, show_default=True, type=Seconds(), metavar="SECONDS",
-                 help="Send a comment line this often in a stream that waits for its first token; 0 never does."),
+                 help="Interval of comment lines in a stream that waits for its first token; 0 sends no such lines."),
     click.option("--max-connections", default=1000, show_default=True, type=click.IntRange(1, 1_000_000),
-                 help="Open HTTP connections at most; further ones get 503."),
+                 help="Maximum number of open HTTP connections. Further ones get status 503."),
     click.option("--drain-timeout", default=30.0, show_default=True, type=Seconds(), metavar="SECONDS",
-                 help="For accepted requests to end after SIGTERM."),
-    click.option("--max-body", default="4MiB", show_default=True, type=Size(), help="A larger request body gets 413."),
+                 help="Time that accepted requests have to finish after SIGTERM."),
+    click.option("--max-body", default="4MiB", show_default=True, type=Size(),
+                 help="Maximum size of a request body. A larger one gets status 413."),
     click.option("--max-prompts", default=1024, show_default=True, type=click.IntRange(1, 4096),
-                 help="Prompts, or rows, of one request; more get 400."),
+                 help="Maximum number of prompts, or rows, of one request. More get status 400."),
     click.option("--max-prompt-tokens", type=click.IntRange(1),
-                 help="A longer prompt gets 400.  [default: the context's room]"),
-    click.option("--api-key-file", type=_FILE, help="One key a line; GPT2_BUNDLE_API_KEYS adds more, with commas."),
+                 help="Maximum length of a prompt. A longer one gets status 400.  [default: --max-model-len]"),
+    click.option("--api-key", multiple=True, metavar="KEY",
+                 help="Require this API key, or one of several. Other users of the machine can read a command line; "
+                      "prefer --api-key-file or the variable GPT2_BUNDLE_API_KEYS.  [default: no key required]"),
+    click.option("--api-key-file", type=_FILE, help="Require an API key from this file, which has one on each line."),
     click.option("--rate-limit", type=Number(0, 1_000_000_000, min_open=True), metavar="N",
-                 help="Requests a minute for each key, or client address."),
-    click.option("--tls-cert", type=_FILE, help="Certificate chain in PEM; makes it HTTPS."),
-    click.option("--tls-key", type=_FILE, help="The certificate's private key in PEM."),
+                 help="Maximum number of requests per minute, for each key or client address.  [default: no limit]"),
+    click.option("--ssl-certfile", type=_FILE, help="Serve HTTPS with this PEM certificate chain.  [default: HTTP]"),
+    click.option("--ssl-keyfile", type=_FILE, help="Use this PEM private key of the certificate."),
     click.option("--cors-origin", type=Origin(), multiple=True, metavar="ORIGIN",
-                 help="Whose pages may call this server; may be given several times."),
-    click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"])),
-    click.option("--no-access-log", is_flag=True, help="No line for each request."),
+                 help="Let pages of this origin call the server. May be repeated.  [default: none]"),
+    click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]),
+                 help="Write log lines as text or as JSON objects."),
+    click.option("--no-access-log", is_flag=True, help="Do not log each request.  [default: log each request]"),
 ]  # fmt: skip
 
 
@@ -64,13 +70,14 @@ _OPTIONS = [
 @click.argument("bundle", type=_FILE)
 @with_options(_OPTIONS)
 def serve(bundle: Path, **options: Any) -> None:
-    """Serve the bundle in the folder BUNDLE, or the newest of the versions 1, 2, ... in it, by HTTP.
+    """Serve the bundle in the folder BUNDLE, or the newest of its versions 1, 2, ..., over HTTP and gRPC.
 
-    SIGTERM or Ctrl-C ends it: nothing new is taken, what was accepted is finished. A second one does not wait.
+    SIGTERM or Ctrl-C stops the server: it refuses new requests and finishes accepted ones. A second signal does not
+    wait for them.
     """
-    certificate, key = options["tls_cert"], options["tls_key"]
+    certificate, key = options["ssl_certfile"], options["ssl_keyfile"]
     if (certificate is None) != (key is None):
-        raise InputError("--tls-cert and --tls-key belong together; give both")
+        raise InputError("--ssl-certfile and --ssl-keyfile belong together; give both")
     if options["grpc_port"] is not None and options["max_body"] > _GRPC_LIMIT:
         raise InputError("--max-body is over 2 GiB, and gRPC takes at most that; lower it or leave out --grpc-port")
     loader = engine_loader(options)
@@ -93,11 +100,11 @@ def serve(bundle: Path, **options: Any) -> None:
     registry = ModelRegistry()
     server = Server(registry, settings)
     app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server)
-    versions = Versions(bundle, server, loader, options["name"], options["memory_budget"])
+    versions = Versions(bundle, server, loader, options["served_model_name"], options["memory_budget"])
     companions = _companions(server, options)
 
     def announce(url: str, model: ServedModel) -> None:
-        with contextlib.suppress(OSError):  # Nobody reads it, which keeps nobody from being served.
+        with contextlib.suppress(OSError):  # A closed standard output does not stop the server.
             click.echo(f"serving {model.name} version {model.version} at {url}")
 
     address = Address(options["host"], options["port"], certificate, key)
@@ -116,7 +123,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_body_bytes=options["max_body"],
         max_prompts=options["max_prompts"],
         max_prompt_tokens=options["max_prompt_tokens"],
-        api_keys=read_keys(options["api_key_file"], os.environ.get(KEYS_VARIABLE)),
+        api_keys=read_keys(options["api_key_file"], os.environ.get(KEYS_VARIABLE), options["api_key"]),
         rate_limit=options["rate_limit"],
         cors_origins=options["cors_origin"],
     )
@@ -127,11 +134,11 @@ def _companions(server: Server, options: dict[str, Any]) -> list[Companion]:
         return []
     from serving.entrypoints.grpc_server import GrpcCompanion
 
-    certificate, key = options["tls_cert"], options["tls_key"]
+    certificate, key = options["ssl_certfile"], options["ssl_keyfile"]
     try:
         tls = (key.read_bytes(), certificate.read_bytes()) if certificate is not None else None
     except OSError as error:
         raise InputError(
-            f"the certificate or its key cannot be used: {error}; check --tls-cert and --tls-key"
+            f"the certificate or its key cannot be used: {error}; check --ssl-certfile and --ssl-keyfile"
         ) from None
     return [GrpcCompanion(server, options["host"], options["grpc_port"], tls)]

@@ -1,6 +1,6 @@
 """What the engine takes and gives: requests from any thread, events in order, one error for each refusal.
 
-Protocols, metrics and the asynchronous face know this file alone; how a step is scheduled and run is behind it.
+Protocols and metrics know only this file, not how a step is scheduled and run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from serving.errors import GPT2BundleError, InputError
 from serving.sampling import MAX_SEED, SamplingParams
+from serving.sampling.constraints import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 MAX_CONTINUATIONS = 128
@@ -41,7 +42,7 @@ class GenerationRequest:
     n: int = 1
     """Continuations of the prompt, from one prefill; the i-th draws with the seed `params.seed + i` modulo 2^63."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to report beside each token's own log-probability; None reports neither.
+    """Number of most likely tokens to report with each token's own log-probability; None reports neither.
 
     Log-probabilities (nats) are those of the model's own logits, before temperature, bias and penalties.
     """
@@ -56,6 +57,9 @@ class GenerationRequest:
     """It belongs to a call that found nobody waiting, so it may wait although the queue is full."""
     cache_salt: str = ""
     """Only requests of the same salt share prefixes of their prompts."""
+    grammar: Grammar | None = None
+    """What each continuation must be, which ends with "stop" where nothing can follow. Its log-probabilities are then
+    those among the allowed tokens, as vLLM has it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_CONTINUATIONS:
@@ -74,7 +78,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """A token's log-probability (nats) and the likeliest tokens at its place, likeliest first, as (id, nats)."""
+    """A token's log-probability (nats) and the most likely tokens at its position, as (id, nats), descending."""
 
     own: float
     top: tuple[tuple[int, float], ...] = ()
@@ -107,7 +111,8 @@ class FinishEvent:
     """The last event of continuation `index`.
 
     `text` is the rest of its text. `stopped_by` is the stop text or token id that ended it, if one did (the
-    end-of-text token included). `message` is one sentence where `reason` is "error" or "timeout".
+    end-of-text token included). `message` is one sentence where `reason` is "error" or "timeout"; with `by_request` the
+    error is the request's own fault, and the sentence is for its caller.
     """
 
     index: int
@@ -115,6 +120,7 @@ class FinishEvent:
     text: str = ""
     stopped_by: str | int | None = None
     message: str = ""
+    by_request: bool = False
 
 
 Event = PromptEvent | TokenEvent | FinishEvent
@@ -140,7 +146,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One ended request for whoever measures: seconds of the monotonic clock, tokens, outcome."""
+    """One ended request, for metrics: seconds of the monotonic clock, tokens, outcome."""
 
     request_id: str
     reason: FinishReason
@@ -156,7 +162,7 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: how many rows decoded, how many prompt tokens were read beside, and how long it took in seconds."""
+    """One step: number of decoded rows, number of prefilled prompt tokens, and duration in seconds."""
 
     decoded_rows: int
     prompt_tokens: int

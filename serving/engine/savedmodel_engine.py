@@ -45,7 +45,7 @@ def open_slot_engine(
     retries: int = 4,
     observer: Observer | None = None,
 ) -> SignatureEngine:
-    """Serve `bundle`'s model by the server behind `transport`, which must hold the same model.
+    """Serve `bundle`'s model by the server of `transport`, which must hold the same model.
 
     `slots` is how many streams run at once at most, by default what the bundle's recipe exported; `timeout` (seconds)
     and `retries` are a call's, as of `TFServingClient`. Raises InputError if the served model has no slots,
@@ -73,7 +73,7 @@ class SignatureEngine:
     client's own timeout at most.
     """
 
-    unsupported = UNSUPPORTED | {"logprobs", "prompt_logprobs", "prompt_only"}
+    unsupported = UNSUPPORTED | {"logprobs", "prompt_logprobs", "prompt_only", "grammar"}
 
     def __init__(
         self,
@@ -168,6 +168,8 @@ class SignatureEngine:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(request, name) is not None:
                 raise InputError(f"{name} is not done over slots, which give tokens alone; leave it out")
+        if request.grammar is not None:
+            raise InputError("structured output is not done over slots, which choose tokens in their graph")
         if request.prompt_only:
             raise InputError("reading a prompt alone is not done over slots, which give tokens; ask for one token")
         check_slot_params(request.params)
@@ -195,7 +197,7 @@ class SignatureEngine:
                 rounds.end_late(("cancelled", "") if closing else end_all)
                 if not closing:
                     rounds.round()
-            except Exception as error:  # A bug, or a server of another kind: nobody may wait for ever.
+            except Exception as error:  # A bug, or another kind of server: no client may wait forever.
                 rounds.give_up(f"internal error: {type(error).__name__}: {error}")
             if closing:
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from serving.engine.config import EngineConfig, estimate_memory
 from serving.engine.slot_backend import cache_bytes
 from serving.entrypoints.replicas import Replicas
 from serving.errors import InputError
+from serving.support.cores import usable_cores
 
 if TYPE_CHECKING:
     from serving.clients.transport import Transport
@@ -67,7 +67,7 @@ class EngineLoader:
         return self.replicas * (2 * bundle.graph_size(_SAVED_MODEL) + cache)
 
     def open(self, bundle: Bundle, observer: Observer) -> Engine:
-        """An engine, or several behind one. Raises GPT2BundleError; then nothing is left open."""
+        """An engine, or several as one. Raises GPT2BundleError; then nothing is left open."""
         engines: list[Engine] = []
         try:
             for index in range(self.replicas):
@@ -106,12 +106,5 @@ class EngineLoader:
         threads = self.config.threads
         on_processor = sum(self.devices[index % len(self.devices)] == "cpu" for index in range(self.replicas))
         if threads is None and on_processor > 1:
-            threads = max(1, _cores() // on_processor)
+            threads = max(1, usable_cores() // on_processor)
         return replace(self.config, slots=self.slots or self.config.slots, threads=threads)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

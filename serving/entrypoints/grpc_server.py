@@ -1,4 +1,4 @@
-"""The gRPC port: services over the engine in the server's own event loop, behind the keys and limits of HTTP."""
+"""The gRPC port: services over the engine in the server's own event loop, with the keys and limits of HTTP."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _timeout(server: Server, context: Any) -> float | None:
 
 
 def _admit(server: Server, context: Any, counted: bool = True) -> None:
-    """Refuse whoever may not ask, or may not ask now; `counted` is a request for the rate limit."""
+    """Refuse callers without a valid key or over the rate limit; `counted` is a request for the rate limit."""
     metadata = dict(context.invocation_metadata() or ())
     try:
         caller = server.keys.check(metadata.get("authorization"))

@@ -1,4 +1,4 @@
-"""Puts the routes of all protocols behind one gate."""
+"""Assembles the routes of all protocols behind the middleware."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from starlette.routing import BaseRoute
 
 from serving.protocols.health_and_metrics import operations_routes
 from serving.protocols.openai import routes as openai
+from serving.protocols.openai.chat import chat_routes
 from serving.protocols.openai.tokenizer_info import tokenizer_info_routes
+from serving.protocols.openai.tokens import token_routes
 from serving.protocols.openapi import openapi_routes
 from serving.server.middleware import Gate, on_http_exception
 from serving.server.playground import playground_routes
@@ -47,6 +49,8 @@ def build_app(
             *extra_routes,
             *openai.routes(),
             *tokenizer_info_routes(),
+            *chat_routes(),
+            *token_routes(),
             *openapi_routes(),
         ],
         middleware=middleware,

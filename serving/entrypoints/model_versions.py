@@ -1,4 +1,4 @@
-"""Keeps a model's newest version served: a new one loads and warms beside the old, takes over, and the old retires."""
+"""Serves a model's newest version: a new one loads and warms up while the old one serves, then replaces it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from serving.entrypoints.replicas import Replicas
 from serving.entrypoints.version_sources import Candidate, check_source, find
 from serving.errors import GPT2BundleError
 from serving.sampling import SamplingParams
+from serving.server.grammar_pool import prepare
 from serving.server.metrics import WARM_UP
 from serving.server.registry import ModelNotReadyError, ServedModel, State
 from serving.server.state import Server
@@ -127,7 +128,7 @@ class Versions:
         return candidates
 
     def _try(self, candidate: Candidate) -> bool:
-        """Swap to `candidate`, or say once why not and go on with what there is."""
+        """Swap to `candidate`, or log once why not and keep the served version."""
         signature = candidate.signature()
         if signature in self._refused:
             return False
@@ -155,6 +156,7 @@ class Versions:
         try:
             engine = self._loader.open(bundle, metrics)
             warm(engine)
+            prepare(engine)
         except BaseException:
             registry.remove(name, version)
             if engine is not None:
@@ -187,7 +189,7 @@ class Versions:
             model.engine.drain(self._server.settings.request_timeout or threading.TIMEOUT_MAX)
             model.state = State.END
             self._server.metrics.model(model.name, model.version).release()
-            model.engine.close()
+            model.close()
             self._server.registry.remove(model.name, model.version)
             self._estimates.pop(model.version, None)
             self._retiring.pop(model.version, None)
@@ -220,11 +222,11 @@ class Versions:
         return sum(1 for _ in threads if _taken(results)) == len(threads)
 
     def close(self) -> None:
-        """Close every engine."""
+        """Close every model."""
         self._stop.set()
         for model in self._loaded():
             model.state = State.END
-            model.engine.close()
+            model.close()
 
 
 def _taken(results: Queue[bool]) -> bool:
@@ -250,7 +252,7 @@ def warm(engine: Engine) -> None:
 
 
 def _settle(engine: Engine) -> None:
-    """Wait until the step that ended the last request is over, as its measurements come behind its events."""
+    """Wait until the step that ended the last request is over, as its measurements follow its events."""
     deadline = time.monotonic() + 1
     while engine.stats().active_slots and time.monotonic() < deadline:
         time.sleep(1e-3)

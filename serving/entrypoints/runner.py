@@ -34,7 +34,7 @@ log = logging.getLogger("gpt2_bundle.server")
 
 
 class Companion(Protocol):
-    """Another protocol's server beside, such as gRPC; it refuses by itself while no model is there or all drain."""
+    """A server of another protocol, such as gRPC; it refuses calls by itself while no model is ready or all drain."""
 
     async def start(self) -> None:
         """Begin to answer. Raises GPT2BundleError."""
@@ -94,7 +94,7 @@ class Address:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn whose signals begin a drain instead of closing the door on those who wait behind it."""
+    """uvicorn whose signals begin a drain instead of refusing requests that wait."""
 
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
         super().__init__(config)
@@ -157,7 +157,7 @@ class Runner:
         except OSError as error:
             _close(listeners)
             raise InputError(
-                f"the certificate or its key cannot be used: {error}; check --tls-cert and --tls-key"
+                f"the certificate or its key cannot be used: {error}; check --ssl-certfile and --ssl-keyfile"
             ) from None
         self._uvicorn = _Uvicorn(config, self._on_signal)
         try:

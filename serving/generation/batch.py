@@ -1,4 +1,4 @@
-"""Prompts to tokens on top of any backend: one prefill, then decode steps until every row has ended."""
+"""Generation on any backend: one prefill, then decode steps until every row has ended."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Literal
 
 import numpy as np
 
-from serving.backends.base import Backend
+from serving.backends.base import Backend, FloatArray
 from serving.errors import InputError
-from serving.generation.token_selection import open_steps
+from serving.generation.token_selection import Chooser, HostSteps, open_steps
 from serving.sampling import SamplingParams
+from serving.sampling.constraints import TokenConstraint
+
+OnLogits = Callable[[int, int, FloatArray], None]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt was continued by.
+    """The output of one prompt.
 
     `token_ids` ends with the token that ended it, if one did. `finish_reason` is "stop" for the end-of-text token, one
     of `stop_token_ids`, or a caller that said so, "length" for `max_new_tokens` or the end of the context.
@@ -33,14 +36,18 @@ def generate(
     params: Sequence[SamplingParams] | SamplingParams,
     eos_token_id: int,
     on_token: Callable[[int, int], bool | None] | None = None,
+    on_logits: OnLogits | None = None,
 ) -> list[Generation]:
     """Continue each of `prompts` (token ids, any lengths) and return one Generation for each, in order.
 
     `params` is one for all or one for each; its `stop` strings are text and not looked at here. `on_token` is called
-    with (prompt index, token id) for every new token and ends that row by returning True. A prompt and its
-    continuation fill at most `n_positions`. All rows run as one batch, ended rows fed tokens that nobody sees, unless
-    that would push one past the context: then the rows run as several batches, shorter prompts first. Raises
-    InputError for an empty prompt, one that leaves no room for a token, and a token id outside the vocabulary.
+    with (prompt index, token id) for every new token and ends that row by returning True. Before it, `on_logits` is
+    called with (prompt index, token id, logits): the logits [vocab_size] that the token was sampled from, as the model
+    gave them, without bias and penalties. The next step may overwrite them.
+
+    A prompt and its output fill at most `n_positions`. All rows run as one batch, in which ended rows get dummy
+    tokens. If those would exceed the context, the rows run as several batches, shorter prompts first. Raises InputError
+    for an empty prompt, one that leaves no room for a token, and a token id outside the vocabulary.
     """
     every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(every) != len(prompts):
@@ -56,8 +63,12 @@ def generate(
         live = [True] * len(rows)
         batch = [prompts[row] for row in rows]
         limits = [budgets[row] for row in rows]
-        for place, token in _steps(backend, batch, [every[row] for row in rows], limits, live, eos_token_id):
+        for place, token, logits in _steps(
+            backend, batch, [every[row] for row in rows], limits, live, eos_token_id, on_logits is not None
+        ):
             row = rows[place]
+            if on_logits is not None and logits is not None:
+                on_logits(row, token, logits)
             tokens[row].append(token)
             said_so = on_token is not None and on_token(row, token) is True
             if said_so or token in ends[row]:
@@ -66,18 +77,32 @@ def generate(
     return [Generation(tuple(ids), "stop" if ended else "length") for ids, ended in zip(tokens, stopped, strict=True)]
 
 
-def stream(backend: Backend, prompt: Sequence[int], params: SamplingParams, eos_token_id: int) -> Iterator[int]:
-    """Continue one prompt and give each token id as soon as it is chosen, the one that ends it included.
+def stream(
+    backend: Backend,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    eos_token_id: int,
+    on_logits: OnLogits | None = None,
+    constraint: TokenConstraint | None = None,
+) -> Iterator[int]:
+    """Continue one prompt and yield each token id as soon as it is sampled, the one that ends it included.
 
-    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token.
+    The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token. With a
+    `constraint`, only what it allows is chosen, the text also ends where it is done, and the iterator may raise
+    ConstraintError.
     """
     budget = token_budget("prompt 0", prompt, params, backend.vocab_size, backend.n_positions)
     ends = params.end_ids(eos_token_id)
 
     def tokens() -> Iterator[int]:
-        for _, token in _steps(backend, [prompt], [params], [budget], [True], eos_token_id):
+        wanted = on_logits is not None
+        for row, token, logits in _steps(
+            backend, [prompt], [params], [budget], [True], eos_token_id, wanted, constraint
+        ):
+            if on_logits is not None and logits is not None:
+                on_logits(row, token, logits)
             yield token
-            if token in ends:
+            if token in ends or (constraint is not None and constraint.done):
                 return
 
     return tokens()
@@ -121,7 +146,7 @@ def token_budget(
 
 
 def _batches(backend: Backend, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[list[int]]:
-    """Group rows so that the longest prompt of a group can be fed the group's most steps within the context."""
+    """Group rows so that in each group the longest prompt and the most steps fit the context together."""
     batches: list[list[int]] = []
     steps = 0
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
@@ -140,17 +165,25 @@ def _steps(
     budgets: Sequence[int],
     live: list[bool],
     eos_token_id: int,
-) -> Iterator[tuple[int, int]]:
-    """Give (row, token) for each new token; the caller ends a row by setting its `live` to False."""
+    with_logits: bool,
+    constraint: TokenConstraint | None = None,
+) -> Iterator[tuple[int, int, FloatArray | None]]:
+    """Give (row, token, its logits) for each new token; the caller ends a row by setting its `live` to False.
+
+    The logits are None without `with_logits`. `constraint` is that of a single prompt.
+    """
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
-    steps = open_steps(backend, prompts, params, capacity, eos_token_id)
+    # Only these steps bring logits to the host.
+    chooser = Chooser(prompts, params, eos_token_id, constraint)
+    host = HostSteps(backend, chooser, prompts, capacity) if with_logits or constraint is not None else None
+    steps = host or open_steps(backend, prompts, params, capacity, eos_token_id)
     for step in itertools.count():
         rows = np.flatnonzero(live)
         tokens = steps.choose(rows, step)
         for row in rows.tolist():
-            # Before the caller sees the token, so that the caller's own verdict is the last word.
+            # Before the caller sees the token, so that the caller can end the row.
             live[row] = step + 1 < budgets[row]
-            yield row, int(tokens[row])
+            yield row, int(tokens[row]), host.logits[row] if host is not None and with_logits else None
         if not any(live):
             return
         steps.feed(tokens)

@@ -75,7 +75,7 @@ Functions = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """What no export of this project holds: `op`, or "" for what is no op; the graph or function; a sentence."""
+    """What no export of this project holds: `op`, or "" for what is not an op; the graph or function; a sentence."""
 
     op: str
     where: str
@@ -97,7 +97,7 @@ def check_saved_model(version: Path, named: Path | None = None) -> None:
 def find_problems(version: Path) -> Iterator[Problem]:
     """What the SavedModel in the folder `version` holds beyond what this project's exports do.
 
-    Raises BundleError for what is no SavedModel.
+    Raises BundleError for what is not a SavedModel.
     """
     yield from _check_files(version)
     saved = read_saved_model(version)
@@ -108,7 +108,7 @@ def find_problems(version: Path) -> Iterator[Problem]:
         yield Problem("", "model", f"it has {len(saved.meta_graphs)} graphs, where an export has one")
     for meta_graph in saved.meta_graphs[:_GRAPHS]:
         if problem := _too_large(meta_graph):
-            yield problem  # What is no list of an export would take long to look through.
+            yield problem  # What is not a list of an export would take long to look through.
         else:
             yield from _check_meta_graph(meta_graph)
 

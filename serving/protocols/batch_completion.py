@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, Handle, PromptEvent, TokenEvent
+from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
 from serving.server.errors import error_of
-from serving.server.event_queue import beside_if, one_call, takes_long
+from serving.server.event_queue import Generation
 from serving.server.tracing import OpenSpan, Span
 
 
@@ -29,35 +27,25 @@ async def complete(engine: Engine, requests: Sequence[GenerationRequest], open_s
     Raises what `Engine.submit` raises, or the error of the first row that did not end by itself; the other rows are
     then cancelled, as they are when the caller is.
     """
-    loop = asyncio.get_running_loop()
-    ended: list[asyncio.Future[None]] = [loop.create_future() for _ in requests]
     heard: list[list[Event]] = [[] for _ in requests]
-    handles: list[Handle] = []
-    span: Span | None = None
-    cancelled = False
-
-    def submit_all() -> None:
-        for request, events, future in zip(one_call(engine, requests), heard, ended, strict=True):
-            handles.append(_submit(engine, request, loop, events, future))
-            if cancelled:
-                handles[-1].cancel()
-                return
-
+    generation = await Generation.open(engine, requests, whole=True)
+    span = open_span() if requests else None
     try:
-        await beside_if(takes_long(requests), submit_all)
-        span = open_span() if requests else None
-        await asyncio.gather(*ended)
-        rows = [_row(events) for events in heard]
+        while batch := await generation.next():
+            for index, event in batch:
+                heard[index].append(event)
+            ends = (event for _, event in batch if isinstance(event, FinishEvent))
+            if (failure := next(filter(None, map(error_of, ends)), None)) is not None:
+                raise failure
     except BaseException as error:
-        cancelled = True
-        for handle in list(handles):
-            handle.cancel()
-        for future in ended:
-            future.cancel()
+        for index, event in generation.take():
+            heard[index].append(event)
         _end(span, requests, heard, error)
         raise
+    finally:
+        generation.close()
     _end(span, requests, heard)
-    return rows
+    return [_row(events) for events in heard]
 
 
 def _end(
@@ -68,39 +56,12 @@ def _end(
 ) -> None:
     if span is None:
         return
-    events = [event for each in heard for event in list(each)]
+    events = [event for each in heard for event in each]
     reasons: set[str] = {event.reason for event in events if isinstance(event, FinishEvent)}
     if sum(isinstance(event, FinishEvent) for event in events) < len(requests):
         reasons.add("unfinished")
     generated = sum(isinstance(event, TokenEvent) for event in events)
     span.end(sum(len(request.prompt) for request in requests), generated, sorted(reasons), error)
-
-
-def _submit(
-    engine: Engine,
-    request: GenerationRequest,
-    loop: asyncio.AbstractEventLoop,
-    events: list[Event],
-    ended: asyncio.Future[None],
-) -> Handle:
-    """Submit, and collect `events`; `ended` is set once a row, so that the event loop does not wake for each token."""
-
-    def finish() -> None:
-        if not ended.done():
-            error = error_of(events[-1]) if isinstance(events[-1], FinishEvent) else None
-            if error is None:
-                ended.set_result(None)
-            else:
-                ended.set_exception(error)
-
-    def listener(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, FinishEvent):
-            # The loop may be gone while the engine still ends its rows.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(finish)
-
-    return engine.submit(request, listener)
 
 
 def _row(events: Sequence[Event]) -> Row:

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from serving import __version__
 from serving.protocols.open_inference import schema as v2
-from serving.protocols.openai import schema
+from serving.protocols.openai import chat_schema, schema
 from serving.protocols.tf_serving.signatures import SIGNATURES
 from serving.server.middleware import OPEN_PATHS, openai_shaped
 from serving.server.registry import ModelRegistry, ServedModel
@@ -26,9 +26,14 @@ _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 # By method and path: the body, the answer, and the statuses beside 200, 401, 429 and 500.
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel], tuple[int, ...]]] = {
     "POST /v1/completions": (schema.CompletionRequest, schema.Completion, (400, 404, 408, 413, 415, 503, 504)),
+    "POST /v1/chat/completions": (
+        chat_schema.ChatRequest,
+        chat_schema.ChatCompletion,
+        (400, 404, 408, 413, 415, 503, 504),
+    ),
     "GET /v1/models": (None, schema.ModelList, ()),
     "GET /v1/models/{model}": (None, schema.ModelCard, (404,)),
-    "POST /tokenize": (schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 415, 503)),
+    "POST /tokenize": (chat_schema.TokenizeRequest, schema.Tokens, (400, 404, 408, 413, 415, 503)),
     "POST /detokenize": (schema.DetokenizeRequest, schema.Text, (400, 404, 408, 413, 415, 503)),
 }
 for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
@@ -37,9 +42,12 @@ for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
     _BODIES[f"POST {_path}/infer"] = (v2.InferBody, v2.InferAnswer, (400, 404, 408, 413, 415, 503, 504))
 
 
-def examples(prompt: str) -> dict[str, dict[str, Any]]:
-    """Example bodies by method and path, with a prompt that the served model may be asked to continue."""
-    return {
+def examples(prompt: str, message: str | None) -> dict[str, dict[str, Any]]:
+    """Example bodies by method and path, with a prompt that the served model may be asked to continue.
+
+    `message` is one for a chat, None where the model knows no chats.
+    """
+    found: dict[str, dict[str, Any]] = {
         "POST /v1/completions": {"prompt": prompt, "max_tokens": 16, "temperature": 0.8, "seed": 7},
         "POST /tokenize": {"prompt": prompt},
         "POST /detokenize": {"tokens": [40, 41]},
@@ -49,6 +57,10 @@ def examples(prompt: str) -> dict[str, dict[str, Any]]:
             "parameters": {"signature_name": "tokenize"},
         },
     }
+    if message is not None:
+        chat = [{"role": "user", "content": message}]
+        found["POST /v1/chat/completions"] = {"messages": chat, "max_tokens": 16, "temperature": 0.8, "seed": 7}
+    return found
 
 
 _SENTENCES = {
@@ -78,7 +90,7 @@ _PLAIN_ERROR = {"type": "object", "required": ["error"], "properties": {"error":
 def description(routes: Sequence[BaseRoute], models: Sequence[ServedModel] = ()) -> dict[str, Any]:
     """The OpenAPI document of `routes` of a server of `models`. Routes without schemas give any JSON."""
     names = sorted({model.name for model in models})
-    given = examples(models[0].example_prompt if models else "")
+    given = examples(models[0].example_prompt, models[0].example_message) if models else examples("", None)
     bodies = {each for body, answer, _ in _BODIES.values() for each in (body, answer) if each} | {schema.Error}
     ordered = sorted(bodies, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
@@ -157,6 +169,10 @@ def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
     if answer is schema.Completion:
         content["text/event-stream"] = {
             "example": 'data: {"choices": [{"index": 0, "text": "..."}]}\n\ndata: [DONE]\n\n'
+        }
+    if answer is chat_schema.ChatCompletion:
+        content["text/event-stream"] = {
+            "example": 'data: {"choices": [{"index": 0, "delta": {"content": "..."}}]}\n\ndata: [DONE]\n\n'
         }
     if answer is v2.InferAnswer:
         content[_BINARY] = {"schema": _BYTES}

@@ -1,4 +1,4 @@
-"""Who may ask, and how often. HTTP and gRPC share these."""
+"""API keys and rate limits, shared by HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CALLER: ContextVar[str] = ContextVar("caller", default="")
 _REMEMBERED = 10_000
 
 
-def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
-    """Keys from `file`, one a line, '#' beginning a comment, and from `variable`, with commas between.
+def read_keys(file: Path | None, variable: str | None, given: Iterable[str] = ()) -> tuple[str, ...]:
+    """Keys from `file`, one a line, '#' beginning a comment, from `variable`, with commas between, and those `given`.
 
     Raises InputError for a file that cannot be read or has no key, and for a key that is too short or not plain ASCII.
     """
@@ -36,12 +36,12 @@ def read_keys(file: Path | None, variable: str | None) -> tuple[str, ...]:
             raise InputError(f"the API key file {file} cannot be read: {reason}") from None
         if not any(lines):
             raise InputError(f"the API key file {file} has no key; write one on each line")
-    lines += (variable or "").split(",")
+    lines += [*(variable or "").split(","), *given]
     keys = tuple(dict.fromkeys(key.strip() for key in lines if key.strip()))
     for number, key in enumerate(keys, 1):
         if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(
-                f"API key {number} is no key: it must be {MIN_KEY_LENGTH} or more printable ASCII characters, no spaces"
+                f"API key {number} is wrong: it must be {MIN_KEY_LENGTH} or more printable ASCII characters, no spaces"
             )
     return keys
 

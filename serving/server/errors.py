@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serving.chat import RendererBusyError
 from serving.engine.api import DrainingError, FinishEvent, QueueFullError
 from serving.errors import GPT2BundleError, InputError, one_line
 from serving.server.registry import ModelNotFoundError, ModelNotReadyError
@@ -48,15 +49,15 @@ class DeadlineExceededError(GPT2BundleError):
 
 
 class GenerationEndedError(GPT2BundleError):
-    """The engine ended a request that nobody cancelled: the server is closing."""
+    """The engine ended a request that was not cancelled: the server is closing."""
 
 
 class GenerationFailedError(GPT2BundleError):
-    """The engine could not go on with a request. The message is for the log."""
+    """The engine could not continue a request. The message is for the log."""
 
 
 class ClientGoneError(GPT2BundleError):
-    """The client closed its connection; nobody reads the answer."""
+    """The client closed its connection and does not read the answer."""
 
 
 class UnsupportedCallError(GPT2BundleError):
@@ -124,6 +125,7 @@ TABLE: dict[type[BaseException], Kind] = {
     RateLimitError: Kind(429, "RESOURCE_EXHAUSTED", "rate_limit_error", "rate_limit_exceeded"),
     ClientGoneError: Kind(499, "CANCELLED", "invalid_request_error"),
     UnsupportedCallError: Kind(501, "UNIMPLEMENTED", "invalid_request_error"),
+    RendererBusyError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     BodiesFullError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),
@@ -150,6 +152,6 @@ def error_of(event: FinishEvent) -> GPT2BundleError | None:
         case "cancelled":
             return GenerationEndedError("the server is closing and ended this request; try again")
         case "error":
-            return GenerationFailedError(event.message)
+            return InputError(event.message) if event.by_request else GenerationFailedError(event.message)
         case _:
             return None

@@ -30,11 +30,12 @@ class Generation:
     """Requests of one call under way, from `loop`'s thread; their events come in batches, in order.
 
     An event is (which request, event). The engine's thread wakes the loop once for all that has come since it last
-    looked, so a loop that is behind does less work for each token and not more.
+    looked, so a late loop does less work for each token. With `whole`, only the end of a
+    continuation wakes it.
     """
 
-    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
-        self._requests = requests
+    def __init__(self, requests: Sequence[GenerationRequest], whole: bool = False) -> None:
+        self._requests, self._whole = requests, whole
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Event]] = deque()
         self._notified = False
@@ -45,9 +46,9 @@ class Generation:
         self._cancelled = self.client_gone = False
 
     @classmethod
-    async def open(cls, engine: Engine, requests: Sequence[GenerationRequest]) -> Generation:
+    async def open(cls, engine: Engine, requests: Sequence[GenerationRequest], whole: bool = False) -> Generation:
         """Submit all of `requests` or, if one is refused, none: raises what `Engine.submit` raises."""
-        generation = cls(requests)
+        generation = cls(requests, whole)
         try:
             await beside_if(takes_long(requests), lambda: generation._submit(engine))
         except BaseException:
@@ -66,9 +67,9 @@ class Generation:
     def _listener(self, index: int) -> Listener:
         def listen(event: Event) -> None:  # In the engine's thread.
             self._events.append((index, event))
-            if not self._notified:
+            if not self._notified and (not self._whole or type(event) is FinishEvent):
                 self._notified = True
-                with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
+                with contextlib.suppress(RuntimeError):  # The loop is closed.
                     self._loop.call_soon_threadsafe(self._wake)
 
         return listen
@@ -85,17 +86,21 @@ class Generation:
         while self._open:
             # Cleared before the queue is emptied: what comes in between is taken now or wakes the loop again.
             self._notified = False
-            batch: list[tuple[int, Event]] = []
-            while self._events:
-                batch.append(self._events.popleft())
             if self.client_gone:
                 raise ClientGoneError("the client went away")
-            if batch:
-                self._open -= sum(type(event) is FinishEvent for _, event in batch)
+            if batch := self.take():
                 return batch
             self._waiter = self._loop.create_future()
             await self._waiter
         return []
+
+    def take(self) -> list[tuple[int, Event]]:
+        """What has come since the last call, without waiting."""
+        batch: list[tuple[int, Event]] = []
+        while self._events:
+            batch.append(self._events.popleft())
+        self._open -= sum(type(event) is FinishEvent for _, event in batch)
+        return batch
 
     def watch(self, request: Request) -> None:
         """Cancel as soon as the client of `request`, whose body has been read, goes away."""
@@ -186,7 +191,7 @@ async def with_model(
 def time_limit(request: Request, default: float | None) -> float | None:
     """Seconds that a request may take: what its header X-Request-Timeout asks for, at most `default`.
 
-    Raises FieldError if the header is no number above 0.
+    Raises FieldError if the header is not a number above 0.
     """
     text = request.headers.get(TIMEOUT_HEADER)
     if text is None:

@@ -57,7 +57,7 @@ def unary(
 def guarded(
     server: Server, method: str, handler: Callable[..., Awaitable[Any]], admit: Callable[[Any], None] | None
 ) -> Callable[..., Awaitable[Any]]:
-    """`handler` of `method` ("service/name") behind `admit`, its errors as gRPC statuses by the one table.
+    """`handler` of `method` ("service/name") after `admit`, its errors as gRPC statuses by the one table.
 
     Each call is counted and has a line in the access log; a probe, which has no `admit`, only where it fails.
     """

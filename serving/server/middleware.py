@@ -99,7 +99,7 @@ class Gate:
             self._note(scope, state, status or 499, time.perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        """Refuse whoever may not ask, or may not ask now; the digest of the key of who may, "" without keys."""
+        """Refuse callers without a valid key or over the rate limit; return the digest of the key, "" without keys."""
         if scope["path"] in OPEN_PATHS:
             return ""
         authorization = headers.get(b"authorization")
@@ -219,9 +219,17 @@ def error_response(failure: Failure, path: str) -> Response:
     return JSONResponse(body, failure.kind.status, headers)
 
 
+_MISTAKEN = (
+    ("/v1/v1/", "/v1/"),
+    ("/completions", "/v1/completions"),
+    ("/chat/completions", "/v1/chat/completions"),
+    ("/models", "/v1/models"),
+)
+
+
 def _hint(path: str) -> str:
     """Where a client with a wrong base URL wanted to go."""
-    for wrong, right in (("/v1/v1/", "/v1/"), ("/completions", "/v1/completions"), ("/models", "/v1/models")):
+    for wrong, right in _MISTAKEN:
         if path == wrong or (wrong.endswith("/") and path.startswith(wrong)):
             return f"; ask {cut(right + path[len(wrong) :])}, with the base URL of this server and /v1 once"
     return ""

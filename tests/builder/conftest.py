@@ -9,12 +9,20 @@ import pytest
 
 from tests.builder.tf_export.savedmodel_calls import Call, loaded_call, session_call
 from tests.oracles.fixtures import FOLDER, keras_model
-from tests.oracles.tiny_bundle import trace_optimised, trace_portable
+from tests.oracles.tiny_bundle import trace_optimized, trace_portable
+
+
+@pytest.fixture(autouse=True)
+def forget_downloads() -> None:
+    """Each test is a process of its own to the hub."""
+    from builder.model.hub import download
+
+    download.cache_clear()
 
 
 @pytest.fixture(scope="session")
 def graph_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A function from a fixture's name and "portable" or "optimised" to the written graph."""
+    """A function from a fixture's name and "portable" or "optimized" to the written graph."""
     from builder.onnx_export.external_data import write_graph
 
     folder = tmp_path_factory.mktemp("graphs")
@@ -22,7 +30,7 @@ def graph_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     def path(name: str, kind: str) -> Path:
         target = folder / name / kind / "model.onnx"
         if not target.exists():
-            traced = {"portable": trace_portable, "optimised": trace_optimised}[kind](keras_model(name))
+            traced = {"portable": trace_portable, "optimized": trace_optimized}[kind](keras_model(name))
             write_graph(traced, FOLDER / name / "model.safetensors", target)
         return target
 

@@ -1,7 +1,7 @@
 """Writes a checkpoint's weights in the other layouts that GPT-2 comes in, name by name as those programs wrote them.
 
-The names are spelt out here a second time, from the programs that wrote such files, and not taken from the table under
-test: transformers 4's TFGPT2LMHeadModel.save_weights, and OpenAI's release, which a TensorFlow 1 Saver wrote.
+The names are written out here a second time, from the programs that wrote such files, and not taken from the table
+under test: transformers 4's TFGPT2LMHeadModel.save_weights, and OpenAI's release, which a TensorFlow 1 Saver wrote.
 """
 
 from __future__ import annotations

@@ -19,13 +19,13 @@ def trace_portable(model: Any) -> Any:
     return trace(model, PortableKernels, logits, "past_sequence_length", "total_sequence_length")
 
 
-def trace_optimised(model: Any) -> Any:
-    """The optimised graph, past and present of one length."""
-    from builder.onnx_export.kernels import OptimisedKernels
+def trace_optimized(model: Any) -> Any:
+    """The optimized graph, past and present of one length."""
+    from builder.onnx_export.kernels import OptimizedKernels
     from builder.onnx_export.trace import trace
 
     logits = ["batch_size", 1, model.geometry.vocab_size]
-    return trace(model, OptimisedKernels, logits, "max_sequence_length", "max_sequence_length")
+    return trace(model, OptimizedKernels, logits, "max_sequence_length", "max_sequence_length")
 
 
 def write_real_bundle(folder: Path) -> Manifest:
@@ -33,7 +33,7 @@ def write_real_bundle(folder: Path) -> Manifest:
     from builder.model.safetensors_file import write_safetensors
     from builder.onnx_export.decode_loop_graph import write_loops
     from builder.onnx_export.external_data import write_graph
-    from builder.onnx_export.sampling_graph import write_choose
+    from builder.onnx_export.sampling_graph import write_sampling_graph
     from builder.progress import Reporter
     from builder.recipe import ExportRecipe
     from builder.stages.export import servable
@@ -43,9 +43,9 @@ def write_real_bundle(folder: Path) -> Manifest:
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")
     write_safetensors(model, folder / "model.safetensors")
     write_graph(trace_portable(model), folder / "model.safetensors", folder / "onnx/model.onnx")
-    optimised = write_graph(trace_optimised(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
-    write_loops(optimised, folder / "ort/fp32", model.geometry.vocab_size)
-    write_choose(model.geometry.vocab_size, folder / "ort/choose/model.onnx")
+    optimized = write_graph(trace_optimized(model), folder / "model.safetensors", folder / "ort/fp32/model.onnx")
+    write_loops(optimized, folder / "ort/fp32", model.geometry.vocab_size)
+    write_sampling_graph(model.geometry.vocab_size, folder / "ort/choose/model.onnx")
     servable(model, folder, ExportRecipe(), Reporter()).save(folder / "savedmodel/1")
     return write_manifest(
         folder,

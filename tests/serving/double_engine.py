@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -243,17 +243,23 @@ class DoubleEngine:
         self._lock.notify_all()
 
 
-def bundle_of(folder: Path, name: str) -> Bundle:
-    """A small bundle in `folder`, written if it is not there."""
+def bundle_of(folder: Path, name: str, extra: Mapping[str, bytes] | None = None) -> Bundle:
+    """A small bundle with `extra` files in `folder`, written if it is not there."""
     if not folder.exists():
         folder.mkdir(parents=True)
-        manifest: Manifest = write_bundle(folder, name)
+        manifest: Manifest = write_bundle(folder, name, extra)
         return Bundle(folder, manifest)
     return open_bundle(folder)
 
 
-def registry_of(engine: DoubleEngine, folder: Path, name: str = "tiny", version: int = 1) -> ModelRegistry:
-    """A registry with one available model."""
+def registry_of(
+    engine: DoubleEngine,
+    folder: Path,
+    name: str = "tiny",
+    version: int = 1,
+    extra: Mapping[str, bytes] | None = None,
+) -> ModelRegistry:
+    """A registry with one available model, whose bundle has `extra` files."""
     registry = ModelRegistry()
-    registry.add(ServedModel(name, version, bundle_of(folder, name), engine, 1_700_000_000, State.AVAILABLE))
+    registry.add(ServedModel(name, version, bundle_of(folder, name, extra), engine, 1_700_000_000, State.AVAILABLE))
     return registry

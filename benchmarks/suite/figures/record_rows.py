@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from benchmarks.common.decode_step import step_bytes
 from benchmarks.common.statistics import paired
 from benchmarks.suite.figures.latency_metrics import (
     LATENCIES,
@@ -19,49 +18,57 @@ from benchmarks.suite.figures.latency_metrics import (
     summarise,
     throughput,
 )
-from benchmarks.suite.figures.roofline import attained, floor_seconds, prefill_bytes, prompt_flops, token_flops
+from benchmarks.suite.figures.roofline import (
+    attained,
+    bound_seconds,
+    prefill_bytes,
+    prompt_flops,
+    step_bytes,
+    token_flops,
+)
 from benchmarks.suite.load.events import Response, differing, outputs_hash
 from benchmarks.suite.load.schedule import Schedule
-from benchmarks.suite.machine.meters import Reading, cost_per_million_tokens, energy_figures
 from benchmarks.suite.targets.base import Target
 from serving.bundle import Geometry
 
 THROUGHPUTS = ("output_tokens_per_second", "input_tokens_per_second", "requests_per_second", "goodput")
 HIGHER_IS_BETTER = frozenset({*THROUGHPUTS, "sustained_requests_per_second", "step_tokens_per_second"})
-# What a winner is named in.
-JUDGED = ("p50_ttft_ms", "p50_inter_token_ms", "p99_inter_token_ms", "p50_e2e_ms", "output_tokens_per_second")
+# In which targets are compared.
+COMPARED = ("p50_ttft_ms", "p50_inter_token_ms", "p99_inter_token_ms", "p50_e2e_ms", "output_tokens_per_second")
 COLD = ("cold_load_ms", "cold_first_token_ms")
 STEPS = ("prefill_ms", "step_ms")
 _CURVE = 101
 _BARS = 24
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """One play of a schedule against one target, and what the machine drew meanwhile."""
-
-    responses: Sequence[Response]
-    reading: Reading | None = None
+Repeat = Sequence[Response]
+"""The responses of one play of a schedule against one target."""
 
 
-def figures(repeat: Repeat, objectives: Objectives, price_per_hour: float | None = None) -> dict[str, float | None]:
-    """One repeat's figures by name: mean, p50, p90 and p99 of each latency in ms, throughputs, energy and cost."""
+class Named(Protocol):
+    """What a row says of its target."""
+
+    name: str
+    emulator: bool
+
+    @property
+    def precision(self) -> str | None: ...
+
+
+def figures(repeat: Repeat, objectives: Objectives) -> dict[str, float | None]:
+    """Return one repeat's figures by name: mean, p50, p90 and p99 of each latency in ms, and throughputs."""
     found: dict[str, float | None] = {}
     for latency in LATENCIES:
-        values = np.sort(samples(repeat.responses, latency)[0]) * 1e3
+        values = np.sort(samples(repeat, latency)[0]) * 1e3
         numbers = [float(values.mean()), *sorted_quantiles(values)] if len(values) else [None] * 4
         found |= {
             f"{name}_{latency}_ms": number for name, number in zip(("mean", "p50", "p90", "p99"), numbers, strict=True)
         }
-    found |= throughput(repeat.responses, objectives)
-    tokens = sum(len(each.token_times) for each in repeat.responses if each.error is None)
-    found |= energy_figures(repeat.reading, tokens)
-    found["cost_per_million_tokens"] = cost_per_million_tokens(price_per_hour, found["output_tokens_per_second"])
-    return found
+    return found | throughput(repeat, objectives)
 
 
-def judge(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
-    """The best of a figure and each other target beside it, or None for fewer than two that have it in every repeat.
+def comparison(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
+    """The best of a figure and each other target compared with it, or None for fewer than two that have it in every repeat.
 
     `rows` is target to its figures, repeat by repeat. `best` has the best median; `winner` is it if it is better than
     every other beyond the noise, else null; `over_best` maps each other target to the median of its ratios to the best,
@@ -79,24 +86,17 @@ def judge(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str)
     return {"best": best, "winner": best if won else None, "over_best": over}
 
 
-def winner(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> str | None:
-    """The target whose repeats of `figure` are better than every other's beyond the noise, or None."""
-    found = judge(rows, figure)
-    return None if found is None else found["winner"]
-
-
 def make_point(
     schedule: Schedule,
     targets: Sequence[Target],
     played: Mapping[str, Sequence[Repeat]],
     objectives: Objectives,
-    price_per_hour: float | None = None,
 ) -> dict[str, Any]:
     """The point of a schedule, with a row for each target that was played."""
     rows = []
     for target in targets:
-        repeats = [repeat.responses for repeat in played[target.name]]
-        per_repeat = [figures(repeat, objectives, price_per_hour) for repeat in played[target.name]]
+        repeats = played[target.name]
+        per_repeat = [figures(repeat, objectives) for repeat in repeats]
         every = [response for responses in repeats for response in responses]
         others = {other.name: played[other.name] for other in targets if other is not target}
         rows.append(blank_row(target, {name: [each[name] for each in per_repeat] for name in per_repeat[0]}) | {
@@ -109,14 +109,15 @@ def make_point(
             "errors": sorted({response.error for response in every if response.error is not None}),
             "peak_rss_bytes": peak_rss(target.pid()),
         })  # fmt: skip
-    return point_of(schedule, rows, JUDGED)
+    return point_of(schedule, rows, COMPARED)
 
 
-def blank_row(target: Target, values: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """A row of these figures of which nothing else is known."""
+def blank_row(target: Named, values: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+    """Return a row with these figures and nothing else."""
     return {
         "target": target.name,
-        "stand_in": target.stand_in,
+        "precision": target.precision,
+        "emulator": target.emulator,
         "figures": dict(values),
         "summary": None,
         "curves_ms": dict.fromkeys(LATENCIES),
@@ -125,16 +126,18 @@ def blank_row(target: Target, values: Mapping[str, Sequence[float | None]]) -> d
         "outputs_sha256": None,
         "differing_requests": {},
         "errors": [],
+        "notes": [],
+        "intervals_ms": None,
         "peak_rss_bytes": None,
-        "floor_ttft_ms": None,
-        "floor_inter_token_ms": None,
+        "bound_ttft_ms": None,
+        "bound_inter_token_ms": None,
         "roofline": None,
     }
 
 
-def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], judged: Sequence[str]) -> dict[str, Any]:
-    """A point of the record, with what may be said of the `judged` figures of its rows."""
-    found = {figure: judge(comparable(rows, figure), figure) for figure in judged}
+def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], compared: Sequence[str]) -> dict[str, Any]:
+    """A point of the record, with the comparisons of the `compared` figures of its rows."""
+    found = {figure: comparison(comparable(rows, figure), figure) for figure in compared}
     return {
         "scenario": schedule.scenario,
         "point": schedule.point,
@@ -143,7 +146,7 @@ def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], judged: Sequenc
         "schedule_sha256": schedule.sha256,
         "rows": list(rows),
         "winners": {figure: None if each is None else each["winner"] for figure, each in found.items()},
-        "judged": found,
+        "comparisons": found,
     }
 
 
@@ -168,39 +171,38 @@ def timeline(responses: Sequence[Response], most: int = _BARS) -> list[list[floa
     found: list[list[float | None]] = []
     for each in (responses[place] for place in picked):
         if each.error is None and each.token_times:
-            moments = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
-            found.append([None if moment is None else round((moment - zero) * 1e3, 3) for moment in moments])
+            timestamps = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
+            found.append(
+                [None if timestamp is None else round((timestamp - zero) * 1e3, 3) for timestamp in timestamps]
+            )
     return found
 
 
-def add_limits(
+def add_bounds(
     point: dict[str, Any],
     played: Mapping[str, Sequence[Repeat]],
-    precisions: Mapping[str, str | None],
     geometry: Geometry,
     bandwidth: float | None,
-    rate: float | None,
+    flops_per_second: float | None,
 ) -> None:
-    """Put floors and the roofline's points into the rows whose precision is known.
+    """Put the roofline and its bounds into the rows whose precision is known.
 
-    The floors are those of one prompt, and of one row's step: no token of a single stream can follow another sooner.
+    The bounds are those of one prompt, and of one row's step: no token of a single stream can follow another sooner.
     """
     for row in point["rows"]:
-        precision = precisions[row["target"]]
-        repeats = played.get(row["target"], ())
+        precision, repeats = row["precision"], played.get(row["target"], ())
         if precision is None or not repeats:
             continue
-        row["roofline"] = attained(repeats[-1].responses, geometry, precision)
-        every = repeats[0].responses
+        row["roofline"] = attained(repeats[-1], geometry, precision)
+        every = repeats[0]
         prompt = sum(each.prompt_tokens for each in every) / len(every)
         cached = prompt + sum(len(each.token_times) / 2 for each in every) / len(every)
         if bandwidth is None:
             continue
-        read = prefill_bytes(geometry, precision, 1, prompt)
-        work = prompt_flops(geometry, round(prompt))
-        row["floor_ttft_ms"] = floor_seconds(work, read, precision, bandwidth, rate) * 1e3
+        read, work = prefill_bytes(geometry, precision, 1, prompt), prompt_flops(geometry, round(prompt))
+        row["bound_ttft_ms"] = bound_seconds(work, read, precision, bandwidth, flops_per_second) * 1e3
         read, work = step_bytes(geometry, precision, 1, cached), token_flops(geometry, cached)
-        row["floor_inter_token_ms"] = floor_seconds(work, read, precision, bandwidth, rate) * 1e3
+        row["bound_inter_token_ms"] = bound_seconds(work, read, precision, bandwidth, flops_per_second) * 1e3
 
 
 def peak_rss(pid: int | None) -> int | None:
@@ -214,8 +216,8 @@ def peak_rss(pid: int | None) -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def _differing(repeats: Sequence[Sequence[Response]], other: Sequence[Repeat]) -> list[int]:
-    pairs = zip(repeats, (repeat.responses for repeat in other), strict=True)
+def _differing(repeats: Sequence[Repeat], other: Sequence[Repeat]) -> list[int]:
+    pairs = zip(repeats, other, strict=True)
     return sorted({index for ours, theirs in pairs for index in differing(ours, theirs)})
 
 

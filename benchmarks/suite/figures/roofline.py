@@ -5,14 +5,31 @@ Work and bytes are what the model cannot do without, from its geometry; a runtim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.common.decode_step import cache_bytes, step_bytes
 from benchmarks.suite.load.events import Response
 from serving.bundle import Geometry
 
 Interval = tuple[float, float]
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+# Of a number in the KV cache: int8 and int4 keep it in int8, unless `export.int8_kv_cache` says otherwise.
+_CACHE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 1.0}
+
+
+def step_bytes(geometry: Geometry, precision: str, batch_size: float, cached: float, cache: str = "") -> float:
+    """Fewest bytes that a decode step reads: every weight once, and the KV cache of each row.
+
+    The position table is left out, of which a step reads a row; the token table is the head's matrix, read whole.
+    `cache` is the precision of the KV cache if it does not follow from that of the weights.
+    """
+    weights = (geometry.parameters - geometry.n_positions * geometry.n_embd) * _WEIGHT_BYTES[precision]
+    return weights + batch_size * cache_bytes(geometry, cache or precision, cached)
+
+
+def cache_bytes(geometry: Geometry, precision: str, positions: float) -> float:
+    """Bytes of one row's KV cache at so many positions."""
+    return 2 * geometry.n_layer * geometry.n_embd * _CACHE_BYTES[precision] * positions
 
 
 def token_flops(geometry: Geometry, cached: float, with_head: bool = True) -> float:
@@ -35,9 +52,16 @@ def prefill_bytes(geometry: Geometry, precision: str, prompts: float, tokens: fl
     return step_bytes(geometry, precision, 1, 0) + prompts * cache_bytes(geometry, precision, tokens)
 
 
-def floor_seconds(flops: float, read: float, precision: str, bandwidth: float, rate: float | None) -> float:
-    """The longer of reading and arithmetic. `rate` is that of float32 products, and bounds no other precision."""
-    return max(read / bandwidth, flops / rate if rate and precision == "fp32" else 0.0)
+def bound_seconds(
+    flops: float, read: float, precision: str, bandwidth: float, rate: float | Mapping[str, float] | None
+) -> float:
+    """Return the longer of reading and arithmetic.
+
+    `rate` is that of float32 products, which bounds no other precision, or the rates by precision.
+    """
+    known = rate if isinstance(rate, Mapping) else {"fp32": rate}
+    compute = known.get(precision)
+    return max(read / bandwidth, flops / compute if compute else 0.0)
 
 
 def together(intervals: Sequence[Interval]) -> tuple[float, float]:

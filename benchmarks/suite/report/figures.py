@@ -1,4 +1,4 @@
-"""The pictures of a record's page."""
+"""The charts of a record's page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
-
-from benchmarks.suite.report.tables import Point, grid_sizes, median_of, name_of
+from benchmarks.suite.report.tables import Point, median_of, name_of
 from serving.support.svg_charts import SMALL, Axis, Points, bars, chart
 
 Names = Mapping[str, int]
@@ -57,7 +55,7 @@ def steps_chart(points: Sequence[Point], figure: str, names: Names) -> str:
                 curves[row["target"]] = [*curves[row["target"]], (float(point["settings"]["requests"]), value)]
     if len(points) < 2:
         return ""
-    title = {"step_ms": "A step of all rows, ms", "step_tokens_per_second": "Tokens a second"}[figure]
+    title = {"step_ms": "Decode step of all rows, ms", "step_tokens_per_second": "Tokens a second"}[figure]
     axes = Axis("rows", is_log=True), Axis(is_log=True)
     return _figure(title, {name: curve for name, curve in curves.items() if curve}, names, *axes, dots=True)
 
@@ -66,8 +64,8 @@ def cdf(point: Point, latency: str, names: Names) -> str:
     """How many of a latency's values came within how long."""
     curves: dict[str, Points] = {}
     for row in point["rows"]:
-        values = row["curves_ms"][latency]
-        if values:
+        # A record that is kept for its figures may have no curves.
+        if values := (row["curves_ms"] or {}).get(latency):
             curves[row["target"]] = [(value, float(percent)) for percent, value in enumerate(values)]
     return _figure(
         f"{_LATENCIES[latency]}: percent that came within", curves, names, Axis("ms", is_log=True), Axis(from_zero=True)
@@ -75,7 +73,7 @@ def cdf(point: Point, latency: str, names: Names) -> str:
 
 
 def timelines(point: Point) -> str:
-    """The first repeat's requests as bars, a picture a target, folded away."""
+    """The first repeat's requests as bars, a chart for each target, folded away."""
     rows = [row for row in point["rows"] if row["timeline_ms"]]
     if not rows or point["concurrency"] == 1:
         return ""
@@ -125,45 +123,6 @@ def roofline(record: Mapping[str, Any], names: Names) -> str:
         "the slope, and products of fewer bits above the level."
     )
     return f'<p class="note">{note}</p>{pair(drawn)}'
-
-
-def grid_table(points: Sequence[Point]) -> str:
-    """End-to-end latency by prompt and output length, a table a target, darker the longer; common shades."""
-    prompts, outputs, found = grid_sizes(points)
-    values = [value for point in points for row in point["rows"] if (value := median_of(row, "p50_e2e_ms"))]
-    if not values:
-        return ""
-    low, high = np.log(min(values)), np.log(max(values))
-    drawn = []
-    for target in dict.fromkeys(row["target"] for point in points for row in point["rows"]):
-        lines = ["<tr><th>in \\ out</th>" + "".join(f"<th>{output}</th>" for output in outputs) + "</tr>"]
-        name = target
-        for prompt in prompts:
-            cells = []
-            for output in outputs:
-                point = found.get((prompt, output))
-                row = next((row for row in point["rows"] if row["target"] == target), None) if point else None
-                value = median_of(row, "p50_e2e_ms") if row else None
-                name = name_of(row) if row else name
-                share = 60 * (np.log(value) - low) / (high - low) if value and high > low else 0
-                won = point is not None and point["winners"]["p50_e2e_ms"] == target
-                text = f"<b>{shorter(value)}</b>" if won else shorter(value)
-                shade = f"color-mix(in srgb, var(--c1) {share:.0f}%, transparent)"
-                cells.append(f'<td style="background: {shade}">{text}</td>')
-            lines.append(f"<tr><th>{prompt}</th>{''.join(cells)}</tr>")
-        caption = f"<figcaption>{escape(name)}</figcaption>"
-        drawn.append(f'<figure>{caption}<div class="wide"><table class="heat">{"".join(lines)}</table></div></figure>')
-    note = "End to end p50 in ms, by tokens of the prompt (down) and of the output (across); bold is the best of all."
-    return f'<p class="note">{note}</p>{pair(drawn)}'
-
-
-def shorter(value: float | None, nothing: str = "none") -> str:
-    """Three digits that count, or `nothing`."""
-    if value is None:
-        return nothing
-    size = abs(value)
-    digits = ",.0f" if size >= 100 else ".1f" if size >= 10 else ".2f" if size >= 0.1 else ".3g"
-    return format(value, digits)
 
 
 def _figure(title: str, curves: Mapping[str, Points], names: Names, x: Axis, y: Axis, **how: Any) -> str:

@@ -1,4 +1,4 @@
-"""What to take for what: the first thing that a record's report says."""
+"""Recommendations: the target to take for each use."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.suite.figures.record_rows import comparable, judge
+from benchmarks.common.statistics import SAME, UNKNOWN
+from benchmarks.suite.figures.record_rows import comparable, comparison
 from benchmarks.suite.report.rankings import Needs, needs
-from benchmarks.suite.report.tables import Point, Row, agreement, at_sustained, median_of, name_of, over_floor, sweep_of
+from benchmarks.suite.report.tables import Point, Row, agreement, at_sustained, median_of, name_of, over_bound, sweep_of
 
 _RATE = "output_tokens_per_second"
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
-class Answer:
+class Recommendation:
     """One use and what is best for it.
 
-    `targets` begins with the one of the best figure; the others are not told apart from it. The rest is the first's:
-    `value` of what was asked in `unit`, medians in ms and tokens a second at the point that decided, memory in bytes
-    of a process that does nothing else, `over_floor` the time between tokens over its floor. None is not known.
+    `targets` starts with the best one; the others are not distinguishable from it. The rest belongs to the first:
+    `value` of the metric in `unit`, medians in ms and tokens a second at the point that decided, memory in bytes of a
+    process that does nothing else, and the time between tokens over its roofline bound. None is not known.
     """
 
     use: str
@@ -30,37 +31,36 @@ class Answer:
     first_token_ms: float | None = None
     between_tokens_ms: float | None = None
     tokens_per_second: float | None = None
-    over_floor: float | None = None
-    joules_per_token: float | None = None
+    over_bound: float | None = None
     precision: str | None = None
     memory_bytes: int | None = None
 
     @property
     def others(self) -> str:
-        """Who is not told apart from the first, three of them by name; nothing where it is best beyond the noise."""
+        """Those that are not distinguishable from the first, up to three by name; empty where it is best."""
         rest = self.targets[1:]
         more = f", and {len(rest) - _MOST_NAMED} more" if len(rest) > _MOST_NAMED else ""
         return ", ".join(rest[:_MOST_NAMED]) + more
 
 
-def answers(record: Mapping[str, Any]) -> list[Answer]:
-    """A line a use that two targets or more were measured for; their order is that of the scenarios."""
+def recommendations(record: Mapping[str, Any]) -> list[Recommendation]:
+    """Return one for each use for which two targets or more were measured, in the order of the scenarios."""
     known = {each.target: each for each in needs(record)}
     points: Sequence[Point] = record["points"]
-    found = [_answer(point, "p50_e2e_ms", "one at a time", "ms a request") for point in _of(points, "single")]
-    found += [_answer(point, "p50_e2e_ms", point["point"], "ms a request") for point in _of(points, "server")]
+    found = [_recommend(point, "p50_e2e_ms", "one at a time", "ms a request") for point in _of(points, "single")]
+    found += [_recommend(point, "p50_e2e_ms", point["point"], "ms a request") for point in _of(points, "server")]
     found.append(_most_tokens(points))
     found.append(_sustained(points))
     cold = ("cold_first_token_ms", "from a cold start", "ms to the first token")
-    found += [_answer(point, *cold) for point in _of(points, "cold-start")]
+    found += [_recommend(point, *cold) for point in _of(points, "cold-start")]
     found.append(_least_memory(list(known.values())))
     return [_with_needs(each, known) for each in found if each is not None]
 
 
 def differing(record: Mapping[str, Any]) -> str:
-    """Which targets gave the same tokens, by the first point that most were at, or where else not all did."""
+    """Return which targets of one precision gave other outputs, at the largest point or else where; "" for none."""
     points: Sequence[Point] = record["points"]
-    sentence = agreement(max(points, key=lambda point: len(point["rows"])))
+    sentence = agreement(max(points, key=lambda point: len(point["rows"]))) if points else ""
     apart = list(dict.fromkeys(f"{point['scenario']}, {point['point']}" for point in points if agreement(point)))
     return sentence or (f"OUTPUTS DIFFER at {'; '.join(apart)}" if apart else "")
 
@@ -69,23 +69,23 @@ def _of(points: Sequence[Point], *scenarios: str) -> Iterator[Point]:
     return (point for point in points if point["scenario"] in scenarios)
 
 
-def _answer(point: Point, figure: str, use: str, unit: str) -> Answer | None:
-    found = judge(comparable(point["rows"], figure), figure)
+def _recommend(point: Point, figure: str, use: str, unit: str) -> Recommendation | None:
+    found = comparison(comparable(point["rows"], figure), figure)
     if found is None:
         return None
     rows = {row["target"]: row for row in point["rows"]}
     best = rows[found["best"]]
-    alike = [name for name, verdict in found["over_best"].items() if verdict["call"] in ("equal", "unknown")]
+    alike = [name for name, verdict in found["over_best"].items() if verdict["call"] in (SAME, UNKNOWN)]
     alike.sort(key=lambda name: median_of(rows[name], figure) or 0.0, reverse=figure == _RATE)
     return _described(use, [best, *(rows[name] for name in alike)], median_of(best, figure) or 0.0, unit, best)
 
 
-def _described(use: str, rows: Sequence[Row], value: float, unit: str, there: Row | None) -> Answer:
-    """The answer of `rows`, with the figures of `there`."""
+def _described(use: str, rows: Sequence[Row], value: float, unit: str, there: Row | None) -> Recommendation:
+    """The recommendation of `rows`, with the figures of `there`."""
     names = tuple(map(name_of, rows))
     if there is None:
-        return Answer(use, names, value, unit)
-    return Answer(
+        return Recommendation(use, names, value, unit)
+    return Recommendation(
         use,
         names,
         value,
@@ -93,18 +93,17 @@ def _described(use: str, rows: Sequence[Row], value: float, unit: str, there: Ro
         median_of(there, "p50_ttft_ms"),
         median_of(there, "p50_inter_token_ms") if there["all_counted"] else None,
         median_of(there, _RATE),
-        over_floor(there, "p50_inter_token_ms") if there["all_counted"] else None,
-        median_of(there, "joules_per_token"),
+        over_bound(there, "p50_inter_token_ms") if there["all_counted"] else None,
     )
 
 
-def _most_tokens(points: Sequence[Point]) -> Answer | None:
+def _most_tokens(points: Sequence[Point]) -> Recommendation | None:
     crowds = _of(points, "offline", "concurrency")
-    every = [_answer(point, _RATE, f"most tokens: {point['point']}", "tokens/s") for point in crowds]
+    every = [_recommend(point, _RATE, f"most tokens: {point['point']}", "tokens/s") for point in crowds]
     return max((each for each in every if each is not None), key=lambda each: each.value, default=None)
 
 
-def _sustained(points: Sequence[Point]) -> Answer | None:
+def _sustained(points: Sequence[Point]) -> Recommendation | None:
     sweep = list(_of(points, "saturation"))
     result = sweep_of(sweep)
     rows = [row for row in result["rows"] if row["sweep"]["sustained"] is not None] if result is not None else []
@@ -112,20 +111,20 @@ def _sustained(points: Sequence[Point]) -> Answer | None:
         return None
     rows.sort(key=lambda row: row["sweep"]["sustained"], reverse=True)
     best = rows[0]["sweep"]["sustained"]
-    # As `sweep.best`: a rate was played once, so that only who failed below it is told apart.
+    # As `rate_sweep.best`: each rate was played once, so only a target that failed below it is distinguishable.
     alike = [row for row in rows[1:] if (failed := row["sweep"]["failed_at"]) is None or failed >= best]
     there = at_sustained(sweep, rows[0])
     return _described("highest rate kept up with", [rows[0], *alike], best, "requests/s", there)
 
 
-def _least_memory(every: Sequence[Needs]) -> Answer | None:
+def _least_memory(every: Sequence[Needs]) -> Recommendation | None:
     found = sorted((each.memory_bytes, each.target) for each in every if each.memory_bytes is not None)
     if len(found) < 2:
         return None
-    return Answer("least memory", (found[0][1],), found[0][0] / 2**20, "MiB")
+    return Recommendation("least memory", (found[0][1],), found[0][0] / 2**20, "MiB")
 
 
-def _with_needs(answer: Answer, known: Mapping[str, Needs]) -> Answer:
-    need = known[answer.targets[0]]
+def _with_needs(recommended: Recommendation, known: Mapping[str, Needs]) -> Recommendation:
+    need = known[recommended.targets[0]]
     told = {"precision": need.precision, "memory_bytes": need.memory_bytes}
-    return Answer(**{**vars(answer), **told})
+    return Recommendation(**{**vars(recommended), **told})

@@ -1,4 +1,4 @@
-"""What every table of a record is made of, and the record as CSV: a line for every figure of every repeat."""
+"""What the tables of a record share, and the record as CSV: a line for every figure of every repeat."""
 
 from __future__ import annotations
 
@@ -10,29 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.suite.figures.record_rows import COLD, JUDGED, STEPS
+from benchmarks.suite.figures.record_rows import COLD, COMPARED, STEPS
 
 HEADS = {
-    "p50_ttft_ms": "TTFT p50, ms",
+    "p50_ttft_ms": "first token p50, ms",
     "p50_inter_token_ms": "inter-token p50, ms",
     "p99_inter_token_ms": "inter-token p99, ms",
     "p50_e2e_ms": "end to end p50, ms",
     "output_tokens_per_second": "tokens/s",
-    "goodput": "good requests/s",
-    "prefill_ms": "prompts read, ms",
-    "step_ms": "a step, ms",
+    "goodput": "goodput, requests/s",
+    "prefill_ms": "prefill, ms",
+    "step_ms": "decode step, ms",
     "step_tokens_per_second": "tokens/s",
     "cold_load_ms": "until ready, ms",
-    "cold_first_token_ms": "until the first token, ms",
-    "joules_per_token": "J/token",
-    "gpu_watts": "GPU, W",
-    "gpu_utilisation_percent": "GPU busy, %",
-    "peak_gpu_memory_bytes": "GPU memory, bytes",
-    "cost_per_million_tokens": "cost of 1M tokens",
+    "cold_first_token_ms": "to the first token, ms",
 }
 # Shown where anything is known of them.
-_FURTHER = ("step_tokens_per_second", "goodput", "joules_per_token", "gpu_watts", "gpu_utilisation_percent",
-            "peak_gpu_memory_bytes", "cost_per_million_tokens")  # fmt: skip
+_FURTHER = ("step_tokens_per_second", "goodput")
 # Several points that are one thing to a reader.
 TOGETHER = ("steps", "saturation", "grid")
 Point = Mapping[str, Any]
@@ -40,8 +34,8 @@ Row = Mapping[str, Any]
 
 
 def name_of(row: Row) -> str:
-    """A row's target, marked where it only stands for what it is named after."""
-    return f"{row['target']} (stand-in)" if row["stand_in"] else str(row["target"])
+    """A row's target, marked if it is an emulator."""
+    return f"{row['target']} (emulator)" if row["emulator"] else str(row["target"])
 
 
 def median_of(row: Row, figure: str) -> float | None:
@@ -52,7 +46,7 @@ def median_of(row: Row, figure: str) -> float | None:
 
 def columns(point: Point) -> list[str]:
     """The figures to show of a point: those that are judged, and of the others those that a row has."""
-    judged = [figure for figure in (*JUDGED, *COLD, *STEPS) if figure in point["winners"]]
+    judged = [figure for figure in (*COMPARED, *COLD, *STEPS) if figure in point["winners"]]
     known = [figure for figure in _FURTHER if any(median_of(row, figure) is not None for row in point["rows"])]
     return judged + known
 
@@ -78,13 +72,6 @@ def at_sustained(points: Sequence[Point], row: Row) -> Row | None:
     return next((each for each in every if sustained is not None and each["pace"]["offered"] == sustained), None)
 
 
-def grid_sizes(points: Sequence[Point]) -> tuple[list[int], list[int], dict[tuple[int, int], Point]]:
-    """Prompt lengths, output lengths, and the point of each pair that there is."""
-    found = {(int(point["settings"]["prompt"]["high"]), int(point["settings"]["output"]["high"])): point
-             for point in points}  # fmt: skip
-    return sorted({prompt for prompt, _ in found}), sorted({output for _, output in found}), found
-
-
 def notes(row: Row) -> list[str]:
     """What a reader must know of a row before its figures."""
     found = []
@@ -94,22 +81,27 @@ def notes(row: Row) -> list[str]:
         found.append(f"{count}{row['errors'][0]}")
     if not row["all_counted"]:
         found.append("tokens were not counted one by one")
-    return found
+    return found + list(row["notes"])
 
 
 def agreement(point: Point) -> str:
-    """A sentence on whether all targets of a point answered alike, and if not, which did."""
-    groups: list[list[Row]] = []
-    for row in point["rows"]:
-        alike = (group for group in groups if not any(row["differing_requests"].get(each["target"]) for each in group))
-        group = next(alike, None)
-        if group is None:
-            groups.append([row])
-        else:
-            group.append(row)
-    if len(groups) < 2:
-        return ""
-    return "OUTPUTS DIFFER; alike are: " + "; ".join(", ".join(map(name_of, group)) for group in groups)
+    """Return which targets of one precision gave other outputs at a point; "" if they all agree.
+
+    Targets of different precisions may give different outputs.
+    """
+    told = []
+    for precision in dict.fromkeys(row["precision"] for row in point["rows"]):
+        groups: list[list[Row]] = []
+        for row in (each for each in point["rows"] if each["precision"] == precision):
+            alike = (found for found in groups if not any(row["differing_requests"].get(o["target"]) for o in found))
+            group = next(alike, None)
+            if group is None:
+                groups.append([row])
+            else:
+                group.append(row)
+        if len(groups) > 1:
+            told.append(f"{precision or 'one'} precision: " + " | ".join(", ".join(map(name_of, g)) for g in groups))
+    return f"OUTPUTS DIFFER within {'; '.join(told)}" if told else ""
 
 
 def remarks(points: Sequence[Point]) -> list[str]:
@@ -138,21 +130,30 @@ def batch_of(point: Point) -> str:
     return str(point["settings"]["requests"])
 
 
-def over_floor(row: Row, figure: str) -> float | None:
-    """How many times its floor a time between tokens takes, or None."""
-    floor, value = row["floor_inter_token_ms"], median_of(row, figure)
-    return value / floor if floor and value is not None else None
+def over_bound(row: Row, figure: str) -> float | None:
+    """Return a time between tokens over its roofline bound, or None."""
+    bound, value = row["bound_inter_token_ms"], median_of(row, figure)
+    return value / bound if bound and value is not None else None
+
+
+def shorter(value: float | None, nothing: str = "none") -> str:
+    """Return three significant digits, or `nothing`."""
+    if value is None:
+        return nothing
+    size = abs(value)
+    digits = ",.0f" if size >= 100 else ".1f" if size >= 10 else ".2f" if size >= 0.1 else ".3g"
+    return format(value, digits)
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
-    """scenario, point, target, stand_in, figure, repeat, value; an empty value is none."""
+    """scenario, point, target, emulator, figure, repeat, value; an empty value is none."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(("scenario", "point", "target", "stand_in", "figure", "repeat", "value"))
+    writer.writerow(("scenario", "point", "target", "emulator", "figure", "repeat", "value"))
     for point in record["points"]:
         for row in point["rows"]:
             for figure, values in row["figures"].items():
                 for repeat, value in enumerate(values):
-                    place = (point["scenario"], point["point"], row["target"], row["stand_in"])
+                    place = (point["scenario"], point["point"], row["target"], row["emulator"])
                     writer.writerow((*place, figure, repeat, "" if value is None else value))
     return output.getvalue()

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.suite.driver import play
 from benchmarks.suite.figures.latency_metrics import Objectives
-from benchmarks.suite.figures.record_rows import Repeat, make_point
+from benchmarks.suite.figures.record_rows import make_point
 from benchmarks.suite.load.clock import WallClock
 from benchmarks.suite.load.schedule import Lengths, Planner, Schedule
 from benchmarks.suite.selfcheck.client_overhead import fake_process, lateness
@@ -30,7 +30,6 @@ TOLERANCE = 0.01
 FIRST, STEP = 0.4, 0.1
 """Seconds to the first token and from each to the next: the percent of a step is a millisecond, which a machine that
 has nothing else to do keeps."""
-PRICE = 3.6
 _TRIES = 12
 # Half of what a step may be off: what is later than this is the machine's fault and not the suite's.
 _LATE = TOLERANCE * STEP / 2
@@ -43,7 +42,7 @@ class SelfTestError(GPT2BundleError):
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of one point beside what it must be."""
+    """One figure of one point, and what it must be."""
 
     point: str
     figure: str
@@ -74,8 +73,8 @@ def expected(schedule: Schedule, objectives: Objectives) -> dict[str, float | No
     made = [request.new_tokens for request in schedule.requests]
     e2e = [FIRST + (count - 1) * STEP for count in made]
     if schedule.concurrency is None:
-        moments = [request.at or 0.0 for request in schedule.requests]
-        whole = max(at + took for at, took in zip(moments, e2e, strict=True)) - min(moments)
+        timestamps = [request.at or 0.0 for request in schedule.requests]
+        whole = max(at + took for at, took in zip(timestamps, e2e, strict=True)) - min(timestamps)
     else:
         # Each client takes the next request when it is free.
         free = [0.0] * schedule.concurrency
@@ -91,13 +90,11 @@ def expected(schedule: Schedule, objectives: Objectives) -> dict[str, float | No
         found |= {f"{kind}_{name}_ms": number * 1e3 for kind, number in pairs}
     # Over HTTP nobody tells when work began.
     found |= {f"{kind}_queue_ms": None for kind in ("mean", "p50", "p90", "p99")}
-    tokens = sum(made)
     return found | {
-        "output_tokens_per_second": tokens / whole,
+        "output_tokens_per_second": sum(made) / whole,
         "input_tokens_per_second": sum(len(request.prompt) for request in schedule.requests) / whole,
         "requests_per_second": len(made) / whole,
         "goodput": good / whole,
-        "cost_per_million_tokens": PRICE / 3600 * whole / tokens * 1e6,
     }
 
 
@@ -132,15 +129,15 @@ def _settle(schedule: Schedule, say: Callable[[str], None]) -> list[Check]:
 
 
 async def _try(schedule: Schedule) -> tuple[list[Check], float]:
-    """The checks of one play, and by how many seconds server or client missed a moment at worst."""
+    """The checks of one play, and by how many seconds server or client missed a time at worst."""
     objectives = Objectives(e2e=FIRST + 2.5 * STEP)
     watch = _Watch()
     with fake_process(FIRST, STEP) as (address, process):
         target = OpenAITarget("fake", address, process=process)
         await target.start()
-        repeat = Repeat(await play(schedule, target, WallClock()))
+        repeat = await play(schedule, target, WallClock())
         late = max(watch.end(), lateness(address))
-    point = make_point(schedule, [target], {target.name: [repeat]}, objectives, PRICE)
+    point = make_point(schedule, [target], {target.name: [repeat]}, objectives)
     figures: dict[str, list[float | None]] = point["rows"][0]["figures"]
     wanted = expected(schedule, objectives)
     return [Check(schedule.point, name, figures[name][0], value) for name, value in wanted.items()], late

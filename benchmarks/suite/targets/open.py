@@ -43,39 +43,41 @@ SLOTS, SAVEDMODEL = "slots", "savedmodel"
 _QUEUE = 1_000_000
 
 
-def open_target(bundle: Bundle, text: str, *, batch: int, stand_in: bool = False) -> Target:
+def open_target(bundle: Bundle, text: str, *, batch: int, emulator: bool = False) -> Target:
     """Make the target that `text` names; nothing is loaded yet.
 
     A graph of the bundle ("ort/fp32") or "savedmodel" runs in this process in static batches of at most `batch`,
-    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same behind our own server, started for it,
+    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same in our own server, started for it,
     and "slots" is the SavedModel's continuous batching in this process. "tfserving" starts TensorFlow Serving with the
     bundle's SavedModel; with an address it is one that runs. docs/bench-format.md has all names. Raises InputError for
     any other name, RuntimeMissingError where TensorFlow Serving is to be started and is not here.
     """
     kind, is_address, address = text.partition("=")
     if is_address and not address:
-        raise InputError(f"{text!r} names nothing behind the '='; there are {', '.join(KINDS)}")
+        raise InputError(f"{text!r} names nothing after the '='; there are {', '.join(KINDS)}")
     if kind in TF_SERVING:
-        return _tf_serving(bundle, text, address, stand_in)
+        return _tf_serving(bundle, text, address, emulator)
     if is_address and kind == "openai":
-        return OpenAITarget(text, address, stand_in=stand_in, api_key=os.environ.get("OPENAI_API_KEY"))
+        return OpenAITarget(text, address, emulator=emulator, api_key=os.environ.get("OPENAI_API_KEY"))
     if is_address and kind in ("openinference", "triton"):
         url, model = split_model(address)
         server = "Triton" if kind == "triton" else "Open Inference server"
         named = model or (None if kind == "triton" else bundle.manifest.name)
-        return GenerateTarget(text, server, url, bundle, model=named, stand_in=stand_in)
+        return GenerateTarget(text, server, url, bundle, model=named, emulator=emulator)
     if is_address and kind == "openinference-grpc":
         place, model = split_model(address)
         named = model or bundle.manifest.name
-        return OpenInferenceGrpcTarget(text, "Open Inference server", place, bundle, model=named, stand_in=stand_in)
+        return OpenInferenceGrpcTarget(text, "Open Inference server", place, bundle, model=named, emulator=emulator)
     if is_address and kind in OWN:
         return _own(bundle, text, kind, address, batch)
     return _in_process(bundle, text, batch)
 
 
-def default_targets(bundle: Bundle) -> list[str]:
-    """The names of everything in the bundle that runs here, of our own server, and of TensorFlow Serving."""
+def default_targets(bundle: Bundle, static: bool = False) -> list[str]:
+    """Return the names of what the bundle can run, or of its static batches only."""
     names = _graphs(bundle)
+    if static:
+        return [*names, *([SAVEDMODEL] if "savedmodel/prefill" in bundle.manifest.graphs else [])]
     for name, graph in ((SAVEDMODEL, "savedmodel/prefill"), (SLOTS, "savedmodel/prefill_slots")):
         names += [name] if graph in bundle.manifest.graphs else []
     names += ["server=ort/fp32"] if "ort/fp32" in names else []
@@ -83,14 +85,14 @@ def default_targets(bundle: Bundle) -> list[str]:
 
 
 def open_defaults(
-    bundle: Bundle, names: Sequence[str], *, batch: int, stand_ins: Sequence[str] = ()
+    bundle: Bundle, names: Sequence[str], *, batch: int, emulators: Sequence[str] = ()
 ) -> tuple[list[Target], dict[str, str]]:
     """Make the targets that are here, and say why of each that is not."""
     opened: list[Target] = []
     missing: dict[str, str] = {}
     for name in names:
         try:
-            opened.append(open_target(bundle, name, batch=batch, stand_in=name in stand_ins))
+            opened.append(open_target(bundle, name, batch=batch, emulator=name in emulators))
         except GPT2BundleError as error:
             missing[name] = str(error)
     return opened, missing
@@ -115,18 +117,18 @@ def _in_process(bundle: Bundle, text: str, batch: int) -> Target:
     raise InputError(f"{bundle.folder}: no target {text!r}{did_you_mean(text, [*known, *KINDS])}")
 
 
-def _tf_serving(bundle: Bundle, text: str, address: str, stand_in: bool) -> Target:
+def _tf_serving(bundle: Bundle, text: str, address: str, emulator: bool) -> Target:
     kind = text.partition("=")[0]
     how, whole = TF_SERVING[kind]
     if address:
         label, model = {"grpc": "gRPC", "rest": "REST"}[how], bundle.manifest.name
         server = f"TensorFlow Serving at {address}"
         return TFServingTarget(
-            text, server, bundle, lambda: connect(how, address, model), label, whole=whole, stand_in=stand_in
+            text, server, bundle, lambda: connect(how, address, model), label, whole=whole, emulator=emulator
         )
     if "savedmodel/prefill" not in bundle.manifest.graphs:
         raise InputError(f"{bundle.folder}: the bundle has no SavedModel for {text}; build it again")
-    return StartedTFServing(text, bundle, find_server(), how, whole=whole, stand_in=stand_in)
+    return StartedTFServing(text, bundle, find_server(), how, whole=whole, emulator=emulator)
 
 
 def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target:

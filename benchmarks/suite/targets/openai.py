@@ -6,7 +6,7 @@ import json
 import time
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from benchmarks.suite.targets.http import HttpClient, share, shorten
 from serving.errors import ServerError
 
@@ -36,13 +36,13 @@ class OpenAITarget:
         model: str | None = None,
         api_key: str | None = None,
         label: str | None = None,
-        stand_in: bool = False,
+        emulator: bool = False,
         process: int | None = None,
         ids: bool = False,
     ) -> None:
         self._http = HttpClient(url, (("Authorization", f"Bearer {api_key}"),) if api_key is not None else ())
         self._http.path = self._http.path.removesuffix("/v1")
-        self.name, self.label, self.stand_in = name, label or f"OpenAI API at {self._http.place}", stand_in
+        self.name, self.label, self.emulator = name, label or f"OpenAI API at {self._http.place}", emulator
         self._model, self._process, self._ids = model, process, ids
 
     async def start(self) -> None:
@@ -56,7 +56,7 @@ class OpenAITarget:
                 f"{self.name}: /v1/models does not answer as OpenAI's does ({error})", "INTERNAL"
             ) from None
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         body = {
             "model": self._model,
             "prompt": list(request.prompt),
@@ -72,7 +72,7 @@ class OpenAITarget:
         tokens: list[int] = []
         times: list[float] = []
         usage: int | None = None
-        async for event, moment in self._http.events("/v1/completions", body):
+        async for event, timestamp in self._http.events("/v1/completions", body):
             if "error" in event:
                 raise TargetError(shorten(json.dumps(event["error"])))
             if event.get("usage"):
@@ -83,14 +83,14 @@ class OpenAITarget:
             text = "".join(choice.get("text") or "" for choice in choices)
             if self._ids:
                 pieces.append(text)
-                times += [moment] * len(made)
+                times += [timestamp] * len(made)
             elif text:
                 pieces.append(text)
-                times.append(moment)
+                times.append(timestamp)
         finished = time.monotonic()
         shared = times if usage is None else share(times, usage, finished)
         known = tuple(tokens) if self._ids else None
-        return Answer(tuple(shared), finished, counted=len(times) == usage, tokens=known, text="".join(pieces))
+        return Completion(tuple(shared), finished, counted=len(times) == usage, tokens=known, text="".join(pieces))
 
     async def stop(self) -> None:
         """Nothing is held between requests."""

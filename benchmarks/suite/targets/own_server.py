@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, Target, TargetError
+from benchmarks.suite.targets.base import Completion, Target, TargetError
 from serving.bundle import Bundle
 from serving.errors import ServerError
 
@@ -27,10 +27,10 @@ class OwnServerTarget:
     Args:
         how: the protocol, for the label.
         slots: texts that it runs at once.
-        grpc: whether its gRPC port is opened beside.
+        grpc: whether its gRPC port is opened too.
     """
 
-    stand_in = False
+    emulator = False
     starts_in = "own"
 
     def __init__(
@@ -48,7 +48,7 @@ class OwnServerTarget:
         self._command = ["serve", str(bundle.folder), "--graph", graph, "--port", "0"]
         self._command += ["--grpc-port", "0"] if grpc else []
         # All requests of a schedule may come at once; what it cannot run waits.
-        self._command += ["--slots", str(slots), "--queue", "1000000"]
+        self._command += ["--max-num-seqs", str(slots), "--queue", "1000000"]
         self._client = client
         self._process: asyncio.subprocess.Process | None = None
         self._served: Target | None = None
@@ -68,7 +68,7 @@ class OwnServerTarget:
         self._served = self._client(url, grpc, self._process.pid)
         await self._served.start()
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         if self._served is None:
             raise TargetError(f"{self.name} is not started")
         return await self._served.send(request)

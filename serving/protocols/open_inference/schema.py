@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from serving.protocols.open_inference.signatures import OPTIONS
+from serving.protocols.open_inference.signatures import OPTIONS, refuse_options
 from serving.protocols.open_inference.tensors import MAX_AXES
 from serving.protocols.openai.schema import CompletionRequest, Texts
 from serving.server.request_bodies import RequestBody, whole_number
@@ -25,7 +25,7 @@ class Named(RequestBody):
 
 
 class InputTensor(Named):
-    """An input, its values here or, as many bytes as its parameter `binary_data_size` says, behind the JSON."""
+    """An input, its values here or, as many bytes as its parameter `binary_data_size` says, after the JSON."""
 
     shape: list[Annotated[int, BeforeValidator(whole_number)]] = Field(max_length=MAX_AXES, fail_fast=True)
     datatype: str
@@ -33,7 +33,7 @@ class InputTensor(Named):
 
 
 class RequestedOutput(Named):
-    """An output that is wanted; its parameter `binary_data` wants it behind the JSON."""
+    """An output that is wanted; its parameter `binary_data` wants it after the JSON."""
 
 
 class InferBody(RequestBody):
@@ -51,7 +51,7 @@ class InferBody(RequestBody):
 
 
 class OutputTensor(BaseModel):
-    """An output; without `data`, its bytes are behind the JSON."""
+    """An output; without `data`, its bytes are after the JSON."""
 
     name: str
     datatype: str
@@ -76,14 +76,14 @@ def _with_options(schema: dict[str, Any]) -> None:
 
 
 class GenerateBody(RequestBody):
-    """A text to continue; options stand beside it or in `parameters`. Fields that are not here are ignored."""
+    """A text to continue; options stand next to it or in `parameters`. Fields that are not here are ignored."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_options)
 
     @classmethod
     def refuse(cls, fields: Mapping[str, Any]) -> None:
         """See `RequestBody.refuse`."""
-        CompletionRequest.refuse(fields)
+        refuse_options(fields)
 
     text_input: Texts = Field(description="Text; several, in a list, only without a stream.")
     id: str = Field("", description="Given back with the answer.")
@@ -91,7 +91,7 @@ class GenerateBody(RequestBody):
 
 
 class Generated(BaseModel):
-    """A continuation, or a piece of one; for several texts, lists of what is here."""
+    """A completion, or a part of one; for several texts, lists of what is here."""
 
     id: str | None = None
     model_name: str

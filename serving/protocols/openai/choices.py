@@ -1,11 +1,11 @@
-"""What a choice has so far: its text and, where asked for, its log-probabilities in OpenAI's layout."""
+"""What a choice has so far: its text and, where asked for, its log-probabilities."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from serving.engine.api import Engine, FinishEvent, Logprobs, PromptEvent, TokenEvent
@@ -39,6 +39,15 @@ def token_names(engine: Engine) -> TokenNames:
     return _NAMES[engine]
 
 
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token, its log-probabilities, and where its text begins, in characters of the choice's text."""
+
+    id: int
+    logprobs: Logprobs | None
+    offset: int
+
+
 @dataclass
 class LogprobsWriter:
     """Collects tokens; `take` gives those whose text has come, since the last call."""
@@ -47,43 +56,34 @@ class LogprobsWriter:
     top: int
     offset: int = 0
     """Characters of the choice's text before the next token."""
-    _pieces: list[tuple[str, float | None, dict[str, float] | None, int]] = field(default_factory=list)
+    _tokens: list[ScoredToken] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int, logprobs: Logprobs | None, in_prompt: bool = False) -> None:
         """Take a token; a special one is text in a prompt and none in a continuation."""
-        name = self.names[token_id]
         data = self.names.bytes[token_id]
-        own, top = None, None
-        if logprobs is not None:
-            own = logprobs.own
-            top = {self.names[token]: value for token, value in logprobs.top[: self.top]}
-            top.setdefault(name, own)
-        self._pieces.append((name, own, top, self.offset))
-        self.offset += len(self._decoder.decode(data)) if data or not in_prompt else len(name)
+        self._tokens.append(ScoredToken(token_id, logprobs, self.offset))
+        self.offset += len(self._decoder.decode(data)) if data or not in_prompt else len(self.names[token_id])
 
     def _ready(self, sent: int | None) -> int:
         if sent is None:
-            return len(self._pieces)
-        return next((place for place, piece in enumerate(self._pieces) if piece[3] >= sent), len(self._pieces))
+            return len(self._tokens)
+        return next((place for place, token in enumerate(self._tokens) if token.offset >= sent), len(self._tokens))
 
     def pending(self, sent: int | None) -> bool:
         """Whether `take` has anything to give."""
         return self._ready(sent) > 0
 
-    def take(self, sent: int | None = None) -> dict[str, Any]:
-        """The tokens that begin before character `sent` of the choice's text, or all, as a choice's `logprobs`.
+    def take(self, sent: int | None = None) -> list[ScoredToken]:
+        """The tokens that begin before character `sent` of the choice's text, or all.
 
         A token whose text may still turn out to be part of a stop text waits, as the text does.
         """
         ready = self._ready(sent)
-        pieces, self._pieces = self._pieces[:ready], self._pieces[ready:]
-        keys = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        return (
-            dict(zip(keys, map(list, zip(*pieces, strict=True)), strict=True)) if pieces else {key: [] for key in keys}
-        )
+        tokens, self._tokens = self._tokens[:ready], self._tokens[ready:]
+        return tokens
 
 
 def prompt_logprobs(
@@ -114,6 +114,16 @@ class Prompt:
     echo: str | None = None
 
 
+class Piece(NamedTuple):
+    """What came of a choice between two looks; `scored` and `token_ids` are None where they are not asked for."""
+
+    text: str
+    scored: list[ScoredToken] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None
+
+
 @dataclass
 class ChoiceState:
     """One choice as its events come. With `keep_generated` false only the prompt is given back."""
@@ -139,9 +149,10 @@ class ChoiceState:
     """It ended, and not at a stop text: tokens without text count too."""
 
     @property
-    def scored(self) -> bool:
-        """Whether there are log-probabilities to take."""
-        return self.writer is not None and self.writer.pending(self._sent)
+    def has_news(self) -> bool:
+        """Whether there is anything to take: a token may have no text yet, or none at all."""
+        scored = self.writer is not None and self.writer.pending(self._sent)
+        return bool(self.text or self.finish_reason or self.ids or scored)
 
     @property
     def _sent(self) -> int | None:
@@ -187,18 +198,11 @@ class ChoiceState:
         # vLLM's rule: null where the model itself ended the text.
         self.stop_reason = None if event.stopped_by == eos_token_id else event.stopped_by
 
-    def take(self) -> dict[str, Any]:
-        """What came since the last call, as one entry of `choices`."""
+    def take(self) -> Piece:
+        """What came since the last call."""
         text, self.text = self.text, ""
-        found = {
-            "index": self.index,
-            "text": text,
-            "logprobs": None if self.writer is None else self.writer.take(self._sent),
-            "finish_reason": self.finish_reason,
-            "stop_reason": self.stop_reason,
-        }
-        if self.ids is not None:
-            found["token_ids"], self.ids = self.ids, []
-        if self.prompt_top is not None:
-            found["prompt_logprobs"] = self.prompt_logprobs
-        return found
+        ids = self.ids
+        if ids is not None:
+            self.ids = []
+        scored = None if self.writer is None else self.writer.take(self._sent)
+        return Piece(text, scored, self.finish_reason, self.stop_reason, ids)

@@ -1,4 +1,4 @@
-"""OpenAI's completions protocol, with the extras that vLLM's users know, and vLLM's /tokenize and /detokenize."""
+"""OpenAI's completions protocol, with the extras that vLLM's users know, and the path that chat shares with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from typing import Any
 
@@ -18,20 +19,23 @@ from serving.errors import InputError
 from serving.protocols.json_requests import while_connected
 from serving.protocols.model_status import model_status
 from serving.protocols.openai.choices import Prompt, token_names
-from serving.protocols.openai.schema import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serving.protocols.openai.layouts import Completions, Layout
+from serving.protocols.openai.sampling_fields import SamplingFields
+from serving.protocols.openai.schema import CompletionRequest
 from serving.protocols.openai.stream import Run, stream
-from serving.protocols.texts import LONG_TEXT, TooLongError, decode, encode_prompts, encode_texts
-from serving.sampling import MAX_SEED, SamplingParams
+from serving.protocols.texts import LONG_TEXT, TooLongError, encode_prompts
+from serving.sampling import DECLARATIONS, MAX_SEED, SamplingParams
+from serving.sampling.constraints import Grammar
 from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
 from serving.server.event_queue import beside_if, submit, time_left, time_limit
 from serving.server.event_stream import EventStream
+from serving.server.grammar_pool import compile_grammar
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
 from serving.server.request_bodies import read_body
 from serving.server.state import Server
-from serving.server.tracing import COMPLETION, start_span
+from serving.server.tracing import start_span
 
-DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 4096
 """Of one call."""
 _ENGINE_FIELDS = {"prompt", "n", "logprobs", "prompt_logprobs"} | {each.name for each in fields(SamplingParams)}
@@ -42,22 +46,47 @@ async def completions(request: Request) -> Response:
     server: Server = request.app.state.server
     body = await read_body(request, CompletionRequest)
     _check(body, server)
+
+    async def prepared(model: ServedModel) -> CompletionRequest:
+        return body
+
+    return await respond(request, body, prepared, Completions(), long=_takes_long(body))
+
+
+async def respond(
+    request: Request,
+    asked: SamplingFields,
+    prepare: Callable[[ServedModel], Awaitable[CompletionRequest]],
+    layout: Layout,
+    long: bool,
+) -> Response:
+    """Generate what `prepare` makes of a request for a model, and answer in `layout`, whole or as a stream.
+
+    `asked` is the request's body. Where the prompt takes `long` to read, the client may go away before it is.
+    """
+    server: Server = request.app.state.server
+    check_stream_options(asked)
+    wanted = asked.structured_output()
     limit, began = time_limit(request, server.settings.request_timeout), time.monotonic()
     request_id: str = request.state.request_id
     prompts: list[Prompt] = []
+    bodies: list[CompletionRequest] = []
 
     async def make(model: ServedModel) -> list[GenerationRequest]:
+        body = await prepare(model)
+        bodies[:] = [body]
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None or body.prompt_logprobs is not None:
             await asyncio.to_thread(token_names, model.engine)
-        long = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
-        # Reading prompts and building stop texts count in the request's time.
+        grammar = None if wanted is None else await compile_grammar(model.engine, wanted[1], wanted[0])
+        many = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
+        # Reading prompts, compiling a grammar and building stop texts count in the request's time.
         left = time_left(limit, began)
-        return await beside_if(long, lambda: make_requests(body, prompts, model, left, request_id))
+        return await beside_if(many, lambda: make_requests(body, prompts, model, left, request_id, grammar))
 
     try:
-        opening = submit(server.registry, model_name(server.registry, body.model), make)
-        model, generation = await (while_connected(request, opening) if _takes_long(body) else opening)
+        opening = submit(server.registry, model_name(server.registry, asked.model), make)
+        model, generation = await (while_connected(request, opening) if wanted or long else opening)
     except FieldError:
         raise
     except InputError as error:  # The engine's own.
@@ -65,13 +94,13 @@ async def completions(request: Request) -> Response:
     run: Run | None = None
     try:
         generation.watch(request)
-        span = start_span(COMPLETION, request.headers, model.name)
-        run = Run(body, model, prompts, generation, request_id, span, request.state)
-        if body.stream:  # At once: the engine has accepted it, and it may wait long for its first token.
+        span = start_span(layout.operation, request.headers, model.name)
+        run = Run(bodies[0], layout, model, prompts, generation, request_id, span, request.state)
+        if asked.stream:  # At once: the engine has accepted it, and it may wait long for its first token.
             return EventStream(stream(run), server.settings.ping_seconds)
         while run.take(await generation.next()):
             pass
-        answer = JSONResponse(run.answer([choice.take() for choice in run.choices], usage=True))
+        answer = JSONResponse(run.whole())
     except BaseException as error:
         if run is None:
             generation.close()
@@ -114,12 +143,16 @@ def _check(body: CompletionRequest, server: Server) -> None:
         raise FieldError("max_tokens is 0; that takes 'echo' or 'prompt_logprobs', or ask for at least 1", "max_tokens")
     if body.prompt_logprobs is not None and body.stream:
         raise FieldError("prompt_logprobs is not given in streams; leave out 'stream'", "prompt_logprobs")
-    if body.stream_options is not None and not body.stream:
-        raise FieldError("stream_options takes 'stream': true", "stream_options")
     if len(body.prompt) > server.settings.max_prompts:
         raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
     if len(body.prompt) * n > MAX_CHOICES:
         raise FieldError(f"{len(body.prompt)} prompts and n {n} make over {MAX_CHOICES} choices; lower n", "n")
+
+
+def check_stream_options(body: SamplingFields) -> None:
+    """Refuse options of a stream where there is none."""
+    if body.stream_options is not None and not body.stream:
+        raise FieldError("stream_options takes 'stream': true", "stream_options")
 
 
 async def read_prompts(
@@ -130,12 +163,12 @@ async def read_prompts(
     Raises FieldError for one over `most` tokens, and ContextLengthError.
     """
     tokenizer, engine = model.engine.tokenizer, model.engine
-    tokens = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+    tokens = body.max_tokens if body.max_tokens is not None else body.default_max_tokens or 1
     texts = [given for given in body.prompt if isinstance(given, str)]
     try:
         encoded = iter(await encode_prompts(tokenizer, texts, engine.n_positions, beside))
     except TooLongError as error:
-        raise ContextLengthError(engine.n_positions, f"{error}; shorten it", "prompt") from None
+        raise ContextLengthError(engine.n_positions, f"{error}; shorten it", body.prompt_field) from None
     prompts = []
     for given in body.prompt:
         ids = tuple(next(encoded) if isinstance(given, str) else given)
@@ -147,12 +180,12 @@ async def read_prompts(
     for prompt in prompts:
         length = len(prompt.ids)
         if most is not None and length > most:
-            raise FieldError(f"a prompt has {length} tokens; this server takes at most {most}", "prompt")
+            raise FieldError(f"a prompt has {length} tokens; this server takes at most {most}", body.prompt_field)
         if length + room > engine.n_positions:
             raise ContextLengthError(
                 engine.n_positions,
                 f"a prompt of {length} and max_tokens {tokens} do not fit; shorten one of them",
-                "prompt" if length >= engine.n_positions else "max_tokens",
+                body.prompt_field if length >= engine.n_positions else "max_tokens",
             )
     return prompts
 
@@ -170,12 +203,20 @@ def _prompt_top(body: CompletionRequest) -> int | None:
 
 
 def make_requests(
-    body: CompletionRequest, prompts: list[Prompt], model: ServedModel, limit: float | None, request_id: str
+    body: CompletionRequest,
+    prompts: list[Prompt],
+    model: ServedModel,
+    limit: float | None,
+    request_id: str,
+    grammar: Grammar | None = None,
 ) -> list[GenerationRequest]:
     if len(body.logit_bias) > model.engine.vocab_size:
         raise FieldError(f"logit_bias has more ids than the vocabulary, {model.engine.vocab_size}", "logit_bias")
-    values: dict[str, Any] = {
-        "max_new_tokens": max(1, body.max_tokens) if body.max_tokens is not None else DEFAULT_MAX_TOKENS,
+    tokens = body.max_tokens if body.max_tokens is not None else body.default_max_tokens
+    if tokens is None:
+        tokens = model.engine.n_positions - max(len(prompt.ids) for prompt in prompts)
+    values = {each.name: getattr(body, each.wire) for each in DECLARATIONS.values()} | {
+        "max_new_tokens": max(1, tokens),
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_k": None if body.top_k is None else max(0, body.top_k),
         "seed": secrets.randbelow(MAX_SEED) if body.seed is None else body.seed % (MAX_SEED + 1),
@@ -183,10 +224,7 @@ def make_requests(
         "logit_bias": tuple(body.logit_bias.items()),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
     }
-    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
-        values[name] = getattr(body, name)
-    values["ignore_eos"] = body.ignore_eos
-    if (body.min_tokens or 0) > (tokens := DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens):
+    if (body.min_tokens or 0) > tokens:
         raise FieldError(f"min_tokens is {body.min_tokens}, over max_tokens, {tokens}; lower it", "min_tokens")
     try:
         params = SamplingParams(**{name: value for name, value in values.items() if value is not None})
@@ -203,6 +241,7 @@ def make_requests(
             timeout=limit,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
             cache_salt=f"{CALLER.get()} {body.cache_salt or ''}",
+            grammar=grammar,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -218,6 +257,7 @@ def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
         "owned_by": "gpt2-bundle",
         "max_model_len": newest.bundle.manifest.model.n_positions,
         "example_prompt": newest.example_prompt,
+        "example_message": newest.example_message,
         **model_status(registry, name),
     }
 
@@ -238,41 +278,10 @@ async def model(request: Request) -> Response:
     return JSONResponse(_card(registry, name) if for_card else model_status(registry, name))
 
 
-async def tokenize(request: Request) -> Response:
-    """POST /tokenize."""
-    body = await read_body(request, TokenizeRequest)
-    registry: ModelRegistry = request.app.state.server.registry
-    engine = registry.get(model_name(registry, body.model)).engine
-    (ids,) = await while_connected(request, encode_texts(engine.tokenizer, [body.prompt]))
-
-    def answer() -> Response:
-        names = token_names(engine) if body.return_token_strs else None
-        strings = None if names is None else [names[token] for token in ids]
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": engine.n_positions, "tokens": ids, "token_strs": strings}
-        )
-
-    return await beside_if(len(ids) > LONG_TEXT, answer)
-
-
-async def detokenize(request: Request) -> Response:
-    """POST /detokenize."""
-    body = await read_body(request, DetokenizeRequest)
-    registry: ModelRegistry = request.app.state.server.registry
-    engine = registry.get(model_name(registry, body.model)).engine
-    wrong = max(body.tokens, default=0)
-    if wrong >= engine.vocab_size:
-        raise FieldError(f"tokens has {wrong}, but the vocabulary has {engine.vocab_size} tokens", "tokens")
-    (text,) = await while_connected(request, decode(engine.tokenizer, [body.tokens], special=True))
-    return JSONResponse({"prompt": text})
-
-
 def routes() -> list[Route]:
     """The routes of this module."""
     return [
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{model}", model),
-        Route("/tokenize", tokenize, methods=["POST"]),
-        Route("/detokenize", detokenize, methods=["POST"]),
     ]

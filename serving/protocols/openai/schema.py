@@ -1,29 +1,18 @@
-"""The bodies of the OpenAI completions protocol and of vLLM's /tokenize and /detokenize, as pydantic models."""
+"""The bodies of the OpenAI completions protocol and of vLLM's /detokenize, as pydantic models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
-from serving.engine.api import MAX_CONTINUATIONS, MAX_LOGPROBS
-from serving.protocols.openai.unsupported import refuse_unsupported
-from serving.sampling import MAX_BIAS, MAX_TEMPERATURE
-from serving.server.request_bodies import MAX_ID, RequestBody, token_ids, whole_number
+from serving.engine.api import MAX_LOGPROBS
+from serving.protocols.openai.sampling_fields import ID, SamplingFields, Whole
+from serving.server.request_bodies import MAX_ID, RequestBody, token_ids
 
 MAX_PROMPTS = 4096
 """In one body; a server takes fewer."""
-MAX_BIASES = 131_072
-"""More than any vocabulary that is served has."""
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 1024
-"""Characters of one; a call's continuations share an automaton of as many states."""
-MAX_STOP_IDS = 1024
-_ID = {"type": "integer", "minimum": 0, "maximum": MAX_ID}
-_IDS = {"type": "array", "items": _ID, "minItems": 1}
-
-_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_IDS = {"type": "array", "items": ID, "minItems": 1}
 
 Prompts = list[str] | list[list[int]]
 
@@ -47,38 +36,6 @@ def _prompts(value: Any) -> Prompts:
     return value if kind is str else [token_ids(item) for item in value]
 
 
-def _stops(value: Any) -> list[str]:
-    """`stop` as a list."""
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if isinstance(stops, list) and len(stops) > MAX_STOPS:
-        raise ValueError(f"must have at most {MAX_STOPS} strings")
-    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
-        raise ValueError("must be a non-empty string or a list of them")
-    if any(len(text) > MAX_STOP_LENGTH for text in stops):
-        raise ValueError(f"must be of at most {MAX_STOP_LENGTH} characters")
-    return stops
-
-
-def _bias(value: Any) -> dict[int, float]:
-    """`logit_bias`, whose keys JSON can only write as strings."""
-    problem = f"must give token ids, as strings, numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}"
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(problem)
-    if len(value) > MAX_BIASES:
-        raise ValueError(f"must have at most {MAX_BIASES} token ids")
-    # Each check runs over all of them without a loop of Python's own, since there may be a vocabulary of them.
-    amounts = list(value.values())
-    ids = all(map(str.isascii, value)) and all(map(str.isdigit, value)) and max(map(len, value), default=0) <= 10
-    if not ids or not set(map(type, amounts)) <= {int, float}:
-        raise ValueError(problem)
-    # A number that is none is no greater and no less than any other; the sum of all shows it.
-    if amounts and not (min(amounts) >= -MAX_BIAS and max(amounts) <= MAX_BIAS and abs(sum(amounts)) >= 0):
-        raise ValueError(problem)
-    return dict(zip(map(int, value), map(float, amounts), strict=True))
-
-
 def _texts(value: Any) -> str | list[str]:
     """A text, or several."""
     if isinstance(value, str):
@@ -90,35 +47,21 @@ def _texts(value: Any) -> str | list[str]:
     return value
 
 
-def _stop_ids(value: Any) -> list[int]:
-    return token_ids(value, MAX_STOP_IDS)
-
-
 Texts = Annotated[
     str | list[str],
     BeforeValidator(_texts),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
-_Whole = BeforeValidator(whole_number)
-_Natural = Annotated[int, Field(ge=0, le=MAX_ID), _Whole]
 
 
-class StreamOptions(RequestBody):
-    """What a stream carries beside its text."""
+class CompletionRequest(SamplingFields):
+    """A prompt to continue."""
 
-    include_usage: bool | None = Field(None, description="End with a chunk that has no choices but the usage.")
-    continuous_usage_stats: bool | None = Field(
-        None, description="With include_usage: each chunk has the usage up to it, as with vLLM."
-    )
+    default_max_tokens: ClassVar[int | None] = 16
+    """None is what the context has room for."""
+    prompt_field: ClassVar[str] = "prompt"
+    """What errors of the prompt name."""
 
-
-class CompletionRequest(RequestBody):
-    """A prompt to continue; null is the same as leaving a field out.
-
-    A field of other servers that would change the answer and is not done here is refused; others are ignored.
-    """
-
-    model: str | None = Field(None, description="A name from /v1/models; the first one if left out.")
     prompt: Annotated[
         Prompts,
         BeforeValidator(_prompts),
@@ -134,94 +77,19 @@ class CompletionRequest(RequestBody):
             }
         ),
     ] = Field(default_factory=lambda: [""], description="Text or token ids; an empty text starts a new document.")
-    max_tokens: _Natural | None = Field(None, description="Tokens to add at most; 0 only with echo.")
-    max_completion_tokens: _Natural | None = Field(None, description="Another name of max_tokens.")
-    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: Annotated[int, Field(ge=1, le=MAX_CONTINUATIONS), _Whole] | None = Field(
-        None, description="Continuations of each prompt."
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_ID), Whole] | None = Field(
+        None, description="Tokens to add at most; 0 only with echo."
     )
-    best_of: Annotated[int, _Whole] | None = Field(None, description="Only what n is.")
-    stop: Annotated[
-        list[str],
-        BeforeValidator(_stops),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    _STOP,
-                    {"type": "array", "items": _STOP, "maxItems": MAX_STOPS},
-                    {"type": "null"},
-                ]
-            }
-        ),
-    ] = Field(default_factory=list, description="Text that ends a continuation and is not part of it.")
+    best_of: Annotated[int, Whole] | None = Field(None, description="Only what n is.")
     echo: bool | None = Field(None, description="Give the prompt back before its continuation.")
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Whole] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = Field(
         None, description="How many of the likeliest tokens to report."
     )
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _Whole] | None = Field(
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole] | None = Field(
         None,
-        description="Report the prompt's own tokens, and so many of the likeliest at their places; not in streams.",
+        description="Report the prompt's tokens, and this many of the most likely at each position; not in streams.",
     )
-    logit_bias: Annotated[
-        dict[int, float],
-        BeforeValidator(_bias),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {
-                        "type": "object",
-                        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-                        "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
-                    },
-                    {"type": "null"},
-                ]
-            }
-        ),
-    ] = Field(default_factory=dict, description="Added to tokens' logits, by id.")
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _Whole] | None = Field(
-        None, description="Equal seeds give equal text; -1 is none."
-    )
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    stream: bool | None = Field(None, description="Answer with server-sent events, a chunk at a time.")
-    stream_options: StreamOptions | None = None
     suffix: str | None = Field(None, description="Not supported; GPT-2 continues text only at its end.")
-    user: str | None = Field(None, description="Ignored.")
-    top_k: Annotated[int, Field(ge=-1, le=MAX_ID), _Whole] | None = Field(
-        None, description="Sample among the k likeliest; 0 or -1 is all."
-    )
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    min_tokens: _Natural | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: (
-        Annotated[
-            list[int],
-            BeforeValidator(_stop_ids),
-            WithJsonSchema({"type": "array", "items": _ID, "maxItems": MAX_STOP_IDS}),
-        ]
-        | None
-    ) = None
-    cache_salt: str | None = Field(
-        None, min_length=1, max_length=256, description="Only requests of the same salt share prefixes of prompts."
-    )
-    return_token_ids: bool | None = Field(None, description="Give each choice's token ids too, as they come.")
-
-    @classmethod
-    def refuse(cls, fields: Mapping[str, Any]) -> None:
-        """See `RequestBody.refuse`."""
-        refuse_unsupported(fields)
-
-    @model_validator(mode="after")
-    def _one_name_each(self) -> CompletionRequest:
-        if self.max_completion_tokens is not None:
-            if self.max_tokens not in (None, self.max_completion_tokens):
-                raise ValueError("max_tokens and max_completion_tokens differ; leave one out")
-            self.max_tokens = self.max_completion_tokens
-        if self.seed == -1:
-            self.seed = None
-        return self
 
 
 class Logprobs(BaseModel):
@@ -299,6 +167,7 @@ class ModelCard(BaseModel):
     owned_by: str
     max_model_len: int
     example_prompt: str
+    example_message: str | None = Field(description="For chat completions; null where there is no chat template.")
     model_version_status: list[VersionState]
 
 
@@ -307,15 +176,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelCard]
-
-
-class TokenizeRequest(RequestBody):
-    """Text to turn into token ids."""
-
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = Field(None, description="Ignored: GPT-2 adds none.")
-    return_token_strs: bool | None = None
 
 
 class Tokens(BaseModel):
@@ -331,7 +191,7 @@ class DetokenizeRequest(RequestBody):
     """Token ids to turn into text."""
 
     model: str | None = None
-    tokens: Annotated[list[int], BeforeValidator(token_ids), WithJsonSchema({"type": "array", "items": _ID})]
+    tokens: Annotated[list[int], BeforeValidator(token_ids), WithJsonSchema({"type": "array", "items": ID})]
 
 
 class Text(BaseModel):

@@ -1,4 +1,4 @@
-"""One call of OpenAI's completions under way: its choices, its whole answer, or its stream of chunks."""
+"""One call of OpenAI's protocols under way: its choices, its whole answer, or its stream of chunks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.engine.api import Event, PromptEvent, TokenEvent
 from serving.protocols.openai.choices import ChoiceState, LogprobsWriter, Prompt, token_names
+from serving.protocols.openai.layouts import Layout
 from serving.protocols.openai.schema import CompletionRequest
 from serving.server.errors import error_of, failure_of
 from serving.server.event_queue import Generation
@@ -26,6 +27,7 @@ class Run:
     """One call under way: its choices, and the frame that each answer and chunk has."""
 
     body: CompletionRequest
+    layout: Layout
     model: ServedModel
     prompts: list[Prompt]
     generation: Generation
@@ -53,8 +55,8 @@ class Run:
         self.cached = 0
         self.eos_token_id = engine.eos_token_id
         self.frame: dict[str, Any] = {
-            "id": f"cmpl-{self.request_id}",
-            "object": "text_completion",
+            "id": f"{self.layout.id_prefix}{self.request_id}",
+            "object": self.layout.object,
             "created": int(time.time()),
             "model": self.model.name,
             "system_fingerprint": f"v{self.model.version}-{self.model.fingerprint}",
@@ -84,6 +86,10 @@ class Run:
                 raise error
             choice.on_finish(event, self.eos_token_id)
         return list(changed.values())
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer."""
+        return self.answer([self.layout.whole(choice) for choice in self.choices], usage=True)
 
     def answer(self, choices: list[dict[str, Any]], usage: bool) -> dict[str, Any]:
         """A whole answer or a chunk."""
@@ -123,6 +129,7 @@ async def stream(run: Run) -> AsyncGenerator[bytes, None]:
     What came since the last chunk goes out as one chunk for each choice. The frame is written once: building each
     chunk's JSON from scratch takes several times as long as the rest of a token's way.
     """
+    run.frame["object"] = run.layout.chunk_object
     head = b"data: " + json.dumps(run.frame)[:-1].encode() + b', "choices": ['
     options = run.body.stream_options
     with_usage = options is not None and bool(options.include_usage)
@@ -131,7 +138,7 @@ async def stream(run: Run) -> AsyncGenerator[bytes, None]:
     ended_by: BaseException | None = None
     try:
         while changed := run.take(await run.generation.next()):
-            pieces = [_chunk(choice) for choice in changed if _has_news(choice)]
+            pieces = [piece for choice in changed for piece in run.layout.chunks(choice)]
             if continuous:
                 tail = b'], "usage": ' + json.dumps(run.usage()).encode() + b"}\n\n"
             if pieces:
@@ -150,22 +157,3 @@ async def stream(run: Run) -> AsyncGenerator[bytes, None]:
         yield b"data: " + json.dumps({"error": openai_error(failure)}).encode() + b"\n\n" + _DONE
     finally:
         run.close(ended_by)
-
-
-def _has_news(choice: ChoiceState) -> bool:
-    """Whether there is anything to send: a token may have no text yet, or none at all."""
-    return bool(choice.text or choice.finish_reason or choice.ids or choice.scored)
-
-
-def _chunk(choice: ChoiceState) -> bytes:
-    """What came for `choice`, as JSON; the common case, text alone, by hand."""
-    if choice.writer is not None or choice.finish_reason is not None:
-        return json.dumps(choice.take()).encode()
-    text, choice.text = choice.text, ""
-    more = ""
-    if choice.ids is not None:
-        more, choice.ids = f', "token_ids": {choice.ids}', []
-    return (
-        f'{{"index": {choice.index}, "text": {json.dumps(text)}, "logprobs": null, "finish_reason": null, '
-        f'"stop_reason": null{more}}}'
-    ).encode()

@@ -1,4 +1,4 @@
-"""Fields of other servers' completions that change what an answer means and are not done here.
+"""Fields of other servers' requests that change what an answer means and are not done here.
 
 Leaving one out in silence would give an answer to another question, so it is refused by name, unless its value is one
 that changes nothing.
@@ -14,7 +14,6 @@ from serving.server.errors import FieldError
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # OpenAI
-    "response_format": ({"type": "text"},),
     "tools": (),
     "functions": (),
     # vLLM
@@ -30,12 +29,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
+    "guided_decoding_backend": ("guidance", "auto"),
+    "guided_whitespace_pattern": (),
     "thinking_token_budget": (),
     # llama.cpp
     "n_predict": (),
@@ -62,7 +57,44 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "watermark": (),
 }
 """With the values that change nothing, in addition to null, false and whatever is empty."""
+STRUCTURED: dict[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+"""The same for what protocols refuse that do not have structured output."""
+CHAT_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    # vLLM
+    "chat_template": (),
+    "documents": (),
+    "echo": (),
+    "prompt_logprobs": (),
+    "best_of": (1,),
+    # completions
+    "prompt": (),
+    "suffix": (),
+}
+"""The same for chat completions, in addition."""
 _INSTEAD = {
+    "grammar": "guided_grammar",
+    "json_schema": "response_format",
+    "guided_decoding_backend": "guidance",
+    "prompt": "messages, or /v1/completions",
+    "prompt_logprobs": "/v1/completions",
+    "echo": "/v1/completions",
     "n_predict": "max_tokens",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -73,10 +105,10 @@ _INSTEAD = {
 }
 
 
-def refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    """Raise FieldError for the first of `fields` that asks for what is not done here."""
-    for name in UNSUPPORTED.keys() & fields.keys():
+def refuse_unsupported(fields: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]] = UNSUPPORTED) -> None:
+    """Raise FieldError for the first of `fields` that asks for what `table` says is not done here."""
+    for name in table.keys() & fields.keys():
         value = fields[name]
-        if not any(value == nothing for nothing in (*_NOTHING, *UNSUPPORTED[name])):
+        if not any(value == nothing for nothing in (*_NOTHING, *table[name])):
             hint = f"use {_INSTEAD[name]}" if name in _INSTEAD else "leave it out"
             raise FieldError(f"{name} is not supported here; {hint}", name)

@@ -207,7 +207,7 @@ def _float(value: int | float) -> np.float32:
 
 def _bytes(name: str, value: Any) -> bytes:
     if isinstance(value, str):
-        # A lone surrogate, which JSON can say and UTF-8 cannot, is no character.
+        # A lone surrogate, which JSON can say and UTF-8 cannot, is not a character.
         return value.encode("utf-8", "replace")
     if isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str):
         try:

@@ -69,7 +69,7 @@ class Signature:
 
 
 async def run(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Run signature `name` ("" is serving_default) on `inputs`, all of the signature's and none beside.
+    """Run signature `name` ("" is serving_default) on `inputs`, all of the signature's and no others.
 
     Raises InputError for what a signature refuses, and what `serving.protocols.batch_completion.complete` raises.
     """
@@ -261,7 +261,7 @@ def _seed(seed: int) -> int:
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """`rows` as [rows, longest] int32, `fill` behind each one's own, and their lengths [rows] int32."""
+    """`rows` as [rows, longest] int32, padded on the right with `fill`, and their lengths [rows] int32."""
     lengths = np.array([len(row) for row in rows], np.int32)
     token_ids = np.full((len(rows), int(lengths.max())), fill, np.int32)
     for index, row in enumerate(rows):

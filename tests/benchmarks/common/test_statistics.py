@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.common.statistics import median_interval, noise, paired, unpaired, warm_from
+from benchmarks.common.statistics import SAME, UNKNOWN, median_interval, noise, paired, unpaired, warm_from
 
 
 def draws(count, factor=1.0, spread=0.02, seed=0):
@@ -21,7 +21,7 @@ def test_the_same_is_equal_and_a_tenth_more_is_not(compare):
     trials = 200
     equal = [compare(draws(7, seed=seed), draws(7, seed=seed + 1000)).call for seed in range(trials)]
     slower = [compare(draws(7, 1.1, seed=seed), draws(7, seed=seed + 1000)).call for seed in range(trials)]
-    assert equal.count("equal") >= 0.97 * trials
+    assert equal.count(SAME) >= 0.97 * trials
     assert slower.count("higher") >= 0.97 * trials and "lower" not in slower
 
 
@@ -32,7 +32,7 @@ repeats_of_two = st.integers(1, 9).flatmap(
         max_size=count,
     )
 )
-MIRRORED = {"higher": "lower", "lower": "higher", "equal": "equal", "unknown": "unknown"}
+MIRRORED = {"higher": "lower", "lower": "higher", SAME: SAME, UNKNOWN: UNKNOWN}
 
 
 @given(repeats_of_two, st.floats(1e-3, 1e3))
@@ -50,28 +50,28 @@ def test_a_verdict_knows_neither_unit_nor_side(pairs, unit):
     assert scaled.ratio == pytest.approx(verdict.ratio) and scaled.pairs == len(pairs)
     assert verdict.low <= verdict.ratio * (1 + 1e-9) and verdict.ratio <= verdict.high * (1 + 1e-9)
     for compare in (paired, unpaired):
-        assert compare(ours, ours).call in ("equal", "unknown") and compare(ours, ours).ratio == 1
+        assert compare(ours, ours).call in (SAME, UNKNOWN) and compare(ours, ours).ratio == 1
 
 
 def test_drift_that_hits_both_of_a_pair_hides_nothing():
     drift = np.linspace(1, 3, 7)
     ours, theirs = np.array(draws(7, 1.1, 0.01)) * drift, np.array(draws(7, 1.0, 0.01, 1)) * drift
     assert paired(ours.tolist(), theirs.tolist()).call == "higher"
-    assert unpaired(ours.tolist(), theirs.tolist()).call == "equal"
+    assert unpaired(ours.tolist(), theirs.tolist()).call == SAME
 
 
 def test_inside_the_noise_no_winner_is_named():
-    assert paired(draws(7, 1.1, 0.3), draws(7, 1.0, 0.3, 1)).call == "equal"
-    assert paired([1.005] * 7, [1.0] * 7).call == "equal"
+    assert paired(draws(7, 1.1, 0.3), draws(7, 1.0, 0.3, 1)).call == SAME
+    assert paired([1.005] * 7, [1.0] * 7).call == SAME
     assert paired([1.02] * 7, [1.0] * 7).call == "higher"
 
 
 def test_too_few_repeats_say_nothing():
     verdict = paired([2.0] * 4, [1.0] * 4)
-    assert (verdict.call, verdict.ratio, verdict.pairs) == ("unknown", 2.0, 4)
+    assert (verdict.call, verdict.ratio, verdict.pairs) == (UNKNOWN, 2.0, 4)
     assert paired([], []).ratio is None
     for verdict in (unpaired([], [1.0]), unpaired([1.0], [])):
-        assert (verdict.call, verdict.ratio) == ("unknown", None)
+        assert (verdict.call, verdict.ratio) == (UNKNOWN, None)
 
 
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
@@ -108,7 +108,7 @@ def test_warm_up_is_cut_where_it_ends():
 
 def run_of(repeats, machine, random, factor=1.0):
     """Median and 99th percentile of each repeat: 300 gaps of 15 % spread, 3 in 100 stalled up to tenfold, times what
-    the machine is worth at the moment.
+    the machine is worth now.
     """
     found = []
     for speed in machine[:repeats]:
@@ -137,7 +137,7 @@ def test_stalls_and_a_wandering_machine_fool_nobody(repeats, place, found_at_lea
         runs = [run_of(repeats, machine, random, factor)[place] for factor in (1.0, 1.0, 1.1)]
         equal.append(paired(runs[1], runs[0]).call)
         slower.append(paired(runs[2], runs[0]).call)
-    assert equal.count("equal") >= 0.95 * trials
+    assert equal.count(SAME) >= 0.95 * trials
     assert slower.count("higher") >= found_at_least * trials
     assert slower.count("lower") <= 0.02 * trials
 
@@ -151,17 +151,17 @@ def test_two_records_of_a_steady_machine_are_told_apart_by_a_tenth_alone(repeats
         first = run_of(repeats, before, random)[0]
         equal.append(unpaired(run_of(repeats, again, random)[0], first).call)
         slower.append(unpaired(run_of(repeats, later, random, 1.1)[0], first).call)
-    assert equal.count("equal") >= 0.95 * trials
+    assert equal.count(SAME) >= 0.95 * trials
     assert slower.count("higher") >= 0.97 * trials
 
 
 def test_a_machine_that_wanders_by_some_percent_between_runs_is_no_change():
     steady = [99.5, 100.0, 100.2, 99.8, 100.1, 100.3, 99.9]
-    assert unpaired([1.04 * value for value in steady], steady).call == "equal"
+    assert unpaired([1.04 * value for value in steady], steady).call == SAME
     assert paired([1.04 * value for value in steady], steady).call == "higher"
     assert unpaired([1.1 * value for value in steady], steady).call == "higher"
     # A twentieth of the intervals of 95 % leave out 1 by chance, and records have dozens.
     before = [3.31, 3.53, 3.45, 3.52, 4.03, 3.72, 3.92]
     after = [4.20, 3.83, 4.12, 4.99, 15.8, 4.54, 3.68]
     found = unpaired(after, before)
-    assert found.low > 1 and found.call == "equal"
+    assert found.low > 1 and found.call == SAME

@@ -12,12 +12,13 @@ import pytest
 
 from benchmarks.suite.figures.latency_metrics import Objectives
 from benchmarks.suite.load.schedule import Lengths, Planner
-from benchmarks.suite.regression_gate import BudgetError, changes, check_baseline, check_budgets, compare, read_record
+from benchmarks.suite.record import read_record
+from benchmarks.suite.regression_gate import BudgetError, changes, check_baseline, check_budgets, compare
 from benchmarks.suite.report.markdown import to_markdown
 from benchmarks.suite.report.tables import to_csv
 from benchmarks.suite.resume import Earlier
 from benchmarks.suite.run import measure
-from benchmarks.suite.targets.base import Answer
+from benchmarks.suite.targets.base import Completion
 from serving.errors import InputError, RuntimeMissingError
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
@@ -27,7 +28,7 @@ CLOCK = LoopClock()
 class Known:
     """First token after 100 ms and a further one each 20 ms, each times `slower` and up to 1 % of noise."""
 
-    label, precision, stand_in = "known", None, True
+    label, precision, emulator = "known", None, True
 
     def __init__(self, name, slower=1.0, seed=0, token=7):
         self.name, self.slower, self.random, self.token = name, slower, random.Random(seed), token
@@ -47,7 +48,7 @@ class Known:
             noise = 1 + self.random.uniform(-0.01, 0.01)
             await asyncio.sleep((0.02 if index else 0.1) * self.slower * noise)
             times.append(CLOCK.now())
-        return Answer(tuple(times), times[-1], started=started, tokens=(self.token,) * request.new_tokens)
+        return Completion(tuple(times), times[-1], started=started, tokens=(self.token,) * request.new_tokens)
 
 
 def record(*targets, repeats=7):
@@ -120,7 +121,7 @@ def test_a_run_that_was_ended_goes_on_with_what_is_whole():
         with pytest.raises(InputError, match=words):
             measured(target, earlier=Earlier(kept[2]), **change)
     elsewhere = kept[2] | {"environment": kept[2]["environment"] | {"cpu": "another", "versions": {}}}
-    with pytest.raises(InputError, match="other machine and versions; delete it, or pass no --resume"):
+    with pytest.raises(InputError, match="other machine and versions; delete it, or leave out --resume"):
         measured(Known("a"), earlier=Earlier(elsewhere))
 
 
@@ -133,8 +134,8 @@ def test_two_alike_have_no_winner_and_ten_percent_have_one():
 
 def test_two_runs_of_the_same_are_equal_and_a_slow_down_is_worse():
     before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
-    assert {change.word for change in changes(before, again)} == {"equal"}
-    assert compare(before, again)[-1].split() == ["in", "all", "10", "equal"]
+    assert {change.word for change in changes(before, again)} == {"not distinguishable"}
+    assert compare(before, again)[-1].split() == ["in", "all", "10", "not", "distinguishable"]
     worse = [line for line in compare(before, slow) if "one at a time" in line]
     assert len(worse) == 5 and all(line.strip().startswith("WORSE") for line in worse)
     assert "+10." in worse[0] or "+9." in worse[0]
@@ -153,7 +154,7 @@ def test_a_machine_that_was_slower_is_said():
 def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
     before, again, slow = record(Known("a", seed=1)), record(Known("a", seed=2)), record(Known("a", slower=1.1, seed=3))
     assert check_baseline(again, before, 0.0) == compare(before, again)
-    with pytest.raises(BudgetError, match=r"WORSE  a \(stand-in\), one at a time, p50_ttft_ms: .* \(\+\d") as caught:
+    with pytest.raises(BudgetError, match=r"WORSE  a \(emulator\), one at a time, p50_ttft_ms: .* \(\+\d") as caught:
         check_baseline(slow, before, 0.05)
     assert "one at a time, output_tokens_per_second" in str(caught.value), "of which more is better"
     assert "WORSE" in "".join(check_baseline(slow, before, 0.15))
@@ -162,15 +163,15 @@ def test_a_baseline_is_kept_by_its_like_and_not_by_a_slow_down():
 
 def test_a_row_that_is_gone_or_fails_does_not_keep_a_baseline():
     both, one = record(Known("a", seed=1), Known("b", seed=2)), record(Known("a", seed=1))
-    with pytest.raises(BudgetError, match=r"^b .stand-in., one at a time: not in the record; b .*, 10 a second"):
+    with pytest.raises(BudgetError, match=r"^b .emulator., one at a time: not in the record; b .*, 10 a second"):
         check_baseline(one, both, 1.0)
-    assert "only before  b (stand-in), one at a time" in "\n".join(compare(both, one))
-    assert "only after  b (stand-in), one at a time" in "\n".join(compare(one, both))
+    assert "only before  b (emulator), one at a time" in "\n".join(compare(both, one))
+    assert "only after  b (emulator), one at a time" in "\n".join(compare(one, both))
     failed = copy.deepcopy(one)
     failed["points"][0]["rows"][0]["errors"] = ["it went away"]
-    with pytest.raises(BudgetError, match=r"^a \(stand-in\), one at a time: it went away$"):
+    with pytest.raises(BudgetError, match=r"^a \(emulator\), one at a time: it went away$"):
         check_baseline(failed, one, 1.0)
-    assert "failed  a (stand-in), one at a time: it went away" in "\n".join(compare(one, failed))
+    assert "failed  a (emulator), one at a time: it went away" in "\n".join(compare(one, failed))
 
 
 def test_records_of_two_bundles_are_compared_and_named():
@@ -190,7 +191,7 @@ def test_what_was_not_asked_for_by_name_and_does_not_start_is_named_and_left_out
     made = run_virtual(work([Absent("b"), Known("a")], {"c": "elsewhere"}))
     assert made["not_measured"] == {"c": "elsewhere", "b": "it is not installed here"}
     assert [each["name"] for each in made["targets"]] == ["a"] == [row["target"] for row in made["points"][0]["rows"]]
-    assert "- b: not measured: it is not installed here" in to_markdown(
+    assert "- b was not measured: it is not installed here" in to_markdown(
         {"bundle": "x", "client_overhead_ms": None} | made
     )
     for targets, missing in (([Absent("b"), Known("a")], None), ([Absent("b")], {})):
@@ -211,7 +212,7 @@ def test_budgets():
 def test_other_tokens_and_stand_ins_are_said_in_the_tables():
     made = record(Known("a"), Known("b", token=8), repeats=1)
     text = to_markdown(made)
-    assert "a (stand-in)" in text and "OUTPUTS DIFFER; alike are: a (stand-in); b (stand-in)" in text
+    assert "a (emulator)" in text and "OUTPUTS DIFFER within one precision: a (emulator) | b (emulator)" in text
     assert len(to_csv(made).splitlines()) == 1 + 2 * 2 * len(made["points"][0]["rows"][0]["figures"])
 
 
@@ -225,17 +226,17 @@ def test_ids_are_compared_with_a_servers_text():
     decode = lambda ids: "".join(map(str, ids))  # noqa: E731
     made = run_virtual(measure(targets, [schedule], CLOCK, repeats=1, objectives=Objectives(), decode=decode))
     text = to_markdown({"bundle": "x", "client_overhead_ms": None} | made)
-    assert "alike are: a (stand-in), b (stand-in); c (stand-in)" in text
+    assert "one precision: a (emulator), b (emulator) | c (emulator)" in text
 
 
 def test_what_is_no_record_is_refused(tmp_path):
     path = tmp_path / "r.json"
-    schema = '{"schema": "gpt2-bundle-bench/1", "points": '
+    schema = '{"schema": "gpt2-bundle-bench/2", "points": '
     for text, why in {
         "{": "not a record", "": "not a record", "[]": "it has no schema", '{"rows": []}': "it has no schema",
         '{"schema": "other"}': "its schema is 'other'", schema + "[1]}": "not a record",
         schema + "[]}": "nothing was measured", schema[:-2] + " [], " + '"x": 1}': "not a record",
-        '{"schema": "gpt2-bundle-bench/1"}': "it lacks 'points'", schema + '[{"rows": [{}]}]}': "it lacks",
+        '{"schema": "gpt2-bundle-bench/2"}': "it lacks 'points'", schema + '[{"rows": [{}]}]}': "it lacks",
     }.items():  # fmt: skip
         path.write_text(text)
         with pytest.raises(InputError, match=why) as caught:

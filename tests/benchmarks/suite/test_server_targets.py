@@ -17,7 +17,7 @@ from benchmarks.suite.figures.record_rows import peak_rss
 from benchmarks.suite.load.events import differing
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.targets import started_tf_serving
-from benchmarks.suite.targets.generate import GenerateTarget, moments_of, split_model
+from benchmarks.suite.targets.generate import GenerateTarget, split_model, timestamps_of
 from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 from serving.bundle import open_bundle
 from serving.errors import InputError, RuntimeMissingError, ServerError
@@ -60,11 +60,11 @@ def test_a_tensorflow_serving_elsewhere_gives_the_same_tokens_by_every_way(bundl
         for kind in ("tfserving", "tfserving-rest", "tfserving-predict", "tfserving-rest-predict"):
             server.run_calls.clear()
             address = server.url if "rest" in kind else server.address
-            target = open_target(bundle, f"{kind}={address}", batch=1, stand_in=True)
+            target = open_target(bundle, f"{kind}={address}", batch=1, emulator=True)
             found = drive(schedule, target)
             agree(found, expected)
             whole = kind.endswith("predict")
-            assert target.stand_in and target.label.endswith("whole answers" if whole else "its slots")
+            assert target.emulator and target.label.endswith("whole answers" if whole else "its slots")
             assert all(each.streamed is not whole and each.counted for each in found)
             # A whole answer is one call, or another behind each end token.
             made = {"serving_default"} if whole else {"prefill_slots", "decode_slots", "release_slots"}
@@ -98,7 +98,7 @@ def test_slots_that_the_server_lacks_are_whole_answers_and_past_the_end_token_an
 
 
 def test_tensorflow_serving_is_started_driven_and_ended(bundle, schedule, expected, tmp_path, monkeypatch):
-    script = f'#!/bin/sh\nexec {sys.executable} -m tests.benchmarks.suite.model_server_stand_in "$@"\n'
+    script = f'#!/bin/sh\nexec {sys.executable} -m tests.benchmarks.suite.model_server_emulator "$@"\n'
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", program(tmp_path, script))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -123,7 +123,7 @@ def test_tensorflow_serving_is_started_driven_and_ended(bundle, schedule, expect
         monkeypatch.setenv("MODEL_SERVER_BEHIND", ",".join(ports))
         agree(asyncio.run(work()), expected)
         assert set(server.run_calls) == {"prefill_slots", "decode_slots", "release_slots"}
-    assert target.stand_in and "no TensorFlow ModelServer" in target.label and seen["rss"] > 5 << 20
+    assert target.emulator and "no TensorFlow ModelServer" in target.label and seen["rss"] > 5 << 20
     assert target.pid() is None and not Path(f"/proc/{seen['pid']}").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["server"]
 
@@ -132,7 +132,7 @@ def test_a_server_that_says_tensorflow_modelserver_is_no_stand_in(tmp_path, monk
     said = "echo 'TensorFlow ModelServer: 2.21.0-rc1+dev'; echo 'TensorFlow Library: 2.21.0'"
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", program(tmp_path, f"#!/bin/sh\n{said}\n"))
     found = started_tf_serving.find_server()
-    assert not found.stand_in and found.label == "tensorflow_model_server 2.21.0-rc1+dev"
+    assert not found.emulator and found.label == "tensorflow_model_server 2.21.0-rc1+dev"
 
 
 def test_a_server_that_does_not_start_says_its_last_words_in_one_line(bundle, tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_container_engine_runs_the_official_image_with_the_deployment(bundle, 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(started_tf_serving, "_START", 0.5)
     target = open_target(bundle, "tfserving", batch=1)
-    assert not target.stand_in and target.label == f"{started_tf_serving.image()} in docker"
+    assert not target.emulator and target.label == f"{started_tf_serving.image()} in docker"
     with pytest.raises(ServerError, match="no model was AVAILABLE"):
         drive(None, target)
     given = (tmp_path / "arguments").read_text().split("\n")
@@ -213,7 +213,7 @@ def test_our_own_server_by_tensorflow_servings_protocols(kind, bundle, schedule,
     target = open_target(bundle, f"{kind}=ort/fp32", batch=4)
     found = drive(schedule, target)
     agree(found, expected)
-    assert all(not each.streamed for each in found) and not target.stand_in
+    assert all(not each.streamed for each in found) and not target.emulator
 
 
 def test_names_without_an_address_and_servers_that_are_not_there(bundle):
@@ -283,10 +283,10 @@ def test_triton_streams_text_and_its_tokens_are_counted_as_it_says(bundle, sched
 
 
 def test_pieces_that_are_fewer_than_tokens_share_only_where_the_server_says_that_all_were_made():
-    assert moments_of([1.0, 2.0], [1, 2], None, 3, 9.0) == ([1.0, 2.0, 2.0], True)
-    assert moments_of([1.0, 2.0], [], None, 2, 9.0) == ([1.0, 2.0], True)
-    assert moments_of([1.0, 2.0], [], "length", 4, 9.0) == ([1.0, 1.0, 2.0, 2.0], False)
-    assert moments_of([1.0, 2.0], [], "stop", 4, 9.0) == ([1.0, 2.0], False)
+    assert timestamps_of([1.0, 2.0], [1, 2], None, 3, 9.0) == ([1.0, 2.0, 2.0], True)
+    assert timestamps_of([1.0, 2.0], [], None, 2, 9.0) == ([1.0, 2.0], True)
+    assert timestamps_of([1.0, 2.0], [], "length", 4, 9.0) == ([1.0, 1.0, 2.0, 2.0], False)
+    assert timestamps_of([1.0, 2.0], [], "stop", 4, 9.0) == ([1.0, 2.0], False)
     assert split_model("http://h:1/m") == ("http://h:1", "m") and split_model("h:1") == ("h:1", None)
     assert GenerateTarget.precision is None
 

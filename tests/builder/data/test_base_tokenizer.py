@@ -128,7 +128,7 @@ def test_the_default_of_gpt2config_is_no_statement_about_a_small_tokenizer(folde
     change(folder / "config.json", eos_token_id=50256, bos_token_id=50256)
     base = read(folder, rows=50257 + 47)
     assert base.ids.eos == 268
-    assert any("config.json: eos_token_id 50256 is no token of this tokenizer" in note for note in base.notes)
+    assert any("config.json: eos_token_id 50256 is not a token of this tokenizer" in note for note in base.notes)
 
 
 @pytest.mark.parametrize("folder", ["chatml_v5"], indirect=True)

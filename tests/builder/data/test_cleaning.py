@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from builder.data.cleaning import (
     collapse_symbols,
     drop_symbols,
-    normalise,
+    normalize,
     remove_invisible,
     remove_lines,
     steps,
@@ -30,8 +30,8 @@ TEXTS = st.one_of(st.text(), st.text(alphabet=ODD, max_size=60))
 @pytest.mark.parametrize(
     ("step", "before", "after"),
     [
-        (lambda text: normalise(text, "NFC"), "cafe\u0301 ﬁ", "café ﬁ"),
-        (lambda text: normalise(text, "NFKC"), "cafe\u0301 ﬁ Ａ", "café fi A"),
+        (lambda text: normalize(text, "NFC"), "cafe\u0301 ﬁ", "café ﬁ"),
+        (lambda text: normalize(text, "NFKC"), "cafe\u0301 ﬁ Ａ", "café fi A"),
         (remove_invisible, "\ufeffzero\u200bwidth so\xadft\x07 \x1b[31mred\x1b[0m\t\r\n", "zerowidth soft red\t\r\n"),
         (collapse_symbols, "Title\n======\na ~~~~ b --- c ────┐", "Title\n===\na ~~~ b --- c ─"),
         (collapse_symbols, "好！！！！吗。。。。～～～～～※※※※★★★★★【【【【", "好！！！吗。。。～～～※※※★★★【【【"),
@@ -42,7 +42,7 @@ TEXTS = st.one_of(st.text(), st.text(alphabet=ODD, max_size=60))
         (strip_html, "<td>1</td><td>2</td>", " 1  2 "),
         (lambda text: tidy_space(text, words=False), "\n  a  b \r\n\t\r\n\n\nc\u2028d\n ", "  a  b\n\nc\nd"),
         (lambda text: tidy_space(text, words=True), "  a \t b\xa0c\n  d", "  a b c\n  d"),
-        (lambda text: remove_lines(text, {"licence"}), "a\n  licence \nb", "a\nb"),
+        (lambda text: remove_lines(text, {"license"}), "a\n  license \nb", "a\nb"),
         (lambda text: trim(text, 12), "first line\nsecond line", "first line"),
         (lambda text: trim(text, 12), "one two three four", "one two"),
         (lambda text: trim(text, 7), "one two three", "one two"),
@@ -56,7 +56,7 @@ def test_each_step_by_example(step: Callable[[str], tuple[str, bool]], before: s
 @pytest.mark.parametrize(
     ("step", "text"),
     [
-        (lambda text: normalise(text, "NFC"), "café ﬁ"),
+        (lambda text: normalize(text, "NFC"), "café ﬁ"),
         (remove_invisible, "می\u200cخواهم 👩\u200d💻\ta\r\nb"),
         (collapse_symbols, "a --- b ... c ((((([[[[[\"\"\"\"\"''''' |"),
         (collapse_symbols, "真的！！！……评分★★★☆☆ ああーーーー １００００００ 々々々々 ））））"),
@@ -65,7 +65,7 @@ def test_each_step_by_example(step: Callable[[str], tuple[str, bool]], before: s
         (strip_html, "List<String> x = a < b && c > d; def f[T](x: <T>) -> 'a<b'"),
         (strip_html, "<![x"),
         (lambda text: tidy_space(text, words=True), "  a b\n\n  c"),
-        (lambda text: remove_lines(text, {"licence"}), "a licence\nb"),
+        (lambda text: remove_lines(text, {"license"}), "a license\nb"),
         (lambda text: trim(text, 3), "abc"),
     ],
 )

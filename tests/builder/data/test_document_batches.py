@@ -24,7 +24,7 @@ from builder.keras_backend import keras
 from builder.model.gpt2 import named_variables
 from builder.recipe import TrainingRecipe
 from builder.training.checkpoints import FILE
-from builder.training.freezing import choose_trainable
+from builder.training.freezing import set_trainable
 from builder.training.metrics_log import MetricsLog, read_metrics
 from builder.training.trainer import LanguageModel, evaluate, fit
 from serving.errors import InputError
@@ -54,7 +54,7 @@ TRAIN, VALIDATION = shard(120, 1), shard(30, 2)
 def train(folder: Path, recipe: TrainingRecipe, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     keras.utils.set_random_seed(7)
     model = LanguageModel.create(GEOMETRY)
-    choose_trainable(model, recipe)
+    set_trainable(model, recipe)
     options = {"notify": lambda event: None} | options
     train_on, validation = options.pop("train_on", TRAIN), options.pop("validation", VALIDATION)
     history = fit(model, recipe, train_on, validation, seed=1, folder=folder, run_id="run", **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import jinja2
 import pytest
 from tokenizers import Tokenizer
 
+from builder.data import masked_shards, token_shards
 from builder.data.cleaning import steps, trim
 from builder.data.corpus import prepare_corpus
 from builder.data.documents import Document, read_file
@@ -113,7 +116,7 @@ def test_records_that_are_none(tmp_path: Path, record: Any, recipe: InstructionR
         (["instruction.prompt_field=a"], ["instruction.prompt_field", "response_field"]),
         (["instruction.input_field=a"], ["instruction.input_field", "prompt_field"]),
         (["instruction.messages_field=a"], ["instruction.messages_field", "corpus.paths"]),
-        (["instruction.user_template={prompt}"], ["user_template", "{prompt} is no placeholder", "{content}"]),
+        (["instruction.user_template={prompt}"], ["user_template", "{prompt} is not a placeholder", "{content}"]),
         (["instruction.user_template={content!r}"], ["user_template", "no placeholder"]),
         (["instruction.user_template={content} {"], ["user_template", "braces"]),
         (["instruction.assistant_template=Response:"], ["assistant_template", "{content} 0 times"]),
@@ -155,7 +158,7 @@ def test_records_with_what_is_no_text_are_counted(tmp_path: Path) -> None:
     ]
     path, skipped = lines(tmp_path / "a.jsonl", [good, *bad]), Counter[str]()
     assert len(list(read_instructions(path, CorpusRecipe(), CHAT, skipped))) == 1
-    assert skipped == {"part that is no text": 1, "tool call instead of text": 1, "number instead of text": 1,
+    assert skipped == {"part that is not text": 1, "tool call instead of text": 1, "number instead of text": 1,
                        "null instead of text": 1}  # fmt: skip
     for record in bad:
         with pytest.raises(InputError, match="line 1"):
@@ -284,6 +287,44 @@ def test_shards_and_masks(tokenizer: Tokenizer, tmp_path: Path) -> None:
         open_shard(path, end)
 
 
+def test_a_masked_shard_that_was_broken_off_is_resumed(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masked_shards, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(token_shards, "_BATCHES_A_NOTE", 1)
+    template = Template.of(CHAT)
+    documents = [
+        Document("", "").with_segments(template.segments([("user", f"x {n}"), ("assistant", "Hello " * (n % 9))]))
+        for n in range(60)
+    ]
+    whole, broken = tmp_path / "whole.bin", tmp_path / "broken.bin"
+    taken: list[int] = []
+
+    def breaking() -> Iterator[Document]:
+        yield from documents[:45]
+        raise RuntimeError("killed")
+
+    def counting() -> Iterator[Document]:
+        for number, document in enumerate(documents):
+            taken.append(number)
+            yield document
+
+    for cut in (True, False):
+        options: dict[str, Any] = {"max_tokens": 40, "trim": cut}
+        write_masked_tokens(documents, tokenizer, whole, **options)
+        with pytest.raises(RuntimeError):
+            write_masked_tokens(breaking(), tokenizer, broken, resume_key="key", **options)
+        noted = json.loads(broken.with_suffix(".progress").read_text())
+        assert noted["taken"] > 30 and noted["no_response"] and noted["too_long"]
+        for place in (broken, broken.with_suffix(".mask")):
+            with place.open("ab") as file:
+                file.write(b"half of a batch that was not noted")
+        write_masked_tokens(counting(), tokenizer, broken, resume_key="key", **options)
+        for ending in (".bin", ".mask", ".json"):
+            assert broken.with_suffix(ending).read_bytes() == whole.with_suffix(ending).read_bytes(), ending
+        broken.with_suffix(".progress").unlink()
+
+
 def test_preparation_counts_what_the_loss_counts(tmp_path: Path) -> None:
     records = [{"instruction": f"Count to {n} please.", "input": "", "output": " ".join(map(str, range(n)))}
                for n in range(2, 80)]  # fmt: skip
@@ -301,6 +342,8 @@ def test_preparation_counts_what_the_loss_counts(tmp_path: Path) -> None:
     assert "What the loss counts, validation" in (tmp_path / "p/report.html").read_text()
     config = json.loads((tmp_path / "p/tokenizer/tokenizer_config.json").read_text())
     assert "### Response:" in config["chat_template"]
+    messages = json.loads((tmp_path / "p/prepare.json").read_text())["example_messages"]
+    assert messages and all(re.fullmatch(r"Count to \d+ please\.", message) for message in messages)
 
 
 def test_functions_of_the_standard_library() -> None:

@@ -19,7 +19,7 @@ from serving.errors import InputError
 COUNTS = {"news": 200, "poems": 30, "": 7}
 
 
-def labelled(path: Path) -> Path:
+def labeled(path: Path) -> Path:
     records = [
         {"text": f"Document {number} of kind {label!r}, not like the others.", "kind": label or None}
         for label, count in COUNTS.items()
@@ -33,7 +33,7 @@ def labelled(path: Path) -> Path:
 def prepared(folder: Path, balance: str, cap: int = 0, seed: int = 1) -> tuple[list[str], list[str], dict[str, object]]:
     """The texts of both sides, and the report."""
     corpus = CorpusRecipe(
-        paths=(str(labelled(folder / "a.jsonl")),), label_field="kind", balance=balance, label_cap=cap,
+        paths=(str(labeled(folder / "a.jsonl")),), label_field="kind", balance=balance, label_cap=cap,
         validation_fraction=0.2,
     )  # fmt: skip
     out = folder / "out"

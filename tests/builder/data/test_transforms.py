@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.data import curation
+from builder.data import corpus_filtering
 from builder.data.corpus import iter_texts, prepare_corpus
 from builder.data.transforms import load_transform, transform_hash
 from builder.recipe import CleaningRecipe, CorpusRecipe, Recipe
@@ -28,7 +28,7 @@ def write(folder: Path, source: str = SOURCE) -> str:
 def test_texts_go_through_it_before_they_are_cleaned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(curation, "_CHUNK_DOCUMENTS", 10)
+    monkeypatch.setattr(corpus_filtering, "_CHUNK_DOCUMENTS", 10)
     (tmp_path / "texts.txt").write_text("".join(f"ab ==== number {n} of the lines\n" for n in range(200)))
     corpus = CorpusRecipe(paths=(str(tmp_path / "texts.txt"),), document="line", transform=write(tmp_path))
     recipe = Recipe(corpus=corpus, cleaning=CleaningRecipe(symbols="collapse"))

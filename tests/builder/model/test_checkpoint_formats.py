@@ -178,7 +178,7 @@ def test_two_in_front_are_not_one(spoil: Callable[[dict[str, Any]], Path]) -> No
 
 
 def test_whole_numbers_are_refused(spoil: Callable[[dict[str, Any]], Path]) -> None:
-    refused(spoil({"ln_f.bias": np.zeros(24, np.int32)}), "is int32, which is no plain float")
+    refused(spoil({"ln_f.bias": np.zeros(24, np.int32)}), "is int32, which is not a plain float")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 800, 0.5, -1])

@@ -147,7 +147,7 @@ def http(kind: type[errors.HfHubHTTPError], said: str) -> Exception:
     [
         (http(errors.RepositoryNotFoundError, "404 Client Error.\n\nRepository Not Found"), "no such repository, or"),
         (http(errors.GatedRepoError, "403 Client Error.\n\nAccess restricted"), "is gated; accept its terms there"),
-        (errors.HFValidationError("Repo id must be in the form 'name'"), "no name of a hub repository"),
+        (errors.HFValidationError("Repo id must be in the form 'name'"), "not a name of a hub repository"),
         (
             errors.LocalEntryNotFoundError("Got: ConnectError: Name or service not known\nAn error happened"),
             r"cannot be reached \(ConnectError: Name or service not known\) and its cache has no whole copy; name a",
@@ -232,4 +232,4 @@ def test_a_partial_snapshot_is_read_if_it_has_what_is_needed(
     assert resolve_base("gpt2").weights == checkpoint
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot be reached"):
-        resolve_base("gpt2")
+        resolve_base("openai-community/gpt2")

@@ -126,7 +126,7 @@ def test_quantised_weights_are_refused(checkpoint: Path) -> None:
     stored = load_file(checkpoint / "model.safetensors")
     stored["transformer.h.0.mlp.c_fc.weight"] = stored["transformer.h.0.mlp.c_fc.weight"].astype(np.int8)
     save_file(stored, checkpoint / "model.safetensors")
-    refused(checkpoint, r"tensor 'transformer\.h\.0\.mlp\.c_fc\.weight' is int8, which is no plain float; widen it")
+    refused(checkpoint, r"tensor 'transformer\.h\.0\.mlp\.c_fc\.weight' is int8, which is not a plain float type")
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

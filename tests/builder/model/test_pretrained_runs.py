@@ -52,7 +52,7 @@ def test_a_run_prepared_anew_is_refused(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     later = (run / "train" / "stage.json").stat().st_mtime + 5
     os.utime(run / "prepare" / "stage.json", (later, later))
-    with pytest.raises(InputError, match="run: this run was prepared anew since it was trained"):
+    with pytest.raises(InputError, match="run: this run was prepared again since it was trained"):
         local_base(str(run))
 
 

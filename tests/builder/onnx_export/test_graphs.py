@@ -19,7 +19,7 @@ from tests.oracles.fixtures import FOLDER, NAMES, keras_model, max_difference, r
 TOLERANCE = 1e-4
 # GroupQueryAttention takes heads of a multiple of 8 only: those of "odd_heads", of 5, are padded.
 OPTIMISED = NAMES
-BOTH = [(name, "portable") for name in NAMES] + [(name, "optimised") for name in OPTIMISED]
+BOTH = [(name, "portable") for name in NAMES] + [(name, "optimized") for name in OPTIMISED]
 GraphPath = Callable[[str, str], Path]
 
 
@@ -60,7 +60,7 @@ def test_checker_and_shape_inference_find_nothing(name: str, kind: str, graph_pa
 def test_inputs_and_outputs(name: str, kind: str, graph_path: GraphPath) -> None:
     geometry = keras_model(name).geometry
     graph = read(graph_path(name, kind)).graph
-    shared = kind == "optimised"
+    shared = kind == "optimized"
     past, present = ("max_sequence_length",) * 2 if shared else ("past_sequence_length", "total_sequence_length")
     inputs: dict[str, Any] = {
         "input_ids": ["batch_size", "sequence_length"],
@@ -121,7 +121,7 @@ def test_the_portable_graph_has_standard_operators_only(name: str, graph_path: G
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_optimised_graph_has_the_nodes_that_were_asked_for(name: str, graph_path: GraphPath) -> None:
-    model = read(graph_path(name, "optimised"))
+    model = read(graph_path(name, "optimized"))
     layers = keras_model(name).geometry.n_layer
     counts = Counter(node.op_type for node in model.graph.node)
     assert counts["GroupQueryAttention"] == counts["FastGelu"] == layers
@@ -134,7 +134,7 @@ def test_the_optimised_graph_has_the_nodes_that_were_asked_for(name: str, graph_
 
 @pytest.mark.parametrize("name", OPTIMISED)
 def test_the_last_block_goes_on_with_each_rows_last_token_alone(name: str, graph_path: GraphPath) -> None:
-    model = onnx.load(graph_path(name, "optimised"))
+    model = onnx.load(graph_path(name, "optimized"))
     widest = [node.output[0] for node in model.graph.node if node.op_type == "FastGelu"]
     model.graph.output.extend(helper.make_tensor_value_info(each, TensorProto.FLOAT, None) for each in widest)
     session = ort.InferenceSession(model.SerializeToString())
@@ -169,9 +169,9 @@ def test_onnx_runtime_opens_it_without_a_warning(
 
 
 def test_tracing_says_nothing(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    from tests.oracles.tiny_bundle import trace_optimised
+    from tests.oracles.tiny_bundle import trace_optimized
 
-    trace_optimised(keras_model("one_block"))
+    trace_optimized(keras_model("one_block"))
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
@@ -217,7 +217,7 @@ def test_portable_ragged_text_in_pieces(name: str, side: str, graph_path: GraphP
 @pytest.mark.parametrize("kind", ["full", "right"])
 def test_optimised_prompt(name: str, kind: str, graph_path: GraphPath) -> None:
     case = read_cases(name)[kind]
-    runner = Runner(name, graph_path(name, "optimised"))
+    runner = Runner(name, graph_path(name, "optimized"))
     # What lies in slots that were never written must not matter.
     cache = runner.empty(len(case.ids), runner.geometry.n_positions, fill=1e4)
     logits, present = runner.run(case.ids, case.mask, case.positions, cache)
@@ -231,7 +231,7 @@ def test_optimised_prompt(name: str, kind: str, graph_path: GraphPath) -> None:
 @pytest.mark.parametrize("name", OPTIMISED)
 def test_optimised_ragged_prompt_and_steps_equal_single_rows(name: str, graph_path: GraphPath) -> None:
     case = read_cases(name)["full"]
-    runner = Runner(name, graph_path(name, "optimised"))
+    runner = Runner(name, graph_path(name, "optimized"))
     length = case.ids.shape[1]
     together = teacher_forced(runner, case.ids, np.array([3, 7]))
     for row, start in ((0, 3), (1, 7)):
@@ -265,7 +265,7 @@ def teacher_forced(runner: Runner, text: Any, lengths: Any) -> list[Any]:
 @pytest.mark.parametrize("chunk", [2, 5])
 def test_optimised_prompt_in_chunks_of_one_row(name: str, chunk: int, graph_path: GraphPath) -> None:
     case = read_cases(name)["full"]
-    runner = Runner(name, graph_path(name, "optimised"))
+    runner = Runner(name, graph_path(name, "optimized"))
     length = case.ids.shape[1]
     cache = runner.empty(1, length)
     for start in range(0, length, chunk):
@@ -278,7 +278,7 @@ def test_optimised_prompt_in_chunks_of_one_row(name: str, chunk: int, graph_path
 
 def test_optimised_cache_is_written_in_place(graph_path: GraphPath) -> None:
     case = read_cases("bytes")["full"]
-    runner = Runner("bytes", graph_path("bytes", "optimised"))
+    runner = Runner("bytes", graph_path("bytes", "optimized"))
     cache = runner.empty(2, 48, fill=7.0)
     feeds = {"input_ids": case.ids[:, :5], "attention_mask": case.mask[:, :5], "position_ids": case.positions[:, :5]}
     _, copied = runner.run(*feeds.values(), cache)

@@ -14,7 +14,7 @@ import pytest
 from builder.onnx_export.calibration import Calibration
 from builder.onnx_export.precisions import write_variant
 from tests.oracles.fixtures import FOLDER, keras_model
-from tests.oracles.tiny_bundle import trace_optimised
+from tests.oracles.tiny_bundle import trace_optimized
 
 CAPACITY, LENGTH, UNWRITTEN = 44, 38, 7
 TEXTS = np.random.default_rng(11).integers(0, 257, (3, LENGTH))
@@ -25,16 +25,16 @@ Open = Callable[[str, bool], ort.InferenceSession]
 def open_variant(tmp_path_factory: pytest.TempPathFactory) -> Open:
     """A session of the fixture "bytes" in a precision, with caches in int8 or in float32."""
     model = keras_model("bytes")
-    traced = trace_optimised(model)
+    traced = trace_optimized(model)
     sessions: dict[tuple[str, bool], ort.InferenceSession] = {}
 
-    def make(precision: str, int8_caches: bool) -> ort.InferenceSession:
-        if (precision, int8_caches) not in sessions:
+    def make(precision: str, int8_kv_cache: bool) -> ort.InferenceSession:
+        if (precision, int8_kv_cache) not in sessions:
             path = tmp_path_factory.mktemp(precision) / "model.onnx"
             calibration = Calibration(model, TEXTS.astype(np.int32))
-            write_variant(traced, weights(), precision, path, calibration, int8_caches)
-            sessions[precision, int8_caches] = ort.InferenceSession(str(path))
-        return sessions[precision, int8_caches]
+            write_variant(traced, weights(), precision, path, calibration, int8_kv_cache)
+            sessions[precision, int8_kv_cache] = ort.InferenceSession(str(path))
+        return sessions[precision, int8_kv_cache]
 
     return make
 

@@ -21,7 +21,7 @@ from serving.backends.onnx import OnnxBackend
 from serving.bundle import open_bundle
 from serving.cli import run
 from tests.oracles.fixtures import FOLDER, keras_model, read_cases
-from tests.oracles.tiny_bundle import trace_optimised
+from tests.oracles.tiny_bundle import trace_optimized
 from tests.tiny_build import Fails, TinyBuild
 from tests.unpack import unpack_int4
 
@@ -65,10 +65,10 @@ def test_int8_products_are_those_of_numpy(tmp_path: Path, name: str) -> None:
     session = product_graph(tmp_path, "int8", np.ascontiguousarray(weight.T) if head else weight, name)
     x = rows()
     (got,) = session.run(None, {"x": x})
-    quantised, by_column = int8_by_axis(weight, 0)
+    quantized, by_column = int8_by_axis(weight, 0)
     by_row = np.abs(x).max(1, keepdims=True) / np.float32(127)
     left = np.rint(np.divide(x, by_row, out=np.zeros_like(x), where=by_row > 0)).astype(np.int64)
-    wanted = (left @ quantised.astype(np.int64)).astype(np.float32) * by_column * by_row
+    wanted = (left @ quantized.astype(np.int64)).astype(np.float32) * by_column * by_row
     wanted += 0 if head else np.linspace(-1, 1, OUTPUTS, dtype=np.float32)
     # A value that lies between two steps but for a rounding may fall either way: one step of one product.
     step = by_row * np.abs(weight).max() * 1.01
@@ -85,11 +85,11 @@ def test_int8_products_behind_gelu_are_those_of_floats(tmp_path: Path) -> None:
     x[6], x[7] = -np.abs(x[6]), -0.7525
     (got,) = session.run(None, {"x": x})
     activated = x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
-    quantised, by_column = int8_by_axis(weight, 0)
+    quantized, by_column = int8_by_axis(weight, 0)
     by_row = np.maximum(activated.max(1, keepdims=True), 0.1701) / 127
-    wanted = activated @ (quantised * by_column) + np.linspace(-1, 1, OUTPUTS)
+    wanted = activated @ (quantized * by_column) + np.linspace(-1, 1, OUTPUTS)
     # Each input is off by half a step at most.
-    assert (np.abs(got - wanted) <= 0.51 * by_row * np.abs(quantised * by_column).sum(0) + 1e-4).all()
+    assert (np.abs(got - wanted) <= 0.51 * by_row * np.abs(quantized * by_column).sum(0) + 1e-4).all()
     assert np.abs(got - wanted)[6:8].max() < 0.05
 
 
@@ -172,7 +172,7 @@ def test_half_precision_runs_on_a_processor_too(tmp_path: Path) -> None:
     """ONNX Runtime puts casts around what it has no 16-bit kernel for; on a GPU there are none."""
     model = keras_model("bytes")
     path = tmp_path / "model.onnx"
-    written = write_variant(trace_optimised(model), FOLDER / "bytes" / "model.safetensors", "fp16", path)
+    written = write_variant(trace_optimized(model), FOLDER / "bytes" / "model.safetensors", "fp16", path)
     onnx.checker.check_model(str(path))
     half = {value.name for value in written.graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
     assert half == {value.name for value in written.graph.input if value.name.startswith("past")}

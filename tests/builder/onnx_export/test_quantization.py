@@ -1,4 +1,4 @@
-"""Quantised weights: what they stand for, and how far that is from what they were."""
+"""Quantized weights: what they stand for, and how far that is from what they were."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def matrix(inputs: int, outputs: int) -> np.ndarray:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_int8_is_half_a_step_off_at_most(axis: int) -> None:
     values = matrix(40, 30)
-    quantised, scales = int8_by_axis(values, axis)
-    assert quantised.dtype == np.int8 and scales.shape == (values.shape[1 - axis],)
+    quantized, scales = int8_by_axis(values, axis)
+    assert quantized.dtype == np.int8 and scales.shape == (values.shape[1 - axis],)
     by_line = np.expand_dims(scales, axis)
-    assert (np.abs(quantised * by_line - values) <= by_line * 0.5001).all()
-    assert (np.abs(quantised).max(axis)[values.any(axis)] == INT8_LARGEST).all()
+    assert (np.abs(quantized * by_line - values) <= by_line * 0.5001).all()
+    assert (np.abs(quantized).max(axis)[values.any(axis)] == INT8_LARGEST).all()
 
 
 def test_two_products_fit_in_16_bits() -> None:

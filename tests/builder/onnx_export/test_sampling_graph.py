@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.onnx_export.sampling_graph import choose_model
+from builder.onnx_export.sampling_graph import sampling_model
 from serving.sampling import sampler
 
 Row = dict[str, Any]
@@ -21,7 +21,7 @@ def session(vocab_size: int) -> Any:
     if vocab_size not in _SESSIONS:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        model = choose_model(vocab_size).SerializeToString()
+        model = sampling_model(vocab_size).SerializeToString()
         _SESSIONS[vocab_size] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return _SESSIONS[vocab_size]
 

@@ -13,7 +13,7 @@ _SCRIPT = """
 import resource
 from builder.model.pretrained import load_model
 from builder.model.gpt2 import GPT2
-from builder.onnx_export.kernels import OptimisedKernels
+from builder.onnx_export.kernels import OptimizedKernels
 from builder.onnx_export.trace import trace
 from serving.bundle.manifest import Geometry
 
@@ -25,7 +25,7 @@ def run(width, vocab_size):
     geometry = Geometry(vocab_size, 64, width, 4, 8, 4 * width, 1e-5, "gelu_new", 0, 0)
     model = GPT2.create(geometry)
     before = resident()
-    trace(model, OptimisedKernels, ["batch_size", 1, vocab_size], "max_sequence_length", "max_sequence_length")
+    trace(model, OptimizedKernels, ["batch_size", 1, vocab_size], "max_sequence_length", "max_sequence_length")
     return resident() - before, 4 * geometry.parameters
 
 run(64, 100)

@@ -93,7 +93,7 @@ def test_a_word_piece_tokenizer_is_built_but_for_text_in_the_graph(
     ours = built_from(base, fresh.corpus, tmp_path)
     said = capfd.readouterr().out
     assert "left generate_text out of the SavedModel: no graph code for its tokenizer (it is not a BPE)" in said
-    assert "config.json: eos_token_id 50256 is no token of this tokenizer" in said
+    assert "config.json: eos_token_id 50256 is not a token of this tokenizer" in said
     bundle = open_bundle(ours.bundle)
     assert bundle.manifest.model.eos_token_id == 3 and bundle.manifest.model.activation_function == "gelu"
     assert "savedmodel/generate_text" not in bundle.manifest.graphs and "savedmodel/score" in bundle.manifest.graphs

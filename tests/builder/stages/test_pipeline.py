@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 import subprocess
 import sys
@@ -99,6 +100,27 @@ def test_the_card_is_what_was_measured(bundle: Bundle) -> None:
     assert "Status: too few tokens." in card and card.count("| too few tokens |") == 2
     assert "Trained from scratch: 6 steps of 4 x 32 tokens with muon" in card and "Too few steps: " in card
     assert card.endswith("\n")
+
+
+def test_the_commands_of_the_card_run_in_the_folder_of_the_bundle(
+    tiny: TinyBuild, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tiny.bundle)
+    card = Path("README.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in card.split("```sh\n")[1].split("```")[0].splitlines()]
+    assert [command[:2] for command in commands] == [["gpt2-bundle", each] for each in ("generate", "serve", "verify")]
+    assert all(command[2] == "." for command in commands)
+    capsys.readouterr()
+    assert run(commands[0][1:]) == 0 and capsys.readouterr().out.strip()
+
+
+def test_the_last_lines_of_a_build_name_its_reports(tiny: TinyBuild, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(tiny.build()) == 0
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    names = ["data report", "training report", "certificate", "model card"]
+    assert [line.partition(": ")[0] for line in lines] == [*names, "try it"]
+    assert all(Path(line.partition(": ")[2]).is_file() for line in lines[:4])
 
 
 def test_the_configuration_is_hugging_faces(bundle: Bundle) -> None:
@@ -233,7 +255,7 @@ def test_a_damaged_draft_is_thrown_away(tiny: TinyBuild, capfd: pytest.CaptureFi
     config.write_text(config.read_text().replace("gpt2", "gtp2"))
     assert run(["verify", *tiny.options()]) == 1
     err = capfd.readouterr().err
-    assert "run the same command again, which makes it anew" in err and err.count("\n") == 1
+    assert "run the same command again, which makes it again" in err and err.count("\n") == 1
     assert run(["verify", *tiny.options()]) == 2
     assert "run 'gpt2-bundle export'" in capfd.readouterr().err
 
@@ -249,7 +271,7 @@ def test_a_corpus_that_changed_is_prepared_anew(
     assert done(capsys.readouterr().out) == ["prepare"]
     write_corpus(corpus, lines=500)
     assert run(["train", *tiny.options()]) == 0
-    assert "the corpus has changed since it was read: this goes on with what was read" in capsys.readouterr().out
+    assert "the corpus has changed since it was read: the build continues with what was read" in capsys.readouterr().out
     assert run(["prepare", *tiny.options()]) == 0
     assert done(capsys.readouterr().out) == []
     assert run(["export", *tiny.options()]) == 2

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.experiments.prepare_throughput import zero_weights
-from builder.data import curation
+from builder.data import corpus_filtering
 from builder.data.token_shards import open_tokens
 from builder.data.tokenizer import load_tokenizer, train_tokenizer
 from builder.recipe import CorpusRecipe, ModelRecipe, Recipe, TokenizerRecipe, TrainingRecipe
@@ -87,8 +87,8 @@ def test_a_limit_that_leaves_no_tokens_is_named(tmp_path: Path) -> None:
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curation, "_CHUNK_DOCUMENTS", 20)
-    monkeypatch.setattr(curation, "_BLOCK_DOCUMENTS", 50)
+    monkeypatch.setattr(corpus_filtering, "_CHUNK_DOCUMENTS", 20)
+    monkeypatch.setattr(corpus_filtering, "_BLOCK_DOCUMENTS", 50)
     recipe = recipe_of(tmp_path / "text", documents=300)
     whole = []
     for workers in (1, 3):

@@ -7,9 +7,12 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from builder.data.content_hashes import ContentHashes
+from builder.model.hub import download
+from builder.model.pretrained import Base
 from builder.recipe_reader import read_recipe
 from builder.stages.pipeline import Run, _unchanged
 from serving.errors import InputError
@@ -52,6 +55,36 @@ def test_a_base_checkpoint_that_changed_is_read_anew(tmp_path: Path) -> None:
     assert now[0] != before[0] and now[1] != before[1]
     (base / "tokenizer.json").write_text("{}")
     assert keys()[0] != now[0]
+
+
+def test_a_base_of_the_hub_is_known_by_what_its_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    commits = [tmp_path / "snapshots" / commit for commit in ("aaaa", "bbbb", "cccc")]
+    for commit, weights in zip(commits, (b"1", b"2", b"1"), strict=True):
+        commit.mkdir(parents=True)
+        (commit / "config.json").write_text("{}")
+        (commit / "model.safetensors").write_bytes(weights)
+    (commits[2] / "README.md").write_text("another commit, the same weights")
+
+    def snapshot_download(name: str, **_: object) -> str:
+        asked.append(name)
+        return str(commits[min(len(asked), 3) - 1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+    def run() -> Run:
+        return Run(read_recipe(None, ["model.base=nobody/gpt2"]), tmp_path / "run")
+
+    first = run()
+    before = first.prepare_key(), first.train_key()
+    assert (first.prepare_key(), first.train_key()) == before and asked == ["nobody/gpt2"]
+    assert first.base_parts == Base(commits[0], commits[0])
+    download.cache_clear()  # The next command.
+    second = run()
+    assert second.prepare_key() != before[0] and second.train_key() != before[1]
+    download.cache_clear()
+    assert (run().prepare_key(), first.train_key()) == before
+    assert Run(read_recipe(None, [f"model.base={commits[0]}"]), tmp_path / "run").prepare_key() == before[0]
 
 
 def test_the_key_is_of_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

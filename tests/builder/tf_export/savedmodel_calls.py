@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from builder.keras_backend import tf
+from serving.backends.tensorflow import SavedModelSession
 
 Call = Callable[..., dict[str, Any]]
 VOCABULARY = 256
@@ -28,19 +30,7 @@ def loaded_call(folder: str) -> Call:
 
 def session_call(folder: str) -> Call:
     """The same through a Session, as TensorFlow Serving does it."""
-    # Not as the default graph, which it would be for all that the tests compute themselves.
-    session = tf.compat.v1.Session(graph=tf.Graph())
-    with session.graph.as_default():
-        definitions = tf.compat.v1.saved_model.load(session, ["serve"], folder).signature_def
-
-    def run(signature: str, options: Any = None, **inputs: Any) -> dict[str, Any]:
-        definition = definitions[signature]
-        fetches = {key: value.name for key, value in definition.outputs.items()}
-        feeds = {definition.inputs[key].name: value for key, value in inputs.items()}
-        result: dict[str, Any] = session.run(fetches, feeds, options=options)
-        return result
-
-    return run
+    return SavedModelSession(Path(folder)).run
 
 
 def padded(prompts: list[list[int]], width: int = 0, garbage: np.random.Generator | None = None) -> dict[str, Any]:

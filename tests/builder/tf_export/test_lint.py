@@ -80,7 +80,7 @@ def test_ops_outside_of_core_are_refused_but_for_those_of_libraries_that_the_ser
     meta_graph.graph_def.node.add(name="d", op="Identity", device="/job:x/device:GPU:3")
     findings = list(check_ops(meta_graph))
     assert [finding.level for finding in findings] == ["note"] * 4 + ["error", "warning"]
-    assert "OwnKernel is no op of core TensorFlow" in findings[4].message
+    assert "OwnKernel is not a core TensorFlow op" in findings[4].message
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_the_worst_case_against_the_rest_timeout(real_bundle: Path) -> None:
 def test_the_timeout_is_an_option(real_bundle: Path, fails: Fails) -> None:
     command = ["lint", str(real_bundle), "--ms-per-token", "100"]
     assert run([*command, "--rest-timeout", "1"]) == 0, "a warning fails nothing"
-    fails([*command, "--rest-timeout", "nan"], 2, "'nan' is no number")
-    fails([*command, "--ms-per-token", "inf"], 2, "'inf' is no number")
+    fails([*command, "--rest-timeout", "nan"], 2, "'nan' is not a number")
+    fails([*command, "--ms-per-token", "inf"], 2, "'inf' is not a number")
     fails([*command, "--rest-timeout", "0.05"], 1, "one token takes 0.1 s, over the REST timeout of 0.05 s")
 
 

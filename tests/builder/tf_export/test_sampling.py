@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from builder.keras_backend import tf
-from builder.tf_export.sampling import choose, uniform
+from builder.tf_export.sampling import sample_token, uniform
 from serving.sampling import sampler
 
 
@@ -42,7 +42,7 @@ def rows_of_parameters(random: np.random.Generator, rows: int, vocab_size: int) 
 
 def in_graph(logits: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any, step: Any) -> Any:
     columns = [(temperature, tf.float32), (top_k, tf.int32), (top_p, tf.float32), (seed, tf.int64), (step, tf.int64)]
-    return tf.function(choose)(tf.constant(logits), *[tf.constant(value, dtype) for value, dtype in columns])
+    return tf.function(sample_token)(tf.constant(logits), *[tf.constant(value, dtype) for value, dtype in columns])
 
 
 @pytest.mark.parametrize("ties", [False, True])

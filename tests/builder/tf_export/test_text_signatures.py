@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, normalizers
 
+from builder.keras_backend import tf
 from builder.progress import Reporter
 from builder.recipe import ExportRecipe
 from builder.stages.export import servable
+from builder.tf_export.graph_tokenizer import GraphTokenizer
+from builder.tf_export.text_signatures import TextSignatures
 from tests.builder.tf_export.savedmodel_calls import Call, assert_refused, columns, padded
 from tests.closed_form import byte_tokenizer
 from tests.oracles.fixtures import keras_model
@@ -130,6 +133,15 @@ def test_bad_requests_are_refused_in_a_sentence(call: Call, case: str) -> None:
 def test_bad_tokens_are_refused_in_a_sentence(call: Call, changes: dict[str, Any], sentence: str) -> None:
     inputs = {"token_ids": [[1, 2]], "lengths": [2]} | changes
     assert_refused(call, sentence, "detokenize", {key: np.array(value, np.int32) for key, value in inputs.items()})
+
+
+def test_an_empty_text_is_refused_by_the_end_token_of_the_tokenizer() -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str().replace("<|endoftext|>", "</s>"))
+    geometry = keras_model("bytes").geometry
+    text = TextSignatures(GraphTokenizer(tokenizer, geometry.vocab_size), geometry, lambda *_: pytest.fail("generated"))
+    parameters = {name: tf.constant(value) for name, value in columns([{}]).items()}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="text may not be empty; </s> alone starts a new text"):
+        text.generate(tf.constant([b""]), **parameters)
 
 
 def test_the_most_tokens_that_can_be_asked_for(call: Call) -> None:

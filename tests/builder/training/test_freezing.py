@@ -16,7 +16,7 @@ from builder.model.gpt2 import GPT2, named_variables, stored_variables
 from builder.model.safetensors_file import write_safetensors
 from builder.recipe import TrainingRecipe
 from builder.recipe_reader import read_recipe
-from builder.training.freezing import choose_trainable
+from builder.training.freezing import set_trainable
 from builder.training.trainer import LanguageModel, fit, layer_precision
 from serving.errors import InputError
 from tests.builder.training.test_trainer import GEOMETRY, RECIPE, TRAIN, VALIDATION, Stop
@@ -30,7 +30,7 @@ def make(recipe: TrainingRecipe) -> tuple[LanguageModel, dict[str, Any]]:
     with layer_precision(recipe.precision):
         model = LanguageModel.create(GEOMETRY)
     before = {name: np.array(variable) for name, variable in named_variables(model)}
-    choose_trainable(model, recipe)
+    set_trainable(model, recipe)
     return model, before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,35 @@ def test_of_records_the_responses_alone_are_scored(built: TinyBuild, tmp_path: P
     figures = evaluate_bundle(built.bundle, str(path), window=16, stride=5, instruction=recipe)
     assert figures["tokens"] == len(scored) == counted.sum()
     assert figures["loss"] == pytest.approx(scored.mean())
+
+
+def test_a_transform_is_applied_to_the_text_that_is_evaluated(
+    built: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str], fails: Fails
+) -> None:
+    (tmp_path / "own.py").write_text("def words(text):\n    return text.replace('valueof', 'value of')\n")
+    transform = f"{tmp_path / 'own.py'}:words"
+    bundle = tmp_path / "bundle"
+    shutil.copytree(built.bundle, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["provenance"]["recipe"]["corpus"]["transform"] = transform
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    for name, text in (("joined.txt", "Return the valueof a list. "), ("split.txt", "Return the value of a list. ")):
+        (tmp_path / name).write_text(text * 8)
+
+    def measured(folder: Path, name: str, *options: str) -> float:
+        capfd.readouterr()
+        command = ["evaluate", str(folder), "--text", str(tmp_path / name), "--json", *options]
+        assert run(command) == 0
+        return float(json.loads(capfd.readouterr().out.splitlines()[-1])["perplexity"])
+
+    split, joined = measured(built.bundle, "split.txt"), measured(built.bundle, "joined.txt")
+    assert split != joined
+    assert measured(bundle, "joined.txt", "--transform", transform) == split
+    assert measured(bundle, "joined.txt", "--transform", "none") == joined
+    # The bundle's own word runs no code: a manifest may name anything.
+    fails(["evaluate", str(bundle), "--text", str(tmp_path / "joined.txt")], 2, f"--transform {transform}", "none")
+    fails(["evaluate", str(built.bundle), "--text", str(tmp_path / "joined.txt"), "--transform", "gone.py:f"], 2,
+          "--transform: no file gone.py")  # fmt: skip
 
 
 def test_what_cannot_be_measured_is_refused(built: TinyBuild, tmp_path: Path) -> None:

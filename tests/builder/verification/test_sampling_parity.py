@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builder.verification.sampling_parity import SETTINGS, compare_choices
+from builder.verification.sampling_parity import SETTINGS, compare_sampling
 from serving.backends.base import Choice, Request
 from serving.errors import ParityError
 from serving.sampling.token_draw import draw_token
@@ -48,8 +48,8 @@ class Choosing:
         found = [
             int(line.argmax()) if temperature == 0 else draw_token(line, temperature, int(top_k), *rest)
             for line, temperature, top_k, *rest in zip(
-                request.edits.apply(self.logits(state), rows), request.temperature, request.top_k, request.top_p,
-                request.min_p, request.draw, strict=True,
+                request.edits.apply(self.logits(state), rows), request.temperature, request.top_k,
+                request.top_p, request.min_p, request.draw, strict=True,
             )
         ]  # fmt: skip
         wrong = np.array([row in self.errs for row in state.rows])
@@ -58,7 +58,7 @@ class Choosing:
 
 def test_every_row_and_step_is_compared_along_the_candidates() -> None:
     backend = Choosing()
-    records = compare_choices(backend, PROMPTS, CANDIDATES, 2)  # type: ignore[arg-type]
+    records = compare_sampling(backend, PROMPTS, CANDIDATES, 2)  # type: ignore[arg-type]
     assert records == {name: {"draws": 12, "exact": 12, "equal": 12} for name in SETTINGS}
     # The last token is not fed, as nothing is chosen behind it.
     assert backend.texts == [prompt + row[:3].tolist() for prompt, row in zip(PROMPTS, CANDIDATES, strict=True)]
@@ -69,6 +69,6 @@ def test_every_row_and_step_is_compared_along_the_candidates() -> None:
 def test_a_certain_token_that_is_not_the_hosts_is_refused_and_an_uncertain_one_is_not() -> None:
     errs = [[4, 11], [5, 6, 15, 16, 17]]
     with pytest.raises(ParityError, match=r"only 10 of 12 tokens .* the host's \(greedy\); nothing was published"):
-        compare_choices(Choosing(errs), PROMPTS, CANDIDATES, 2)  # type: ignore[arg-type]
-    records = compare_choices(Choosing(errs, certain=False), PROMPTS, CANDIDATES, 2)  # type: ignore[arg-type]
+        compare_sampling(Choosing(errs), PROMPTS, CANDIDATES, 2)  # type: ignore[arg-type]
+    records = compare_sampling(Choosing(errs, certain=False), PROMPTS, CANDIDATES, 2)  # type: ignore[arg-type]
     assert records == {name: {"draws": 12, "exact": 10, "equal": 10} for name in SETTINGS}

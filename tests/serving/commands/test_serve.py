@@ -58,7 +58,7 @@ def test_each_runtime_says_what_generate_says(real_bundle: Path, runtime: str) -
     (expected,) = generate(backend, [PROMPT], params, 256)
     text = byte_tokenizer().decode(expected.token_ids, skip_special_tokens=False)
     with process(
-        real_bundle, "--runtime", runtime, "--slots", "2", "--replicas", "2", "--log-format", "json"
+        real_bundle, "--runtime", runtime, "--max-num-seqs", "2", "--replicas", "2", "--log-format", "json"
     ) as served:
         server, url = served
         whole = json.loads(completion(url))["choices"][0]
@@ -98,27 +98,29 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--runtime", "tensorflow", "--graph", "ort/fp32"], 2, "--graph is for --runtime onnx"),
         (["--runtime", "tf-serving"], 2, "needs an address"),
         (["--tf-serving", "http://127.0.0.1:1"], 2, "is for --runtime tf-serving"),
-        (["--runtime", "tf-serving", "--tf-serving", "nonsense"], 2, "no address of a server"),
+        (["--runtime", "tf-serving", "--tf-serving", "nonsense"], 2, "not an address of a server"),
         (["--runtime", "tf-serving", "--tf-serving", "grpc:127.0.0.1:1", "--replicas", "2"], 2, "one set of slots"),
-        (["--tls-cert", "cert.pem"], 2, "belong together"),
-        (["--tls-cert", "none.pem", "--tls-key", "none.pem"], 2, "check --tls-cert and --tls-key"),
-        (["--memory-budget", "many"], 2, "is no size"),
+        (["--ssl-certfile", "cert.pem"], 2, "belong together"),
+        (["--ssl-certfile", "none.pem", "--ssl-keyfile", "none.pem"], 2, "check --ssl-certfile and --ssl-keyfile"),
+        (["--memory-budget", "many"], 2, "is not a size"),
         (["--memory-budget", "1KiB"], 1, "raise --memory-budget"),
-        (["--max-length", "4000"], 2, "the model's context is"),
+        (["--max-model-len", "4000"], 2, "the model's context is"),
         (["--graph", "ort/fp23"], 2, "did you mean 'ort/fp32'"),
         (["--api-key-file", "none"], 2, "cannot be read"),
+        (["--api-key", "short"], 2, "8 or more printable ASCII characters"),
+        (["--max-num-batched-tokens", "64", "--runtime", "tensorflow"], 2, "is for --runtime onnx"),
         (["--host", ""], 2, "127.0.0.1, or 0.0.0.0 for every interface"),
-        (["--name", "a:b"], 2, "'a:b' must be 1 to 100 letters"),
-        (["--watch", "nan"], 2, "'nan' is no number"),
-        (["--prefill-slowdown", "nan"], 2, "'nan' is no number"),
+        (["--served-model-name", "a:b"], 2, "'a:b' must be 1 to 100 letters"),
+        (["--watch", "nan"], 2, "'nan' is not a number"),
+        (["--prefill-slowdown", "nan"], 2, "'nan' is not a number"),
         (["--watch", "inf"], 2, "not in the range"),
         (["--drain-timeout", "1e300"], 2, "not in the range"),
-        (["--request-timeout", "nan"], 2, "'nan' is no number"),
+        (["--request-timeout", "nan"], 2, "'nan' is not a number"),
         (["--rate-limit", "inf"], 2, "not in the range"),
-        (["--cors-origin", "https://example.org/"], 2, "is no origin"),
-        (["--cors-origin", "example.org"], 2, "is no origin"),
+        (["--cors-origin", "https://example.org/"], 2, "is not an origin"),
+        (["--cors-origin", "example.org"], 2, "is not an origin"),
         (["--max-body", "3GiB", "--grpc-port", "0"], 2, "gRPC takes at most"),
-        (["--tf-serving", "grpc:", "--runtime", "tf-serving"], 2, "is no address of a gRPC server"),
+        (["--tf-serving", "grpc:", "--runtime", "tf-serving"], 2, "is not an address of a gRPC server"),
         (["--device", "cuda:x"], 2, "no device 'cuda:x'"),
         (["--device", "cud"], 2, "did you mean 'cuda'"),
         (["--device", "cpu,"], 2, "no device ''"),

@@ -93,7 +93,7 @@ def test_a_deadline_ends_who_runs_and_who_waits() -> None:
 
 
 def test_a_cancel_frees_the_slot_in_the_next_step_wherever_the_request_is() -> None:
-    engine = Stepped(slots=1, length=256, prefill_budget=8)
+    engine = Stepped(slots=1, length=256, max_num_batched_tokens=8)
     for steps in (0, 1, 2, 3, 20):
         heard, handle = engine.submit(list(range(20)), max_new_tokens=200, ignore_eos=True, prompt_logprobs=steps % 2)
         for _ in range(steps):
@@ -209,7 +209,7 @@ def test_what_can_never_be_served_is_refused_at_once() -> None:
         ([257], {}, "the prompt has the token id 257"),
         ([1], {"logit_bias": {300: 1.0}}, "the logit_bias of the prompt has the token id 300"),
         ([1], {"stop_token_ids": [300]}, "the stop_token_ids of the prompt has the token id 300"),
-        ([1], {"n": 3}, "n is 3, but only 2 continuations"),
+        ([1], {"n": 3}, "n is 3, but this server decodes 2 sequences"),
     ]:
         with pytest.raises(InputError, match=message):
             engine.submit(prompt, **fields)

@@ -53,7 +53,7 @@ ACTIONS = st.lists(
 def test_everybody_gets_what_they_would_get_alone(
     actions: list[Any], copies: bool, chunk: int | None, budget: int
 ) -> None:
-    engine = Stepped(slots=4, chunk=chunk, copies=copies, prefill_budget=budget)
+    engine = Stepped(slots=4, chunk=chunk, copies=copies, max_num_batched_tokens=budget)
     requests: list[tuple[Heard, Any]] = []
     cancelled = set()
     for action in actions:

@@ -20,7 +20,7 @@ from serving.engine.engine import SlotEngine
 from serving.sampling import SamplingParams
 from tests.closed_form import byte_tokenizer
 from tests.oracles.fixtures import FOLDER, keras_model, read_cases
-from tests.oracles.tiny_bundle import graphs, trace_optimised
+from tests.oracles.tiny_bundle import graphs, trace_optimized
 from tests.serving.engine.harness import EOS, TOKENIZER, Heard
 
 SLOTS, CHUNK = 6, 8
@@ -28,7 +28,7 @@ SLOTS, CHUNK = 6, 8
 
 @cache
 def traced() -> Any:
-    return trace_optimised(keras_model("bytes"))
+    return trace_optimized(keras_model("bytes"))
 
 
 def write_one_graph(folder: Path, precision: str) -> Bundle:

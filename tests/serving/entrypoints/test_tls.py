@@ -49,7 +49,7 @@ def test_http_and_grpc_are_encrypted(real_bundle: Path, pairs: tuple[Pair, Pair]
     ours, other = pairs
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    options = ["--tls-cert", str(ours.certificate), "--tls-key", str(ours.key), "--grpc-port", str(port)]
+    options = ["--ssl-certfile", str(ours.certificate), "--ssl-keyfile", str(ours.key), "--grpc-port", str(port)]
     status = MESSAGES["GetModelStatusRequest"]()
     status.model_spec.name = "bytes"
 
@@ -97,8 +97,8 @@ def test_what_is_no_pair_is_one_line(
         (tmp_path, ours.key),
         (ours.certificate, tmp_path),
     ):
-        options = ["--tls-cert", str(certificate), "--tls-key", str(key), *beside]
-        fails(["serve", str(bundle_folder), "--port", "0", *options], 2, "check --tls-cert and --tls-key")
+        options = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), *beside]
+        fails(["serve", str(bundle_folder), "--port", "0", *options], 2, "check --ssl-certfile and --ssl-keyfile")
 
 
 def test_a_grpc_port_that_is_taken_is_one_line_before_the_model_loads(bundle_folder: Path) -> None:

@@ -62,6 +62,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nkey-number-1  # for the team\n\nkey-number-2\n")
     assert read_keys(file, "key-number-3, key-number-1,") == ("key-number-1", "key-number-2", "key-number-3")
+    assert read_keys(None, "key-number-3", ["key-number-4"]) == ("key-number-3", "key-number-4")
     assert read_keys(None, None) == ()
     file.write_text("# none\n")
     with pytest.raises(InputError, match="no key"):

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.common.decode_step import step_bytes
-from benchmarks.suite.figures.roofline import attained, floor_seconds, prompt_flops, together, token_flops
+from benchmarks.suite.figures.roofline import attained, bound_seconds, prompt_flops, step_bytes, together, token_flops
 from benchmarks.suite.load.events import Response
 from serving.bundle import Geometry
 
@@ -58,5 +57,5 @@ def test_two_at_once_read_the_weights_once():
 
 
 def test_the_floor_is_the_longer_of_reading_and_arithmetic():
-    assert floor_seconds(100, 10, "fp32", 5, 20) == 5 and floor_seconds(10, 10, "fp32", 5, 20) == 2
-    assert floor_seconds(100, 10, "int8", 5, 20) == floor_seconds(100, 10, "fp32", 5, None) == 2
+    assert bound_seconds(100, 10, "fp32", 5, 20) == 5 and bound_seconds(10, 10, "fp32", 5, 20) == 2
+    assert bound_seconds(100, 10, "int8", 5, 20) == bound_seconds(100, 10, "fp32", 5, None) == 2

@@ -41,11 +41,6 @@ def test_arrivals_have_the_rate_and_the_variation_that_they_state(arrivals, vari
     assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.06, abs=1e-9)
 
 
-def test_a_trace_is_replayed_from_its_first_moment():
-    schedule = planner().server(9, FIXED, FIXED, rate=1, arrivals="trace", trace=[10.5, 10.0, 12.0])
-    assert [request.at for request in schedule.requests] == [0.0, 0.5, 2.0]
-
-
 @given(st.integers(1, 30), st.integers(0, 30), st.sampled_from(["uniform", "log-uniform"]), st.integers(0, 5))
 def test_lengths_stay_within_their_bounds(low, more, distribution, seed):
     drawn = Lengths(low, low + more, distribution).draw(50, np.random.default_rng(seed))
@@ -90,7 +85,7 @@ def test_a_file_of_schedules_gives_them_back(tmp_path):
         (lambda rows: rows[1].update(colour="red"), "line 2 "),
         (lambda rows: rows[0].pop("point"), "header"),
         (lambda rows: rows.pop(1), "without requests"),
-        (lambda rows: rows[0].update(concurrency=None), "neither moments"),
+        (lambda rows: rows[0].update(concurrency=None), "neither timestamps"),
         (lambda rows: rows[0].update(scenario="singel"), "no scenario 'singel'; did you mean 'single'"),
     ],
 )
@@ -136,5 +131,3 @@ def test_what_cannot_be_drawn_is_refused():
             planner().saturation(FIXED, FIXED, **{"start": 1, "factor": 2, "seconds": 1, "rates": 9} | wrong)
     with pytest.raises(InputError, match="poisson"):
         planner().server(1, FIXED, FIXED, rate=1, arrivals="poison")
-    with pytest.raises(InputError, match="write poisson, gamma or constant"):
-        planner().saturation(FIXED, FIXED, start=1, factor=2, seconds=1, rates=9, arrivals="file")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-import time
 
-import numpy as np
 import pytest
 
-from benchmarks.common.decode_step import step_bytes
+from benchmarks.common.static_batch import BatchRun
+from benchmarks.suite import static_batches
 from benchmarks.suite.cold_start import ColdStart
 from benchmarks.suite.figures.latency_metrics import Objectives
-from benchmarks.suite.figures.roofline import prompt_flops, token_flops
+from benchmarks.suite.figures.roofline import prompt_flops, step_bytes, token_flops
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.machine.contention import Machine
 from benchmarks.suite.report.html import to_page
 from benchmarks.suite.report.markdown import to_markdown
 from benchmarks.suite.report.rankings import needs, rankings
-from benchmarks.suite.report.recommendations import answers, differing
+from benchmarks.suite.report.recommendations import differing, recommendations
 from benchmarks.suite.run import measure
 from benchmarks.suite.targets.base import TargetError
 from tests.benchmarks.suite.figures.test_roofline import GEOMETRY
@@ -39,23 +38,21 @@ class Probe:
         pass
 
 
-class Backend:
+class Runner:
     """A graph whose prompts and steps take a time each; token ids count up from the last."""
 
     def __init__(self, seconds, shift=0):
         self.seconds, self.shift = seconds, shift
 
-    def prefill(self, prompts, capacity):
-        time.sleep(3 * self.seconds)
-        return None, np.eye(64)[[(prompt[-1] + self.shift) % 64 for prompt in prompts]]
-
-    def decode(self, state, tokens):
-        time.sleep(self.seconds)
-        return np.eye(64)[(tokens + 1) % 64]
+    def run(self, prompts, new_tokens):
+        first = [prompt[-1] + self.shift for prompt in prompts]
+        tokens = [[(token + step) % 64 for token in first] for step in range(new_tokens + 1)]
+        return BatchRun(3 * self.seconds, [self.seconds] * new_tokens, tokens)
 
 
 @pytest.fixture(scope="module")
 def record():
+    static_batches._PAUSE = 0.0
     planner = Planner(range(50), 32)
     schedules = [
         *(planner.steps(batch, 4, 3) for batch in (1, 2)),
@@ -70,14 +67,14 @@ def record():
     targets = [Queue("<quick>", 0.01), Queue("slow", 0.1), Queue("elsewhere", 0.3)]
     for target in targets:
         target.precision = "fp32"
-    targets[0].backend, targets[1].backend = Backend(0.001), Backend(0.004, shift=1)
+    targets[0].runner, targets[1].runner = Runner(0.001), Runner(0.004, shift=1)
 
     async def start(target, request):
         if target.name == "slow":
             raise TargetError("it fell over")
         return ColdStart(1.5, 2.5, 64 << 20) if target.name == "<quick>" else None
 
-    machine = Machine(Probe(1e9), Probe(5e8), price_per_hour=1.0)
+    machine = Machine(Probe(1e9), Probe(5e8))
     work = measure(
         targets, schedules, LoopClock(), repeats=5, objectives=Objectives(e2e=2.0), geometry=GEOMETRY,
         machine=machine, starter=start, cold_starts=2, timeout=1e3,
@@ -87,17 +84,16 @@ def record():
 
 def test_every_scenario_is_on_the_page_and_it_stands_alone(record):
     page = to_page(record).decode()
-    for heading in ("In short", "Question by question", "The graph alone, by batch", "Latency and throughput",
-                    "One request at a time", "All at once", "Requests that wait for nobody",
-                    "Several clients: 4 clients", "Rising rates", "Prompt and output lengths", "Cold starts",
-                    "How far from the machine"):  # fmt: skip
+    headings = ["Recommendations", "Rankings", "What each target needs", "Static batches", "Latency and throughput"]
+    headings += ["One request at a time", "All at once", "Open-loop arrivals", "Several clients: 4 clients"]
+    headings += ["Highest rate sustained", "Prompt and output lengths", "Cold starts", "Distance to the roofline"]
+    for heading in headings:
         assert f"<h2>{heading}" in page, heading
     assert not re.search(r"https?://|src=|@import|<script", page)
     assert "<quick>" not in page and "&lt;quick&gt;" in page
     # Two for batch sizes, rates and clients each, two a point for six points, two of the roofline; timelines of four.
     assert page.count('role="img"') == 2 + 2 + 2 + 2 * 6 + 2 + 3 * 4
-    assert page.count('class="heat"') == 3
-    assert "slow (stand-in): it fell over" in page and "1,500" in page and "64.0" in page
+    assert "slow (emulator): it fell over" in page and "1,500" in page and "64.0" in page
 
 
 def test_cold_starts_are_null_where_nobody_can_start_the_target(record):
@@ -105,7 +101,7 @@ def test_cold_starts_are_null_where_nobody_can_start_the_target(record):
     assert rows["<quick>"]["figures"] == {"cold_load_ms": [1500] * 2, "cold_first_token_ms": [2500] * 2}
     assert rows["elsewhere"]["figures"] == {"cold_load_ms": [None] * 2, "cold_first_token_ms": [None] * 2}
     assert rows["elsewhere"]["errors"] == [] and rows["slow"]["errors"] == ["it fell over"]
-    assert "| elsewhere (stand-in) | none | none |" in to_markdown(record)
+    assert "| elsewhere (emulator) | none | none |" in to_markdown(record)
 
 
 def test_the_roofline_and_floors_are_in_the_record(record):
@@ -114,8 +110,8 @@ def test_the_roofline_and_floors_are_in_the_record(record):
     # One at a time, 0.02 s a token, which looks at the prompt and half the output on average.
     assert decode["rows"] == pytest.approx(1)
     assert decode["flops_per_second"] == pytest.approx(token_flops(GEOMETRY, 4 + 5 / 2) / 0.02)
-    assert row["floor_ttft_ms"] == pytest.approx(prompt_flops(GEOMETRY, 4) / 5e8 * 1e3)
-    assert row["floor_inter_token_ms"] == pytest.approx(step_bytes(GEOMETRY, "fp32", 1, 4 + 5 / 2) / 1e9 * 1e3)
+    assert row["bound_ttft_ms"] == pytest.approx(prompt_flops(GEOMETRY, 4) / 5e8 * 1e3)
+    assert row["bound_inter_token_ms"] == pytest.approx(step_bytes(GEOMETRY, "fp32", 1, 4 + 5 / 2) / 1e9 * 1e3)
     assert record["read_bandwidth_bytes_per_second"] == 1e9 and record["fp32_flops_per_second"] == 5e8
 
 
@@ -125,20 +121,20 @@ def test_steps_are_of_graphs_here_with_floors_of_the_whole_batch(record):
     quick, slow = two["rows"]
     assert [row["target"] for row in two["rows"]] == ["<quick>", "slow"]
     assert two["winners"] == {"prefill_ms": "<quick>", "step_ms": "<quick>"}
-    for prefill, step, rate in zip(*(slow["figures"][name] for name in slow["figures"]), strict=True):
-        assert prefill > 12 and 4 < step < 12 and rate == pytest.approx(2 / step * 1e3)
+    assert slow["figures"] == {"prefill_ms": [12.0] * 5, "step_ms": [4.0] * 5, "step_tokens_per_second": [500.0] * 5}
+    assert slow["intervals_ms"] == {"prefill_ms": [12.0, 12.0], "step_ms": [4.0, 4.0]}
     # One answers from the prompt's last token on, the other from the one behind it.
     assert quick["differing_requests"] == {"slow": [0, 1]}
     read = step_bytes(GEOMETRY, "fp32", 2, 4 + 3 / 2)
-    assert slow["floor_inter_token_ms"] == pytest.approx(
+    assert slow["bound_inter_token_ms"] == pytest.approx(
         max(read / 1e9, 2 * token_flops(GEOMETRY, 4 + 3 / 2) / 5e8) * 1e3
     )
     assert slow["roofline"]["decode"]["intensity"] == pytest.approx(2 * token_flops(GEOMETRY, 5.5) / read)
-    assert slow["floor_inter_token_ms"] > one["rows"][1]["floor_inter_token_ms"]
+    assert slow["bound_inter_token_ms"] > one["rows"][1]["bound_inter_token_ms"]
 
 
 def test_the_page_begins_with_what_to_take_and_its_figures(record):
-    found = {each.use: each for each in answers(record)}
+    found = {each.use: each for each in recommendations(record)}
     # Nobody else has a cold start or a process of its own, so that nothing is best in those.
     assert [use.split(":")[0] for use in found] == [
         "one at a time",
@@ -147,55 +143,56 @@ def test_the_page_begins_with_what_to_take_and_its_figures(record):
         "highest rate kept up with",
     ]
     alone, kept = found["one at a time"], found["highest rate kept up with"]
-    assert alone.targets == ("<quick> (stand-in)",) and alone.others == ""
+    assert alone.targets == ("<quick> (emulator)",) and alone.others == ""
     assert (alone.value, alone.first_token_ms, alone.between_tokens_ms) == pytest.approx((10, 2, 2))
     assert alone.tokens_per_second == pytest.approx(500) and alone.memory_bytes == 64 << 20
-    assert alone.over_floor == pytest.approx(2 / record["points"][2]["rows"][0]["floor_inter_token_ms"])
+    assert alone.over_bound == pytest.approx(2 / record["points"][2]["rows"][0]["bound_inter_token_ms"])
     # One of 0.01 s keeps up with 64 a second and not with 128.
     assert (kept.value, kept.unit) == (64, "requests/s")
     assert differing(record) == "OUTPUTS DIFFER at steps, batch 1; steps, batch 2"
     page, text = to_page(record).decode(), to_markdown(record)
-    assert page.index("10.0&nbsp;ms a request") < page.index("Question by question")
-    assert text.index("10.00 ms a request") < text.index("### steps")
+    assert page.index("10.0 ms a request") < page.index("<h2>Rankings")
+    assert text.index("10.0 ms a request") < text.index("### Static batches")
 
 
 def test_what_is_not_told_apart_from_the_best_is_named_with_it():
     def row(name, values):
         empty = {figure: [1.0] * 5 for figure in ("p50_ttft_ms", "p50_inter_token_ms", "output_tokens_per_second")}
         return {
-            "target": name, "stand_in": name == "d", "errors": [], "all_counted": True, "peak_rss_bytes": None,
-            "floor_inter_token_ms": None, "differing_requests": {}, "figures": empty | {"p50_e2e_ms": values},
+            "target": name, "precision": "fp32", "emulator": name == "d", "errors": [], "all_counted": True,
+            "peak_rss_bytes": None,
+            "bound_inter_token_ms": None, "differing_requests": {}, "figures": empty | {"p50_e2e_ms": values},
         }  # fmt: skip
 
     noisy = [10.0, 12.0, 9.0, 11.0, 10.5]
     rows = [row("worst", [30.0] * 5)] + [row(name, noisy[place:] + noisy[:place]) for place, name in enumerate("abcde")]
     point = {"scenario": "single", "point": "one at a time", "rows": rows}
-    targets = [{"name": each["target"], "stand_in": each["stand_in"], "precision": "fp32"} for each in rows]
-    (found,) = answers({"points": [point], "targets": targets})
-    assert sorted(found.targets) == ["a", "b", "c", "d (stand-in)", "e"]
+    targets = [{"name": each["target"], "emulator": each["emulator"], "precision": "fp32"} for each in rows]
+    (found,) = recommendations({"points": [point], "targets": targets})
+    assert sorted(found.targets) == ["a", "b", "c", "d (emulator)", "e"]
     assert found.others.endswith(", and 1 more") and found.memory_bytes is None
 
 
 def test_the_summary_names_the_best_and_is_silent_within_the_noise(record):
     found = {each.question: each for each in rankings(record)}
-    assert found["batch 2: a step, ms"].winner == "<quick> (stand-in)"
-    order = found["batch 2: a step, ms"].order
-    assert [name for name, _ in order] == ["<quick> (stand-in)", "slow (stand-in)"]
-    assert found["one at a time: first token, ms"].winner == "<quick> (stand-in)"
+    assert found["batch 2: decode step, ms"].winner == "<quick> (emulator)"
+    order = found["batch 2: decode step, ms"].order
+    assert [name for name, _ in order] == ["<quick> (emulator)", "slow (emulator)"]
+    assert found["one at a time: first token, ms"].winner == "<quick> (emulator)"
     ratio, low, high, noise = found["one at a time: first token, ms"].second
     assert low <= ratio <= high and ratio == pytest.approx(10) and noise == pytest.approx(0, abs=1e-6)
-    judged = record["points"][2]["judged"]["p50_ttft_ms"]
+    judged = record["points"][2]["comparisons"]["p50_ttft_ms"]
     assert (judged["best"], judged["winner"]) == ("<quick>", "<quick>")
     assert judged["over_best"]["slow"]["ratio"] == ratio
     rate = found["sustained, requests/s"]
-    assert rate.order[0][0] == "<quick> (stand-in)" and rate.order[0][1] > rate.order[-1][1]
+    assert rate.order[0][0] == "<quick> (emulator)" and rate.order[0][1] > rate.order[-1][1]
     # Nobody else has a cold start, so that nothing is ranked there.
-    assert "from the start to the first token, ms" not in found
+    assert "from process start to first token, ms" not in found
     again = copy.deepcopy(record)
     again["points"][1]["winners"]["step_ms"] = None
-    assert "not told apart" in to_page(again).decode() and {each.winner for each in rankings(again)} > {None}
+    assert "not distinguishable" in to_page(again).decode() and {each.winner for each in rankings(again)} > {None}
     quick, *_ = needs(record)
-    assert quick.memory_bytes == 64 << 20 and quick.first_token_ms == 2500 and quick.over_floor > 1
+    assert quick.memory_bytes == 64 << 20 and quick.first_token_ms == 2500 and quick.over_bound > 1
 
 
 def test_every_latency_has_its_interval_on_the_page(record):

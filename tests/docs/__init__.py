@@ -1,0 +1,1 @@
+"""The commands of README and docs/, read out of the pages and run."""
