@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-serving \
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-prefill bench-serving \
 	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
 
 help: ## Show this list.
@@ -78,11 +78,10 @@ bench-prepare: $(INSTALLED) ## Time preparation of 50 MB beside the bare tokeniz
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
 	@touch $@
 
-bench-tf-generate: $(INSTALLED) .venv-peers/installed ## Measure the SavedModel's generation beside KerasHub's compiled one at 124M.
+bench-tf-generate: $(INSTALLED) .venv-peer-keras_hub/installed ## Compare the SavedModel's generation with KerasHub's compiled one at 124M.
 	test -f "$(OUTPUT)/gpt2-geometry/manifest.json" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
-	mkdir -p runs/bench-tf-generate && rm -f runs/bench-tf-generate/record.json
-	$(BIN)/python -m benchmarks.experiments.savedmodel_generation "$(OUTPUT)/gpt2-geometry/savedmodel/1" --peers .venv-peers/bin/python \
-		--output runs/bench-tf-generate/record.json
+	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --runtime savedmodel --runtime keras_hub --batch-size 1 --batch-size 4 \
+		--batch-size 16 --new-tokens 64 --output runs/bench-tf-generate/record.json
 
 bench-training: $(INSTALLED) .venv-peers/installed ## Measure training beside torch and KerasHub, which are installed for it (20 minutes).
 	$(BIN)/python -m benchmarks.training --peers .venv-peers/bin/python --output runs/bench-training/record.json
@@ -101,10 +100,17 @@ PEERS := torch openvino ctranslate2 genai llama keras_hub
 	@test $* != keras_hub || .venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
 	@touch $@
 
-bench-peers: $(INSTALLED) ## Measure decode and prefill at 124M beside other runtimes, which are installed for it.
+bench-peers: $(INSTALLED) ## Compare decode and prefill at 124M with other runtimes, and draw README's chart and tables.
 	for peer in $(PEERS); do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int4/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
-	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --output runs/bench-peers/record.json
+	$(BIN)/python -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" --resume --output runs/bench-peers/record.json
+	cp runs/bench-peers/record.json benchmarks/results/$$(date -u +%Y-%m-%d)-peers-cpu.json
+	$(BIN)/python -m benchmarks.peers.publish
+
+bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 64 tokens, int8 and fp32, at 1, 4 and 16 streams.
+	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.engine "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph --chunks 2.25x,64 \
+		--new-tokens 32 --repeats 5 --output runs/bench-prefill/$$graph.json || exit; done
 
 bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M, then overload it, leave it and end it under load.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
@@ -126,7 +132,8 @@ bench-serving-peers: $(INSTALLED) ## Measure the server at 124M beside other Ope
 BENCH_PYTHON ?= $(BIN)/python
 bench-gpu: $(INSTALLED) ## Measure decode and prefill at 124M on a GPU, in ten minutes at most (BENCH_PYTHON=, DEVICE=cuda).
 	test -f "$(OUTPUT)/gpt2-geometry/ort/fp16/greedy.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT) --set 'export.variants=["int8","int4","fp16"]'
-	$(BENCH_PYTHON) -m benchmarks.gpu "$(OUTPUT)/gpt2-geometry" --device $(or $(DEVICE),cuda) --output runs/bench-gpu/record.json
+	$(BENCH_PYTHON) -m benchmarks.peers "$(OUTPUT)/gpt2-geometry" $(if $(filter cpu,$(DEVICE)),--rehearse,--device cuda) --new-tokens 64 \
+		--resume --repeats 3 --work runs/bench-gpu --output runs/bench-gpu/record.json
 
 # More processes than four need more memory than they save time.
 test: $(INSTALLED) ## Run the fast tests.

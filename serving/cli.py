@@ -128,7 +128,7 @@ def _fail(line: str, code: int) -> int:
 
 
 def _open_missing_streams() -> None:
-    """Give a process that was started without standard output or errors (`>&-`) ones that nobody reads."""
+    """Give a process that was started without standard output or errors (`>&-`) dummy ones."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
@@ -159,7 +159,9 @@ def run(arguments: list[str] | None = None) -> int:
             click.echo(err=True)  # Behind the terminal's "^C".
         goes_on = next(iter(sys.argv[1:] if arguments is None else arguments), None) in STAGES
         return _fail(
-            "interrupted" + ("; the same command goes on from the last finished stage" if goes_on else ""), 130
+            "interrupted"
+            + ("; run the same command again to resume after the last completed stage" if goes_on else ""),
+            130,
         )
     except GPT2BundleError as error:
         return _fail(one_line(error), error.exit_code)

@@ -50,7 +50,7 @@ class ParityError(GPT2BundleError):
 
 
 class TrainingError(GPT2BundleError):
-    """Training cannot go on: not-a-number losses, too little text, a checkpoint of another model."""
+    """Training cannot continue: not-a-number losses, too little text, a checkpoint of another model."""
 
 
 class RuntimeMissingError(GPT2BundleError):

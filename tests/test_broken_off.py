@@ -94,7 +94,7 @@ def interrupt(tiny: TinyBuild, words: str, delay: float = 0.0) -> None:
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert err == "error: interrupted; the same command goes on from the last finished stage\n"
+    assert err == "error: interrupted; run the same command again to resume after the last completed stage\n"
     assert process.returncode == 130
     assert not tiny.bundle.exists()
 

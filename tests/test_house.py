@@ -39,7 +39,7 @@ LAYERS = {
         "recipe run_folder progress keras_backend special_tokens",
         "plain_files",
     ),
-    "benchmarks": ("commands", "gpu serving training experiments", "peers", "suite", "common"),
+    "benchmarks": ("commands", "serving training experiments", "peers", "suite", "common"),
 }
 
 
@@ -174,8 +174,9 @@ def test_the_contract_needs_only_the_standard_library(place: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("serving", "tensorflow onnxruntime numpy tokenizers"),
-        ("serving.model", "tensorflow onnxruntime"),
+        ("serving", "tensorflow onnxruntime numpy tokenizers llguidance"),
+        ("serving.model", "tensorflow onnxruntime llguidance"),
+        ("serving.engine.engine, serving.commands.generate, serving.protocols.openai.routes", "llguidance onnxruntime"),
         ("serving.clients.session_transport", "tensorflow"),
         ("builder.stages.pipeline", "tensorflow onnx onnxruntime"),
         # The training stage with all that it imports when it runs.
@@ -197,6 +198,7 @@ def test_only_the_backend_that_is_named_so_imports_a_runtime() -> None:
     allowed = {
         "tensorflow": {"backends/tensorflow.py", "clients/session_transport.py", "support/tensorflow_import.py"},
         "onnxruntime": {"backends/onnx.py", "backends/onnx_loop.py", "backends/onnx_session.py"},
+        "llguidance": {"sampling/grammars.py"},
         "keras": set(),
         "onnx": set(),
         "torch": set(),

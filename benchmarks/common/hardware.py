@@ -93,7 +93,7 @@ def own_seconds(processes: Iterable[int] = ()) -> float:
     found = times.user + times.system + times.children_user + times.children_system
     for process in processes:
         try:
-            # The name, in brackets, may hold anything; behind it user and system time are fields 14 and 15 of all.
+            # The name, in brackets, may hold anything; after it user and system time are fields 14 and 15 of all.
             fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue

@@ -42,7 +42,7 @@ def summarise(samples: Sequence[float], resamples: int = 1000, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of one figure of a contender beside that of a reference.
+    """What the repeats say of one figure of a contender compared with that of a reference.
 
     `ratio` is contender over reference with its 95 % interval; `noise` is the relative difference that repeats of one
     and the same show by themselves. `call` is higher, lower, `SAME` within the noise, or `UNKNOWN`.

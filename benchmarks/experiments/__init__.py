@@ -1,1 +1,1 @@
-"""One question each: programs whose answers stand in the decisions."""
+"""Programs that answer one question each; the answers are in docs/decisions/ and docs/benchmarks.md."""

@@ -64,7 +64,7 @@ print(time.perf_counter() - began)
 def main(
     work: Path, megabytes: int, rounds: int, sizes: tuple[int, ...], novels: tuple[float, ...], output: Path | None
 ) -> None:
-    """Time preparation beside the bare library, and measure its memory."""
+    """Compare the time of preparation with that of the bare library, and measure its memory."""
     work.mkdir(parents=True, exist_ok=True)
     base = _make_base(work) if rounds or sizes else work
     record: dict[str, Any] = {"environment": environment(), "settings": SETTINGS, "synthetic_seed": 0}

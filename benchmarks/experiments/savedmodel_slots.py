@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,17 @@ def main(folder: Path, rows: str, others: int, prompt: int, rounds: int, output:
     record |= {"ms_a_token": {}, "tokens_per_second": {}}
     for count in [int(number) for number in rows.split(",")]:
         ways: dict[str, Callable[[], list[float]]] = {
-            "serving_default": lambda count=count: model.loop(count),
-            "decode_slots, 1 token a call": lambda count=count: model.slots(count, 1),
-            "decode_slots, 8 tokens a call": lambda count=count: model.slots(count, 8),
+            "serving_default": partial(model.loop, count),
+            "decode_slots, 1 token a call": partial(model.slots, count, 1),
+            "decode_slots, 8 tokens a call": partial(model.slots, count, 8),
         }
         if count > 1:
-            ways["decode_slots, 1 token a call, highest slot only"] = lambda count=count: model.slots(count, 1, True)
+            ways["decode_slots, 1 token a call, highest slot only"] = partial(model.slots, count, 1, highest=True)
         times = _rounds(ways, rounds)
         record["ms_a_token"][str(count)] = {name: statistics.median(some) * 1e3 for name, some in times.items()}
         requests: dict[str, Callable[[], list[float]]] = {
-            "one request": lambda count=count: [model.whole(count)],
-            "concurrent": lambda count=count: [model.concurrent(count)],
+            "one request": partial(model.whole, count),
+            "concurrent": partial(model.concurrent, count),
         }
         times = _rounds(requests, rounds)
         rates = {name: count * TOKENS / statistics.median(some) for name, some in times.items()}
@@ -87,16 +88,16 @@ class _Model:
     def __init__(self, transport: SessionTransport, prompt: int) -> None:
         self._transport, self._prompt = transport, prompt
 
-    def whole(self, rows: int, tokens: int = TOKENS) -> float:
+    def whole(self, rows: int, tokens: int = TOKENS) -> list[float]:
         """Seconds of one request of `rows` rows."""
-        return self._call("serving_default", self._inputs(rows, tokens))[0]
+        return [self._call("serving_default", self._inputs(rows, tokens))[0]]
 
     def loop(self, rows: int) -> list[float]:
         """Seconds a token of `serving_default`."""
-        first = self.whole(rows, 1)
-        return [(self.whole(rows, TOKENS + 1) - first) / TOKENS]
+        (first,), (whole,) = self.whole(rows, 1), self.whole(rows, TOKENS + 1)
+        return [(whole - first) / TOKENS]
 
-    def concurrent(self, count: int) -> float:
+    def concurrent(self, count: int) -> list[float]:
         """Seconds until the last of `count` requests of one row has its answer."""
         inputs = self._inputs(count, TOKENS)
         single = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(count)]
@@ -106,7 +107,7 @@ class _Model:
             thread.start()
         for thread in threads:
             thread.join()
-        return time.perf_counter() - start
+        return [time.perf_counter() - start]
 
     def slots(self, rows: int, steps: int, highest: bool = False) -> list[float]:
         """Seconds a token of each call of `decode_slots` for `steps` tokens."""

@@ -1,1 +1,1 @@
-"""Decode and prefill beside other runtimes, each in an environment and a process of its own."""
+"""Decode and prefill of the bundle and of other runtimes, each in its own environment and process."""

@@ -75,7 +75,7 @@ class Comparison:
     def run(self, runtimes: Sequence[Runtime], batch_sizes: Sequence[int]) -> None:
         """Measure all runtimes of a precision in turns, or one after the other, batch by batch.
 
-        A runtime that fails stands in the record with its error.
+        A runtime that fails is in the record with its error.
         """
         if self.settings.alone:
             for runtime in runtimes:

@@ -70,7 +70,7 @@ class LlamaRunner:
         return run
 
     def _decode(self, rows: Sequence[Sequence[int]], start: int) -> list[Any]:
-        """Append tokens to every row, and return views of the logits behind each row's last, [vocabulary] each."""
+        """Append tokens to every row, and return views of the logits after each row's last, [vocabulary] each."""
         width = len(rows[0])
         batch = llama_cpp.llama_batch_init(len(rows) * width, 0, 1)
         batch.n_tokens = len(rows) * width

@@ -1,4 +1,4 @@
-"""The server beside its bare engine: python -m benchmarks.serving BUNDLE --graph ort/int8 --output FILE.
+"""The server compared with its bare engine: python -m benchmarks.serving BUNDLE --graph ort/int8 --output FILE.
 
 `gpt2-bundle serve`, the load generator and the bare engine are three processes that take turns on the same load. The
 generator's work on the same cores counts against the server. `--faults` overloads the server instead, leaves it in the
@@ -38,14 +38,14 @@ class _Silent:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/int8", show_default=True)
+@click.option("--graph", default="ort/int8", show_default=True, help="Graph that is served.")
 @click.option("--clients", default="1,16", show_default=True, help="Numbers of streaming clients.")
-@click.option("--seconds", default=10.0, show_default=True, help="Of each turn.")
-@click.option("--repeats", default=2, show_default=True)
-@click.option("--prompt-tokens", default=64, show_default=True)
-@click.option("--new-tokens", default=96, show_default=True)
+@click.option("--seconds", default=10.0, show_default=True, help="Length of each round.")
+@click.option("--repeats", default=2, show_default=True, help="Number of rounds.")
+@click.option("--prompt-tokens", default=64, show_default=True, help="Length of each prompt.")
+@click.option("--new-tokens", default=96, show_default=True, help="New tokens of each request.")
 @click.option("--faults", is_flag=True, help="Overload, disconnects and SIGTERM instead of the comparison.")
-@click.option("--overload-seconds", default=60.0, show_default=True)
+@click.option("--overload-seconds", default=60.0, show_default=True, help="Length of the overload.")
 @click.option(
     "--soak", "soak_minutes", type=click.FloatRange(2), metavar="MINUTES", help="Mixed use for so long instead."
 )
@@ -82,7 +82,7 @@ def main(
             record["disconnects"] = disconnects(server)
             record["termination"] = termination(server, sizes)
     else:
-        record["turns"] = []
+        record["rounds"] = []
         engine = open_engine(opened, graph, "cpu", EngineConfig(), _Silent())
         with serving(bundle, graph) as server:
             for repeat in range(repeats + 1):
@@ -96,8 +96,8 @@ def main(
                             ["--clients", str(count), "--seconds", str(length), "--seed", str(repeat), *sizes],
                         ),
                     }
-                    if repeat:  # The first turn warms up.
-                        record["turns"].append(pair)
+                    if repeat:  # The first round warms up.
+                        record["rounds"].append(pair)
                         click.echo(json.dumps(pair), err=True)
         engine.close()
     text = json.dumps(record, indent=1)

@@ -1,9 +1,11 @@
-"""The engine beside the bare loop: python -m benchmarks.serving.engine BUNDLE --graph ort/int8 --streams 16.
+"""The engine compared with the bare loop, and prefill chunks with each other.
 
-Both run in this process on the same prompts, greedily, in turns. `loop` is a decode step of `serving.generation` and
-the choice of its tokens; `engine` is what lies between two tokens of one stream while all streams decode. Then a long
-prompt arrives while the streams run, and the time between tokens is measured until it has been read. At last each
-stream asks anew whenever its text is complete, which shows what reading prompts beside others costs all in all.
+python -m benchmarks.serving.engine BUNDLE --graph ort/int8 --chunks 2.25x,64
+
+All run in this process on the same prompts, greedily, in rounds. `loop` is a decode step of `serving.generation` with
+its sampling; `engine` is the time between two tokens of one stream while all streams decode. Then a long prompt
+arrives while the streams run, and the time between their tokens is measured until its prefill ends. At last, in a
+closed loop, each stream asks again whenever its text is complete, which shows the total cost of chunked prefill.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import itertools
 import json
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,12 @@ import numpy as np
 from benchmarks.common.hardware import environment
 from benchmarks.common.held_out_text import cut_prompts, read_text
 from benchmarks.common.standalone import run
-from benchmarks.common.statistics import summarise
+from benchmarks.common.statistics import paired, summarise
 from benchmarks.serving.bare import bare
+from benchmarks.suite.machine.contention import Others
 from serving.backends.base import Backend
 from serving.backends.loader import load_backend
-from serving.bundle import open_bundle
+from serving.bundle import Bundle, open_bundle
 from serving.engine.api import Event, FinishEvent, GenerationRequest, RequestRecord, StepRecord, TokenEvent
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine, open_engine
@@ -36,77 +40,104 @@ from serving.generation.token_selection import Chooser, HostSteps
 from serving.sampling import SamplingParams
 
 
+# fmt: off
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/fp32", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--graph", default="ort/fp32", show_default=True, help="Graph of the bundle to run.")
 @click.option("--streams", default="1,4,16", show_default=True, help="Numbers of streams.")
-@click.option("--prompt-tokens", default=128, show_default=True)
-@click.option("--new-tokens", default=48, show_default=True)
-@click.option("--long-prompt", default=900, show_default=True, help="Tokens of the prompt that arrives; 0 is none.")
-@click.option("--seconds", default=5, show_default=True, help="Of streams that ask again and again; 0 is none.")
-@click.option("--max-length", type=int, help="Positions of a slot; the model's context by default.")
-@click.option(
-    "--chunks",
-    default=f"{EngineConfig().prefill_slowdown}x",
-    show_default=True,
-    help="What to compare: tokens beside a step (16), or how much slower a step may be (2.5x).",
-)
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@click.option("--prompt-tokens", default=128, show_default=True, help="Length of each stream's prompt.")
+@click.option("--new-tokens", default=48, show_default=True, help="New tokens of each stream.")
+@click.option("--long-prompt", default=900, show_default=True, help="Tokens of the arriving prompt; 0 for none.")
+@click.option("--seconds", default=5, show_default=True, help="Time of each closed loop; 0 leaves it out.")
+@click.option("--max-length", type=int, help="Positions of a slot.  [default: the model's context]")
+@click.option("--chunks", default=f"{EngineConfig().prefill_slowdown}x", show_default=True,
+              help="Prefill chunks to compare: a fixed number of tokens (64), or the multiple of a decode step that a "
+              "fitted chunk may take (2.25x).")
+@click.option("--repeats", default=3, show_default=True, help="Number of rounds; the chunks take turns in each.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON to FILE.")
 def main(
-    bundle: Path,
-    graph: str,
-    device: str,
-    streams: str,
-    chunks: str,
-    max_length: int | None,
-    output: Path | None,
-    **sizes: int,
+    bundle: Path, graph: str, streams: str, chunks: str, max_length: int | None, output: Path | None, **sizes: int
 ) -> None:
-    """Measure on the folder BUNDLE."""
+    """Measure the engine on the folder BUNDLE."""
     opened = open_bundle(bundle, check="sizes")
     text = read_text(opened)
-    loop = load_backend(opened, "onnx", graph, device)
-    record: dict[str, Any] = {"environment": environment(), "graph": graph, "device": device, "max_length": max_length}
-    record |= sizes
+    record: dict[str, Any] = {"environment": environment(), "graph": graph, "max_length": max_length, **sizes}
     record |= {"decode": [], "arrival": [], "closed": []}
-    long_prompt, seconds = sizes.pop("long_prompt"), sizes.pop("seconds")
-    counts = [int(count) for count in streams.split(",")]
-    for number, chunk in enumerate(chunks.split(",")):
-        observer = Observer()
-        fresh = itertools.count()
-        pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
-        config = EngineConfig(max_length=max_length, **pace or {"prefill_slowdown": float(chunk.removesuffix("x"))})
-        engine = open_engine(opened, graph, device, config, observer)
-        for count in counts:
-            # A chunk makes no difference to a step that reads no prompt.
-            if not number:
-                prompt = cut_prompts(text, 1, sizes["prompt_tokens"])[0]
-                record["decode"].append({"streams": count, **_decode(loop, engine, observer, prompt, count, sizes)})
-                click.echo(json.dumps(record["decode"][-1]), err=True)
-            if long_prompt:
-                # All slots but the one that the long prompt needs.
-                prompts = cut_prompts(text, min(count, engine.stats().slots - 1), sizes["prompt_tokens"])
-                late = cut_prompts(text, 1, long_prompt)[0]
-                runs = []
-                for _ in range(sizes["repeats"]):
-                    # Another first token each time, so that nothing of it is in the cache.
-                    late[0] = next(fresh)
-                    runs.append(_arrival(engine, observer, prompts, late))
-                ratio = float(np.median([run["p99_over_quiet_median"] for run in runs]))
-                row = {"prefill_chunk": chunk, "streams": len(prompts), "p99_over_quiet_median": ratio, "runs": runs}
-                record["arrival"].append(row)
-                click.echo(json.dumps(row), err=True)
-            if seconds:
-                figures = bare(engine, count, seconds, sizes["prompt_tokens"], sizes["new_tokens"], count)
-                record["closed"].append({"prefill_chunk": chunk, "streams": count, **figures})
-                click.echo(json.dumps(record["closed"][-1]), err=True)
+    long_prompt, seconds, fresh = sizes.pop("long_prompt"), sizes.pop("seconds"), itertools.count()
+    observer, pacings = Observer(), chunks.split(",")
+    engines = {chunk: _open(opened, graph, max_length, chunk, observer) for chunk in pacings}
+    loop, others = load_backend(opened, "onnx", graph), Others([])
+    for count in [int(each) for each in streams.split(",")]:
+        prompt = cut_prompts(text, 1, sizes["prompt_tokens"])[0]
+        # A chunk makes no difference to a step without prefill.
+        row = {"streams": count, **_decode(loop, engines[pacings[0]], observer, prompt, count, sizes)}
+        record["decode"].append(row)
+        arrivals: dict[str, list[dict[str, Any]]] = {chunk: [] for chunk in pacings}
+        closed: dict[str, list[dict[str, Any]]] = {chunk: [] for chunk in pacings}
+        for repeat in range(sizes["repeats"]):
+            # The order rotates, so that no pacing always runs after the same other one.
+            for chunk in pacings[repeat % len(pacings) :] + pacings[: repeat % len(pacings)]:
+                engine = engines[chunk]
+                if long_prompt:
+                    # All slots but the one that the long prompt needs.
+                    prompts = cut_prompts(text, min(count, engine.stats().slots - 1), sizes["prompt_tokens"])
+                    # Another first token each time, so that nothing of it is in the prefix cache.
+                    late = [next(fresh), *cut_prompts(text, 1, long_prompt)[0][1:]]
+                    arrivals[chunk].append(_arrival(engine, observer, prompts, late))
+                if seconds:
+                    seed = count + 1000 * repeat
+                    closed[chunk].append(
+                        bare(engine, count, seconds, sizes["prompt_tokens"], sizes["new_tokens"], seed)
+                    )
+                click.echo(f"{count} streams, repeat {repeat + 1}, chunk {chunk}", err=True)
+        record["arrival"] += [{"chunk": chunk, "streams": count, "runs": runs} for chunk, runs in arrivals.items()]
+        record["closed"] += [{"chunk": chunk, "streams": count, "runs": runs} for chunk, runs in closed.items()]
+    for engine in engines.values():
         engine.close()
-    text_record = json.dumps(record, indent=2)
-    click.echo(text_record)
+    record["others_cpu_share"] = others.share()
     if output is not None:
-        output.write_text(text_record + "\n", encoding="utf-8")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    click.echo(table(record))
+# fmt: on
+
+
+def _open(bundle: Bundle, graph: str, max_length: int | None, chunk: str, observer: Observer) -> SlotEngine:
+    pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
+    pace = pace or {"prefill_slowdown": float(chunk.removesuffix("x"))}
+    return open_engine(bundle, graph, "cpu", EngineConfig(max_length=max_length, **pace), observer)
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return a Markdown table: medians over the rounds, and the verdict on tokens/s of each chunk over the first."""
+    lines = [
+        f"{record['graph']}; other programs took {record['others_cpu_share'] or 0:.0%} of the cores",
+        "",
+        "| streams | chunk | p99 / quiet median, long prompt | its first token, ms | tokens/s | first token p50, ms "
+        "| between tokens p99, ms | tokens/s over the first chunk |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference: list[float] = []
+    for arrival, closed in zip(record["arrival"], record["closed"], strict=True):
+        rates = [run["tokens_per_second"] for run in closed["runs"]]
+        if arrival["chunk"] == record["arrival"][0]["chunk"]:
+            reference = rates
+        verdict = paired(rates, reference) if rates else None
+        told = f"{verdict.ratio:.2f}, {verdict.call}" if verdict is not None and verdict.ratio is not None else ""
+        cells = [
+            _median(run["p99_over_quiet_median"] for run in arrival["runs"]),
+            _median(run["first_token_ms"] for run in arrival["runs"]),
+            _median(rates),
+            _median(run["time_to_first_token_s"]["p50"] * 1e3 for run in closed["runs"]),
+            _median(run["inter_token_s"]["p99"] * 1e3 for run in closed["runs"]),
+        ]
+        lines.append(f"| {arrival['streams']} | {arrival['chunk']} | {' | '.join(cells)} | {told} |")
+    return "\n".join(lines)
+
+
+def _median(values: Iterable[float]) -> str:
+    known = list(values)
+    return f"{float(np.median(known)):,.1f}" if known else ""
 
 
 class Observer:

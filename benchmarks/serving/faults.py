@@ -44,7 +44,7 @@ def overload(server: ServerProcess, sizes: list[str], seconds: float, overload_s
 
 
 def disconnects(server: ServerProcess) -> dict[str, Any]:
-    """Connect 1,000 times and go away at a random moment: before, within or after the request, or within the answer."""
+    """Connect 1,000 times and go away at a random time: before, within or after the request, or within the answer."""
     parts, draw = urlsplit(server.url), random.Random(0)
     body = json.dumps({"prompt": "A", "max_tokens": 200, "ignore_eos": True, "stream": True}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

@@ -2,7 +2,7 @@
 
 It speaks HTTP/1.1 over plain asyncio streams and reads of each event only what it must, as it shares the machine with
 the server that it measures. Closed loop: each client asks again as soon as its answer is complete. With `--rate`,
-requests come at random moments instead (exponential gaps), whatever is still under way. The result is one JSON object.
+requests come at random times instead (exponential gaps), whatever is still under way. The result is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PATIENCE = 120.0
 _IDS = 256
 """Token ids that every vocabulary has."""
 _LETTERS = "abcdefghilmnoprstuw"
-"""Each is one token behind a space, in GPT-2's vocabulary and in the small ones that are trained here."""
+"""Each is one token after a space, in GPT-2's vocabulary and in the small ones that are trained here."""
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 _FULL_LENGTH = re.compile(rb'"finish_reason": ?"length"')
 
@@ -37,13 +37,13 @@ class Results:
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     arrivals: list[tuple[float, float]] = field(default_factory=list)
-    """(moment, tokens) of each read."""
+    """(timestamp, tokens) of each read."""
     tokens: float = 0
     refused: list[float] = field(default_factory=list)
 
     def summary(self, began: float, seconds: float) -> dict[str, Any]:
         """Rates over the window alone; quantiles over every answer."""
-        within = sum(tokens for moment, tokens in self.arrivals if moment <= began + seconds)
+        within = sum(tokens for timestamp, tokens in self.arrivals if timestamp <= began + seconds)
         return {
             "seconds": seconds,
             "tokens_per_second": within / seconds,
@@ -117,7 +117,7 @@ async def _read(reader: asyncio.StreamReader, sent: float, body: dict[str, Any],
     full = _FULL_LENGTH.search(answer) is not None
     wanted = int(usage[-1]) if usage else body["max_tokens"] if full else events
     scale = wanted / events if events else 1.0
-    results.arrivals += [(moment, events * scale) for moment, events in arrivals]
+    results.arrivals += [(timestamp, events * scale) for timestamp, events in arrivals]
     results.tokens += events * scale
     if b"data: [DONE]" not in answer and ("stream_options" in body or not full):
         return "broken off"

@@ -1,4 +1,4 @@
-"""Other OpenAI-compatible servers over the same weights, beside ours: python -m benchmarks.serving.peers BUNDLE.
+"""Other OpenAI-compatible servers over the same weights, compared with ours: python -m benchmarks.serving.peers BUNDLE.
 
 Each server is a process with an environment of its own; the load generator is one process more. All take turns on the
 same load, and those whose turn it is not are stopped, so that a server which spins while nobody asks takes no time from
@@ -53,7 +53,7 @@ class Peer:
 
 
 def peers(bundle: Path, precision: str, environments: Path, llama_server: Path | None, work: Path) -> list[Peer]:
-    """Ours, and those of the others that are installed; "{port}" stands for the port in their commands."""
+    """Ours, and those of the others that are installed; "{port}" is replaced by the port in their commands."""
     graph = f"ort/{precision}"
     ours = [*SERVE, str(bundle), "--graph", graph, "--port", "{port}", "--no-access-log"]
     found = [Peer(OWN, ours, "/health/ready", ["--text"], f"{graph}, 16 slots, with log-probabilities")]
@@ -104,7 +104,7 @@ def _gguf(bundle: Path, precision: str, python: Path, work: Path) -> Path:
     return path
 
 
-class Running:
+class PeerServer:
     """A server of a process group of its own, stopped except in its turns."""
 
     def __init__(self, peer: Peer, log: Path) -> None:
@@ -138,7 +138,7 @@ class Running:
             return False
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def round(self) -> Iterator[None]:
         """Let it run for the block."""
         self._signal(signal.SIGCONT)
         try:
@@ -161,17 +161,17 @@ class Running:
             os.killpg(self._process.pid, number)
 
 
-def contest(
+def compare(
     found: Sequence[Peer], clients: Sequence[int], seconds: float, repeats: int, sizes: Sequence[str], work: Path
 ) -> dict[str, Any]:
     """Turns of every server at each number of clients, the first of which only warms up, in changing order."""
-    turns: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         servers = []
         for peer in found:
             try:
-                server = Running(peer, work / f"{peer.name}.log")
+                server = PeerServer(peer, work / f"{peer.name}.log")
             except GPT2BundleError as error:
                 failed[peer.name] = str(error)
                 click.echo(str(error), err=True)
@@ -182,40 +182,40 @@ def contest(
         for repeat in range(repeats + 1):
             for count in clients:
                 for server in servers[repeat % len(servers) :] + servers[: repeat % len(servers)]:
-                    turn = _turn(server, count, seconds if repeat else min(2.0, seconds), repeat, sizes)
-                    click.echo(f"{turn['server']}, {count} clients: {_line(turn)}", err=True)
+                    done = _round(server, count, seconds if repeat else min(2.0, seconds), repeat, sizes)
+                    click.echo(f"{done['server']}, {count} clients: {_line(done)}", err=True)
                     if repeat:
-                        turns.append(turn)
-    return {"turns": turns, "failed": failed}
+                        rounds.append(done)
+    return {"rounds": rounds, "failed": failed}
 
 
-def _turn(server: Running, count: int, seconds: float, seed: int, sizes: Sequence[str]) -> dict[str, Any]:
+def _round(server: PeerServer, count: int, seconds: float, seed: int, sizes: Sequence[str]) -> dict[str, Any]:
     peer = server.peer
     options = ["--clients", str(count), "--seconds", str(seconds), "--seed", str(seed), *sizes, *peer.load]
     if peer.model:
         options += ["--model", peer.model]
-    with server.turn():
+    with server.round():
         before, began = busy_seconds(), time.perf_counter()
         result = load(server.url, options)
         busy = (busy_seconds() - before) / (time.perf_counter() - began) / usable_cores()
     return {"server": peer.name, "clients": count, "busy_cores_share": busy, **result}
 
 
-def _line(turn: dict[str, Any]) -> str:
-    gaps, first = turn["inter_token_s"] or {}, turn["time_to_first_token_s"] or {}
+def _line(done: dict[str, Any]) -> str:
+    gaps, first = done["inter_token_s"] or {}, done["time_to_first_token_s"] or {}
     times = [
         f"{name} {1e3 * value:.1f} ms"
         for name, value in (*gaps.items(), *(("first " + k, v) for k, v in first.items()))
     ]
-    return f"{turn['tokens_per_second']:.0f} tokens/s, {', '.join(times)}, {turn['outcomes']}"
+    return f"{done['tokens_per_second']:.0f} tokens/s, {', '.join(times)}, {done['outcomes']}"
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(list(_KINDS)), default="int8", show_default=True)
+@click.option("--precision", type=click.Choice(list(_KINDS)), default="int8", show_default=True, help="Of the weights.")
 @click.option("--environments", type=click.Path(path_type=Path), default=Path(), help="Where .venv-peer-NAME lie.")
 @click.option("--llama-server", type=click.Path(path_type=Path, exists=True), help="llama.cpp's own server.")
-@click.option("--only", help="Names of servers beside ours, with commas; all that are installed by default.")
+@click.option("--only", help="Names of servers to compare with ours, with commas; all that are installed by default.")
 @click.option("--clients", default="1,4,16", show_default=True, help="Numbers of streaming clients.")
 @click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
 @click.option("--repeats", default=2, show_default=True)
@@ -252,7 +252,7 @@ def main(
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "servers": {peer.name: peer.note for peer in found},
-        **contest(found, counts, seconds, repeats, sizes, work),
+        **compare(found, counts, seconds, repeats, sizes, work),
     }
     text = json.dumps(record, indent=1)
     if output is None:

@@ -1,6 +1,6 @@
 """Hours of mixed use in minutes of it: does the server keep what it should give back?
 
-Requests of every kind come at random moments, at a modest rate, most of them answered, some left and some refused. What
+Requests of every kind come at random times, at a modest rate, most of them answered, some left and some refused. What
 the process holds is sampled meanwhile. Memory is judged by its slope after a warm-up, with an interval: what grows
 slower than the bound even at the interval's upper end is flat. File descriptors, threads and slots are counted before
 and after, while nobody asks anything.
@@ -59,10 +59,10 @@ def slope(seconds: Sequence[float], values: Sequence[float]) -> Slope:
 
     Means, since neighbouring samples of a process's memory are alike and would make the interval too narrow.
     """
-    moments, heights = np.asarray(seconds, np.float64) / 3600, np.asarray(values, np.float64)
-    if len(moments) < 2 * _SEGMENTS:
-        raise ValueError(f"a slope takes at least {2 * _SEGMENTS} samples, not {len(moments)}")
-    x, y = (np.array([part.mean() for part in np.array_split(each, _SEGMENTS)]) for each in (moments, heights))
+    timestamps, heights = np.asarray(seconds, np.float64) / 3600, np.asarray(values, np.float64)
+    if len(timestamps) < 2 * _SEGMENTS:
+        raise ValueError(f"a slope takes at least {2 * _SEGMENTS} samples, not {len(timestamps)}")
+    x, y = (np.array([part.mean() for part in np.array_split(each, _SEGMENTS)]) for each in (timestamps, heights))
     centred = x - x.mean()
     steepness = float(centred @ y / (centred @ centred))
     residuals = y - y.mean() - steepness * centred
@@ -147,7 +147,7 @@ async def ask(address: tuple[str, int], call: Call) -> str:
 
 @dataclass
 class Sample:
-    """What the server's process held at a moment; `slots` are those in use."""
+    """What the server's process held at one time; `slots` are those in use."""
 
     seconds: float
     resident_bytes: int
@@ -234,7 +234,7 @@ def soak(
 
 
 def _idle(server: ServerProcess) -> Sample:
-    """What is held once nobody asks anything: connections are closed a moment after their answers."""
+    """What is held once nobody asks anything: connections are closed shortly after their answers."""
     began = time.monotonic()
     held = sample(server, began)
     while time.monotonic() < began + _SETTLE:

@@ -1,8 +1,8 @@
-"""Cold starts: from the start of a process to its first token, each time in a new one, the files in the page cache.
+"""Cold starts: from the start of a process to its first token, each in a new process, the files in the page cache.
 
-`python -m benchmarks.suite.cold_start` is the process for what runs in one of ours: it reads on its input what to open
-and what to ask, and writes the moments as JSON in its last line. Moments are of the monotonic clock, which on Linux all
-processes share.
+`python -m benchmarks.suite.cold_start` is the process for a target that runs in one of ours. It reads what to open and
+what to ask from its input, and writes the timestamps as JSON in its last line. All processes share the monotonic clock
+on Linux.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from benchmarks.suite.figures.record_rows import peak_rss
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, Target, TargetError
+from benchmarks.suite.targets.base import Completion, Target, TargetError
 from benchmarks.suite.targets.open import open_target
 from serving.bundle import Bundle, open_bundle
 from serving.errors import GPT2BundleError
@@ -99,7 +99,7 @@ def main() -> None:
     target = open_target(bundle, asked["target"], batch=asked["batch"])
     request = Planned(**asked["request"] | {"prompt": tuple(asked["request"]["prompt"])})
 
-    async def work() -> tuple[float, Answer]:
+    async def work() -> tuple[float, Completion]:
         await target.start()
         ready = time.monotonic()
         try:

@@ -11,16 +11,16 @@ from benchmarks.suite.load.events import Response
 from benchmarks.suite.load.schedule import Planned, Schedule
 from benchmarks.suite.targets.base import Target, TargetError
 
-# Time to set up the first request before its moment comes.
+# Time to set up the first request before its time comes.
 _LEAD = 0.01
 
 
 async def play(schedule: Schedule, target: Target, clock: Clock, timeout: float = 300.0) -> list[Response]:
     """Send every request of `schedule` and return the responses in its order.
 
-    In an open loop each request goes out at its moment, whatever came of those before, and its latency begins at that
-    moment even if the client was late. In a closed loop each of the schedule's clients sends the next request that
-    nobody has sent yet as soon as its last has ended, which is then the scheduled moment. A request that has not ended
+    In an open loop each request goes out at its time, whatever came of those before, and its latency begins at that
+    timestamp even if the client was late. In a closed loop each of the schedule's clients sends the next request that
+    nobody has sent yet as soon as its last has ended, which is then the scheduled time. A request that has not ended
     after `timeout` seconds is given up and counts as failed.
     """
     if schedule.concurrency is None:
@@ -33,9 +33,9 @@ async def play(schedule: Schedule, target: Target, clock: Clock, timeout: float 
     return sorted(found, key=lambda response: response.index)
 
 
-async def _at(moment: float, request: Planned, target: Target, clock: Clock, timeout: float) -> Response:
-    await clock.until(moment)
-    return await _send(moment, request, target, clock, timeout)
+async def _at(timestamp: float, request: Planned, target: Target, clock: Clock, timeout: float) -> Response:
+    await clock.until(timestamp)
+    return await _send(timestamp, request, target, clock, timeout)
 
 
 async def _client(left: Iterator[Planned], target: Target, clock: Clock, timeout: float) -> list[Response]:

@@ -55,14 +55,14 @@ class Standing:
 def pace(schedule: Schedule, responses: Sequence[Response], objectives: Objectives) -> Pace:
     """Judge one rate from its responses.
 
-    A target that keeps up ends the last request one latency behind its moment, as it did the first. What the latency
+    A target that keeps up ends the last request one latency after its time, as it did the first. What the latency
     has grown by meanwhile is time that it was behind: the growth is that of the median end-to-end latency from the
     first to the last quarter of the requests, which lie 3/4 of the window apart, so 4/3 of it over the whole. Achieved
     are the requests that were answered over window plus growth.
     """
-    moments = [request.at or 0.0 for request in schedule.requests]
-    count = len(moments)
-    gaps = moments[-1] - moments[0]
+    timestamps = [request.at or 0.0 for request in schedule.requests]
+    count = len(timestamps)
+    gaps = timestamps[-1] - timestamps[0]
     window = gaps * count / (count - 1) if count > 1 and gaps > 0 else 1e-9
     ordered = sorted(responses, key=lambda response: response.index)
     quarter = max(1, count // 4)
@@ -99,7 +99,7 @@ async def sweep(
         left = [name for name in names if not standings[name].is_out]
         if not left or clock.now() - began >= seconds:
             break
-        # Who goes first changes, so that nobody always runs behind the same other.
+        # Who goes first changes, so that nobody always runs after the same other.
         turn = place % len(left)
         for name in left[turn:] + left[:turn]:
             responses = await play(name, schedule, place)

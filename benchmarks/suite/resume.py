@@ -12,7 +12,7 @@ SUSTAINED = "sustained_requests_per_second"
 
 
 def whole_sweep(schedules: Sequence[Schedule]) -> Schedule:
-    """What stands for a sweep: all that was offered in one hash, so that only sweeps of the same rates are compared."""
+    """One schedule for a whole sweep: all that was offered in one hash, so that only sweeps of the same rates are compared."""
     return Schedule("saturation", "highest rate sustained", {"rates": [each.sha256 for each in schedules]}, ())
 
 
@@ -61,7 +61,7 @@ class Earlier:
 
     def _refuse(self, other: Sequence[str]) -> None:
         if other:
-            raise InputError(f"the unfinished record has other {' and '.join(other)}; delete it, or pass no --resume")
+            raise InputError(f"the unfinished record has other {' and '.join(other)}; delete it, or leave out --resume")
 
     def points(self, schedules: Sequence[Schedule]) -> list[dict[str, Any]] | None:
         """The points of one schedule, or of the schedules of one sweep; None if they must be measured."""

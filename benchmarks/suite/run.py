@@ -120,10 +120,10 @@ async def measure(
     """Start `targets`, warm them up, play each schedule `repeats` times against all in turn, and return the record.
 
     A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
-    The schema is docs/bench-format.md's. Schedules of a sweep that stand behind each other are one sweep, in which each
+    The schema is docs/bench-format.md's. Schedules of a sweep that follow each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
-    `machine` give the floors and the roofline; `decode` the text of targets that give ids alone. What `earlier` has is
-    not measured again; `keep` is given the record so far behind each schedule or sweep. Raises InputError where
+    `machine` give the roofline and its bounds; `decode` the text of targets that give ids alone. What `earlier` has is
+    not measured again; `keep` is given the record so far after each schedule or sweep. Raises InputError where
     `earlier` is of other settings, targets, versions or another machine.
     """
     machine = machine or Machine()
@@ -242,7 +242,7 @@ async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
         run.machine.sample()
         run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
         asked = schedule.varied(run.next_number())
-        # Who goes first changes, so that nobody always runs behind the same other.
+        # Who goes first changes, so that nobody always runs after the same other.
         for place in range(len(run.targets)):
             target = run.targets[(place + repeat) % len(run.targets)]
             played[target.name].append(await run.play(target, asked))

@@ -1,1 +1,1 @@
-"""Training throughput and validation loss beside torch and KerasHub: `make bench-training`."""
+"""Training throughput and validation loss compared with torch and KerasHub: `make bench-training`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training`: contestants in turns, a line of samples for each run, and a record of all."""
+"""`python -m benchmarks.training`: trainers in turns, a line of samples for each run, and a record of all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from benchmarks.common.hardware import environment
 from benchmarks.common.standalone import run
 from benchmarks.common.statistics import summarise
-from benchmarks.training.contestants import CASES, LOSS, SPEED, Contest
+from benchmarks.training.trainers import CASES, LOSS, SPEED, Trainers
 
 SAMPLES = "samples.jsonl"
 # Steps of a run that are not counted: the first compiles, and a compiler may have a second go at the second.
@@ -28,16 +28,16 @@ WARM_UP = 2
 @click.option("--work", default="runs/bench-training", show_default=True, type=click.Path(path_type=Path),
               metavar="FOLDER", help="Tokens, jobs and samples; rounds that are in it are not run again.")  # fmt: skip
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Repeatable; all by default.")
-@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Turns of each contestant.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Turns of each trainer.")
 @click.option("--cores", type=click.IntRange(1, 1024), default=2, show_default=True, help="Cores that all may use.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 def main(peers: Path, work: Path, cases: tuple[str, ...], rounds: int, cores: int, output: Path | None) -> None:
     """Train the same GPT-2 on the same tokens by gpt2-bundle, torch and KerasHub, on the CPU, in turns."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    contest = Contest(work, peers, lambda line: click.echo(line, err=True))
+    trainers = Trainers(work, peers, lambda line: click.echo(line, err=True))
     for case in cases or tuple(CASES):
-        _turns(contest, case, 1 if CASES[case].validate else rounds)
+        _turns(trainers, case, 1 if CASES[case].validate else rounds)
     record = {"environment": environment(), "warm_up_steps": WARM_UP, **summary(read_samples(work))}
     click.echo(table(record))
     if output is not None:
@@ -45,9 +45,9 @@ def main(peers: Path, work: Path, cases: tuple[str, ...], rounds: int, cores: in
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _turns(contest: Contest, case: str, rounds: int) -> None:
-    """Run what is missing of the rounds; each begins with another contestant."""
-    done = {(sample["round"], sample["contestant"]) for sample in read_samples(contest.work) if sample["case"] == case}
+def _turns(trainers: Trainers, case: str, rounds: int) -> None:
+    """Run what is missing of the rounds; each begins with another trainer."""
+    done = {(sample["round"], sample["trainer"]) for sample in read_samples(trainers.work) if sample["case"] == case}
     names = LOSS if CASES[case].validate else SPEED
     missing = [
         (turn, name)
@@ -57,10 +57,10 @@ def _turns(contest: Contest, case: str, rounds: int) -> None:
     ]
     if not missing:
         return
-    job = contest.prepare(case)
+    job = trainers.prepare(case)
     for turn, name in missing:
-        sample = {"case": case, "round": turn, "contestant": name, **contest.run(case, job, name)}
-        with (contest.work / SAMPLES).open("a", encoding="utf-8") as file:
+        sample = {"case": case, "round": turn, "trainer": name, **trainers.run(case, job, name)}
+        with (trainers.work / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(sample) + "\n")
 
 
@@ -71,19 +71,19 @@ def read_samples(work: Path) -> list[dict[str, Any]]:
 
 
 def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows of step times and tokens/s by case and contestant, validation losses, and versions.
+    """Rows of step times and tokens/s by case and trainer, validation losses, and versions.
 
-    `ratio` is our XLA run's tokens/s over the contestant's, the median over the rounds that both ran.
+    `ratio` is our XLA run's tokens/s over the trainer's, the median over the rounds that both ran.
     """
     seconds: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
     medians: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     versions: dict[str, str] = {}
     losses: dict[str, dict[str, float]] = defaultdict(dict)
     for sample in samples:
-        key = sample["case"], sample["contestant"]
+        key = sample["case"], sample["trainer"]
         versions |= sample["versions"]
         if sample["validation_loss"] is not None:
-            losses[sample["case"]][sample["contestant"]] = sample["validation_loss"]
+            losses[sample["case"]][sample["trainer"]] = sample["validation_loss"]
             continue
         seconds[key].append(sample["seconds"])
         medians[key][sample["round"]] = statistics.median(sample["seconds"][WARM_UP:])
@@ -97,7 +97,7 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
         rows.append(
             {
                 "case": case,
-                "contestant": name,
+                "trainer": name,
                 "step_seconds": asdict(step),
                 "tokens_per_second": tokens / step.median,
                 "tokens_per_second_interval": [tokens / step.high, tokens / step.low],
@@ -118,14 +118,14 @@ def summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown table and a line for each comparison of losses."""
     lines = [
-        "| case | contestant | tokens/s (95 %) | step, ms | ours is times as fast | first step, s |",
+        "| case | trainer | tokens/s (95 %) | step, ms | ours is times as fast | first step, s |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
         low, high = row["tokens_per_second_interval"]
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append(
-            f"| {row['case']} | {row['contestant']} | {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) "
+            f"| {row['case']} | {row['trainer']} | {row['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) "
             f"| {row['step_seconds']['median'] * 1e3:,.0f} | {ratio} | {row['first_step_seconds']:.1f} |"
         )
     for case, losses in record["validation_losses"].items():

@@ -1,4 +1,4 @@
-"""What one contestant has to do, and the data and learning rates that all of them share.
+"""What one trainer has to do, and the data and learning rates that all of them share.
 
 Peers run this file in an environment of their own, so it needs the standard library and numpy only.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training run: GPT-2 of a geometry on a token stream, AdamW, float32, no dropout.
 
     Matrices of the blocks decay, embeddings, biases and norms do not.
@@ -57,7 +57,7 @@ class Job:
         return path
 
     @classmethod
-    def read(cls, path: Path) -> Job:
+    def read(cls, path: Path) -> TrainingJob:
         """The job in a file that `write` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -66,7 +66,7 @@ class Job:
         return np.fromfile(Path(self.tokens) / f"{name}.bin", "<u2")
 
 
-def rate(job: Job, step: int) -> float:
+def rate(job: TrainingJob, step: int) -> float:
     """The learning rate of update `step`, from 0: linear warm-up from 0, then a cosine (Loshchilov & Hutter 2017)."""
     warmup = min(job.steps - 1, round(job.steps * job.warmup_fraction))
     if step < warmup:
@@ -75,7 +75,7 @@ def rate(job: Job, step: int) -> float:
     return job.learning_rate * (job.final + (1 - job.final) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def batches(job: Job) -> Iterator[NDArray[np.int32]]:
+def batches(job: TrainingJob) -> Iterator[NDArray[np.int32]]:
     """The batches of all steps, int32 [batch, sequence + 1], in the order that `gpt2-bundle train` takes them.
 
     Each epoch cuts the stream, taken as a ring, from a random offset into rows, and takes them in a random order.
@@ -94,7 +94,7 @@ def batches(job: Job) -> Iterator[NDArray[np.int32]]:
         yield tokens[(taken[:, None] + within) % len(tokens)].astype(np.int32)
 
 
-def validation_rows(job: Job) -> Iterator[NDArray[np.int32]]:
+def validation_rows(job: TrainingJob) -> Iterator[NDArray[np.int32]]:
     """Rows of at most sequence + 1 tokens that make each validation token but the first a target once."""
     tokens = job.stream("validation").astype(np.int32)
     for start in range(0, len(tokens) - 1, job.sequence_length):

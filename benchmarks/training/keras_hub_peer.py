@@ -1,4 +1,4 @@
-"""The KerasHub contestant: GPT2CausalLM.fit on TensorFlow with Keras's AdamW, with or without XLA.
+"""The KerasHub trainer: GPT2CausalLM.fit on TensorFlow with Keras's AdamW, with or without XLA.
 
 Runs in the peers' environment: `python -m benchmarks.training.keras_hub_peer JOB.json [xla]`. It has no accuracy
 metric, which its default would compute in every step.
@@ -20,7 +20,7 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.training.job import Job, batches, finish
+from benchmarks.training.job import TrainingJob, batches, finish
 
 
 class StepTimes(keras.callbacks.Callback):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class StepTimes(keras.callbacks.Callback):  # type: ignore[misc]
         self.began = now
 
 
-def dataset(job: Job) -> Any:
+def dataset(job: TrainingJob) -> Any:
     """What `GPT2CausalLM.fit` reads without a preprocessor: token ids with their mask, and the targets."""
 
     def generate() -> Iterator[tuple[dict[str, Any], Any]]:
@@ -51,7 +51,7 @@ def dataset(job: Job) -> Any:
     return made.apply(tf.data.experimental.assert_cardinality(job.steps)).prefetch(2)
 
 
-def train(job: Job, xla: bool) -> None:
+def train(job: TrainingJob, xla: bool) -> None:
     """Take the job's steps, timing each, and print the result."""
     keras.utils.set_random_seed(job.seed)
     backbone = keras_hub.models.GPT2Backbone(
@@ -89,4 +89,4 @@ def train(job: Job, xla: bool) -> None:
 
 
 if __name__ == "__main__":
-    train(Job.read(Path(sys.argv[1])), "xla" in sys.argv[2:])
+    train(TrainingJob.read(Path(sys.argv[1])), "xla" in sys.argv[2:])

@@ -1,4 +1,4 @@
-"""The torch contestant: transformers' GPT2LMHeadModel with torch's fused AdamW, eager or compiled.
+"""The torch trainer: transformers' GPT2LMHeadModel with torch's fused AdamW, eager or compiled.
 
 Runs in the peers' environment: `python -m benchmarks.training.torch_peer JOB.json [compile]`.
 """
@@ -16,10 +16,10 @@ import transformers
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.training.job import Job, batches, finish, rate, validation_rows
+from benchmarks.training.job import TrainingJob, batches, finish, rate, validation_rows
 
 
-def make_model(job: Job) -> Any:
+def make_model(job: TrainingJob) -> Any:
     """The model with the job's weights, in float32, with torch's scaled dot-product attention and no dropout."""
     options: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "sdpa"}
     if job.start:
@@ -37,7 +37,7 @@ def make_model(job: Job) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def make_optimizer(model: Any, job: Job) -> Any:
+def make_optimizer(model: Any, job: TrainingJob) -> Any:
     """Fused AdamW, the fastest of torch's three forms, that decays the blocks' matrices only."""
     decayed = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
     others = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".h." in name)]
@@ -45,7 +45,7 @@ def make_optimizer(model: Any, job: Job) -> Any:
     return torch.optim.AdamW(groups, lr=0.0, betas=(job.beta1, job.beta2), eps=job.epsilon, fused=True)
 
 
-def train(job: Job, compiled: bool) -> None:
+def train(job: TrainingJob, compiled: bool) -> None:
     """Take the job's steps, timing each, and print the result."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(job.seed)
@@ -77,7 +77,7 @@ def train(job: Job, compiled: bool) -> None:
     finish(seconds, validate(model, job) if job.validate else None, versions, losses=losses)
 
 
-def validate(model: Any, job: Job) -> float:
+def validate(model: Any, job: TrainingJob) -> float:
     """Mean nats a token of the validation stream."""
     model.eval()
     total, count = 0.0, 0
@@ -91,4 +91,4 @@ def validate(model: Any, job: Job) -> float:
 
 
 if __name__ == "__main__":
-    train(Job.read(Path(sys.argv[1])), "compile" in sys.argv[2:])
+    train(TrainingJob.read(Path(sys.argv[1])), "compile" in sys.argv[2:])

@@ -28,7 +28,7 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     from builder.run_folder import locked
     from builder.stages.pipeline import build as run_build
     from builder.stages.pipeline import report_lines
-    from serving.bundle.examples import example_prompts, shell_quoted
+    from serving.bundle.examples import generate_arguments
 
     with locked(run.folder):
         bundle = run_build(run, output, Reporter())
@@ -40,5 +40,5 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     else:
         for line in report_lines(run, bundle):
             click.echo(line)
-        prompt = shell_quoted(example_prompts(bundle.folder)[0])
-        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {prompt}")
+        arguments = generate_arguments(bundle.folder)
+        click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {arguments}")

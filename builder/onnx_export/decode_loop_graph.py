@@ -22,6 +22,7 @@ from onnx import TensorProto, helper
 
 from builder.onnx_export.graph_builder import GraphBuilder
 from builder.onnx_export.sampling_graph import add_sampling
+from serving.sampling.parameters import ROW_DTYPES
 
 KINDS = ("greedy", "sample")
 # Among how many tokens a sampled one is looked for; where a row needs more it is not exact.
@@ -145,10 +146,7 @@ _INPUTS: tuple[tuple[str, int, list[Any]], ...] = (
 )
 _SAMPLE_INPUTS: tuple[tuple[str, int, list[Any]], ...] = (
     ("draws", _FLOAT, ["batch_size", "steps"]),
-    ("temperature", _FLOAT, ["batch_size"]),
-    ("top_k", _INT, ["batch_size"]),
-    ("top_p", _FLOAT, ["batch_size"]),
-    ("min_p", _FLOAT, ["batch_size"]),
+    *((name, _INT if dtype is np.int64 else _FLOAT, ["batch_size"]) for name, dtype in ROW_DTYPES.items()),
 )
 _OUTPUTS: tuple[tuple[str, int, list[Any]], ...] = (
     ("next_input_ids", _INT, ["batch_size", 1]),

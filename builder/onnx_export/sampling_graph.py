@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from builder.onnx_export.graph_builder import GraphBuilder
+from serving.sampling.parameters import ROW_DTYPES
 
 OPSET = 18
 IR_VERSION = 10
@@ -69,8 +70,8 @@ def add_sampling(
 ) -> SampledToken:
     """Add the choice among the `candidates` ([1] int64) likeliest of `logits` [batch, vocab_size].
 
-    `draw` is [batch, 1], `places` the numbers from 0 to candidates - 1; temperature, top_k, top_p and min_p are the
-    graph's inputs of these names, [batch].
+    `draw` is [batch, 1], `places` the numbers from 0 to candidates - 1; the arrays of SamplingRows are the graph's
+    inputs of their names, [batch].
 
     The bounds, in units of the likeliest token's weight, C candidates, c their running sums, M the mass of all tokens
     that top-k leaves, m = MARGIN * M:
@@ -151,11 +152,12 @@ def add_sampling(
 
 def _inputs(vocab_size: int) -> list[Any]:
     batch, edits = "batch_size", "edits"
-    float_rows = ("temperature", "top_p", "min_p", "draw")
+    float_rows = (*(name for name, dtype in ROW_DTYPES.items() if dtype is np.float32), "draw")
+    integer_rows = (name for name, dtype in ROW_DTYPES.items() if dtype is np.int64)
     return [
         helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 1, vocab_size]),
         *(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch]) for name in float_rows),
-        helper.make_tensor_value_info("top_k", TensorProto.INT64, [batch]),
+        *(helper.make_tensor_value_info(name, TensorProto.INT64, [batch]) for name in integer_rows),
         helper.make_tensor_value_info("edit_ids", TensorProto.INT64, [batch, edits]),
         *(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, edits])

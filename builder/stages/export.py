@@ -103,7 +103,7 @@ def export(
 
     held_out = prepared / "tokens" / "validation.bin"
     summary = json.loads((prepared / "prepare.json").read_text(encoding="utf-8"))
-    examples = summary.get("examples", [])
+    examples = {key: summary.get(key, []) for key in ("examples", "example_messages")}
     write_golden(recipe.verify, held_out, geometry.n_positions, recipe.seed, draft / GOLDEN, examples)
     write_manifest(
         draft,

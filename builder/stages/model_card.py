@@ -8,7 +8,7 @@ from typing import Any
 from builder.training.plan import OWN_PROGRAM, limits
 from builder.verification.paired_loss import relative_difference
 from serving.bundle import Bundle
-from serving.bundle.examples import example_prompts, shell_quoted
+from serving.bundle.examples import generate_arguments
 
 
 def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, float]) -> str:
@@ -79,7 +79,7 @@ def model_card(bundle: Bundle, certificate: dict[str, Any], quality: dict[str, f
         "In the folder of this file:",
         "",
         "```sh",
-        f"gpt2-bundle generate . {shell_quoted(example_prompts(bundle.folder)[0])} --runtime onnx",
+        f"gpt2-bundle generate . {generate_arguments(bundle.folder)} --runtime onnx",
         "gpt2-bundle serve .",
         "gpt2-bundle verify .",
         "```",

@@ -23,7 +23,7 @@ from builder.data.corpus import (
 )
 from builder.data.data_report import vocabulary_coverage, write_report
 from builder.data.document_batches import describe_loss
-from builder.data.documents import read_file
+from builder.data.documents import PROMPT, read_file
 from builder.data.instructions import Template
 from builder.data.masked_shards import open_shard, write_masked_tokens
 from builder.data.text_boundaries import last_boundary
@@ -44,7 +44,7 @@ from serving.errors import InputError
 if TYPE_CHECKING:
     from builder.stages.base_check import CheckedBase
 
-_EXAMPLES, _EXAMPLE_CHARACTERS = 3, 24
+_EXAMPLES, _EXAMPLE_CHARACTERS, _MESSAGE_CHARACTERS = 3, 24, 120
 SUMMARY, PAGE = "prepare.json", "report.html"
 PARTS = ("corpus", "tokenizer", "tokens")
 # What is written into the stage's folder, and into those of its parts.
@@ -127,6 +127,9 @@ def prepare(
         if key in indices[0]:
             summary[name] = {shard.stem: index[key] for shard, index in zip(shards, indices, strict=True)}
     summary["examples"] = _examples(folder / "corpus" / VALIDATION)
+    if recipe.instruction.is_set:
+        user = Template.of(recipe.instruction).pieces["user"][0]
+        summary["example_messages"] = _example_messages(folder / "corpus" / VALIDATION, user)
     if loss:
         summary["loss"] = loss
         report(_loss_line(loss))
@@ -201,9 +204,25 @@ def _examples(path: Path) -> list[str]:
         if not counted:  # A prompt in its template goes as it is.
             found.append(text)
             continue
-        line = next((line.strip() for line in text.split("\n") if line.strip()), "")
-        found.append(line if len(line) <= _EXAMPLE_CHARACTERS else line[: last_boundary(line, _EXAMPLE_CHARACTERS)])
+        found.append(_line(text, _EXAMPLE_CHARACTERS))
     return list(dict.fromkeys(example for example in found if example))
+
+
+def _example_messages(path: Path, before: str) -> list[str]:
+    """What a model of these conversations may be asked: their first user turns, which stand behind `before`."""
+    found = []
+    for document in islice(read_file(path), _EXAMPLES):
+        pairs = zip(document.segments, document.segments[1:], strict=False)
+        turns = [each.text for frame, each in pairs if each.part == PROMPT and frame.text == before]
+        turns += [each.text for each in document.segments if each.part == PROMPT]
+        found += [_line(text, _MESSAGE_CHARACTERS) for text in turns[:1]]
+    return list(dict.fromkeys(message for message in found if message))
+
+
+def _line(text: str, most: int) -> str:
+    """The first line of a text that has anything in it, up to `most` characters."""
+    line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    return line if len(line) <= most else line[: last_boundary(line, most)]
 
 
 def _again(ran: bool) -> str:

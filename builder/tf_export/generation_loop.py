@@ -20,7 +20,7 @@ def generation_loop(
     token_ids: Any,
     lengths: Any,
     max_new_tokens: Any,
-    *sampling: Any,
+    sampling: tuple[Any, Any, Any, Any],
 ) -> dict[str, Any]:
     """Continue prompts [batch, width] that have been checked; return `token_ids` [batch, longest] and `lengths`.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from builder.keras_backend import tf
 from serving.bundle import Geometry
-from serving.sampling.sampler import MAX_SEED
+from serving.sampling.parameters import MAX_SEED
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
 PARAMETERS = ("max_new_tokens", *SAMPLING)

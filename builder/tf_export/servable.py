@@ -144,7 +144,7 @@ class Servable(tf.Module):  # type: ignore[misc]
         """The same of rows that have been checked."""
         if self.slots is not None:
             return self.slots.generate(token_ids, lengths, max_new_tokens, *sampling)
-        return generation_loop(self.geometry, self._run, token_ids, lengths, max_new_tokens, *sampling)
+        return generation_loop(self.geometry, self._run, token_ids, lengths, max_new_tokens, tuple(sampling))
 
     def prefill(self, token_ids: Any, lengths: Any, capacity: Any) -> dict[str, Any]:
         """Run a prompt; return `logits` [batch, vocab_size] after each row's last token, and the cache.

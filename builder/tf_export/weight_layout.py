@@ -1,7 +1,8 @@
 """How the SavedModel stores its matrices: as a step of few rows, which is bound by reading them, reads them fastest.
 
 The token table lies transposed, for the head: oneDNN's product with a table stored by tokens takes up to twice as long
-(docs/decisions.md). And matrices may be in parts, for servers that run several ops at once with one thread each.
+(docs/decisions/savedmodel.md). And matrices may be in parts, for servers that run several ops at once with one thread
+each.
 """
 
 from __future__ import annotations

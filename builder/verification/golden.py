@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,12 @@ def versions() -> dict[str, str]:
 
 
 def write_golden(
-    recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: int, path: Path, examples: Sequence[str] = ()
+    recipe: VerifyRecipe, held_out: Path, n_positions: int, seed: int, path: Path, examples: Mapping[str, Sequence[str]]
 ) -> None:
     """Choose what the certificate runs on: ragged prompts and a stretch of text, as ids, from the held-out tokens.
 
     They travel in the bundle, so that anyone can repeat the verification on the same input. `expected` is filled in
-    by the verification. `examples` are texts that a person may let the model continue.
+    by the verification. `examples` has texts that a person may let the model continue, and messages to send it.
     """
     tokens = open_tokens(held_out)
     random = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def write_golden(
     lengths = random.integers(1, longest + 1, recipe.prompts)
     starts = [int(random.integers(0, len(tokens) - length)) for length in lengths]
     golden = {
-        "examples": list(examples),
+        **{key: list(texts) for key, texts in examples.items()},
         "new_tokens": new_tokens,
         "prompts": [_ids(tokens[start : start + length]) for start, length in zip(starts, lengths, strict=True)],
         "expected": [],

@@ -1,4 +1,4 @@
-"""What every runtime offers: a prefill that opens a batch of sequences, and a decode step that extends all of them."""
+"""The interface of every runtime: a prefill that opens a batch of sequences, and a decode step that extends them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
+from serving.sampling.parameters import SamplingRows
 from serving.sampling.penalties import Edits
 
 FloatArray = NDArray[np.float32]
@@ -20,8 +21,8 @@ BoolArray = NDArray[np.bool_]
 class Backend(Protocol):
     """One graph of one bundle, loaded in one runtime.
 
-    The cache lives in the opaque state that `prefill` returns and `decode` advances; a state belongs to the backend
-    that made it and is used by one thread at a time.
+    The opaque state that `prefill` returns and `decode` advances holds the KV cache. A state belongs to the backend
+    that created it and is used by one thread at a time.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Backend(Protocol):
     def decode(self, state: Any, tokens: IntArray) -> FloatArray:
         """Append one token id a row (`tokens` is [rows]) and return the logits after it, [rows, vocab_size].
 
-        The next step of the same state may write into the same memory: copy what is kept.
+        The next step of the same state may overwrite the result.
         Raises InputError if a row is already at its capacity.
         """
         ...
@@ -47,15 +48,12 @@ class Backend(Protocol):
 
 @dataclass
 class Request:
-    """What each row of a batch asks of the next choice, all [rows]; `draw` is its random number in [0, 1).
+    """The sampling parameters of each row of a batch; `draw` [rows] is a random number in [0, 1).
 
-    `candidates` is among how many of the likeliest tokens the choice is looked for.
+    `candidates` is the number of top candidates among which the token is searched.
     """
 
-    temperature: FloatArray
-    top_k: IntArray
-    top_p: FloatArray
-    min_p: FloatArray
+    sampling: SamplingRows
     draw: FloatArray
     edits: Edits
     candidates: int
@@ -63,20 +61,20 @@ class Request:
 
 @dataclass
 class Choice:
-    """The chosen tokens, [rows], and whether each is certainly the one that the host would choose, [rows]."""
+    """The sampled tokens, [rows], and whether each is certainly the token that the host would sample, [rows]."""
 
     tokens: IntArray
     exact: BoolArray
 
 
 class ChoosingBackend(Backend, Protocol):
-    """A backend that can choose tokens where the logits are, so that no logits need to be fetched.
+    """A backend that can sample on the device, so that no logits are fetched.
 
-    `open` and `advance` are `prefill` and `decode` that fetch nothing.
+    `open` and `advance` are `prefill` and `decode` without the transfer of logits.
     """
 
     chooses: bool
-    """Whether this one can; if not, the methods below may not be called."""
+    """Whether it can; if not, the methods below may not be called."""
     device: str
     """Where it runs: "cpu" or "cuda"."""
 
@@ -89,11 +87,11 @@ class ChoosingBackend(Backend, Protocol):
         ...
 
     def choose(self, state: Any, request: Request) -> Choice:
-        """Choose each row's next token from its last logits."""
+        """Sample the next token of each row from its last logits."""
         ...
 
     def logits(self, state: Any) -> FloatArray:
-        """Fetch the last logits, [rows, vocab_size]; the next step may write into the same memory."""
+        """Fetch the last logits, [rows, vocab_size]; the next step may overwrite them."""
         ...
 
 

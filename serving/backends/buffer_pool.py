@@ -1,4 +1,4 @@
-"""Memory for large arrays that come and go: what one leaves behind is the next one's.
+"""A pool for large arrays: freed memory serves the next one.
 
 New pages cost more than what is written to them: the caches of 16 rows of GPT-2 124M are 226 MB, which the system
 clears before it gives them out, and a virtual machine may have to ask its host for them first.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Memory more than so many times what is asked for is let go, or a large batch's would be kept for ever.
+# Memory that exceeds the request by this factor is freed, so that a large batch's is not kept forever.
 _LARGEST_EXCESS = 4
 
 
@@ -46,7 +46,7 @@ class SpareMemory:
 
 
 class _Lease:
-    """What the array that is given out and all its views have as their base; numpy looks for no other behind it."""
+    """The base of the returned array and of all its views."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.__array_interface__ = memory.__array_interface__

@@ -37,7 +37,7 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
             raise InputError(f"{runtime} finds its devices by itself; ask for {device!r} with '--runtime onnx'")
         arguments["device"] = device
     if graph == "savedmodel":
-        raise InputError("the SavedModel is no ONNX graph; leave out '--graph', and ask for '--runtime tensorflow'")
+        raise InputError("the SavedModel is not an ONNX graph; leave out '--graph', and ask for '--runtime tensorflow'")
     if graph is not None:
         other = bundle.graph(graph).runtime
         if other != runtime:

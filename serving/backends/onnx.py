@@ -1,7 +1,7 @@
-"""A bundle's ONNX graphs in ONNX Runtime: the optimised one on a shared cache buffer, the portable by concatenation.
+"""A bundle's ONNX graphs in ONNX Runtime: the optimized one with a shared KV cache buffer, the portable one without.
 
-Tensors stay bound between steps: a shared buffer is at once past and present, so no step copies a cache. Where the
-bundle has the graph `ort/choose`, logits stay where they are and the chosen tokens are the next step's input.
+Tensors stay bound between steps. A shared buffer is both past and present, so no step copies the KV cache. With the
+sampling graph `ort/choose`, logits stay on the device, and the sampled tokens are the next step's input.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from serving.bundle import Bundle
 from serving.errors import InputError
 
 DEFAULT_GRAPH = "ort/fp32"
-# Tokens of a block on CUDA: what a stream's reader gets at once, and what is made in vain at a text's end at most.
+# Steps per fetch on CUDA: a stream delivers this many tokens at once, and wastes at most as many at its end.
 CUDA_STEPS = 8
 PREFILL_TOKENS = 1024
-"""Padded tokens that one pass over prompts takes at most on a processor, if a row alone has no more: nodes hand each
-other a row of floats for each, and those of many more tokens do not lie in its caches."""
+"""Maximum padded tokens of one prefill pass on a CPU, unless a single row has more. The activations of larger passes do
+not fit the CPU's caches."""
 _CACHE_ROOM = 64
-"""Memory for key-value caches is asked for in multiples of so many tokens; pages that nothing touches cost nothing."""
+"""Granularity of KV cache allocations, in tokens. Untouched pages cost no memory."""
 
 
 @dataclass
 class State:
-    """A batch of rows being decoded: their lengths so far, [rows], and the binding that holds their cache.
+    """A batch that decodes: its lengths so far, [rows], and the binding that holds its KV cache.
 
-    `values` are the tensors that stay on the device between steps: "logits", and "token", [rows, 1], the last choice,
-    which is `chosen`, [rows], here. `logits` is the former's memory where that is an array of ours.
+    `values` are the tensors that stay on the device between steps: "logits", and "token", [rows, 1], the last sampled
+    tokens, of which `chosen`, [rows], is the host's copy. `logits` is the memory of the former if it is a numpy array.
     """
 
     lengths: IntArray
@@ -64,11 +64,11 @@ class OnnxBackend:
     Args:
         bundle: an opened bundle.
         graph_name: the graph's name in the manifest, such as "ort/fp32" or "onnx/portable".
-        threads: intra-operator threads; None leaves the choice to ONNX Runtime (one a physical core).
+        threads: intra-operator threads; None means ONNX Runtime's default, one for each physical core.
         device: "cpu", "cuda" or "cuda:N". Raises RuntimeMissingError if ONNX Runtime is not built for it here.
-        steps_per_fetch: steps between two fetches of tokens where the bundle has the loop's graphs and rows have no
-            penalties; None is 1 on the processor and 8 on CUDA.
-        cuda_graphs: whether those steps are captured, on CUDA; with steps_per_fetch 1 too.
+        steps_per_fetch: decode steps between two fetches of tokens, if the bundle has the graphs for multi-step decode
+            and no row has penalties; None means 1 on a CPU and 8 on CUDA.
+        cuda_graphs: whether CUDA graphs capture those steps, even with steps_per_fetch 1.
     """
 
     def __init__(
@@ -105,24 +105,24 @@ class OnnxBackend:
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         self._cache_memory, self._logits_memory = SpareMemory(), SpareMemory()
         if self.device == "cpu":
-            self._session  # noqa: B018 - what cannot be loaded is said now.
+            self._session  # noqa: B018 - errors of loading are raised now.
         else:
             check_provider(self.device)
 
     @cached_property
     def _session(self) -> Any:
-        """The step's session; on CUDA only opened when a batch has no loop, since the weights are in that one too."""
+        """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
         return open_graph(self._bundle, self.name, self._device_name, self._threads)
 
     @cached_property
     def _choose_session(self) -> Any:
-        # Two thread pools that wait by spinning would take the processor from each other at every step.
+        # Two spinning thread pools would compete for the cores at every step.
         return open_graph(self._bundle, CHOOSE_GRAPH, self._device_name, 1)
 
     def loop(self, sampled: bool) -> DeviceLoop | None:
-        """The loop on the device for greedy or for sampled batches; None if it is not asked for or not in the bundle.
+        """Multi-step decode for greedy or for sampled batches; None if it is not wanted or not in the bundle.
 
-        A session of its own, opened at the first call.
+        Its session opens at the first call.
         """
         if sampled not in self._loops:
             folder = self._bundle.graph(self.name).path.rpartition("/")[0]
@@ -165,7 +165,7 @@ class OnnxBackend:
         state.binding.bind_cpu_input("input_ids", token_ids)
         self._run(state, positions, width)
         if state.values["logits"].shape()[1] != 1:
-            # The portable graph gives every position's; a row's own last one is what counts.
+            # The portable graph gives the logits of every position; keep each row's last one.
             logits = np.take_along_axis(state.values["logits"].numpy(), (lengths - 1)[:, None, None], axis=1)
             state.logits, state.values["logits"] = logits, ort.OrtValue.ortvalue_from_numpy(logits)
         return state
@@ -174,11 +174,11 @@ class OnnxBackend:
         """See `ChoosingBackend.advance`."""
         check_room(state.lengths, state.capacity)
         if self._shared:
-            # Row by row the new token lands behind the row's own last one.
+            # The new token of each row follows the row's own last one.
             state.mask[np.arange(len(tokens)), state.lengths] = 1
             total = int(state.lengths.max()) + 1
         else:
-            # Concatenation puts every row's new token in the same column, behind the widest row's padding.
+            # Concatenation puts the new tokens of all rows in one column, after the padding of the widest row.
             total = state.cache[0].shape()[2] + 1
             if total > state.mask.shape[1]:
                 state.mask = np.pad(state.mask, ((0, 0), (0, state.capacity)))
@@ -192,13 +192,13 @@ class OnnxBackend:
 
     def logits(self, state: State) -> FloatArray:
         """See `ChoosingBackend.logits`."""
-        # An OrtValue on an array's memory does not keep that array, and neither does what its `numpy` gives.
+        # Neither an OrtValue over an array's memory nor its `numpy` keeps the array alive.
         logits: FloatArray = state.values["logits"].numpy() if state.logits is None else state.logits
         return logits[:, 0]
 
     def choose(self, state: State, request: Request) -> Choice:
         """See `ChoosingBackend.choose`."""
-        assert self.chooses, "asked to choose without a graph for it; look at `chooses` first"
+        assert self.chooses, "the bundle has no sampling graph; check `chooses` first"
         if state.choice is None:
             state.choice = self._choose_session.io_binding()
             state.values["token"] = device_zeros((len(state.lengths), 1), np.dtype(np.int64), self._device_name)
@@ -208,7 +208,7 @@ class OnnxBackend:
         state.choice.bind_ortvalue_output("token", state.values["token"])
         state.choice.bind_output("exact", "cpu")
         self._choose_session.run_with_iobinding(state.choice)
-        # A copy, since the next choice is written into the same memory.
+        # A copy: the next call overwrites the memory.
         state.chosen = state.values["token"].numpy()[:, 0].copy()
         _, exact = state.choice.get_outputs()
         return Choice(state.chosen, exact.numpy())
@@ -226,7 +226,7 @@ class OnnxBackend:
         self._session.run_with_iobinding(binding)
 
     def _open_in_parts(self, state: State, token_ids: IntArray) -> None:
-        """Prefill a few rows at a time, each part on its own stretch of the shared buffers."""
+        """Prefill a few rows at a time, each part in its own rows of the shared buffers."""
         self._bind_outputs(state)
         step = max(1, PREFILL_TOKENS // token_ids.shape[1])
         for first in range(0, len(token_ids), step):
@@ -247,7 +247,7 @@ class OnnxBackend:
             self._session.run_with_iobinding(binding)
 
     def _bind_outputs(self, state: State) -> None:
-        """Make room for the logits, and bind it and the caches as outputs."""
+        """Allocate the logits, and bind them and the KV cache as outputs."""
         shape = (len(state.lengths), 1, self.vocab_size)
         if self.device == "cpu":
             state.logits = self._logits_memory.take(shape, np.dtype(np.float32))
@@ -268,15 +268,15 @@ class OnnxBackend:
             state.binding.bind_ortvalue_input(name, value)
 
     def _caches(self, rows: int, length: int) -> list[Any]:
-        """Keys and values of every block, [rows, heads, length, head_dim], with room for `length` tokens.
+        """The KV cache of every block, [rows, heads, length, head_dim], for `length` tokens.
 
-        On the processor what no token was written to may hold anything: attention reads a row to its length only.
+        On a CPU its memory is not initialized: attention reads a row only up to the row's length.
         """
         heads, head_dim = self._cache_shape
         shape = (rows, heads, length, head_dim)
         if self.device != "cpu" or not self._shared:
             return [device_zeros(shape, self._cache_dtype, self._device_name) for _ in self._past]
-        # The room is for a few tokens more, so that the next batch, if it is a little longer, fits too.
+        # Rounded up, so that a slightly longer batch can reuse the memory.
         room = rows * heads * -(-length // _CACHE_ROOM) * _CACHE_ROOM * head_dim
         memory = self._cache_memory.take((len(self._past), room), self._cache_dtype)
         size = rows * heads * length * head_dim

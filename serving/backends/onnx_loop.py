@@ -1,8 +1,8 @@
-"""Several decode steps for one call of the host: the choice of the token, and feeding it back, are in the graph.
+"""Multi-step decode: several steps for one call of the host, with sampling inside the graph.
 
-A block is some steps that are started one after the other without waiting; only then are their tokens fetched. On
-CUDA a step may be captured as a CUDA graph: then it always runs at the same addresses with the same shapes, which the
-buffers of an `Arena` are for. The same code runs on the processor, where there is nothing to capture.
+A block is a number of steps that are launched without waiting; then their tokens are fetched together. CUDA can capture
+a step as a CUDA graph, which needs the same addresses and shapes each time: the buffers of an `Arena`. The same code
+runs on a CPU, without capturing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import onnxruntime as ort
 
 from serving.backends.base import FloatArray, IntArray, Request, check_capacity, pad_right
 from serving.backends.devices import batch_bucket, capacity_bucket
+from serving.sampling import SamplingParams, SamplingRows
 
 _NEVER_CAPTURED = "-1"
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclass
 class Arena:
     """Buffers of a batch bucket and a capacity, on the device, the binding of a step to them, and its options.
 
-    `waits` makes the host wait for the step, `goes_on` does not. `padding` is the position of rows without a prompt,
-    which are stepped along.
+    `waits` makes the host wait for the step, `goes_on` does not. `padding` is the position of the idle rows, which run
+    along.
     """
 
     rows: int
@@ -41,7 +41,7 @@ class Arena:
 
 @dataclass
 class LoopState:
-    """A batch under way in an arena: its prompts until they have run, and then the positions fed so far, [rows]."""
+    """A running batch in an arena: its prompts until their prefill, then the positions filled so far, [rows]."""
 
     arena: Arena
     rows: int
@@ -56,7 +56,7 @@ class DeviceLoop:
     Args:
         session: the session of the graph.
         device: kind and number, as `parse_device` gives them.
-        steps: the most steps of a block, which is the width of its history.
+        steps: maximum steps of a block, the width of its token buffer.
         captured: whether the session was opened with CUDA graphs.
     """
 
@@ -73,7 +73,7 @@ class DeviceLoop:
         self._arenas = 0
 
     def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> LoopState:
-        """Take `prompts` in; they run with the first block. The arena is free again when the state is gone."""
+        """Open a batch, whose prefill is part of the first block. Deleting the state frees its arena."""
         check_capacity(prompts, capacity, self._n_positions)
         key = batch_bucket(len(prompts)), capacity_bucket(capacity, self._n_positions)
         idle = self._idle.setdefault(key, [])
@@ -84,21 +84,21 @@ class DeviceLoop:
         return state
 
     def run(self, state: LoopState, count: int, request: Request | None, draws: FloatArray | None) -> IntArray:
-        """Take `count` steps and return their tokens, [rows, count]; one that is not exact as -1 - token.
+        """Run `count` steps and return their tokens, [rows, count]; an uncertain token is returned as -1 - token.
 
-        A graph that samples takes random numbers from `draws`, [rows, count], and the rest from `request`; the greedy
-        one looks at neither.
+        A sampling graph takes its random numbers from `draws`, [rows, count], and its parameters from `request`. The
+        greedy graph uses neither.
         """
         arena, rows = state.arena, state.rows
         last = state.lengths if state.prompts is None else state.prompts[1] - 1
-        # Whole prompts run without the padding, which then begins at 0 and a step later than they.
+        # The prefill runs without idle rows, which then start at 0, one step later.
         padding = arena.padding if state.prompts is None else -1
         start = np.concatenate([last, np.full(arena.rows - rows, padding)])
         self._put(arena, "start", start[:, None])
         if "draws" in self._inputs:
-            assert request is not None and draws is not None, "a graph that samples needs to know how"
-            for name in _SAMPLING:
-                self._put(arena, name, getattr(request, name))
+            assert request is not None and draws is not None, "a sampling graph needs parameters and random numbers"
+            for name, value in request.sampling.arrays().items():
+                self._put(arena, name, value)
             self._put(arena, "draws", np.pad(draws, ((0, 0), (0, self.steps - count))))
         remaining = count
         if state.prompts is not None:
@@ -115,9 +115,9 @@ class DeviceLoop:
         return tokens
 
     def seek(self, state: LoopState, lengths: IntArray, tokens: IntArray) -> None:
-        """Go on as if `lengths` positions were fed, [rows], and `tokens`, [rows], were next.
+        """Continue as if `lengths` positions, [rows], were filled and `tokens`, [rows], came next.
 
-        Going back is possible since what the cache holds behind a row's length is never looked at.
+        Rewinding works because attention never reads the KV cache beyond a row's length.
         """
         state.lengths = lengths.copy()
         self._place(state.arena, lengths, tokens)
@@ -129,19 +129,19 @@ class DeviceLoop:
         return logits[: state.rows, 0]
 
     def prompt_logits(self, state: LoopState) -> FloatArray:
-        """The logits behind the prompts, [rows, vocab_size], until the arena takes in others."""
+        """The logits after the prompts, [rows, vocab_size], valid until the arena opens another batch."""
         logits: FloatArray = state.arena.buffers["prompt_logits"].numpy()
         return logits[: state.rows, 0]
 
     def _run_prompts(self, state: LoopState, token_ids: IntArray, lengths: IntArray, wait: bool) -> None:
-        """The first step, of whole prompts: only the real rows, in the buffers' first rows."""
+        """The prefill, of the real rows only, in the first rows of the buffers."""
         arena, rows, width = state.arena, state.rows, token_ids.shape[1]
         self._place(arena, lengths, np.zeros(rows, np.int64))
         binding = self._session.io_binding()
         columns = np.arange(width)
         binding.bind_cpu_input("input_ids", token_ids)
         binding.bind_cpu_input("attention_mask", (columns < lengths[:, None]).astype(np.int64))
-        # No position is beyond a row's last one, since the last is what the choice counts from.
+        # No position exceeds a row's last one, from which sampling counts its steps.
         binding.bind_cpu_input("position_ids", np.minimum(columns, lengths[:, None] - 1))
         binding.bind_cpu_input("newest", lengths[:, None] - 1)
         binding.bind_cpu_input("columns", columns)
@@ -158,7 +158,7 @@ class DeviceLoop:
         self._session.run_with_iobinding(binding, _run_options(_NEVER_CAPTURED if self._captured else None, wait))
 
     def _arena(self, rows: int, capacity: int) -> Arena:
-        """New buffers, and a step captured in them where steps are: that runs it several times, on nothing."""
+        """New buffers. With CUDA graphs, capture a step on them, which runs it several times on dummy data."""
         heads, head_dim = self._cache_shape
         logits = np.zeros((rows, 1, self._vocab_size), np.float32)
         values: dict[str, Any] = {
@@ -171,10 +171,7 @@ class DeviceLoop:
             "slots": np.arange(self.steps),
             "tokens": np.zeros((rows, self.steps), np.int64),
             "draws": np.zeros((rows, self.steps), np.float32),
-            "temperature": np.ones(rows, np.float32),
-            "top_k": np.zeros(rows, np.int64),
-            "top_p": np.ones(rows, np.float32),
-            "min_p": np.zeros(rows, np.float32),
+            **SamplingRows.of([SamplingParams(temperature=1.0)] * rows).arrays(),
         }
         values = {name: value for name, value in values.items() if name in self._inputs}
         values |= {"logits": logits, "prompt_logits": logits}
@@ -199,7 +196,7 @@ class DeviceLoop:
         return arena
 
     def _place(self, arena: Arena, lengths: IntArray, tokens: IntArray) -> None:
-        """Set what the next step is fed; padding rows begin at 0."""
+        """Set the input of the next step; idle rows start at 0."""
         self._put(arena, "position_ids", lengths[:, None])
         self._put(arena, "input_ids", tokens[:, None])
         arena.padding = 0
@@ -218,7 +215,7 @@ class DeviceLoop:
         bind(name, self._device[0], self._device[1], _DTYPES[buffer.data_type()], shape, buffer.data_ptr())
 
     def _to_device(self, value: Any) -> Any:
-        # A copy: on the processor the value would share the array's memory, which may be shared with others.
+        # A copy: on a CPU the value would share the memory of the array.
         return ort.OrtValue.ortvalue_from_numpy(value.copy(), *self._device)
 
 

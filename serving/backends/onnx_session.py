@@ -19,7 +19,7 @@ from serving.errors import BundleError, RuntimeMissingError
 CHOOSE_GRAPH = "ort/choose"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 INT8_CACHES = (1, 28)
-"""The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions.md."""
+"""The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions/int8-kv-cache.md."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -87,7 +87,7 @@ def open_session(
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(provider, cuda_options(number, captured)), *providers]
     try:
-        # Without its fallback, which prints several lines and goes on on the processor.
+        # Without its fallback, which prints several lines and continues on the CPU.
         session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors share no narrower base.
         reason = " ".join(str(error).split())
@@ -98,7 +98,7 @@ def open_session(
             ) from None
         raise BundleError(f"{bundle.folder}: ONNX Runtime cannot load {path}: {reason}") from None
     if session.get_providers()[0] != provider:
-        # Its libraries are not there, or there is no such device: ONNX Runtime goes on without, but for a warning.
+        # Its libraries are not there, or there is no such device: ONNX Runtime only warns and continues without it.
         raise RuntimeMissingError(
             f"ONNX Runtime cannot start on {device!r} here; look for its driver and libraries, or ask for 'cpu'"
         )
@@ -172,7 +172,8 @@ def bind_request(binding: Any, request: Request) -> None:
     """Bind what the choice graph is asked, all but the logits."""
     edits = request.edits
     for name, value in (
-        *((name, getattr(request, name)) for name in ("temperature", "top_k", "top_p", "min_p", "draw")),
+        *request.sampling.arrays().items(),
+        ("draw", request.draw),
         *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
         ("candidates", np.array([request.candidates], np.int64)),
     ):

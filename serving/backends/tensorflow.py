@@ -11,6 +11,7 @@ import numpy as np
 
 from serving.backends.base import FloatArray, IntArray, check_capacity, check_room, pad_right
 from serving.bundle import Bundle
+from serving.bundle.private_copy import private_copy
 from serving.errors import BundleError
 from serving.protobuf.saved_model_ops import check_saved_model
 from serving.support.tensorflow_import import tf
@@ -30,16 +31,19 @@ class State:
 class SavedModelSession:
     """A SavedModel in a TensorFlow session of its own: the way in which TensorFlow Serving loads and runs one."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises BundleError for what holds more than an export does, and for what TensorFlow cannot load."""
-        check_saved_model(folder)
+    def __init__(self, folder: Path, name: Path | None = None) -> None:
+        """Load the SavedModel in `folder`, which errors call `name`.
+
+        Raises BundleError for what holds more than an export does, and for what TensorFlow cannot load.
+        """
+        check_saved_model(folder, name)
         self._session = tf.compat.v1.Session(graph=tf.Graph())
         try:
             with self._session.graph.as_default():
                 loaded = tf.compat.v1.saved_model.load(self._session, [tf.saved_model.SERVING], str(folder))
         except Exception as error:  # Its errors share no narrower base.
             reason = " ".join(str(error).split())
-            raise BundleError(f"{folder}: TensorFlow cannot load it: {reason}; export it again") from None
+            raise BundleError(f"{name or folder}: TensorFlow cannot load it: {reason}; export it again") from None
         self.signatures = {name: each for name, each in loaded.signature_def.items() if not name.startswith("__")}
 
     def run(self, signature: str, options: Any = None, **inputs: Any) -> dict[str, Any]:
@@ -62,15 +66,15 @@ class TensorFlowBackend:
         geometry = bundle.manifest.model
         self.name = "savedmodel"
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
-        folder = bundle.path(bundle.graph(GRAPH).path).parent
-        check_saved_model(folder)
-        try:
-            # Kept whole: signatures do not keep the variables that they read alive.
-            self.loaded = tf.saved_model.load(str(folder))
-        except Exception as error:  # Its errors share no narrower base.
-            reason = " ".join(str(error).split())
-            place = folder.relative_to(bundle.folder)
-            raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
+        place = bundle.graph(GRAPH).path.rpartition("/")[0]
+        with private_copy(bundle, place) as folder:
+            check_saved_model(folder, bundle.folder / place)
+            try:
+                # Kept whole: signatures do not keep the variables that they read alive.
+                self.loaded = tf.saved_model.load(str(folder))
+            except Exception as error:  # Its errors share no narrower base.
+                reason = " ".join(str(error).split())
+                raise BundleError(f"{bundle.folder}: TensorFlow cannot load {place}: {reason}") from None
         self._prefill = self.loaded.signatures["prefill"]
         self._decode = self.loaded.signatures["decode"]
 

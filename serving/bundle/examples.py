@@ -12,12 +12,26 @@ _OTHERWISE = "Return the"
 
 def example_prompts(folder: Path) -> list[str]:
     """Return texts that the bundle in `folder` may be asked to continue, at least one."""
+    return _texts(folder, "examples") or [_OTHERWISE]
+
+
+def example_messages(folder: Path) -> list[str]:
+    """Return messages that the bundle in `folder` may be sent in a chat; of one not trained on instructions, none."""
+    return _texts(folder, "example_messages")
+
+
+def _texts(folder: Path, key: str) -> list[str]:
     try:
-        found = json.loads((folder / "golden.json").read_text(encoding="utf-8"))["examples"]
-        texts = [text for text in found if isinstance(text, str) and text.strip()]
+        found = json.loads((folder / "golden.json").read_text(encoding="utf-8"))[key]
+        return [text for text in found if isinstance(text, str) and text.strip()]
     except (OSError, ValueError, KeyError, TypeError):
-        texts = []
-    return texts or [_OTHERWISE]
+        return []
+
+
+def generate_arguments(folder: Path) -> str:
+    """Return what a command `gpt2-bundle generate BUNDLE` goes on with, for the bundle in `folder`."""
+    messages = example_messages(folder)
+    return f"--chat {shell_quoted(messages[0])}" if messages else shell_quoted(example_prompts(folder)[0])
 
 
 def shell_quoted(text: str) -> str:

@@ -71,7 +71,7 @@ class Bundle:
         return self.folder / name
 
     def read(self, name: str, most: int = MAX_FILE_BYTES) -> bytes:
-        """The bytes of the file `name`, at most `most`, in memory that nobody else can change, and hashed there.
+        """The bytes of the file `name`, at most `most`, in private memory, and hashed there.
 
         Raises BundleError if they are not those of the manifest, as `path` does for a name that it does not have.
         """
@@ -96,7 +96,7 @@ class Bundle:
             raise InputError(f"{self.folder}: the bundle has no graph {name!r}{known}") from None
 
     def graph_size(self, name: str) -> int:
-        """Bytes of everything in the folder of graph `name`: its main file and the weights beside and below it."""
+        """Bytes of everything in the folder of graph `name`: its main file and the weights next to and below it."""
         folder = self.graph(name).path.rpartition("/")[0]
         inside = [item.size for item in self.manifest.artifacts if not folder or item.path.startswith(folder + "/")]
         return sum(inside)
@@ -175,7 +175,7 @@ def _now() -> datetime:
 def open_bundle(folder: Path | str, check: Literal["hashes", "sizes"] = "hashes") -> Bundle:
     """Open the bundle in `folder`, or refuse it with the name of the first file that is not as the manifest says.
 
-    `check` "hashes" reads every byte; "sizes" only asks the file system. Raises InputError if `folder` is no folder,
+    `check` "hashes" reads every byte; "sizes" only asks the file system. Raises InputError if `folder` is not a folder,
     and BundleError for a missing or malformed manifest, a file that is missing, unnamed by the manifest (hidden files
     too), not a plain file, or of another size or SHA-256.
     """
@@ -236,7 +236,9 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
             for entry in entries:
                 seen += 1
                 if seen > 2 * MAX_ARTIFACTS:
-                    raise BundleError(f"{folder}: more than {2 * MAX_ARTIFACTS} files and folders; this is no bundle")
+                    raise BundleError(
+                        f"{folder}: more than {2 * MAX_ARTIFACTS} files and folders; this is not a bundle"
+                    )
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
                 else:

@@ -1,7 +1,7 @@
 """Put a finished bundle where it is looked for in one step, so that no reader ever sees half of one.
 
 Standard library only. A process killed at any point leaves the old bundle or the new one under the final name (or, on
-kernels that cannot exchange two folders, for a moment neither), plus at worst a hidden `.NAME.*` folder beside it.
+kernels that cannot exchange two folders, for a moment neither), plus at worst a hidden `.NAME.*` folder next to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def publish(staged: Path, destination: Path, marker: str = MANIFEST_NAME) -> Pat
     """Move the bundle in `staged` to `destination`, replacing the bundle that is there, and return the final folder.
 
     The step is one rename, or one exchange where a bundle exists already (renameat2, Linux); from another file system
-    the files are copied to a hidden folder beside `destination` first. `staged` and the old bundle are gone afterwards.
+    the files are first copied to a hidden folder next to it. `staged` and the old bundle are gone afterwards.
     A symbolic link at `destination` keeps pointing at the folder that is replaced. Raises BundleError if `staged` has
     no manifest, and InputError if `destination` holds something that is not a bundle or overlaps with `staged`.
     Other kinds of folders are known by a file of their own instead of the manifest, `marker`.

@@ -15,7 +15,7 @@ from serving.clients.rest_transport import CODES, Origin
 from serving.clients.tf_serving import Continuation, TFServingClient
 from serving.clients.transport import Piece
 from serving.errors import ServerError, cut
-from serving.sampling import SamplingParams
+from serving.sampling import DECLARATIONS, SamplingParams
 
 _PATH = "/v1/completions"
 _AT_ONCE = 16
@@ -31,7 +31,7 @@ class Completions:
     """The model that `client` talks to by REST at `url`, by its completions.
 
     Requests that the server refuses for want of room are sent again as `client` says, whose timeout is, in a stream,
-    the longest wait for a piece.
+    the longest wait for new text.
     """
 
     def __init__(self, client: TFServingClient, url: str, model: str, api_key: str | None = None) -> None:
@@ -49,7 +49,7 @@ class Completions:
         return self._client.attempt(ask)
 
     def stream(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> Iterator[Piece]:
-        """Continue texts or token ids and give each piece as it comes, without token ids. Raises ServerError."""
+        """Continue texts or token ids and yield the text as it arrives, without token ids. Raises ServerError."""
         for first in range(0, len(prompts), _PROMPTS):
             body = self._body(list(prompts[first : first + _PROMPTS]), params) | {"stream": True}
             with contextlib.ExitStack() as stack:
@@ -75,7 +75,7 @@ class Completions:
             choices, usage = self._choices(made, 1), made.get("usage")
             tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
             if len(choices) != 1 or type(tokens) is not int or choices[0][2] is None:
-                raise self._strange("its answer is no completion")
+                raise self._strange("its answer is not a completion")
             ((_, text, reason),) = choices
             return Continuation(text, tokens, reason)
 
@@ -86,14 +86,9 @@ class Completions:
         return {
             "model": self._model,
             "prompt": prompt,
-            "max_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_k": params.top_k,
-            "top_p": params.top_p,
-            "seed": params.seed,
+            **{each.wire: getattr(params, each.name) for each in DECLARATIONS.values() if each.slots},
             "stop": list(params.stop),
             "stop_token_ids": list(params.stop_token_ids),
-            "ignore_eos": params.ignore_eos,
         }
 
     @contextlib.contextmanager
@@ -123,7 +118,7 @@ class Completions:
         raise ServerError(f"{self._url}: the stream broke off", "UNAVAILABLE")
 
     def _choices(self, event: dict[str, Any], prompts: int) -> list[tuple[int, str, Any]]:
-        """Prompt, text and finish reason of each choice. Raises ServerError for what is no answer of this protocol."""
+        """Prompt, text and finish reason of each choice. Raises ServerError for any other answer."""
         found = []
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else [None]:

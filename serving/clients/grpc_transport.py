@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from serving.clients.rest_transport import bearer
-from serving.errors import InputError, RuntimeMissingError, ServerError
+from serving.clients.wrong_answers import MAX_ANSWER, reading
+from serving.errors import InputError, RuntimeMissingError, ServerError, cut
 
 # tensorflow/core/framework/types.proto
 _DTYPES = {1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 6: np.int8, 9: np.int64, 10: np.bool_}
 _NUMBERS = {np.dtype(kind): number for number, kind in _DTYPES.items()}
 _FIELDS = {1: "float_val", 2: "double_val", 3: "int_val", 4: "int_val", 6: "int_val", 9: "int64_val", 10: "bool_val"}
 _STRING = 7
+_PROTOCOL = "TensorFlow Serving's gRPC API"
 
 
 # tensorflow_serving/apis/get_model_status.proto
@@ -26,7 +29,7 @@ _STATES = {0: "UNKNOWN", 10: "START", 20: "LOADING", 30: "AVAILABLE", 40: "UNLOA
 class GrpcTransport:
     """One model at `address`, such as 127.0.0.1:8500.
 
-    Raises RuntimeMissingError without the extra `client`, and InputError for what is no address.
+    Raises RuntimeMissingError without the extra `client`, and InputError for what is not an address.
     """
 
     def __init__(self, address: str, model: str, api_key: str | None = None) -> None:
@@ -34,19 +37,20 @@ class GrpcTransport:
             import grpc
 
             from serving.protobuf import tf_serving as tf_messages
+            from serving.protobuf.tables import read_message
         except ImportError as error:
             raise RuntimeMissingError(
                 f"gRPC needs {error.name}, which is not installed; pip install 'gpt2-bundle[client]', or use --url"
             ) from None
         host, _, port = address.rpartition(":")
         if not (host and host.isascii() and port.isdigit() and 0 < int(port) < 65536):
-            raise InputError(f"{address!r} is no address of a gRPC server; write it as 127.0.0.1:8500")
+            raise InputError(f"{address!r} is not an address of a gRPC server; write it as 127.0.0.1:8500")
         self._grpc, self._address, self._model = grpc, address, model
         self._call_metadata = None if api_key is None else (("authorization", bearer(api_key)),)
-        self._messages = tf_messages.MESSAGES
+        self._messages, self._read_message = tf_messages.MESSAGES, read_message
         self._dtypes = {number: f"DT_{name}" for number, name in tf_messages.DTYPES.items()}
         # A long answer may pass gRPC's default of 4 MiB.
-        channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
+        channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", MAX_ANSWER)])
 
         def method(service: str, name: str, messages: str) -> Callable[..., Any]:
             stub: Callable[..., Any] = channel.unary_unary(
@@ -67,8 +71,7 @@ class GrpcTransport:
         self._known: dict[str, Any] | None = None
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        response = self._ask(self._predict, self._request(signature, inputs), timeout)
-        return {name: _array(tensor) for name, tensor in response.outputs.items()}
+        return self._outputs(self._ask(self._predict, self._request(signature, inputs), timeout))
 
     def predict_streamed(
         self, signature: str, inputs: Mapping[str, Any], timeout: float
@@ -93,7 +96,7 @@ class GrpcTransport:
             while (answer := answers.get(timeout=timeout)) is not None:
                 if isinstance(answer, self._grpc.RpcError):
                     raise self._failure(answer)
-                yield {name: _array(tensor) for name, tensor in answer.outputs.items()}
+                yield self._outputs(answer)
         except queue.Empty:
             raise ServerError(f"{self._address}: nothing came within {timeout:g} s", "DEADLINE_EXCEEDED") from None
         finally:
@@ -103,7 +106,9 @@ class GrpcTransport:
         request = self._messages["GetModelMetadataRequest"](metadata_field=["signature_def"])
         request.model_spec.name = self._model
         response = self._ask(self._metadata, request, timeout)
-        signatures = self._messages["SignatureDefMap"].FromString(response.metadata["signature_def"].value)
+        signatures = self._messages["SignatureDefMap"]()
+        with reading(self._address, _PROTOCOL):
+            self._read_message(response.metadata["signature_def"].value, signatures)
         return {
             name: {
                 side: {key: self._spec(info) for key, info in sorted(getattr(definition, side).items())}
@@ -122,10 +127,14 @@ class GrpcTransport:
                 "version": each.version,
                 "state": _STATES.get(each.state, str(each.state)),
                 "error_code": str(each.status.error_code) if each.status.error_code else "OK",
-                "error_message": each.status.error_message,
+                "error_message": cut(each.status.error_message, 400),
             }
             for each in response.model_version_status
         ]
+
+    def _outputs(self, response: Any) -> dict[str, Any]:
+        with reading(self._address, _PROTOCOL):
+            return {name: _array(tensor) for name, tensor in response.outputs.items()}
 
     def _request(self, signature: str, inputs: Mapping[str, Any]) -> Any:
         request = self._messages["PredictRequest"]()
@@ -158,7 +167,7 @@ class GrpcTransport:
 
     def _failure(self, error: Any) -> ServerError:
         code = error.code().name
-        return ServerError(f"{self._address}: {code}: {error.details()}", code)
+        return ServerError(f"{self._address}: {code}: {cut(str(error.details()), 400)}", code)
 
 
 def _fill(tensor: Any, value: Any) -> None:
@@ -177,13 +186,15 @@ def _fill(tensor: Any, value: Any) -> None:
 def _array(tensor: Any) -> Any:
     """A TensorProto as an array; values left out at its end repeat the last one."""
     shape = [dim.size for dim in tensor.tensor_shape.dim]
+    count = math.prod(shape)
+    if any(size < 0 for size in shape) or len(shape) > 8 or count > MAX_ANSWER:
+        raise ValueError("no shape of an answer")
     if tensor.dtype == _STRING:
         flat: Any = np.array([*tensor.string_val], np.object_)
     elif tensor.tensor_content:
         return np.frombuffer(tensor.tensor_content, _DTYPES[tensor.dtype]).reshape(shape)
     else:
         flat = np.array(getattr(tensor, _FIELDS[tensor.dtype]), _DTYPES[tensor.dtype])
-    count = int(np.prod(shape))
     if 0 < len(flat) < count:
         flat = np.concatenate([flat, np.repeat(flat[-1:], count - len(flat))])
     return flat.reshape(shape)

@@ -1,4 +1,4 @@
-"""Calls that outlive their callers: who stops waiting leaves the call to end by itself, and never cancels it.
+"""Calls that outlive their callers: a caller that stops waiting never cancels the call, which ends by itself.
 
 A model server turns a caller's deadline into a cancellation of the work under way, and calls over slots share their
 work. So such a call has a long deadline of its own, and a caller's patience only ends its waiting.
@@ -29,7 +29,7 @@ class CallGoesOnError(ServerError):
     """The caller's patience ended, and the call did not."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"no answer within the {seconds:g} s of the caller; the call goes on", "DEADLINE_EXCEEDED")
+        super().__init__(f"no answer within the {seconds:g} s of the caller; the call continues", "DEADLINE_EXCEEDED")
 
 
 class OutlivingCalls(Generic[_T]):
@@ -37,7 +37,7 @@ class OutlivingCalls(Generic[_T]):
 
     Args:
         send: sends the request and returns its answer.
-        late: is given the answer of each try that ends when nobody waits for it any more, or None for its error.
+        late: is given the answer of each try that ends after its caller stopped waiting, or None for its error.
     """
 
     def __init__(self, send: Callable[[], _T], late: Callable[[_T | None], None] | None = None) -> None:

@@ -51,7 +51,7 @@ class StreamedTexts:
         self._open, self._end_token, self._tokenizer = open_stream, end_token, tokenizer
 
     def run(self, prompts: Sequence[str | Sequence[int]], params: SamplingParams) -> Iterator[Piece]:
-        """Continue `prompts`, all at once; pieces come as they are made.
+        """Continue `prompts`, all at once, and yield their text as it arrives.
 
         Raises InputError, at once, for what the call cannot do, and ServerError. Closing the iterator ends the call.
         """

@@ -9,12 +9,13 @@ import numpy as np
 
 from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
+from serving.bundle.private_copy import private_copy
 from serving.clients.transport import Transport
 from serving.errors import InputError, ServerError
 
 
 class SessionTransport:
-    """The SavedModel of a bundle behind `serving.clients.transport.Transport`, with variables of its own."""
+    """The SavedModel of a bundle as a `serving.clients.transport.Transport`, with variables of its own."""
 
     def __init__(self, bundle: Bundle) -> None:
         """Raises BundleError for a SavedModel that holds what no export does, before any of it runs."""
@@ -22,7 +23,9 @@ class SessionTransport:
             from serving.backends.tensorflow import GRAPH, SavedModelSession
             from serving.support.tensorflow_import import tf
         self._tf = tf
-        self._session = SavedModelSession(bundle.path(bundle.graph(GRAPH).path).parent)
+        place = bundle.graph(GRAPH).path.rpartition("/")[0]
+        with private_copy(bundle, place) as folder:
+            self._session = SavedModelSession(folder, bundle.folder / place)
         self._signatures = self._session.signatures
 
     def predict(self, signature: str, inputs: Mapping[str, Any], timeout: float) -> dict[str, Any]:

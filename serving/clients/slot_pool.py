@@ -21,7 +21,7 @@ from serving.backends.base import pad_right
 from serving.clients.outliving_calls import CallGoesOnError
 from serving.deploy.tf_serving_config import BATCH_SIZES
 from serving.errors import InputError, ServerError
-from serving.sampling import SamplingParams
+from serving.sampling import DECLARATIONS, SamplingParams
 from serving.sampling.detokenizer import TextStream
 
 # A row's answer. What every correct client may meet is a status and no error, which would fail the rows of others too.
@@ -30,9 +30,7 @@ RUNNING, FINISHED, NO_FREE_SLOT, STALE, AHEAD, CANCELLED = 0, 1, -1, -2, -3, -4
 SIGNATURES = frozenset({"prefill_slots", "decode_slots", "release_slots"})
 # What the graph does not compute, by the names of the fields of SamplingParams. Stop texts and stop token ids are
 # looked for by the stream; `ignore_eos` it does by a new prompt, which for a sampled text would draw other numbers.
-UNSUPPORTED = frozenset(
-    {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"}
-)
+UNSUPPORTED = frozenset({"logit_bias", *(each.name for each in DECLARATIONS.values() if not each.slots)})
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 # Rows of one call at most, the largest batch that the server's configuration takes.
 ROWS = BATCH_SIZES[-1]
@@ -89,7 +87,7 @@ class SlotStream:
         self.restart()
 
     def restart(self) -> None:
-        """Begin again: no tokens, and a slot asked for anew."""
+        """Restart: no tokens, and a request for another slot."""
         self.prompt, self.budget = self._prompt, self.params.max_new_tokens
         self.tokens: list[int] = []
         self.text = self._open_text()
@@ -131,7 +129,7 @@ class SlotStream:
         return self.reason is None and self.status == FINISHED
 
     def go_on(self) -> None:
-        """Make a prompt of all that came; it needs a slot anew."""
+        """Turn all tokens so far into a prompt; it needs another slot."""
         self.prompt = (*self._prompt, *self.tokens)
         self.budget = self.params.max_new_tokens - len(self.tokens)
         self.ask()
@@ -163,7 +161,7 @@ class SlotPool:
     def prefill(self, streams: Sequence[SlotStream]) -> list[tuple[SlotStream, list[int]]]:
         """Ask for slots for some that wait; return those that got one with their first tokens.
 
-        The others go on waiting. Raises ServerError, and then all of them wait.
+        The others keep waiting. Raises ServerError, and then all of them wait.
         """
         token_ids, lengths = pad_right([stream.prompt for stream in streams])
         for stream in streams:
@@ -281,12 +279,12 @@ class SlotPool:
             self._predict("release_slots", held, _FAREWELL)
 
     def _came_late(self, streams: Sequence[SlotStream], names: Sequence[int], answer: dict[str, Any] | None) -> None:
-        """Give back, in the thread of a prompt's call, the slots that nobody is to use: its caller has left."""
+        """Give back, in the thread of a prompt's call, the slots of a caller that has left."""
         unwanted = []
         with self._leaving:
             for row, (stream, name) in enumerate(zip(streams, names, strict=True)):
                 if stream.request_id == name and (stream in self.waiting or stream in self.running):
-                    stream.under_way = False  # Its caller has yet to go on, or to leave.
+                    stream.under_way = False  # Its caller will continue or leave.
                 else:
                     unwanted.append(row)
         with contextlib.suppress(ServerError, InputError):

@@ -59,7 +59,7 @@ class SlotTexts:
     def run(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams, *, steps: int, whole: bool = False
     ) -> Iterator[Piece]:
-        """Continue `prompts`; pieces of all come as they are made, or, with `whole`, each text in one piece.
+        """Continue `prompts`; yield their text as it arrives, or, with `whole`, each text at once.
 
         Raises InputError, at once, for what slots cannot do, and ServerError: RESOURCE_EXHAUSTED if no slot came free
         within the client's timeout, ABORTED if a text lost its slot after some of it was given out. However it ends,

@@ -22,6 +22,7 @@ from serving.clients.request_checks import check_inputs
 from serving.clients.slot_pool import SIGNATURES, check_graph_params
 from serving.clients.slot_stream import SlotTexts
 from serving.clients.transport import EMPTY_PROMPT, Piece, Transport, as_text
+from serving.clients.wrong_answers import check_outputs
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 
@@ -31,7 +32,7 @@ _PASSING = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED
 # Or its answer was lost, where the request changes nothing or says by itself what it wants.
 _LOST = _PASSING | {"DEADLINE_EXCEEDED"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
-# Tokens a call where nobody watches them come.
+# Tokens of a call whose text is not streamed.
 _STEPS = 8
 # One row of the other inputs of `serving_default`.
 _ONE_GREEDY = (
@@ -80,9 +81,12 @@ class TFServingClient:
         """
         if not self._signatures:
             self._signatures = self.metadata()
-        check_inputs(inputs, self._signatures.get(signature, {}).get("inputs", {}))
+        specs = self._signatures.get(signature, {})
+        check_inputs(inputs, specs.get("inputs", {}))
         codes = _PASSING if idempotent else frozenset()
-        return self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
+        outputs = self.attempt(lambda left: self._transport.predict(signature, inputs, left), codes)
+        check_outputs(outputs, specs.get("outputs", {}), max((len(value) for value in inputs.values()), default=0))
+        return outputs
 
     def repeat(
         self,
@@ -114,7 +118,7 @@ class TFServingClient:
             calls.leave()
 
     def end_token(self) -> int:
-        """The token that ends a text: as given, or as the server fills rows up with it behind their lengths."""
+        """The token that ends a text: as given, or as the server pads rows with it."""
         if self._eos is None:
             self._eos = self._ask_end_token()
         return self._eos
@@ -152,7 +156,7 @@ class TFServingClient:
         *,
         steps: int = 1,
     ) -> Iterator[Piece]:
-        """Continue texts or token ids over the server's slots and give each piece as it comes, `steps` tokens a call.
+        """Continue texts or token ids over the server's slots and yield the text as it arrives, `steps` tokens a call.
 
         Any number of prompts advance together, as many at once as there are slots. With `tokenizer` text is made here,
         else by the server's `tokenize` and `detokenize`, one more call a token. Stop texts and stop token ids end a
@@ -165,10 +169,10 @@ class TFServingClient:
     def predict_stream(
         self, prompts: Sequence[str | Sequence[int]] | str, params: SamplingParams, tokenizer: Tokenizer | None = None
     ) -> Iterator[Piece]:
-        """Continue texts or token ids by PredictStreamed and give each piece as it comes.
+        """Continue texts or token ids by PredictStreamed and yield the text as it arrives.
 
         For a server without slots, such as `gpt2-bundle serve`: TensorFlow Serving gives the whole answer at once. The
-        client's timeout is the longest wait for a piece. Closing the iterator ends the call. Raises InputError at once
+        client's timeout is the longest wait for new text. Closing the iterator ends the call. Raises InputError at once
         for what the graph does not know, and ServerError, UNIMPLEMENTED where the server has no such call.
         """
         given = [prompts] if isinstance(prompts, str) else prompts

@@ -40,7 +40,7 @@ class RetryingClient(Protocol):
         timeout: float | None = None,
         late: Callable[[dict[str, Any] | None], None] | None = None,
     ) -> dict[str, Any]:
-        """Run a signature that may be run again with the same inputs; `late` is given what nobody waited for."""
+        """Run a signature that may be retried; `late` receives an answer that comes after the timeout."""
 
     def end_token(self) -> int:
         """The token that ends a text."""

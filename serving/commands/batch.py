@@ -30,7 +30,8 @@ _PROGRESS_SECONDS = 10.0
                      help="Maximum number of requests in flight.  [default: twice --max-num-seqs]"),
         click.option("--max-body", default="4MiB", show_default=True, type=Size(),
                      help="Maximum size of a request body. A line with a larger one becomes an error."),
-        click.option("--memory-budget", type=Size(), help="Maximum memory of the model.  [default: the machine's available memory]"),
+        click.option("--memory-budget", type=Size(),
+                     help="Maximum memory of the model.  [default: the machine's available memory]"),
     ]
 )  # fmt: skip
 @click.pass_context

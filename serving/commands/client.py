@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seconds, Seed
+from serving.commands.param_types import Seconds
+from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError
 from serving.sampling import SamplingParams
 from serving.support.json_line import json_line
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from serving.clients.completions import Completions
     from serving.clients.tf_serving import TFServingClient
     from serving.clients.transport import Piece
-
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
 
 @click.group()
@@ -133,48 +132,7 @@ def predict(inputs: str, signature: str, once: bool, as_json: bool, **server: An
 
 @client.command()
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option(
-    "--max-new-tokens",
-    default=_DEFAULTS["max_new_tokens"],
-    show_default=True,
-    help="Maximum number of tokens to generate.",
-)
-@click.option(
-    "--temperature",
-    default=_DEFAULTS["temperature"],
-    show_default=True,
-    help="Divide the logits by this value before sampling; 0 always takes the most likely token.",
-)
-@click.option(
-    "--top-k",
-    default=_DEFAULTS["top_k"],
-    show_default=True,
-    help="Sample among the k most likely tokens; 0 considers all.",
-)
-@click.option(
-    "--top-p",
-    default=_DEFAULTS["top_p"],
-    show_default=True,
-    help="Sample among the fewest tokens that together reach this probability; 1 considers all.",
-)
-@click.option(
-    "--seed",
-    type=Seed(),
-    default=_DEFAULTS["seed"],
-    show_default=True,
-    help="Seed of the random numbers: equal seeds give equal text; -1 takes a new one.",
-)
-@click.option("--stop", multiple=True, metavar="TEXT",
-              help="End the output before this text; needs a server with streams. May be repeated.  "
-                   "[default: none]")  # fmt: skip
-@click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, metavar="ID",
-              help="End the output after this token; needs a server with streams. May be repeated.  "
-                   "[default: none]")  # fmt: skip
-@click.option(
-    "--ignore-eos",
-    is_flag=True,
-    help="Continue after the end-of-text token; over slots, at temperature 0 only.  [default: end there]",
-)
+@sampling_options(slots_only=True)
 @click.option("--stream/--no-stream", "streamed", default=None,
               help="Print the text as it is generated, if the server has slots or is 'gpt2-bundle serve'.  "
                    "[default: on a terminal]")  # fmt: skip

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import Seed
+from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import MAX_TEXT, StructuredOutput
 from serving.support.json_line import json_line
 
-_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from serving.bundle import Bundle
 
 
 @click.command()
@@ -33,79 +37,7 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="Run ONNX Runtime on cpu, cuda or cuda:N."
 )
-@click.option(
-    "--max-new-tokens",
-    default=_DEFAULTS["max_new_tokens"],
-    show_default=True,
-    help="Maximum number of tokens to generate.",
-)
-@click.option(
-    "--temperature",
-    default=_DEFAULTS["temperature"],
-    show_default=True,
-    help="Divide the logits by this value before sampling; 0 always takes the most likely token.",
-)
-@click.option(
-    "--top-k",
-    default=_DEFAULTS["top_k"],
-    show_default=True,
-    help="Sample among the k most likely tokens; 0 considers all.",
-)
-@click.option(
-    "--top-p",
-    default=_DEFAULTS["top_p"],
-    show_default=True,
-    help="Sample among the fewest tokens that together reach this probability; 1 considers all.",
-)
-@click.option(
-    "--min-p",
-    default=_DEFAULTS["min_p"],
-    show_default=True,
-    help="Exclude tokens less likely than this share of the most likely one; 0 excludes none.",
-)
-@click.option(
-    "--repetition-penalty",
-    default=_DEFAULTS["repetition_penalty"],
-    show_default=True,
-    help="Values above 1 make tokens already in the prompt or the output less likely; 1 changes nothing.",
-)
-@click.option(
-    "--presence-penalty",
-    default=_DEFAULTS["presence_penalty"],
-    show_default=True,
-    help="Subtract this from the logit of each token already in the output; 0 changes nothing.",
-)
-@click.option(
-    "--frequency-penalty",
-    default=_DEFAULTS["frequency_penalty"],
-    show_default=True,
-    help="Subtract this once for each occurrence in the output; 0 changes nothing.",
-)
-@click.option(
-    "--logit-bias",
-    multiple=True,
-    metavar="ID=VALUE",
-    help="Add VALUE to the logit of the token ID. May be repeated.  [default: none]",
-)
-@click.option(
-    "--seed",
-    type=Seed(),
-    default=_DEFAULTS["seed"],
-    show_default=True,
-    help="Seed of the random numbers: equal seeds give equal text; -1 takes a new one.",
-)
-@click.option(
-    "--stop", multiple=True, metavar="TEXT", help="End the output before this text. May be repeated.  [default: none]"
-)
-@click.option(
-    "--stop-token-id",
-    "stop_token_ids",
-    type=int,
-    multiple=True,
-    metavar="ID",
-    help="End the output after this token. May be repeated.  [default: none]",
-)
-@click.option("--ignore-eos", is_flag=True, help="Continue after the end-of-text token.  [default: end there]")
+@sampling_options()
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
 )
@@ -118,6 +50,10 @@ _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.
 @click.option(
     "--choice", "choices", multiple=True, metavar="TEXT", help="Make the output one of these texts. May be repeated."
 )
+@click.option(
+    "--chat", is_flag=True, help="Send PROMPT as a user's message, through the bundle's chat template.  [default: off]"
+)
+@click.option("--system", metavar="TEXT", help="With --chat, send this system message first.  [default: none]")
 def generate(
     bundle: Path,
     prompt: str,
@@ -125,6 +61,8 @@ def generate(
     graph: str | None,
     device: str,
     as_json: bool,
+    chat: bool,
+    system: str | None,
     stop: tuple[str, ...],
     logit_bias: tuple[str, ...],
     json_schema: str | None,
@@ -139,6 +77,8 @@ def generate(
     """
     params = SamplingParams(stop=stop, logit_bias=tuple(map(_read_bias, logit_bias)), **sampling)
     wanted = _wanted(json_schema, regex, choices)
+    if system is not None and not chat:
+        raise InputError("--system is a message of a chat; give --chat too")
     text = _read_prompt(prompt)
 
     # Only now, so that a mistyped option is answered at once.
@@ -152,6 +92,10 @@ def generate(
             grammar = model.compile(structure)
         except InputError as error:
             raise InputError(f"{option}: {error}") from None
+    if chat:
+        text, ends = _rendered(model.bundle, model.tokenizer, text, system)
+        if not params.ignore_eos:
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
     stream = model.stream(text, params, grammar=grammar)
     began = time.perf_counter()
     for part in stream:
@@ -173,6 +117,20 @@ def generate(
         "tokens_per_second": round(count / seconds, 3) if seconds > 0 else None,
     }
     click.echo(json_line(report))
+
+
+def _rendered(bundle: Bundle, tokenizer: Tokenizer, text: str, system: str | None) -> tuple[str, tuple[int, ...]]:
+    """The prompt of a chat of one message, and the tokens that end the answer."""
+    from serving.chat import chat_template
+
+    template = chat_template(bundle)
+    if template is None:
+        raise InputError(f"{bundle.folder}: the bundle has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with contextlib.closing(template):
+        return template.render(messages), template.end_token_ids(tokenizer)
 
 
 def _read_bias(text: str) -> tuple[int, float]:

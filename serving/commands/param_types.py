@@ -27,7 +27,7 @@ class Size(click.ParamType[int]):
             return value
         match = _SIZE.match(str(value))
         if not match or not float(match[1]):
-            self.fail(f"{value!r} is no size; write it as 512MiB or 16GiB", param, ctx)
+            self.fail(f"{value!r} is not a size; write it as 512MiB or 16GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2] or "B"])
 
 
@@ -37,7 +37,7 @@ class Number(click.FloatRange):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no number; write one that is finite", param, ctx)
+            self.fail(f"{value!r} is not a number; write one that is finite", param, ctx)
         return number
 
 
@@ -82,7 +82,8 @@ class Origin(click.ParamType[str]):
         if origin == "*" or (parts.scheme and parts.netloc and origin == f"{parts.scheme}://{parts.netloc}".lower()):
             return origin
         self.fail(
-            f"{value!r} is no origin; write scheme, host and port as browsers do, such as https://example.org, or *",
+            f"{value!r} is not an origin; write scheme, host and port as a browser does, such as https://example.org, "
+            "or *",
             param,
             ctx,
         )

@@ -1,4 +1,4 @@
-"""`gpt2-bundle serve`: a bundle behind OpenAI's protocol and others, until a signal says to end."""
+"""`gpt2-bundle serve`: serve a bundle by OpenAI's protocol and others, until a signal."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _OPTIONS = [
     *ENGINE_OPTIONS,
     click.option("--queue", default=256, show_default=True, type=click.IntRange(0, 1_000_000),
                  help="Maximum number of waiting requests, per replica. Further requests get status 429."),
-    click.option("--host", type=Host(), default="127.0.0.1", show_default=True,
-                 help="Listen on this address; 0.0.0.0 listens on every interface."),
+    click.option("--host", type=Host(), default="localhost", show_default=True,
+                 help="Listen on this address; localhost is 127.0.0.1 and ::1, 0.0.0.0 is every interface."),
     click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535),
                  help="Listen on this HTTP port; 0 takes a free one."),
     click.option("--grpc-port", type=click.IntRange(0, 65535),
@@ -46,6 +46,8 @@ _OPTIONS = [
                  help="Time that accepted requests have to finish after SIGTERM."),
     click.option("--max-body", default="4MiB", show_default=True, type=Size(),
                  help="Maximum size of a request body. A larger one gets status 413."),
+    click.option("--max-prompts", default=1024, show_default=True, type=click.IntRange(1, 4096),
+                 help="Maximum number of prompts, or rows, of one request. More get status 400."),
     click.option("--max-prompt-tokens", type=click.IntRange(1),
                  help="Maximum length of a prompt. A longer one gets status 400.  [default: --max-model-len]"),
     click.option("--api-key", multiple=True, metavar="KEY",
@@ -102,7 +104,7 @@ def serve(bundle: Path, **options: Any) -> None:
     companions = _companions(server, options)
 
     def announce(url: str, model: ServedModel) -> None:
-        with contextlib.suppress(OSError):  # Nobody reads it, which keeps nobody from being served.
+        with contextlib.suppress(OSError):  # A closed standard output does not stop the server.
             click.echo(f"serving {model.name} version {model.version} at {url}")
 
     address = Address(options["host"], options["port"], certificate, key)
@@ -119,6 +121,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         ping_seconds=options["ping"],
         max_connections=options["max_connections"],
         max_body_bytes=options["max_body"],
+        max_prompts=options["max_prompts"],
         max_prompt_tokens=options["max_prompt_tokens"],
         api_keys=read_keys(options["api_key_file"], os.environ.get(KEYS_VARIABLE), options["api_key"]),
         rate_limit=options["rate_limit"],

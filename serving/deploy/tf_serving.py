@@ -79,13 +79,13 @@ def write_tf_serving(
     A new folder appears in one rename. In a deployment of the same model with a copy, the SavedModel becomes the next
     version next to the old ones, of which `keep` stay, and a running server loads it; an equal SavedModel adds none.
     Without `copy` the SavedModel is mounted from the bundle by its relative path. Raises InputError for an
-    `image_version` that is no tag of tensorflow/serving and for a folder that holds anything but a deployment of this
-    model, and BundleError for a bundle without a SavedModel, or with one that is no export of this project.
+    `image_version` that is not a tensorflow/serving tag and for a folder that holds anything but a deployment of this
+    model, and BundleError for a bundle without a SavedModel, or with one that is not an export of this project.
     """
     name = bundle.manifest.name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", image_version) or image_version.endswith("-gpu"):
         raise InputError(
-            f"{image_version!r} is no version of the image tensorflow/serving; write it as {IMAGE_VERSION}"
+            f"{image_version!r} is not a version of the image tensorflow/serving; write it as {IMAGE_VERSION}"
         )
     files = saved_model_files(bundle)
     _look_into(bundle.folder / "savedmodel" / "1")

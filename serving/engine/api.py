@@ -1,6 +1,6 @@
 """What the engine takes and gives: requests from any thread, events in order, one error for each refusal.
 
-Protocols, metrics and the asynchronous face know this file alone; how a step is scheduled and run is behind it.
+Protocols and metrics know only this file, not how a step is scheduled and run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GenerationRequest:
     n: int = 1
     """Continuations of the prompt, from one prefill; the i-th draws with the seed `params.seed + i` modulo 2^63."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to report beside each token's own log-probability; None reports neither.
+    """Number of most likely tokens to report with each token's own log-probability; None reports neither.
 
     Log-probabilities (nats) are those of the model's own logits, before temperature, bias and penalties.
     """
@@ -53,6 +53,8 @@ class GenerationRequest:
     timeout: float | None = None
     """Seconds from submission to the last token, the wait in the queue included; None is without end."""
     request_id: str = ""
+    joins_call: bool = False
+    """It belongs to a call that found nobody waiting, so it may wait although the queue is full."""
     cache_salt: str = ""
     """Only requests of the same salt share prefixes of their prompts."""
     grammar: Grammar | None = None
@@ -76,7 +78,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """A token's log-probability (nats) and the likeliest tokens at its place, likeliest first, as (id, nats)."""
+    """A token's log-probability (nats) and the most likely tokens at its position, as (id, nats), descending."""
 
     own: float
     top: tuple[tuple[int, float], ...] = ()
@@ -144,7 +146,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """One ended request for whoever measures: seconds of the monotonic clock, tokens, outcome."""
+    """One ended request, for metrics: seconds of the monotonic clock, tokens, outcome."""
 
     request_id: str
     reason: FinishReason
@@ -160,7 +162,7 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: how many rows decoded, how many prompt tokens were read beside, and how long it took in seconds."""
+    """One step: number of decoded rows, number of prefilled prompt tokens, and duration in seconds."""
 
     decoded_rows: int
     prompt_tokens: int

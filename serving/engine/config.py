@@ -9,7 +9,7 @@ from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
 
 SHARED_CHUNK = 16
-"""Tokens in whose multiples prefixes of prompts are shared."""
+"""Granularity of the prefix cache, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -17,18 +17,17 @@ class EngineConfig:
     """How an engine runs. Raises InputError, naming the field, for a value out of its range."""
 
     slots: int = 16
-    """Continuations that run at once; from 1 to 1024."""
+    """Maximum number of sequences decoded concurrently; from 1 to 1024."""
     max_length: int | None = None
-    """Positions of a slot, prompt and continuation together; from 2 to the model's context, which is the default."""
+    """Maximum length of a sequence, prompt included; from 2 to the model's context, which is the default."""
     prefill_chunk: int | None = None
-    """Prompt tokens read beside one decode step, from 1 to 4096; None is as many as `prefill_slowdown` allows."""
+    """Tokens of a prefill chunk while sequences decode, from 1 to 4096; None lets `prefill_slowdown` decide."""
     prefix_cache: bool = True
-    """Whether a prompt takes over what a slot holds of its beginning, in multiples of 16 tokens (or of a smaller
-    `prefill_chunk`)."""
+    """Whether a prompt reuses the KV cache of a prefix, in multiples of 16 tokens (or of a smaller `prefill_chunk`)."""
     prefill_slowdown: float = 2.25
-    """How many times as long as without it a step may take that reads a prompt beside others; from 1 to 1000.
+    """Upper bound on a step with a prefill chunk, as a multiple of a decode-only step; from 1 to 1000.
 
-    What it adds counts for each prompt that waits for its turn, so steps are longer where several do.
+    Each waiting prompt allows as much again, so steps are longer where several wait.
     """
     max_num_batched_tokens: int = 512
     """Tokens of one step at most: a prefill chunk, and one for each running sequence; from 1 to 65536.
@@ -36,11 +35,11 @@ class EngineConfig:
     A prompt is never stalled: at least 2 tokens of it are read in a step, and one chunk where nothing decodes.
     """
     queue_limit: int = 256
-    """Requests that may wait for a slot; from 0 to 1000000. One more is refused."""
+    """Maximum number of waiting requests; from 0 to 1000000. Further ones are refused."""
     threads: int | None = None
-    """Threads of the runtime, from 1 to 1024; None leaves the choice to it."""
+    """Threads of the runtime, from 1 to 1024; None means the runtime's default."""
     default_timeout: float | None = None
-    """Seconds that a request without a timeout of its own may take, above 0; None is without end."""
+    """Time limit in seconds of a request that sets none, above 0; None means no limit."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -64,7 +63,7 @@ class EngineConfig:
             raise InputError(f"default_timeout is {timeout!r}; it must be a number of seconds above 0")
 
     def length(self, n_positions: int) -> int:
-        """Positions of a slot for a model of that context. Raises InputError if it does not fit."""
+        """Length of a slot for a context of `n_positions`. Raises InputError if `max_length` exceeds it."""
         if self.max_length is not None and self.max_length > n_positions:
             raise InputError(f"max_length is {self.max_length}; the model's context is {n_positions}")
         return self.max_length or n_positions
@@ -72,7 +71,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that an engine will take at most."""
+    """Upper bound on the bytes that an engine needs."""
 
     weights: int
     cache: int

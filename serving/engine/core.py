@@ -1,4 +1,4 @@
-"""The engine's state and its step. All of it belongs to one thread."""
+"""The engine's state and its step: add, schedule, prefill, decode, sample, emit. One thread owns all of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Core:
-    """Requests under way on one backend."""
+    """The running requests of one backend."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Core:
         self.tasks: dict[Task, None] = {}
         self.stats = EngineStats(backend.slots, 0, 0, 0, backend.slots * backend.max_length)
         self.tokens_per_second = 0.0
-        """Prompt and generated tokens, of late."""
+        """Moving average of prompt and generated tokens together."""
         self._backend, self._observer, self._clock = backend, observer, clock
         self._choosing = backend if chooses(backend) else None
         self._next_deadline = float("inf")
@@ -54,7 +54,7 @@ class Core:
         self._constrained = ConstrainedSequences(scheduler)
 
     def step(self, arrived: Iterable[Task] = (), cancelled: Iterable[Task] = ()) -> None:
-        """Take `arrived` in and drop `cancelled`; then one piece of a prompt, one token for every row, or both."""
+        """Add `arrived`, drop `cancelled`, then run a prefill chunk, a token of every running sequence, or both."""
         began = self._clock()
         self._add(arrived, cancelled, began)
         self._emit(self._constrained.sample_late())
@@ -69,14 +69,14 @@ class Core:
         self._end_step(began, read_at, read, sum(owner is not None for owner in owners))
 
     def adopt(self, arrived: Iterable[Task]) -> None:
-        """Take `arrived` into the queue."""
+        """Append `arrived` to the waiting queue."""
         for task in arrived:
             self.tasks[task] = None
             self.scheduler.add(task)
             self._next_deadline = min(self._next_deadline, task.deadline or float("inf"))
 
     def end(self, tasks: Iterable[Task], reason: FinishReason, message: str = "", keep: bool = True) -> None:
-        """End what is left of `tasks`; without `keep`, the contents of their slots are not to be trusted."""
+        """End the unfinished sequences of `tasks`; without `keep`, the contents of their slots are not reused."""
         for task in list(tasks):
             for continuation in task.continuations:
                 if not continuation.ended:
@@ -114,7 +114,7 @@ class Core:
             self._next_deadline = min(rest, default=float("inf"))
 
     def _read_prompts(self, now: float) -> tuple[int, list[Task]]:
-        """Schedule and run work on prompts: the tokens read, and whose prompt was read to its end."""
+        """Run the scheduled prefill; return the number of tokens, and the requests whose prompt is complete."""
         budget, read, finished = self.scheduler.budget(), 0, []
         while budget > 0 and (work := self.scheduler.next(now, budget)) is not None:
             budget = self.scheduler.left(work, budget)
@@ -135,7 +135,7 @@ class Core:
         return read, finished
 
     def _decode(self, may_move: bool) -> tuple[list[Continuation | None], FloatArray | None]:
-        """Run one token of every continuation that decodes: whose row is whose, and the logits if they came here."""
+        """Decode one token of every running sequence; return the sequence of each row, and the logits if fetched."""
         if may_move:
             self._narrow()
         owners, tokens, lengths = self.scheduler.rows()
@@ -162,14 +162,14 @@ class Core:
             for copy in copies:
                 self._backend.copy_prefix(copy.source.index, copy.target.index, copy.length)
         except Exception:
-            # Whose row it was goes on where it is; the hole holds nothing that anybody was told of.
-            _log.exception("cannot move a row of the cache")
+            # The sequence stays in its slot. The free slot has no prefix that a request could reuse.
+            _log.exception("cannot copy a slot of the KV cache")
             self.scheduler.not_moved(copies)
         else:
             self.scheduler.moved(copies)
 
     def _score_chunk(self, work: Work) -> None:
-        """Read a chunk, and take the log-probabilities of the prompt tokens that follow its tokens."""
+        """Run a chunk, and keep the log-probabilities of the prompt tokens that follow its tokens."""
         assert work.slot is not None and work.task.scores is not None
         logits = self._backend.score_chunk(work.slot.index, work.tokens, work.start)
         count = work.task.request.prompt_logprobs or 0
@@ -178,7 +178,7 @@ class Core:
             work.task.scores.append(log_probabilities(line, token, count))
 
     def _score(self, owners: list[Continuation | None], logits: FloatArray) -> None:
-        """Take the log-probabilities of prompt tokens, and those rows out of `owners`."""
+        """Keep the log-probabilities of prompt tokens, and remove those rows from `owners`."""
         for row, owner in enumerate(owners):
             if owner is None or not owner.task.scoring:
                 continue
@@ -207,7 +207,7 @@ class Core:
             return []
 
     def _begin(self, task: Task) -> list[Sampled]:
-        """Say that the prompt of `task` was read and choose the first tokens, if there are to be any."""
+        """Emit the end of the prefill and sample the first tokens, unless the request wants no output."""
         self._read(task)
         if not task.budget:
             return []
@@ -218,7 +218,7 @@ class Core:
         return sample(logits, task.continuations)
 
     def _read(self, task: Task) -> None:
-        """Say that the prompt of `task` was read, which is the end of one that nothing is added to."""
+        """Emit the end of the prefill. It ends a request that wants no output."""
         self._prompt_tokens += len(task.prompt)
         self._cached_tokens += task.cached
         self._tell(task, PromptEvent(task.cached, None if task.scores is None else tuple(task.scores)))
@@ -295,7 +295,7 @@ class Core:
             self._observer.on_finish(record)
 
     def _fail(self, tasks: Iterable[Task], error: Exception | str) -> None:
-        """End `tasks` after a failure of the backend."""
+        """End `tasks` after an error of the backend."""
         if isinstance(error, Exception):
             _log.error("a step failed", exc_info=error)
             error = f"the model failed: {' '.join(str(error).split())[:300] or type(error).__name__}"
@@ -305,7 +305,7 @@ class Core:
         try:
             task.listener(event)
         except Exception:
-            # It may not raise. Nobody listens any more, so its slots are freed in the next step.
+            # A listener may not raise. Without one, the next step frees the slots.
             _log.exception("a listener failed")
             task.listener = _ignore
             self._deaf.append(task)
@@ -324,4 +324,4 @@ class Core:
 
 
 def _ignore(event: Event) -> None:
-    """The listener of those who do not listen."""
+    """The listener of a request whose own one failed."""

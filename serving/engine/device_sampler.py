@@ -1,4 +1,4 @@
-"""The next token of every row, chosen where the logits are, and fetched logits for rows whose token is not certain."""
+"""Sampling on the device, with the logits fetched only for rows whose token is not certain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serving.engine.requests import Continuation
 from serving.engine.sampler import Sampled, sample
 from serving.engine.slot_backend import ChoosingSlotBackend
 from serving.generation.token_selection import MAX_CANDIDATES, USUAL_CANDIDATES
-from serving.sampling import SamplingParams, uniform
+from serving.sampling import SamplingParams, SamplingRows, uniform
 from serving.sampling.penalties import join_edits
 
 _NOBODY = SamplingParams()
@@ -29,7 +29,7 @@ def needs_logits(owners: Sequence[Continuation | None]) -> bool:
 def sample_there(backend: ChoosingSlotBackend, owners: Sequence[Continuation | None]) -> list[Sampled]:
     """What `sample` gives for the rows of the backend's last `advance`, none of which needs logits."""
     choice = backend.choose(_request(owners, backend.vocab_size))
-    # A row that is nobody's, or was given up, holds whatever it holds.
+    # An idle row has arbitrary values.
     sure = [owner if exact else None for owner, exact in zip(owners, choice.exact.tolist(), strict=True)]
     unsure = [None if exact else owner for owner, exact in zip(owners, choice.exact.tolist(), strict=True)]
     found = [
@@ -42,15 +42,11 @@ def _request(owners: Sequence[Continuation | None], vocab_size: int) -> Request:
     each = [_NOBODY if owner is None else owner.params for owner in owners]
     made = [0 if owner is None else owner.made for owner in owners]
     seeds = [0 if owner is None else owner.seed for owner in owners]
-    top_k = np.array([one.top_k for one in each], np.int64)
-    temperature = np.array([one.temperature for one in each], np.float32)
-    wanted = np.where(top_k > 0, top_k, USUAL_CANDIDATES)[(temperature > 0) & (top_k != 1)]
+    sampling = SamplingRows.of(each)
+    wanted = np.where(sampling.top_k > 0, sampling.top_k, USUAL_CANDIDATES)[~sampling.greedy]
     histories = [None if owner is None else owner.history for owner in owners]
     return Request(
-        temperature,
-        top_k,
-        np.array([one.top_p for one in each], np.float32),
-        np.array([one.min_p for one in each], np.float32),
+        sampling,
         uniform(np.array(seeds, np.int64), np.array(made, np.int64)),
         join_edits([None if history is None else history.edits for history in histories]),
         min(int(wanted.max(initial=1)), MAX_CANDIDATES, vocab_size),

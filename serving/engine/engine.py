@@ -1,4 +1,4 @@
-"""Continuous batching in one thread that owns all state; whoever asks leaves notes for it and is called back."""
+"""Continuous batching in one thread, which owns all state; other threads queue requests and get callbacks."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class SlotEngine:
 
     Args:
         backend, tokenizer, eos_token_id: the model; its slots and their length are the backend's.
-        config: what is not the backend's already.
-        observer: told of each step and each end, in the engine's thread.
-        start: whether to run; without, `step` must be called, which tests do.
+        config: the settings that the backend does not have already.
+        observer: called after each step and each request, in the engine's thread.
+        start: whether to start the thread; if not, the caller calls `step`, as tests do.
     """
 
     unsupported: frozenset[str] = frozenset()
@@ -88,7 +88,7 @@ class SlotEngine:
         self._token_bytes = TokenBytes(tokenizer)
         self._backend, self._clock = backend, clock
         self._core = Core(backend, _scheduler(backend, self.config), observer, clock)
-        # Guards what follows; the thread waits on it for work, and drain for the end of work.
+        # Guards the attributes below. The thread waits on it for work, and `drain` for the end of all work.
         self._changed = threading.Condition()
         self._inbox: deque[Task] = deque()
         self._cancelled: deque[Task] = deque()
@@ -110,7 +110,8 @@ class SlotEngine:
                 raise DrainingError("the server is stopping and takes no new requests; ask another one")
             stats = self._core.stats
             waiting = len(self._inbox) + stats.waiting_requests
-            if waiting >= self.config.queue_limit + stats.slots - stats.active_slots:
+            room = self.config.queue_limit + stats.slots - stats.active_slots
+            if waiting >= room and not request.joins_call:
                 raise QueueFullError(f"{waiting} requests are waiting already; try again later", self._retry_after())
             self._inbox.append(task)
             self._changed.notify_all()
@@ -144,20 +145,20 @@ class SlotEngine:
             self._thread.join()
 
     def step(self) -> bool:
-        """One step of the engine's thread; False if there was nothing to do."""
+        """Run one step; return False if there was nothing to do."""
         with self._changed:
             arrived, self._inbox = self._inbox, deque()
             cancelled, self._cancelled = self._cancelled, deque()
             expire, self._expire = self._expire, False
             if not (arrived or cancelled or expire or self._core.tasks):
                 return False
-            # Counted as waiting until the core counts them itself.
+            # The core does not count these requests yet.
             stats = self._core.stats
             self._core.stats = replace(stats, waiting_requests=stats.waiting_requests + len(arrived))
         try:
             self._core.step(arrived, cancelled)
         except Exception:
-            # Whoever waits must be told: a thread that died would leave them without an end.
+            # Every request needs an end: a dead thread would leave its clients waiting.
             _log.exception("the engine failed")
             self._core.end(self._core.tasks, "error", "the engine failed; look into its log", keep=False)
         if expire:
@@ -189,7 +190,7 @@ class SlotEngine:
         self._end()
 
     def _end(self) -> None:
-        """Cancel what still runs and give everything back, in the thread that owns it."""
+        """Cancel the running requests and release the backend, in the thread that owns it."""
         with self._changed:
             if self._closed:
                 return
@@ -206,10 +207,10 @@ class SlotEngine:
     def _check(self, request: GenerationRequest) -> None:
         slots = self._core.stats.slots
         if request.n > slots:
-            raise InputError(f"n is {request.n}, but only {slots} continuations can run at once here; ask for fewer")
+            raise InputError(f"n is {request.n}, but this server decodes {slots} sequences at once; ask for fewer")
 
     def _retry_after(self) -> int:
-        """Seconds in which the queue as it is will have been worked off, at the present rate."""
+        """Estimated seconds until the present queue is empty, at the present rate."""
         rate = self._core.tokens_per_second
         seconds = self._core.scheduler.backlog / rate if rate > 0 else 1
         return min(max(1, math.ceil(seconds)), _LONGEST_RETRY)

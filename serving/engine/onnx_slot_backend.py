@@ -194,7 +194,7 @@ class OnnxSlotBackend:
 
 
 class _Buffer:
-    """A row for each slot, as of one block's keys: `array` on the processor, memory behind a pointer elsewhere."""
+    """A row for each slot, for example of one block's keys: an `array` on a CPU, a device pointer elsewhere."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> None:
         self.dtype = dtype.type

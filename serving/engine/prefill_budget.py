@@ -1,4 +1,4 @@
-"""How much of a prompt a step reads beside running texts."""
+"""The prefill budget: how many prompt tokens a step prefills while sequences decode."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import statistics
 from collections import deque
 
 LEAST = 16
-"""Tokens of a piece: with fewer, prompts take ever longer and steps hardly less (docs/decisions.md)."""
+"""Minimum tokens of a prefill chunk: smaller ones delay prompts and hardly shorten steps (docs/decisions/engine.md)."""
 _WEIGHTS = 24
-"""Tokens that cost as much as reading all weights, keys and values once. Measured; what is far from it converges more
-slowly, since each piece's cost is measured as a whole."""
+"""Number of tokens whose cost equals reading all weights and the KV cache once. Measured. The fit converges more slowly
+where the true number is far from it, since only the cost of a whole chunk is measured."""
 _KEEP = 0.95
 _STEPS = 9
 
@@ -21,25 +21,25 @@ class Pace:
         self._tokens = tokens
 
     def tokens(self, start: int, prompts: int) -> int:
-        """How many tokens of a prompt the next step may read behind `start` positions, of `prompts` to be read."""
+        """Size of the next prefill chunk, after `start` cached positions, where `prompts` prompts wait for prefill."""
         return self._tokens
 
     def stepped(self, read: int, start: int, reading: float, other: float) -> None:
-        """Take note of a step of running texts: seconds for `read` tokens behind `start` positions, and for all else.
+        """Record a step that decoded: seconds of its prefill chunk and of the rest.
 
-        `read` is 0 where no prompt was read.
+        The chunk had `read` tokens after `start`; 0 means a decode-only step.
         """
 
 
 class BoundedPace(Pace):
-    """As many tokens as keep a step's time at about `slowdown` times that of one that reads nothing, LEAST to `most`.
+    """The largest chunk that lengthens a step to about `slowdown` times a decode-only step; LEAST to `most` tokens.
 
-    Of several prompts to be read each allows as much again, and LEAST tokens more: they wait for one another, so what
-    running texts gain by shorter pieces is lost many times in front of them (docs/decisions.md).
+    Each further waiting prompt allows as much again, and LEAST tokens more. Prompts wait for one another, so short
+    chunks would cost the waiting ones more than they save the running sequences (docs/decisions/engine.md).
 
-    A piece of k tokens behind p positions is taken to cost (24 + k) (a + b p) seconds. a and b are fitted to the pieces
-    that were read, by least squares whose weights fall by 5 % a piece, so they follow the machine and its load. What a
-    step takes without its piece is the median of the last 9.
+    The cost model of a chunk of k tokens after p positions is (24 + k) (a + b p) seconds. A least-squares fit of a and
+    b follows the machine and its load: the weight of a chunk falls by 5 % with each later one. The time of a
+    decode-only step is the median of the last 9.
     """
 
     def __init__(self, slowdown: float, most: int) -> None:
@@ -62,20 +62,20 @@ class BoundedPace(Pace):
 
 
 class _Line:
-    """A line through points, the newest of which count most."""
+    """A weighted linear fit; newer points weigh more."""
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
-        """One more point; one far above the line counts as half as far again, as a disturbance mostly is alone."""
+        """Add a point. One far above the line is clipped to 1.5 times its height: most disturbances come alone."""
         if self._weight > 1:
             y = min(y, 1.5 * self.at(x))
         for name, value in (("_weight", 1.0), ("_x", x), ("_y", y), ("_xx", x * x), ("_xy", x * y)):
             setattr(self, name, _KEEP * getattr(self, name) + value)
 
     def at(self, x: float) -> float:
-        """Its height, at least half the points' mean; 0 without points. It never falls."""
+        """Height of the line at `x`, at least half the points' mean; 0 without points. The slope is never negative."""
         if not self._weight:
             return 0.0
         mean_x, mean_y = self._x / self._weight, self._y / self._weight

@@ -1,4 +1,4 @@
-"""A request under way and its continuations, as the engine's own thread keeps them."""
+"""A running request and its sequences, as the engine's own thread keeps them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from serving.sampling.penalties import History
 
 @dataclass(eq=False)
 class Slot:
-    """One row of the cache.
+    """One row of the KV cache.
 
-    `filled` positions may not be written over. The first `len(tokens)` of them hold what reading those tokens as whole
-    chunks of a prompt gives, bit for bit, so another prompt may begin with them. `used` is when it was last begun.
+    `filled` positions are in use. The first `len(tokens)` of them are a reusable prefix: they have the same bits as a
+    prefill of those tokens in whole chunks. `used` counts up with each sequence that starts in a slot.
     """
 
     index: int
@@ -26,37 +26,37 @@ class Slot:
     owner: Continuation | None = None
     used: int = 0
     salt: str = ""
-    """Whose requests may begin with what it holds."""
+    """Only requests with this salt may reuse the prefix."""
 
 
 @dataclass(eq=False)
 class Continuation:
-    """One of a request's continuations."""
+    """One output sequence of a request."""
 
     task: Task
     index: int
     params: SamplingParams
-    """The request's, which all continuations share; `seed` is what differs."""
+    """Those of the request, shared by its sequences, which differ in `seed`."""
     seed: int
     text: TextStream
     history: History | None
-    """None where neither bias nor penalties change anything."""
+    """None without bias and penalties."""
     constraint: TokenConstraint | None = None
     slot: Slot | None = None
     last: int = 0
-    """The token that the next step appends."""
+    """The token that the next step feeds."""
     made: int = 0
-    """Tokens chosen so far."""
+    """Number of tokens sampled so far."""
     last_time: float | None = None
     ended: bool = False
 
 
 @dataclass(eq=False)
 class Task:
-    """A request, from its submission until its last continuation has ended.
+    """A request, from its submission to the end of its last sequence.
 
-    `holding` continuations have the whole prompt in their slots, and the next one its first `read` tokens. `scores`
-    are the prompt's log-probabilities as far as they are known, None where not wanted.
+    `holding` sequences have the whole prompt in their slots. The next one has its first `read` tokens.
+    `scores` are the prompt's log-probabilities as far as they are known, or None if the request does not want them.
     """
 
     request: GenerationRequest
@@ -83,12 +83,12 @@ class Task:
 
     @property
     def first(self) -> Continuation:
-        """The continuation whose slot the prompt is read into."""
+        """The sequence whose slot receives the prefill."""
         return self.continuations[0]
 
     @property
     def scoring(self) -> bool:
-        """Whether log-probabilities of the prompt are still wanting."""
+        """Whether log-probabilities of the prompt are still missing."""
         return self.scores is not None and len(self.scores) < len(self.prompt)
 
 
@@ -101,9 +101,10 @@ def open_task(
     eos_token_id: int,
     token_bytes: TokenBytes,
 ) -> Task:
-    """A task for `request`, each of whose continuations may have `budget` tokens.
+    """The engine's state of `request`, each of whose sequences may have `budget` tokens.
 
-    What its continuations share is built once: a request may have many, long stop texts and a bias for each token.
+    Its sequences share stop automaton and biases: a request may have many sequences, long stop texts and a bias for
+    each token.
     """
     params = request.params
     deadline = None if timeout is None else arrived + timeout

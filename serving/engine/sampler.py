@@ -1,4 +1,4 @@
-"""The next token of every row, and the log-probabilities that were asked for."""
+"""Sampling of the next token of every row, with the log-probabilities that requests want."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from serving.backends.base import FloatArray
 from serving.engine.api import Logprobs
 from serving.engine.requests import Continuation
 from serving.errors import BundleError
-from serving.sampling import choose
+from serving.sampling import SamplingRows, choose
 from serving.sampling.constraints import ConstraintError, choose_allowed
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The next token of `owner`, or why there is none."""
+    """The next token of `owner`, or the error that prevents one."""
 
     owner: Continuation
     token: int
@@ -30,16 +30,19 @@ class Sampled:
 
 
 def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sampled]:
-    """Choose for every row of `logits` [rows, vocab] that has an owner, as `serving.generation.generate` does.
+    """Sample every row of `logits` [rows, vocab] that has a sequence, as `serving.generation.generate` does.
 
     Bias and penalties are written into `logits`.
     """
-    found = [
-        _sample_allowed(logits[row], owner)
-        for row, owner in enumerate(owners)
-        if owner is not None and owner.constraint is not None
-    ]
-    live = [row for row, owner in enumerate(owners) if owner is not None and owner.constraint is None]
+    found, live = [], []
+    for row, owner in enumerate(owners):
+        if owner is None:
+            continue
+        sampled = None if owner.constraint is None else _sample_restricted(logits[row], owner)
+        if sampled is None:
+            live.append(row)
+        else:
+            found.append(sampled)
     if not live:
         return found
     raw = {row: _raw(logits[row], owners[row]) for row in live}
@@ -56,16 +59,22 @@ def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sa
     return found
 
 
-def _sample_allowed(line: FloatArray, owner: Continuation) -> Sampled:
-    """The next token of a sequence with a grammar; `line` [vocab] is edited."""
+def _sample_restricted(line: FloatArray, owner: Continuation) -> Sampled | None:
+    """The next token of a sequence whose grammar allows few.
+
+    None where it allows many: then the others are at minus infinity in `line` [vocab], which is sampled as any row.
+    """
     assert owner.constraint is not None
     owner.constraint.compute()
     if owner.constraint.done:
         return Sampled(owner, 0, ended=True)
     try:
         allowed = owner.constraint.allowed()
+        if allowed.bias is not None:
+            line += allowed.bias
+            return None
         wanted = owner.task.request.logprobs
-        raw = None if wanted is None else line[allowed]
+        raw = None if wanted is None else line[allowed.ids]
         if owner.history is not None:
             owner.history.edits.apply_to(line, 0)
         token = choose_allowed(line, allowed, owner.params, owner.seed, owner.made)
@@ -75,8 +84,9 @@ def _sample_allowed(line: FloatArray, owner: Continuation) -> Sampled:
         return Sampled(owner, 0, error=_not_finite(owner))
     if raw is None or wanted is None:
         return Sampled(owner, token)
-    among = log_probabilities(raw, int(np.searchsorted(allowed, token)), wanted)
-    return Sampled(owner, token, Logprobs(among.own, tuple((int(allowed[place]), nats) for place, nats in among.top)))
+    ids = allowed.ids
+    among = log_probabilities(raw, int(np.searchsorted(ids, token)), wanted)
+    return Sampled(owner, token, Logprobs(among.own, tuple((int(ids[place]), nats) for place, nats in among.top)))
 
 
 def _not_finite(owner: Continuation) -> str:
@@ -98,18 +108,18 @@ def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
 
 
 def _raw(line: FloatArray, owner: Continuation | None) -> FloatArray | None:
-    """The model's own logits, if somebody will ask for them."""
+    """The model's own logits, if log-probabilities are wanted."""
     if owner is None or owner.task.request.logprobs is None:
         return None
     return line.copy() if owner.history is not None else line
 
 
 def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[tuple[int, str]]:
-    """For each row of `live` its token, or why there is none."""
+    """The token or the error of each row of `live`."""
     try:
         return [(token, "") for token in _tokens(logits, owners, live)]
     except BundleError:
-        # One row's logits are no numbers: find out whose, the others go on.
+        # One row has logits that are not finite. Find it, so that the others continue.
         if len(live) > 1:
             return [_choose(logits, owners, [row])[0] for row in live]
         owner = owners[live[0]]
@@ -119,15 +129,12 @@ def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: lis
 
 def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[int]:
     each = [owner for row in live if (owner := owners[row]) is not None]
-    # Without holes nothing is copied.
+    # Without idle rows no copy is needed.
     rows = logits if len(live) == len(logits) else logits[live]
     tokens: list[int] = choose(
         rows,
-        np.array([one.params.temperature for one in each], np.float32),
-        np.array([one.params.top_k for one in each], np.int64),
-        np.array([one.params.top_p for one in each], np.float32),
-        np.array([one.seed for one in each], np.int64),
-        np.array([one.made for one in each], np.int64),
-        np.array([one.params.min_p for one in each], np.float32),
+        seed=np.array([one.seed for one in each], np.int64),
+        step=np.array([one.made for one in each], np.int64),
+        **SamplingRows.of([one.params for one in each]).arrays(),
     ).tolist()
     return tokens

@@ -45,7 +45,7 @@ def open_slot_engine(
     retries: int = 4,
     observer: Observer | None = None,
 ) -> SignatureEngine:
-    """Serve `bundle`'s model by the server behind `transport`, which must hold the same model.
+    """Serve `bundle`'s model by the server of `transport`, which must hold the same model.
 
     `slots` is how many streams run at once at most, by default what the bundle's recipe exported; `timeout` (seconds)
     and `retries` are a call's, as of `TFServingClient`. Raises InputError if the served model has no slots,
@@ -115,7 +115,7 @@ class SignatureEngine:
             if self._draining or self._closing:
                 raise DrainingError("the engine is shutting down and takes no new requests")
             waiting = self._waiting()
-            if waiting >= self._max_waiting:
+            if waiting >= self._max_waiting and not request.joins_call:
                 retry_after = max(1, math.ceil(self._rounds.seconds * waiting / self._slots))
                 raise QueueFullError(f"{waiting} requests wait already; try again in {retry_after} s", retry_after)
             self._arrived.append(job)
@@ -197,7 +197,7 @@ class SignatureEngine:
                 rounds.end_late(("cancelled", "") if closing else end_all)
                 if not closing:
                     rounds.round()
-            except Exception as error:  # A bug, or a server of another kind: nobody may wait for ever.
+            except Exception as error:  # A bug, or another kind of server: no client may wait forever.
                 rounds.give_up(f"internal error: {type(error).__name__}: {error}")
             if closing:
                 return

@@ -1,4 +1,4 @@
-"""What the next step does: whose prompt is read on, by how much, and which rows decode."""
+"""Scheduling: which prompt the next step prefills, by how many tokens, and which sequences decode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving.engine.slot_table import Copy, SlotTable
 
 @dataclass(frozen=True)
 class Work:
-    """Copies, or one chunk of a prompt: `tokens` behind the first `start` positions of `slot`."""
+    """Copies of cached prefixes, or one prefill chunk: `tokens` after the first `start` positions of `slot`."""
 
     task: Task
     copies: tuple[Copy, ...] = ()
@@ -24,15 +24,15 @@ class Work:
     tokens: tuple[int, ...] = ()
     start: int = 0
     scores: bool = False
-    """Whether the logits after each of the tokens are wanted."""
+    """Whether the logits after each token are needed, not only those after the last one."""
 
     @property
     def ends(self) -> bool:
-        """Whether it is the end of its prompt."""
+        """Whether this is the last chunk of its prompt."""
         return self.slot is not None and self.start + len(self.tokens) == len(self.task.prompt)
 
     def run(self, backend: SlotBackend) -> FloatArray | None:
-        """Do it; the logits after the chunk, if it is one."""
+        """Run it on `backend`; return the logits after the chunk, or None for copies."""
         for copy in self.copies:
             backend.copy_prefix(copy.source.index, copy.target.index, copy.length)
         if self.slot is None:
@@ -41,12 +41,14 @@ class Work:
 
 
 class Scheduler:
-    """Requests in the order of their arrival, on the slots of one backend.
+    """Schedules requests first come, first served, on the slots of one backend.
 
-    Prompts are read one at a time. While continuations decode, each step reads one piece, as long as `pace` says, or
-    makes one copy, beside them; otherwise as many chunks as `max_batched_tokens` hold, in one piece. Numbers do not
-    depend on the load: a product's row is the same among any number of rows but one, so wherever prompts are cut, no
-    piece is a single token but the last one, and that if it is alone in its chunk of `chunk` (docs/decisions.md).
+    Prompts are prefilled one at a time. While sequences decode, each step runs one prefill chunk, of a size within the
+    prefill budget, or one copy. Otherwise a step prefills up to `max_batched_tokens` tokens.
+
+    Results do not depend on the load. A row of a matrix product has the same bits among any number of rows above one,
+    so no chunk has a single token, except a last token that is alone in its block of `chunk`
+    (docs/decisions/engine.md).
     """
 
     def __init__(
@@ -57,27 +59,26 @@ class Scheduler:
         self.reading: deque[Task] = deque()
         self.running: list[Continuation] = []
         self.backlog = 0
-        """Tokens that waiting requests will take at most, prompts included."""
+        """Maximum tokens of all waiting requests together, prompts included."""
         self._chunk, self._max_batched_tokens, self._copies = chunk, max_batched_tokens, backend.copies
         self._reuse, self._scored_tokens = reuse, backend.scored_tokens
         self._last_position = backend.max_length - 1
         self._pace = pace
         self._pending: tuple[Copy, ...] = ()
         self._piece: Work | None = None
-        """What was last read of a prompt in this step."""
+        """The last prefill chunk of this step."""
 
     def add(self, task: Task) -> None:
-        """Queue `task`."""
+        """Append a request to the waiting queue."""
         self.waiting.append(task)
         self.backlog += _size(task)
 
     def budget(self) -> int:
-        """How many prompt tokens this step may read where nothing decodes; a copy counts as a chunk."""
+        """Prompt tokens that this step may prefill while nothing decodes; a copy counts as a chunk."""
         return max(self._max_batched_tokens, self._chunk)
 
     def next(self, now: float, budget: int) -> Work | None:
-        """The next piece of work on prompts, of at most `budget` tokens; `done` or `release` must follow before it is
-        asked again."""
+        """The next prefill, of at most `budget` tokens, or None; call `done` or `release` after it."""
         while not self.reading and self._admit(now):
             pass
         if not self.reading:
@@ -93,14 +94,14 @@ class Scheduler:
         return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read, task.scoring)
 
     def _end(self, task: Task, budget: int) -> int:
-        """How far the next piece of a prompt goes."""
+        """Position in the prompt at which the next chunk ends."""
         length = len(task.prompt)
         if self._chunk == 1:
             return task.read + 1
         last = length - (length % self._chunk == 1)
         if task.read >= last:
             return length
-        # Who waits for a slot waits for a text to end, and not for prompts to be read.
+        # A request without a slot waits for a sequence to end, not for prefill.
         prompts = len(self.reading) + min(len(self.waiting), len(self.table.free))
         if self.running:
             budget = min(self._pace.tokens(task.read, prompts), self._max_batched_tokens - len(self.running))
@@ -110,13 +111,13 @@ class Scheduler:
         return last if last - end == 1 else end
 
     def left(self, work: Work, budget: int) -> int:
-        """What `work` leaves of a step's budget: nothing beside continuations, since each call reads all weights."""
+        """The budget after `work`: 0 while sequences decode, since each call reads all weights."""
         if self.running:
             return 0
         return budget - (self._chunk if work.copies else len(work.tokens))
 
     def stepped(self, rows: int, reading: float, other: float) -> None:
-        """Take note of the end of a step in which `rows` decoded: seconds for the work on prompts, and for all else."""
+        """Record a step that decoded `rows` rows: seconds of its prefill, and of everything else."""
         piece, self._piece = self._piece, None
         if not rows:
             return
@@ -126,7 +127,7 @@ class Scheduler:
             self._pace.stepped(len(piece.tokens), piece.start, reading, other)
 
     def done(self, work: Work) -> bool:
-        """Take note that `work` was done; True if with it all continuations hold the prompt, and may `begin`."""
+        """Record that `work` ran; return whether all sequences of the request hold the prompt and can `begin`."""
         task = work.task
         for copy in work.copies:
             self.table.copied(copy)
@@ -148,11 +149,11 @@ class Scheduler:
         return True
 
     def begin(self, task: Task) -> None:
-        """Let the continuations of `task` decode from the next step on."""
+        """Let the sequences of the request decode from the next step on."""
         self.running += task.continuations
 
     def pause(self, continuation: Continuation) -> None:
-        """Let `continuation` keep its slot and not decode, until `resume`."""
+        """Keep the slot of `continuation`, and leave it out of the decode batch until `resume`."""
         self.running.remove(continuation)
 
     def resume(self, continuation: Continuation) -> None:
@@ -160,7 +161,7 @@ class Scheduler:
         self.running.append(continuation)
 
     def scored(self, task: Task) -> None:
-        """All log-probabilities of the prompt are there: read it now as every other prompt is read."""
+        """Prefill the prompt again in chunks, now that its log-probabilities are known."""
         slot = task.first.slot
         assert slot is not None
         self.running.remove(task.first)
@@ -168,7 +169,7 @@ class Scheduler:
         self.reading.appendleft(task)
 
     def release(self, continuation: Continuation, keep: bool = True) -> None:
-        """Forget `continuation`, wherever it is, and free its slot; without `keep`, its contents are not reused."""
+        """Remove the sequence and free its slot; without `keep`, the slot's contents are not reused."""
         task = continuation.task
         if continuation.slot is not None:
             self.table.release(continuation.slot, keep)
@@ -184,10 +185,10 @@ class Scheduler:
             self.backlog -= _size(task)
 
     def rows(self) -> tuple[list[Continuation | None], IntArray, IntArray]:
-        """Who decodes in each of the leading rows, the tokens to append, and the positions held by now.
+        """The decode batch: the sequence of each leading row, the token to append, and the positions filled so far.
 
-        A row of nobody's gets a token behind what its slot holds, where it disturbs nothing; or in the last position of
-        a slot that one prompt fills, which no other prompt takes over, as its own last token is always read.
+        Idle rows get a dummy token after the slot's cached tokens, or at the last position when the slot is full.
+        Neither position is read before it is overwritten: the last token of a prompt is always prefilled.
         """
         owners: list[Continuation | None] = []
         for continuation in self.running:
@@ -200,32 +201,32 @@ class Scheduler:
         return owners, tokens, np.minimum(lengths, self._last_position)
 
     def decoded(self) -> None:
-        """Take note that all who decode have a position more."""
+        """Record that every decoding sequence has one more position filled."""
         for continuation in self.running:
             assert continuation.slot is not None
             continuation.slot.filled += 1
 
     def narrow(self) -> tuple[Copy, ...]:
-        """Copies after which `moved` makes the step narrower; none while there are prompts to read."""
+        """Copies that let `moved` shrink the decode batch; none while prompts wait for prefill."""
         if self.reading or not self.running:
             return ()
         top = max(self.running, key=lambda each: each.slot.index if each.slot else -1)
         return tuple(self.table.narrow(top, top.task.budget - top.made))
 
     def moved(self, copies: tuple[Copy, ...]) -> None:
-        """Take note that the copies of `narrow` were made."""
+        """Record that the copies of `narrow` were made."""
         *saved, move = copies
         for copy in saved:
             self.table.copied(copy)
         self.table.moved(move)
 
     def not_moved(self, copies: tuple[Copy, ...]) -> None:
-        """Take note that not all copies of `narrow` were made."""
+        """Record that not all copies of `narrow` were made."""
         for copy in copies:
             copy.target.tokens, copy.target.filled = (), 0
 
     def _admit(self, now: float) -> bool:
-        """Give the first request in the queue its slots, if there are enough."""
+        """Give the first waiting request its slots, if enough are free."""
         if not self.waiting or len(self.table.free) < self.waiting[0].request.n:
             return False
         task = self.waiting.popleft()
@@ -237,7 +238,7 @@ class Scheduler:
         for continuation in task.continuations[1:]:
             self.table.reserve(continuation)
         if task.scoring and not self._scored_tokens:
-            # Token by token beside the others: this backend's chunk gives the logits of its last token only.
+            # One token a step, in the decode batch: this backend's chunks give the logits of their last token only.
             task.first.last = task.prompt[0]
             self.running.append(task.first)
         else:

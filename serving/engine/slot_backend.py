@@ -1,6 +1,6 @@
-"""What the engine needs of a runtime: slots of cache that prompts are read into, piece by piece, and rows that decode.
+"""The engine's interface to a runtime: slots of KV cache, chunked prefill into one slot, a decode step over many.
 
-A slot is one row of a cache [slots, heads, max_length, head_dim]. The rows that decode are always the leading ones.
+A slot is one row of a KV cache [slots, heads, max_length, head_dim]. A decode step always runs the leading rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SCORED_BYTES = 32 << 20
 class SlotBackend(Protocol):
     """One graph of one bundle, loaded, with its cache. Used by one thread at a time.
 
-    The caller keeps count of what each slot holds: a position is overwritten by whoever writes it next, and nothing
-    behind the positions that a call is told of is ever looked at.
+    The caller tracks what each slot holds. A write to a position overwrites it, and no call reads positions beyond the
+    ones it is given.
     """
 
     name: str
@@ -33,16 +33,16 @@ class SlotBackend(Protocol):
     copies: bool
     """Whether `copy_prefix` may be called."""
     cache_bytes: int
-    """What the whole cache takes, once every position was written."""
+    """Bytes of the whole KV cache."""
     scored_tokens: int
     """Tokens that one `score_chunk` may take, at least 3; 0 where it may not be called."""
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
-        """Append `tokens` (at least one) behind the first `start` positions of `slot`; the logits after the last of
+        """Append `tokens` (at least one) after the first `start` positions of `slot`; the logits after the last of
         them, [vocab_size] float32. The next call may write into the same memory.
 
-        What is written, and the logits, depend on nothing but the tokens, and on which of them were pieces of a single
-        token: the same bits in any slot, beside any company, wherever else a prompt is cut.
+        The KV cache and the logits depend only on the tokens, and on which chunks had a single token. They have the
+        same bits in any slot, for any load, and for any other division of a prompt into chunks.
         """
         ...
 
@@ -59,26 +59,26 @@ class SlotBackend(Protocol):
         ...
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Make the first `length` positions of `target` those of `source`, another slot."""
+        """Copy the first `length` positions of the slot `source` to the slot `target`."""
         ...
 
     def close(self) -> None:
-        """Give the cache and the graph back. May be called more than once."""
+        """Release the KV cache and the graph. May be called more than once."""
         ...
 
 
 class ChoosingSlotBackend(SlotBackend, Protocol):
-    """A backend that can choose tokens where the logits are, so that no logits need to be fetched."""
+    """A backend that can sample on the device, so that no logits are fetched."""
 
     chooses: bool
-    """Whether to have it choose; if not, the methods below may not be called."""
+    """Whether it samples; if not, the methods below may not be called."""
 
     def advance(self, tokens: IntArray, lengths: IntArray) -> None:
-        """Append one token to each of the leading rows as `decode` does, and leave the logits where they are."""
+        """Append one token to each of the leading rows as `decode` does, and leave the logits on the device."""
         ...
 
     def choose(self, request: Request) -> Choice:
-        """Choose the next token of each row of the last `advance`; what is asked holds for as many rows."""
+        """Sample the next token of each row of the last `advance`; `request` has as many rows."""
         ...
 
     def logits(self) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Which slot holds what: prefixes that may be taken over, and rows that are dense at the front."""
+"""The slots of the KV cache: which prefixes they hold, and how sequences stay dense in the leading rows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Copy:
 class SlotTable:
     """All slots of one backend.
 
-    A freed slot keeps what it read, whole chunks of a prompt, until somebody needs the slot. Continuations are placed
-    low, so that the leading rows that a step computes have few holes. `copies` says whether positions can be copied
-    from slot to slot; if not, a prefix is found only in a free slot, and nothing ever moves.
+    A free slot keeps the prefix of its last prompt, in whole chunks, until a sequence needs the slot. Sequences get low
+    slots, so that the leading rows, which a decode step computes, have few idle ones. `copies` says whether positions
+    can be copied from slot to slot. If not, a prefix is reused only in its own slot, and no sequence changes its slot.
     """
 
     def __init__(self, slots: int, chunk: int, copies: bool) -> None:
@@ -34,13 +34,13 @@ class SlotTable:
 
     @property
     def free(self) -> list[Slot]:
-        """Slots without an owner, the lowest first."""
+        """Free slots, the lowest first."""
         return [slot for slot in self.slots if slot.owner is None]
 
     def place(self, owner: Continuation, prompt: Sequence[int], reuse: bool) -> tuple[int, list[Copy]]:
-        """Give `owner` a slot; how many tokens of `prompt` it holds once the copies that come with it are made.
+        """Give `owner` a free slot; return how many cached tokens of `prompt` it holds after the returned copies.
 
-        There must be a free slot. The last token of a prompt is always read again, since its logits are wanted.
+        There must be a free slot. The last token of a prompt is always prefilled, since its logits are needed.
         """
         occupied = len(self.slots) - len(self.free)
         near = [slot for slot in self.free if slot.index <= occupied]
@@ -58,38 +58,38 @@ class SlotTable:
         return length, copies
 
     def reserve(self, owner: Continuation) -> None:
-        """Give `owner` the lowest free slot, whose contents are lost."""
+        """Give `owner` the lowest free slot and discard its contents."""
         self._occupy(self.free[0], owner, 0)
 
     def copied(self, copy: Copy) -> None:
-        """Take note that `copy` was made."""
+        """Record that `copy` was made."""
         copy.target.tokens, copy.target.salt = copy.tokens, copy.salt
         copy.target.filled = copy.length
 
     def release(self, slot: Slot, keep: bool = True) -> None:
-        """Free `slot`; without `keep`, what it holds is not to be trusted."""
+        """Free `slot`; without `keep`, discard its contents."""
         slot.owner = None
         if not keep:
             slot.tokens = ()
         slot.filled = len(slot.tokens)
 
     def narrow(self, highest: Continuation, left: int) -> list[Copy]:
-        """Copies after which `moved` may put `highest` into a hole below it; none if it is not worth it.
+        """Copies that let `moved` put `highest` into a lower free slot; none if that does not pay.
 
-        `left` is how many steps it may still take.
+        `left` is the number of steps that it may still take.
         """
         top = highest.slot
         if top is None or not self._copies:
             return []
         holes = [slot for slot in self.free if slot.index < top.index]
-        # A row of a step is taken to cost what copying 64 positions does, an estimate (docs/decisions.md).
+        # An estimate: one row of a step costs as much as copying 64 positions (docs/decisions/engine.md).
         if not holes or left * 64 < top.filled:
             return []
         hole = min(holes, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
         return [*self._save(hole), Copy(top, hole, top.filled, top.tokens, top.salt)]
 
     def moved(self, copy: Copy) -> None:
-        """Take note that `copy`, the last one of `narrow`, was made: its target is where its owner goes on."""
+        """Record that `copy`, the last one of `narrow`, was made: its sequence continues in the target."""
         owner, source, target = copy.source.owner, copy.source, copy.target
         assert owner is not None
         self.copied(copy)
@@ -104,7 +104,7 @@ class SlotTable:
         slot.salt = owner.task.request.cache_salt
 
     def _longest(self, prompt: Sequence[int], salt: str) -> tuple[int, Slot | None]:
-        """The longest beginning of `prompt`, in whole chunks, that a slot holds under `salt`, and the slot."""
+        """The longest cached prefix of `prompt` under `salt`, in whole chunks, and its slot."""
         usable = tuple(prompt[: (len(prompt) - 1) // self._chunk * self._chunk])
         best: tuple[int, Slot | None] = (0, None)
         for slot in self.slots if self._copies else self.free:
@@ -120,9 +120,9 @@ class SlotTable:
         return best
 
     def _save(self, slot: Slot, source: Slot | None = None) -> list[Copy]:
-        """What keeps the tokens of `slot`, which is about to be overwritten, in the place of older ones.
+        """Copies that save the prefix of `slot`, which is about to be overwritten, over an older one.
 
-        `source` is a slot that is still to be copied from.
+        `source` is a slot that a later copy reads.
         """
         others = [each for each in self.free if each is not slot and each is not source]
         if not self._copies or not others or not self._wanted(slot):
@@ -134,7 +134,7 @@ class SlotTable:
         return [Copy(slot, oldest, len(slot.tokens), slot.tokens, slot.salt)]
 
     def _wanted(self, slot: Slot) -> bool:
-        """Whether `slot` holds tokens that no other slot begins with."""
+        """Whether `slot` holds a prefix that no other slot holds."""
         length = len(slot.tokens)
         return length > 0 and not any(
             each is not slot and each.salt == slot.salt and each.tokens[:length] == slot.tokens for each in self.slots

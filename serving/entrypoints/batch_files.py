@@ -24,7 +24,7 @@ _BLOCK = 1 << 20
 
 
 class LineError(InputError):
-    """A line is no request; `code` is one word of what is wrong, `custom_id` the line's, if it has one."""
+    """A line is not a request; `code` is one word of what is wrong, `custom_id` the line's, if it has one."""
 
     def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
         super().__init__(message)

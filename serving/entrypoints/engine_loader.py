@@ -67,7 +67,7 @@ class EngineLoader:
         return self.replicas * (2 * bundle.graph_size(_SAVED_MODEL) + cache)
 
     def open(self, bundle: Bundle, observer: Observer) -> Engine:
-        """An engine, or several behind one. Raises GPT2BundleError; then nothing is left open."""
+        """An engine, or several as one. Raises GPT2BundleError; then nothing is left open."""
         engines: list[Engine] = []
         try:
             for index in range(self.replicas):

@@ -1,14 +1,16 @@
-"""The gRPC port: services over the engine in the server's own event loop, behind the keys and limits of HTTP."""
+"""The gRPC port: services over the engine in the server's own event loop, with the keys and limits of HTTP."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
 from serving.engine.api import DrainingError
-from serving.entrypoints.runner import Address
+from serving.entrypoints.runner import LOOPBACK, Address
 from serving.errors import GPT2BundleError, RuntimeMissingError
 from serving.server.auth import CALLER
+from serving.server.errors import UnauthenticatedError
 from serving.server.grpc_middleware import client_of, guarded, unary
 from serving.server.state import Server
 
@@ -109,12 +111,19 @@ async def start_grpc(server: Server, host: str, port: int, tls: tuple[bytes, byt
     listening.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(grpc_health.HEALTH_SERVICE, health),))
     # gRPC itself says to the log, and not in its error, why an address cannot be had.
     Address(host, port, option="--grpc-port").bind().close()
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    credentials = None if tls is None else grpc.ssl_server_credentials([tls])
+
+    def add(host: str, port: int) -> int:
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if credentials is None:
+            return int(listening.add_insecure_port(address))
+        return int(listening.add_secure_port(address, credentials))
+
     try:
-        if tls is None:
-            bound = listening.add_insecure_port(address)
-        else:
-            bound = listening.add_secure_port(address, grpc.ssl_server_credentials([tls]))
+        bound = add("127.0.0.1" if host == LOOPBACK else host, port)
+        if host == LOOPBACK:
+            with contextlib.suppress(RuntimeError):  # Without IPv6.
+                add("::1", bound)
     except RuntimeError:
         raise GPT2BundleError(f"gRPC cannot listen on {host} port {port}; choose another with --grpc-port") from None
     await listening.start()
@@ -133,9 +142,13 @@ def _timeout(server: Server, context: Any) -> float | None:
 
 
 def _admit(server: Server, context: Any, counted: bool = True) -> None:
-    """Refuse whoever may not ask, or may not ask now; `counted` is a request for the rate limit."""
+    """Refuse callers without a valid key or over the rate limit; `counted` is a request for the rate limit."""
     metadata = dict(context.invocation_metadata() or ())
-    caller = server.keys.check(metadata.get("authorization"))
+    try:
+        caller = server.keys.check(metadata.get("authorization"))
+    except UnauthenticatedError:
+        server.wrong_keys.take(client_of(context))
+        raise
     CALLER.set(caller or "")
     if counted:
         server.limiter.take(caller or client_of(context))

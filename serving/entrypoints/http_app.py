@@ -1,4 +1,4 @@
-"""Puts the routes of all protocols behind one gate."""
+"""Assembles the routes of all protocols behind the middleware."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """One connection."""
 
     _pending = 0
-    """Bytes since a head, a piece of a body or a message was complete."""
+    """Bytes since a head, a part of a body or a message was complete."""
     _advanced = False
     _again = b""
     """The head of a request to be read again."""
@@ -61,7 +61,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(431, "Request Header Fields Too Large", f"the request's head has more than {MAX_HEAD} bytes")
 
     def _parse(self, data: memoryview) -> None:
-        """Feed the parser, again without their wish where requests ask to go on in another protocol.
+        """Feed the parser, again without the upgrade header where requests ask for another protocol.
 
         The parser takes what follows their heads for that protocol, which would lose the body that Java's HTTP client
         sends though it asks for HTTP/2.

@@ -23,7 +23,7 @@ def _extra(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, whatever the event has beside, and a traceback."""
+    """One JSON object a line: time (UTC), level, logger, message, the event's further fields, and a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -1,4 +1,4 @@
-"""Keeps a model's newest version served: a new one loads and warms beside the old, takes over, and the old retires."""
+"""Serves a model's newest version: a new one loads and warms up while the old one serves, then replaces it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Versions:
         return candidates
 
     def _try(self, candidate: Candidate) -> bool:
-        """Swap to `candidate`, or say once why not and go on with what there is."""
+        """Swap to `candidate`, or log once why not and keep the served version."""
         signature = candidate.signature()
         if signature in self._refused:
             return False
@@ -252,7 +252,7 @@ def warm(engine: Engine) -> None:
 
 
 def _settle(engine: Engine) -> None:
-    """Wait until the step that ended the last request is over, as its measurements come behind its events."""
+    """Wait until the step that ended the last request is over, as its measurements follow its events."""
     deadline = time.monotonic() + 1
     while engine.stats().active_slots and time.monotonic() < deadline:
         time.sleep(1e-3)

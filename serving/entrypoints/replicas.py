@@ -1,4 +1,4 @@
-"""Several engines of one model behind one: each request goes to the one with the least to do."""
+"""Several engines of one model as one: each request goes to the one with the least to do."""
 
 from __future__ import annotations
 

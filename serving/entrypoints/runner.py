@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,13 +26,15 @@ from serving.server.state import Server
 # Windows knows no SIGHUP, which a terminal sends that is closed.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _OWN_FILES = 100
+LOOPBACK = "localhost"
+"""Both of this machine's own addresses, 127.0.0.1 and ::1."""
 FLUSH_SECONDS = 5
 """For answers that are complete to reach their clients."""
 log = logging.getLogger("gpt2_bundle.server")
 
 
 class Companion(Protocol):
-    """Another protocol's server beside, such as gRPC; it refuses by itself while no model is there or all drain."""
+    """A server of another protocol, such as gRPC; it refuses calls by itself while no model is ready or all drain."""
 
     async def start(self) -> None:
         """Begin to answer. Raises GPT2BundleError."""
@@ -45,7 +47,7 @@ class Companion(Protocol):
 class Address:
     """Where to listen; certificate and key make it HTTPS."""
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: int = 8000
     certificate: Path | None = None
     key: Path | None = None
@@ -53,31 +55,46 @@ class Address:
     """What chooses the port, for errors."""
 
     def bind(self) -> socket.socket:
-        """The bound socket, so that a port that is taken is known before a model loads. Raises GPT2BundleError."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        """The bound socket, so that a port that is taken is known before a model loads. Raises GPT2BundleError.
+
+        It is that of IPv4 where the host is LOOPBACK; `beside` gives the other one.
+        """
+        host = "127.0.0.1" if self.host == LOOPBACK else self.host
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((self.host, self.port))
+            listener.bind((host, self.port))
             listener.listen(1024)
         except (OSError, OverflowError) as error:
             listener.close()
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise GPT2BundleError(
-                    f"port {self.port} on {self.host} is taken; choose another with {self.option}"
+                    f"port {self.port} on {host} is taken; choose another with {self.option}"
                 ) from None
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise GPT2BundleError(f"cannot listen on {self.host} port {self.port}: {reason}") from None
+            raise GPT2BundleError(f"cannot listen on {host} port {self.port}: {reason}") from None
         return listener
+
+    def beside(self, listener: socket.socket) -> list[socket.socket]:
+        """IPv6's loopback at the port of `listener`, as some clients find no other "localhost"; none without IPv6."""
+        if self.host != LOOPBACK:
+            return []
+        port = listener.getsockname()[1]
+        try:
+            return [replace(self, host="::1", port=port).bind()]
+        except GPT2BundleError as error:
+            log.info("not on IPv6's loopback: %s", error)
+            return []
 
     def url(self, listener: socket.socket) -> str:
         """What a client asks."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = "127.0.0.1" if self.host == LOOPBACK else f"[{self.host}]" if ":" in self.host else self.host
         return f"{'https' if self.certificate else 'http'}://{host}:{listener.getsockname()[1]}"
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn whose signals begin a drain instead of closing the door on those who wait behind it."""
+    """uvicorn whose signals begin a drain instead of refusing requests that wait."""
 
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
         super().__init__(config)
@@ -117,6 +134,7 @@ class Runner:
         does not wait: what is left gets an error. Raises what keeps the server from starting.
         """
         listener = self._address.bind()
+        listeners = [listener, *self._address.beside(listener)]
         config = uvicorn.Config(
             self._app,
             log_config=None,
@@ -126,6 +144,8 @@ class Runner:
             ws="none",
             access_log=False,
             server_header=False,
+            # A proxy on this machine may come by either address.
+            forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1"),
             ssl_certfile=_given(self._address.certificate),
             ssl_keyfile=_given(self._address.key),
             # What `_leave` does comes before, and says what it does.
@@ -135,24 +155,24 @@ class Runner:
         try:
             config.load()
         except OSError as error:
-            listener.close()
+            _close(listeners)
             raise InputError(
                 f"the certificate or its key cannot be used: {error}; check --ssl-certfile and --ssl-keyfile"
             ) from None
         self._uvicorn = _Uvicorn(config, self._on_signal)
         try:
             with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                runner.run(self._serve(listener, announce))
+                runner.run(self._serve(listeners, announce))
         finally:
             self._versions.close()
-            listener.close()
+            _close(listeners)
         if self._error is not None:
             raise self._error
 
-    async def _serve(self, listener: socket.socket, announce: Callable[[str, ServedModel], None]) -> None:
-        self._loading = self._spawn(self._load(self._address.url(listener), announce))
+    async def _serve(self, listeners: list[socket.socket], announce: Callable[[str, ServedModel], None]) -> None:
+        self._loading = self._spawn(self._load(self._address.url(listeners[0]), announce))
         try:
-            await self._uvicorn.serve(sockets=[listener])
+            await self._uvicorn.serve(sockets=listeners)
         finally:
             for companion in self._companions:
                 await companion.stop(0)
@@ -226,6 +246,11 @@ class Runner:
             log.warning("closed %d connections whose clients did not send or take what was left", len(stuck))
         for connection in stuck:
             connection.transport.abort()
+
+
+def _close(listeners: Sequence[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,4 +1,4 @@
-"""Prompts to tokens on any backend: what programs import."""
+"""Generation of token ids on any backend: the public functions."""
 
 from serving.generation.batch import Generation, generate, stream, token_budget
 

@@ -1,4 +1,4 @@
-"""Prompts to tokens on top of any backend: one prefill, then decode steps until every row has ended."""
+"""Generation on any backend: one prefill, then decode steps until every row has ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OnLogits = Callable[[int, int, FloatArray], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt was continued by.
+    """The output of one prompt.
 
     `token_ids` ends with the token that ended it, if one did. `finish_reason` is "stop" for the end-of-text token, one
     of `stop_token_ids`, or a caller that said so, "length" for `max_new_tokens` or the end of the context.
@@ -45,10 +45,9 @@ def generate(
     called with (prompt index, token id, logits): the logits [vocab_size] that the token was sampled from, as the model
     gave them, without bias and penalties. The next step may overwrite them.
 
-    A prompt and its continuation fill at most `n_positions`. All rows run as one batch, ended rows fed tokens that
-    nobody sees, unless that would push one past the context: then the rows run as several batches, shorter prompts
-    first. Raises InputError for an empty prompt, one that leaves no room for a token, and a token id outside the
-    vocabulary.
+    A prompt and its output fill at most `n_positions`. All rows run as one batch, in which ended rows get dummy
+    tokens. If those would exceed the context, the rows run as several batches, shorter prompts first. Raises InputError
+    for an empty prompt, one that leaves no room for a token, and a token id outside the vocabulary.
     """
     every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(every) != len(prompts):
@@ -86,7 +85,7 @@ def stream(
     on_logits: OnLogits | None = None,
     constraint: TokenConstraint | None = None,
 ) -> Iterator[int]:
-    """Continue one prompt and give each token id as soon as it is chosen, the one that ends it included.
+    """Continue one prompt and yield each token id as soon as it is sampled, the one that ends it included.
 
     The tokens are those of `generate`, and so are the errors, which are raised here and not at the first token. With a
     `constraint`, only what it allows is chosen, the text also ends where it is done, and the iterator may raise
@@ -147,7 +146,7 @@ def token_budget(
 
 
 def _batches(backend: Backend, prompts: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[list[int]]:
-    """Group rows so that the longest prompt of a group can be fed the group's most steps within the context."""
+    """Group rows so that in each group the longest prompt and the most steps fit the context together."""
     batches: list[list[int]] = []
     steps = 0
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row])):
@@ -182,7 +181,7 @@ def _steps(
         rows = np.flatnonzero(live)
         tokens = steps.choose(rows, step)
         for row in rows.tolist():
-            # Before the caller sees the token, so that the caller's own verdict is the last word.
+            # Before the caller sees the token, so that the caller can end the row.
             live[row] = step + 1 < budgets[row]
             yield row, int(tokens[row]), host.logits[row] if host is not None and with_logits else None
         if not any(live):

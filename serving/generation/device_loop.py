@@ -1,7 +1,7 @@
-"""Generation in blocks of several steps: `token_selection.Steps` on top of a backend's loop on the device.
+"""Multi-step decode: `token_selection.Steps` in blocks of several device steps.
 
-The tokens are the same as one step at a time. A token that the device could not decide is chosen here from its
-logits, and what was made behind it is made again.
+The tokens equal those of single steps. The host samples a token of which the device is not certain, from its logits,
+and the device repeats the steps after it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BlockChooser(Protocol):
 
 
 class LoopSteps:
-    """A batch in blocks."""
+    """A batch that decodes in blocks."""
 
     def __init__(
         self, loop: Any, vocab_size: int, chooser: BlockChooser, prompts: Sequence[Sequence[int]], capacity: int
@@ -66,26 +66,26 @@ class LoopSteps:
             self._go_on(step, tokens)
 
     def _run(self, rows: IntArray, step: int) -> None:
-        """Make the next block: no longer than any row needs or the longest one has room for."""
+        """Run the next block, no longer than the rows need and the longest one has room for."""
         if self._block.size:
             last = self._block[:, -1]
             self._fed = np.where(last < 0, -1 - last, last)
         room = self._capacity - int(self._lengths.max()) - step + 1
         count = max(1, min(self._loop.steps, self._chooser.remaining(rows, step), room))
         if 2 * self._missed > self._draws:
-            count = 1  # Where most tokens are chosen here, what is made behind them is mostly made in vain.
+            count = 1  # If the host samples most tokens, the steps after them are mostly wasted.
         request = self._chooser.request(step, self._vocab_size)
         self._block = self._loop.run(self._state, count, request, self._chooser.draws(step, count))
         self._column, self._first = 0, step
 
     def _logits(self) -> FloatArray:
-        """The logits that the token of the current column was chosen from."""
+        """The logits from which the token of the current column was sampled."""
         step = self._first + self._column
         if step == 0:
             logits: FloatArray = self._loop.prompt_logits(self._state)
             return logits
         if self._column < self._block.shape[1] - 1:
-            # They are overwritten, and made again by the same step.
+            # They are overwritten; repeat the step.
             fed = self._fed if self._column == 0 else self._block[:, self._column - 1]
             self._loop.seek(self._state, self._lengths + step - 1, np.where(fed < 0, -1 - fed, fed))
             self._loop.run(self._state, 1, self._chooser.request(step, self._vocab_size), self._chooser.draws(step, 1))
@@ -93,5 +93,5 @@ class LoopSteps:
         return logits
 
     def _go_on(self, step: int, tokens: IntArray) -> None:
-        """Make the device feed `tokens`, the choice of `step`, next."""
+        """Make the device continue with `tokens`, sampled at `step`."""
         self._loop.seek(self._state, self._lengths + step, tokens)

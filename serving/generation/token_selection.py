@@ -1,6 +1,6 @@
-"""The two ways to a batch's next tokens: fetch the logits and choose here, or have the backend choose where they are.
+"""Sampling of a batch's next tokens: on the host, from fetched logits, or on the device.
 
-Both give the same tokens. Where the backend cannot tell the token for certain, only then are logits fetched.
+Both give the same tokens. Device sampling fetches logits only for rows whose token is not certain.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import numpy as np
 
 from serving.backends.base import Backend, ChoosingBackend, FloatArray, IntArray, Request
 from serving.generation.device_loop import LoopSteps
-from serving.sampling import SamplingParams, choose, uniform
+from serving.sampling import SamplingParams, SamplingRows, choose, uniform
 from serving.sampling.constraints import TokenConstraint, choose_allowed
 from serving.sampling.penalties import History
 
-# Among how many tokens a row without top-k is looked for on the device, and the most that a row with it may ask for.
+# Top candidates on the device of a row without top-k, and the maximum for a row with it.
 USUAL_CANDIDATES = 256
 MAX_CANDIDATES = 1024
 
 
 class Steps(Protocol):
-    """A batch under way. Rows that have ended go on being fed, whatever they are given."""
+    """A running batch. Ended rows still get input, of any value."""
 
     def choose(self, rows: IntArray, step: int) -> IntArray:
-        """Each row's next token, [all rows], which holds for `rows`; `step` counts from 0."""
+        """The next tokens, [all rows], valid for `rows`; `step` counts from 0."""
         ...
 
     def feed(self, tokens: IntArray) -> None:
@@ -40,24 +40,24 @@ def open_steps(
     capacity: int,
     eos_token_id: int | None = None,
 ) -> Steps:
-    """Run `prompts`, each with its own `params`, in the way that is the faster one for them."""
+    """Prefill `prompts`, each with its own `params`, and sample where it is fastest for them."""
     chooser = Chooser(prompts, params, eos_token_id)
     loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
     if loop is not None:
         return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
-    # On the processor the host reads the logits where they are, and is the faster one (docs/decisions.md).
+    # On a CPU the host reads the logits in place and is faster (docs/decisions/sampling.md).
     if chooses(backend) and backend.device != "cpu":
         return DeviceSteps(backend, chooser, prompts, capacity)
     return HostSteps(backend, chooser, prompts, capacity)
 
 
 def chooses(backend: Backend) -> TypeGuard[ChoosingBackend]:
-    """Whether `backend` can choose tokens itself."""
+    """Whether `backend` can sample on the device."""
     return bool(getattr(backend, "chooses", False))
 
 
 class Chooser:
-    """What a batch's rows ask for, as arrays, and what they have said so far."""
+    """Sampling parameters of a batch as arrays, with the state of its penalties."""
 
     def __init__(
         self,
@@ -67,39 +67,36 @@ class Chooser:
         constraint: TokenConstraint | None = None,
     ) -> None:
         self._params, self._constraint = params, constraint
-        self._temperature = np.array([each.temperature for each in params], np.float32)
-        self._top_k = np.array([each.top_k for each in params], np.int64)
-        self._top_p = np.array([each.top_p for each in params], np.float32)
-        self._min_p = np.array([each.min_p for each in params], np.float32)
+        self._sampling = SamplingRows.of(params)
         self._seed = np.array([each.seed for each in params], np.int64)
         self._history = History(prompts, params, eos_token_id)
         self._budgets = np.array([each.max_new_tokens for each in params], np.int64)
-        sampled = (self._temperature > 0) & (self._top_k != 1)
+        sampled = ~self._sampling.greedy
         self.samples = bool(sampled.any())
         """Whether any row is not greedy."""
-        wanted = np.where(self._top_k > 0, self._top_k, USUAL_CANDIDATES)[sampled]
+        top_k = self._sampling.top_k
+        wanted = np.where(top_k > 0, top_k, USUAL_CANDIDATES)[sampled]
         self._candidates = min(int(wanted.max(initial=1)), MAX_CANDIDATES)
         self.loops = self._history.empty and self._candidates <= USUAL_CANDIDATES
-        """Whether the steps of a block need nothing of each other's tokens but the cache."""
+        """Whether multi-step decode can run: no step depends on earlier tokens except by the KV cache."""
 
     def choose(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray:
-        """The next tokens of `rows`, here: `logits` is [len(rows), vocab_size]."""
+        """Sample the next tokens of `rows` on the host from `logits`, [len(rows), vocab_size]."""
         if not self._history.empty:
             logits = self._history.edits.apply(logits, rows)
         if self._constraint is not None:
             params = self._params[0]
             token = choose_allowed(logits[0], self._constraint.allowed(), params, params.seed, step)
             return np.array([token], np.int64)
-        every = (self._temperature, self._top_k, self._top_p, self._seed)
-        temperature, top_k, top_p, seed = (each[rows] for each in every)
-        return choose(logits, temperature, top_k, top_p, seed, np.full(len(rows), step), self._min_p[rows])
+        sampling = self._sampling.take(rows).arrays()
+        return choose(logits, seed=self._seed[rows], step=np.full(len(rows), step), **sampling)
 
     def request(self, step: int, vocab_size: int) -> Request:
-        """What to ask of a backend that chooses."""
+        """The parameters for a backend that samples."""
         draw = uniform(self._seed, np.full(len(self._seed), step))
         few = min(self._candidates, vocab_size)
         edits = self._history.edits
-        return Request(self._temperature, self._top_k, self._top_p, self._min_p, draw, edits, few)
+        return Request(self._sampling, draw, edits, few)
 
     def draws(self, step: int, count: int) -> FloatArray:
         """The random numbers of `count` steps from `step` on, [rows, count]."""
@@ -109,11 +106,11 @@ class Chooser:
         return np.asarray(numbers, np.float32).reshape(rows, count)
 
     def remaining(self, rows: IntArray, step: int) -> int:
-        """The most tokens that any of `rows` may still be continued by, before `step`."""
+        """Maximum number of tokens that any of `rows` may still get, before `step`."""
         return int(self._budgets[rows].max()) - step
 
     def add(self, rows: IntArray, tokens: IntArray) -> None:
-        """Take in what `rows` were continued by; `tokens` is [all rows]."""
+        """Record the new tokens of `rows`; `tokens` is [all rows]."""
         if not self._history.empty:
             for row in rows.tolist():
                 self._history.add(row, int(tokens[row]))
@@ -122,7 +119,7 @@ class Chooser:
 
 
 class HostSteps:
-    """Logits come here each step."""
+    """Samples on the host: the logits are fetched at each step."""
 
     def __init__(self, backend: Backend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int) -> None:
         self._backend, self._chooser = backend, chooser
@@ -142,7 +139,7 @@ class HostSteps:
 
 
 class DeviceSteps:
-    """The backend chooses; logits come here when a row's token is not certain."""
+    """Samples on the device: logits are fetched only for rows whose token is not certain."""
 
     def __init__(
         self, backend: ChoosingBackend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int

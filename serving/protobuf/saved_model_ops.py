@@ -75,26 +75,29 @@ Functions = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """What no export of this project holds: `op`, or "" for what is no op; the graph or function; a sentence."""
+    """What no export of this project holds: `op`, or "" for what is not an op; the graph or function; a sentence."""
 
     op: str
     where: str
     message: str
 
 
-def check_saved_model(version: Path) -> None:
-    """Raise BundleError for the first of `find_problems`; nothing of the SavedModel in `version` has run then."""
+def check_saved_model(version: Path, named: Path | None = None) -> None:
+    """Raise BundleError for the first of `find_problems`; nothing of the SavedModel in `version` has run then.
+
+    `named` is what errors say in its place, such as the folder that it is a copy of.
+    """
     for problem in find_problems(version):
         raise BundleError(
-            f"{version}: {problem.where}: {problem.message}; it was not loaded. Export it again, or take it from "
-            "somebody whose programs you would run"
+            f"{named or version}: {problem.where}: {problem.message}; it was not loaded. Export it again, or take it "
+            "from somebody whose programs you would run"
         )
 
 
 def find_problems(version: Path) -> Iterator[Problem]:
     """What the SavedModel in the folder `version` holds beyond what this project's exports do.
 
-    Raises BundleError for what is no SavedModel.
+    Raises BundleError for what is not a SavedModel.
     """
     yield from _check_files(version)
     saved = read_saved_model(version)
@@ -105,7 +108,7 @@ def find_problems(version: Path) -> Iterator[Problem]:
         yield Problem("", "model", f"it has {len(saved.meta_graphs)} graphs, where an export has one")
     for meta_graph in saved.meta_graphs[:_GRAPHS]:
         if problem := _too_large(meta_graph):
-            yield problem  # What is no list of an export would take long to look through.
+            yield problem  # What is not a list of an export would take long to look through.
         else:
             yield from _check_meta_graph(meta_graph)
 

@@ -1,7 +1,7 @@
 """Protobuf messages from short tables, in a descriptor pool of their own.
 
 A table has a line for each message: its fields as `name:type=number`. A type is a scalar of protobuf's language or
-another message of the table; a `*` behind it makes it repeated, `map<type>` a map from strings, and a `|` behind the
+another message of the table; a `*` after it makes it repeated, `map<type>` a map from strings, and a `|` behind the
 number makes the field one of the message's only `oneof`. The pool is private, so that a program which also loads the
 official generated code, where the same names are registered, is not disturbed.
 """

@@ -2,7 +2,7 @@
 
 Names and numbers are those of tensorflow_serving/apis/*.proto and tensorflow/core/framework/*.proto (Apache-2.0);
 enumerations are their numbers. On the wire neither a message's own name nor its package is seen, so all of them live in
-one package here. The test beside compares every line with the official descriptors.
+one package here. Its test compares every line with the official descriptors.
 """
 
 from __future__ import annotations

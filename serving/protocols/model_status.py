@@ -32,5 +32,5 @@ def parse_version(text: str | None) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= _MAX_VERSION):
-        raise InputError(f"{text[:40]!r} is no version; it must be a whole number")
+        raise InputError(f"{text[:40]!r} is not a version; it must be a whole number")
     return int(text)

@@ -42,16 +42,13 @@ for _path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
     _BODIES[f"POST {_path}/infer"] = (v2.InferBody, v2.InferAnswer, (400, 404, 408, 413, 415, 503, 504))
 
 
-def examples(prompt: str) -> dict[str, dict[str, Any]]:
-    """Example bodies by method and path, with a prompt that the served model may be asked to continue."""
-    return {
+def examples(prompt: str, message: str | None) -> dict[str, dict[str, Any]]:
+    """Example bodies by method and path, with a prompt that the served model may be asked to continue.
+
+    `message` is one for a chat, None where the model knows no chats.
+    """
+    found: dict[str, dict[str, Any]] = {
         "POST /v1/completions": {"prompt": prompt, "max_tokens": 16, "temperature": 0.8, "seed": 7},
-        "POST /v1/chat/completions": {
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": 16,
-            "temperature": 0.8,
-            "seed": 7,
-        },
         "POST /tokenize": {"prompt": prompt},
         "POST /detokenize": {"tokens": [40, 41]},
         "POST /v2/models/{model}/generate": {"text_input": prompt, "parameters": {"max_tokens": 16, "seed": 7}},
@@ -60,6 +57,10 @@ def examples(prompt: str) -> dict[str, dict[str, Any]]:
             "parameters": {"signature_name": "tokenize"},
         },
     }
+    if message is not None:
+        chat = [{"role": "user", "content": message}]
+        found["POST /v1/chat/completions"] = {"messages": chat, "max_tokens": 16, "temperature": 0.8, "seed": 7}
+    return found
 
 
 _SENTENCES = {
@@ -89,7 +90,7 @@ _PLAIN_ERROR = {"type": "object", "required": ["error"], "properties": {"error":
 def description(routes: Sequence[BaseRoute], models: Sequence[ServedModel] = ()) -> dict[str, Any]:
     """The OpenAPI document of `routes` of a server of `models`. Routes without schemas give any JSON."""
     names = sorted({model.name for model in models})
-    given = examples(models[0].example_prompt if models else "")
+    given = examples(models[0].example_prompt, models[0].example_message) if models else examples("", None)
     bodies = {each for body, answer, _ in _BODIES.values() for each in (body, answer) if each} | {schema.Error}
     ordered = sorted(bodies, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)

@@ -1,5 +1,15 @@
 """Sampling parameters and the next token, by numpy alone: what programs import."""
 
-from serving.sampling.sampler import MAX_BIAS, MAX_SEED, MAX_TEMPERATURE, SamplingParams, choose, uniform
+from serving.sampling.parameters import DECLARATIONS, MAX_BIAS, MAX_SEED, MAX_TEMPERATURE, SamplingParams, SamplingRows
+from serving.sampling.sampler import choose, uniform
 
-__all__ = ["MAX_BIAS", "MAX_SEED", "MAX_TEMPERATURE", "SamplingParams", "choose", "uniform"]
+__all__ = [
+    "DECLARATIONS",
+    "MAX_BIAS",
+    "MAX_SEED",
+    "MAX_TEMPERATURE",
+    "SamplingParams",
+    "SamplingRows",
+    "choose",
+    "uniform",
+]

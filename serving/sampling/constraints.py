@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import BundleError, GPT2BundleError, InputError, cut
-from serving.sampling.sampler import SamplingParams, choose
+from serving.sampling.parameters import SamplingParams, SamplingRows
+from serving.sampling.sampler import choose
 
 MAX_TEXT = 32_768
 """Characters of a schema, regular expression or grammar, or of all choices together."""
 MAX_CHOICES = 1024
 MAX_DEPTH = 64
 """Brackets that may be open at once: parsers and compilers of grammars recurse."""
+FEW = 4096
+"""Tokens up to which the allowed ones are kept as ids."""
 _BRACKET = re.compile(r"[][(){}]")
 
 
@@ -66,6 +69,31 @@ def _depth(text: str) -> int:
     return deepest
 
 
+class Allowed:
+    """The tokens that may follow, of which there is at least one.
+
+    Sorting a vocabulary most of which is impossible takes milliseconds, so few tokens are kept as `ids`; and picking
+    most of it takes several times as long as an addition, so many are kept as `bias`.
+    """
+
+    def __init__(self, bits: NDArray[np.bool_]) -> None:
+        """`bits` [vocab] are true where a token may follow."""
+        self._bits = bits
+        self.count = int(np.count_nonzero(bits))
+        self.few = self.count <= FEW
+        self._ids = np.flatnonzero(bits) if self.few else None
+        self.bias: NDArray[np.float32] | None = None
+        """To be added to logits [vocab]: 0, or minus infinity. None where there are few tokens."""
+        if not self.few:
+            # 1 becomes 0.0 and 0 the bits of minus infinity, in a third of the time that a selection takes.
+            self.bias = ((bits.astype(np.uint32) - np.uint32(1)) & np.uint32(0xFF800000)).view(np.float32)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Their ids, ascending."""
+        return np.flatnonzero(self._bits) if self._ids is None else self._ids
+
+
 class TokenConstraint(Protocol):
     """How far one sequence is in its grammar. While `compute` runs in another thread, only `ready` may be read."""
 
@@ -87,8 +115,8 @@ class TokenConstraint(Protocol):
         """
         ...
 
-    def allowed(self) -> NDArray[np.int64]:
-        """Ids of the tokens that may follow, ascending, at least one; computes them first if need be.
+    def allowed(self) -> Allowed:
+        """The tokens that may follow; computes them first if need be.
 
         Raises ConstraintError where the grammar has become too complex to tell.
         """
@@ -103,22 +131,19 @@ class Grammar(Protocol):
         ...
 
 
-def choose_allowed(
-    line: NDArray[np.float32], allowed: NDArray[np.int64], params: SamplingParams, seed: int, step: int
-) -> int:
+def choose_allowed(line: NDArray[np.float32], allowed: Allowed, params: SamplingParams, seed: int, step: int) -> int:
     """The token that `serving.sampling.choose` takes if all but `allowed` have a logit of minus infinity in `line`.
 
-    Only allowed logits are looked at: sorting a vocabulary most of which is impossible takes milliseconds. Raises
-    ConstraintError if bias leaves no allowed token.
+    Raises ConstraintError if logits of minus infinity leave no allowed token.
     """
-    logits = line[allowed]
+    logits = line[allowed.ids] if allowed.bias is None else line + allowed.bias
     try:
-        place = choose(logits[None], params.temperature, params.top_k, params.top_p, seed, step, params.min_p)
+        chosen = choose(logits[None], seed=seed, step=step, **SamplingRows.of([params]).arrays())
     except BundleError:
         if np.isneginf(logits).all() and not np.isneginf(line).all():
             raise ConstraintError("the grammar allows only tokens that min_tokens holds back; lower it") from None
         raise
-    return int(allowed[place[0]])
+    return int(chosen[0] if allowed.bias is not None else allowed.ids[chosen[0]])
 
 
 def complaint(text: str) -> str:

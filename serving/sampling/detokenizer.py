@@ -1,4 +1,4 @@
-"""Text out of tokens, piece by piece: never half a character, never text that may still turn into a stop string.
+"""Incremental detokenization: never half a character, never text that may still become a stop string.
 
 A GPT-2 token is a run of bytes, so one character may span several tokens and one token may end inside a character.
 """
@@ -153,7 +153,7 @@ class StopMatcher:
 
 
 class Pieces(Protocol):
-    """Token ids to text in pieces, never half a character."""
+    """Decodes token ids incrementally, never half a character."""
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that is whole by now."""
@@ -180,7 +180,7 @@ class _BytePieces:
 class TextStream:
     """Turns token ids into text as they come, up to the first stop string.
 
-    All pieces of `push` and the one of `finish` joined are `tokenizer.decode(ids)`, special tokens skipped, cut before
+    The results of `push` and `finish` joined are `tokenizer.decode(ids)`, special tokens skipped, cut before
     the first stop string (the one that is complete first; the longest of those complete at once). A stop string that
     is a special token's text is found where that token is, though the text does not show it. Time and space are
     amortised O(1) a byte. `stopped_by` is the stop string that was found.
@@ -192,10 +192,10 @@ class TextStream:
         stop: Sequence[str] | StopAutomaton | None = None,
         special: Mapping[str, int] | None = None,
     ) -> None:
-        """Open a stream over `tokenizer`, a TokenBytes made once for many streams, or pieces from elsewhere.
+        """Open a stream over `tokenizer`, a TokenBytes made once for many streams, or another incremental decoder.
 
         `stop` are non-empty strings, or their automaton, made once for many streams. `special` are the special tokens
-        by text, for pieces from elsewhere.
+        by text, for another incremental decoder.
         """
         if isinstance(tokenizer, Tokenizer):
             tokenizer = TokenBytes(tokenizer)

@@ -7,11 +7,10 @@ import threading
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
 from serving.errors import InputError, RuntimeMissingError
-from serving.sampling.constraints import ConstraintError, StructuredOutput, complaint
+from serving.sampling.constraints import Allowed, ConstraintError, StructuredOutput, complaint
 
 INSTALL = "structured output needs llguidance; install it with: pip install 'gpt2-bundle[guided]'"
 # JSON's own rule allows any amount, and a weak model then writes blanks until its tokens are spent.
@@ -57,7 +56,7 @@ class GrammarCompiler:
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise InputError("structured output needs a byte-level tokenizer, as GPT-2's is; this model has another")
         self._library: Any = llguidance
-        self.vocab_size = vocab_size
+        self.vocab_size, self.eos_token_id = vocab_size, eos_token_id
         try:
             self._tokenizer: Any = llguidance.LLTokenizer(tokenizer.to_str(), vocab_size, eos_token_id)
         except BaseException as error:
@@ -139,9 +138,7 @@ class CompiledGrammar:
 class Matcher:
     """See `serving.sampling.constraints.TokenConstraint`."""
 
-    def __init__(
-        self, matcher: Any, vocab_size: int, lock: threading.Lock, first: NDArray[np.int64] | None = None
-    ) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, lock: threading.Lock, first: Allowed | None = None) -> None:
         self._matcher, self._vocab_size, self._lock = matcher, vocab_size, lock
         self._words = np.zeros(-(-vocab_size // 32), np.uint32)
         self._place = (self._words.ctypes.data, self._words.nbytes)
@@ -175,10 +172,10 @@ class Matcher:
             self._error = _reason(error)
         self.ready = True
 
-    def allowed(self) -> NDArray[np.int64]:
+    def allowed(self) -> Allowed:
         """See `TokenConstraint.allowed`."""
         self.compute()
-        if self._allowed is None or not len(self._allowed):
+        if self._allowed is None or not self._allowed.count:
             raise ConstraintError(f"the grammar cannot go on after {self._count} tokens: {complaint(self._error)}")
         return self._allowed
 
@@ -191,10 +188,10 @@ class Matcher:
         self._pending.clear()
         self.done = not self._error and bool(self._matcher.is_stopped())
 
-    def _mask(self) -> NDArray[np.int64] | None:
+    def _mask(self) -> Allowed | None:
         self._matcher.unsafe_compute_mask_ptr(*self._place)
         if self._matcher.is_error():
             self._error = self._matcher.get_error()
             return None
         bits = np.unpackbits(self._words.view(np.uint8), count=self._vocab_size, bitorder="little")
-        return np.flatnonzero(bits.view(np.bool_))
+        return Allowed(bits.view(np.bool_))

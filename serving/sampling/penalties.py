@@ -1,4 +1,4 @@
-"""Bias and penalties as sparse edits of logits: a few token ids a row, with what happens to each.
+"""Bias and penalties as a sparse logits processor: a few token ids for each row, with their updates.
 
 In this order, each as OpenAI, vLLM and Hugging Face define it: bias is added; the repetition penalty (Keskar et al.,
 "CTRL", 2019, in Hugging Face's form) divides a positive logit and multiplies any other; frequency and presence
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.sampling.sampler import SamplingParams
+from serving.sampling.parameters import SamplingParams
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Edits:
 
 
 def join_edits(rows: Sequence[Edits | None]) -> Edits:
-    """The edits of several histories of one row each, as rows of one; None changes nothing."""
+    """One processor with the rows of several one-row processors; None changes nothing."""
     width = max((each.ids.shape[1] for each in rows if each is not None), default=1)
     joined = Edits(
         np.zeros((len(rows), width), np.int64),
@@ -64,7 +64,7 @@ def join_edits(rows: Sequence[Edits | None]) -> Edits:
 
 
 class History:
-    """What a batch's rows have said so far, as edits that are brought up to date token by token."""
+    """The state of the penalties of a batch, kept as a logits processor and updated token by token."""
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], eos_token_id: int | None = None
@@ -83,7 +83,7 @@ class History:
         self._shared = True
 
     def copy(self) -> History:
-        """Another history that begins as this one does, and shares its arrays until one of the two changes them."""
+        """A copy that shares its arrays with this one until either changes them."""
         new = copy.copy(self)
         new._made = list(self._made)
         new._counts, new._places = ([dict(each) for each in rows] for rows in (self._counts, self._places))

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: greedily, or by temperature, top-k, top-p and min-p with a counted seed.
+"""Sampling of the next token from logits: greedy, or by temperature, top-k, top-p and min-p with a counted seed.
 
 The same seed and step give the same random number in every runtime and every batch, because the number is a hash of
 the two and not the state of a generator. Everything here is written so that the same steps can be taken in TensorFlow.
@@ -6,152 +6,14 @@ the two and not the state of a generator. Everything here is written so that the
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serving.errors import BundleError, InputError
-from serving.sampling.detokenizer import StopAutomaton, stop_automaton
+from serving.errors import BundleError
 from serving.sampling.token_draw import draw_token
-
-MAX_TEMPERATURE = 1000.0
-MAX_SEED = 2**63 - 1
-MAX_BIAS = 100.0
 
 _MASK = np.uint64(0xFFFFFFFF)
 _GOLDEN = np.uint64(0x9E3779B9)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one prompt is continued. Raises InputError, naming the field, for a value out of its range."""
-
-    max_new_tokens: int = 64
-    """Tokens to generate at most, at least 1."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above 0, logits are divided by it before sampling. At most 1000."""
-    top_k: int = 0
-    """Sample among this many likeliest tokens; 0 means among all."""
-    top_p: float = 1.0
-    """Sample among the fewest likeliest tokens that together reach this probability; above 0, at most 1."""
-    min_p: float = 0.0
-    """Sample among tokens at least this share as likely as the likeliest; 0 to 1, 0 means among all."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or continuation; from 0.01 to 100."""
-    presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that the continuation has; from -2 to 2."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit once for each time that the continuation has it; from -2 to 2."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids with what is added to their logits, from -100 to 100; a mapping or pairs, each id once."""
-    seed: int = 0
-    """From 0 to 2^63 - 1; equal seeds give equal tokens."""
-    stop: tuple[str, ...] = ()
-    """Text that ends the generation and is not part of it."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the generation; unlike a stop text, the token itself counts and is given out."""
-    min_tokens: int = 0
-    """No token that ends the generation, the end-of-text token or one of `stop_token_ids`, is chosen before so many."""
-    ignore_eos: bool = False
-    """Go on after the end-of-text token."""
-
-    def __post_init__(self) -> None:
-        _set_integer(self, "max_new_tokens", 1, 2**31 - 1)
-        _set_integer(self, "top_k", 0, 2**31 - 1)
-        _set_integer(self, "seed", 0, MAX_SEED)
-        _set_integer(self, "min_tokens", 0, 2**31 - 1)
-        _set_number(self, "temperature", lambda value: 0 <= value <= MAX_TEMPERATURE, f"from 0 to {MAX_TEMPERATURE:g}")
-        _set_number(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        _set_number(self, "min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
-        _set_number(self, "repetition_penalty", lambda value: 0.01 <= value <= 100, "from 0.01 to 100")
-        for name in ("presence_penalty", "frequency_penalty"):
-            _set_number(self, name, lambda value: -2 <= value <= 2, "from -2 to 2")
-        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
-        if not isinstance(self.ignore_eos, bool):
-            raise InputError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
-        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) for text in self.stop):
-            raise InputError(f"stop is {self.stop!r}; it must be a list of strings")
-        for text in self.stop:
-            if not text or not _encodes(text):
-                raise InputError(f"stop has {text!r}; each stop string must be non-empty, valid Unicode text")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
-
-    @cached_property
-    def stop_automaton(self) -> StopAutomaton | None:
-        """The automaton of `stop`, built once for all texts that end there; None without any."""
-        return stop_automaton(self.stop) if self.stop else None
-
-    @cached_property
-    def biases(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """`logit_bias` as token ids, ascending, and what is added to their logits; both [entries], read-only."""
-        ids = np.fromiter((token for token, _ in self.logit_bias), np.int64, len(self.logit_bias))
-        values = np.fromiter((value for _, value in self.logit_bias), np.float32, len(self.logit_bias))
-        ids.flags.writeable = values.flags.writeable = False
-        return ids, values
-
-    def end_ids(self, eos_token_id: int | None) -> frozenset[int]:
-        """The tokens that end the generation, where `eos_token_id` is the end-of-text token."""
-        ends = set(self.stop_token_ids)
-        if eos_token_id is not None and not self.ignore_eos:
-            ends.add(eos_token_id)
-        return frozenset(ends)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
-    """`bias` (a mapping or pairs) as pairs in order of id."""
-    problem = f"logit_bias is {bias!r}; it must give token ids numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}, each id once"
-    checked: dict[int, float] = {}
-    try:
-        for token, value in bias.items() if isinstance(bias, Mapping) else bias:
-            whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-            numeric = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not whole or not numeric or not 0 <= int(token) < 2**31 or not abs(float(value)) <= MAX_BIAS:
-                raise InputError(problem)
-            if int(token) in checked:
-                raise InputError(problem)
-            checked[int(token)] = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(problem) from None
-    return tuple(sorted(checked.items()))
-
-
-def _checked_ids(ids: Any) -> tuple[int, ...]:
-    """`ids` as a tuple of token ids."""
-    numeric = isinstance(ids, (tuple, list)) and all(
-        isinstance(token, numbers.Integral) and not isinstance(token, bool) and 0 <= int(token) < 2**31 for token in ids
-    )
-    if not numeric:
-        raise InputError(f"stop_token_ids is {ids!r}; it must be a list of token ids")
-    return tuple(int(token) for token in ids)
-
-
-def _set_integer(params: SamplingParams, name: str, low: int, high: int) -> None:
-    value = getattr(params, name)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
-        raise InputError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
-    object.__setattr__(params, name, int(value))
-
-
-def _set_number(params: SamplingParams, name: str, holds: Callable[[Any], bool], bounds: str) -> None:
-    value = getattr(params, name)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or not holds(value):
-        raise InputError(f"{name} is {value!r}; it must be a number {bounds}")
-    object.__setattr__(params, name, float(value))
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -187,7 +49,7 @@ def choose(
     step: ArrayLike,
     min_p: ArrayLike = 0.0,
 ) -> NDArray[np.int64]:
-    """Choose one token id a row: `logits` is [rows, vocab] float32, the rest and the result are [rows].
+    """Sample one token id for each row: `logits` is [rows, vocab] float32, the rest and the result are [rows].
 
     Temperature 0 takes the greatest logit, the lowest id among equals. Otherwise, in this order:
 

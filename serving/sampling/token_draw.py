@@ -1,7 +1,7 @@
-"""One token drawn from one row of logits, as `serving.sampling.choose` defines it, without sorting what need not be.
+"""Sampling of one token from the top candidates of a row, as `serving.sampling.choose` defines it.
 
-A row of GPT-2 has 50,257 logits, and sorting them takes as long as a step of the model for a batch. What is drawn lies
-among the likeliest few nearly always, and whether it does is known from sums that need no order.
+A row of GPT-2 has 50,257 logits, and sorting them takes as long as a decode step. The sampled token nearly always is
+among the top candidates, and sums that need no sorting prove whether it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEW = 1024
-"""Among how many of the likeliest tokens a draw is looked for first."""
+"""Number of top candidates that are tried before the whole vocabulary is sorted."""
 # Sums of the same weights in any two orders differ by less: by 2^-53 for each term, up to four million of them.
 _ROUNDING = 2.0**-30
 _LOW = np.uint64(0xFFFFFFFF)
@@ -24,7 +24,7 @@ def draw_token(
     min_p: np.float32,
     draw: np.float32,
 ) -> int:
-    """The token of `line` [vocab] that the number `draw` in [0, 1) falls on, at a temperature above 0."""
+    """The token of `line` [vocab] that `draw` in [0, 1) selects, at a temperature above 0."""
     if 0 < top_k < len(line):
         ids = _likeliest(line, top_k)[:top_k]
         return _draw(ids, _weights(line[ids], temperature), top_p, min_p, draw)

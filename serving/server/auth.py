@@ -1,4 +1,4 @@
-"""Who may ask, and how often. HTTP and gRPC share these."""
+"""API keys and rate limits, shared by HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_keys(file: Path | None, variable: str | None, given: Iterable[str] = ()
     for number, key in enumerate(keys, 1):
         if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(
-                f"API key {number} is no key: it must be {MIN_KEY_LENGTH} or more printable ASCII characters, no spaces"
+                f"API key {number} is wrong: it must be {MIN_KEY_LENGTH} or more printable ASCII characters, no spaces"
             )
     return keys
 

@@ -49,15 +49,15 @@ class DeadlineExceededError(GPT2BundleError):
 
 
 class GenerationEndedError(GPT2BundleError):
-    """The engine ended a request that nobody cancelled: the server is closing."""
+    """The engine ended a request that was not cancelled: the server is closing."""
 
 
 class GenerationFailedError(GPT2BundleError):
-    """The engine could not go on with a request. The message is for the log."""
+    """The engine could not continue a request. The message is for the log."""
 
 
 class ClientGoneError(GPT2BundleError):
-    """The client closed its connection; nobody reads the answer."""
+    """The client closed its connection and does not read the answer."""
 
 
 class UnsupportedCallError(GPT2BundleError):

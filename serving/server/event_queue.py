@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -28,7 +30,7 @@ class Generation:
     """Requests of one call under way, from `loop`'s thread; their events come in batches, in order.
 
     An event is (which request, event). The engine's thread wakes the loop once for all that has come since it last
-    looked, so a loop that is behind does less work for each token and not more. With `whole`, only the end of a
+    looked, so a late loop does less work for each token. With `whole`, only the end of a
     continuation wakes it.
     """
 
@@ -55,7 +57,7 @@ class Generation:
         return generation
 
     def _submit(self, engine: Engine) -> None:
-        for index, request in enumerate(self._requests):
+        for index, request in enumerate(one_call(engine, self._requests)):
             handle = engine.submit(request, self._listener(index))
             self._handles.append(handle)
             if self._cancelled:  # By the loop, while this runs in another thread.
@@ -67,7 +69,7 @@ class Generation:
             self._events.append((index, event))
             if not self._notified and (not self._whole or type(event) is FinishEvent):
                 self._notified = True
-                with contextlib.suppress(RuntimeError):  # The loop is closed: nobody listens any more.
+                with contextlib.suppress(RuntimeError):  # The loop is closed.
                     self._loop.call_soon_threadsafe(self._wake)
 
         return listen
@@ -128,6 +130,22 @@ class Generation:
             self._watch = None
 
 
+def one_call(engine: Engine, requests: Sequence[GenerationRequest]) -> Iterator[GenerationRequest]:
+    """`requests` of one call, to be submitted as they come. What submitting takes counts in the time of each.
+
+    Where nobody waits, all of them may, however short the queue is.
+    """
+    began, joins = time.monotonic(), len(requests) > 1 and not engine.stats().waiting_requests
+    for index, request in enumerate(requests):
+        timeout = time_left(request.timeout, began)
+        yield replace(request, timeout=timeout, joins_call=joins and index > 0) if len(requests) > 1 else request
+
+
+def time_left(limit: float | None, began: float) -> float | None:
+    """What is left of `limit` seconds since `began` on the monotonic clock, above 0."""
+    return None if limit is None else max(1e-3, limit - (time.monotonic() - began))
+
+
 def takes_long(requests: Sequence[GenerationRequest]) -> bool:
     """Whether taking `requests` in takes an engine so long that the event loop should not wait for it."""
     if sum(request.n for request in requests) > _MANY:
@@ -173,7 +191,7 @@ async def with_model(
 def time_limit(request: Request, default: float | None) -> float | None:
     """Seconds that a request may take: what its header X-Request-Timeout asks for, at most `default`.
 
-    Raises FieldError if the header is no number above 0.
+    Raises FieldError if the header is not a number above 0.
     """
     text = request.headers.get(TIMEOUT_HEADER)
     if text is None:

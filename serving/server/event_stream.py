@@ -16,7 +16,7 @@ PING = b": ping\n\n"
 class EventStream(StreamingResponse):
     """Sends what its iterator gives, and pings until its first chunk, so that no proxy takes it for dead.
 
-    Who watches the client is `Generation`, so nothing else is done for a chunk.
+    `Generation` watches the client, so a chunk needs no further check.
     """
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], ping_seconds: float = 0.0) -> None:

@@ -32,7 +32,7 @@ def headers_of(context: Any) -> dict[str, str]:
 def client_of(context: Any) -> str:
     """Whence a call comes, as HTTP has it; gRPC writes "ipv4:127.0.0.1:5" and "ipv6:%5B::1%5D:5"."""
     address: str = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
-    return address.strip("[]")
+    return address.strip("[]").removeprefix("::ffff:")
 
 
 def _named(context: Any) -> str:
@@ -57,7 +57,7 @@ def unary(
 def guarded(
     server: Server, method: str, handler: Callable[..., Awaitable[Any]], admit: Callable[[Any], None] | None
 ) -> Callable[..., Awaitable[Any]]:
-    """`handler` of `method` ("service/name") behind `admit`, its errors as gRPC statuses by the one table.
+    """`handler` of `method` ("service/name") after `admit`, its errors as gRPC statuses by the one table.
 
     Each call is counted and has a line in the access log; a probe, which has no `admit`, only where it fails.
     """

@@ -1,6 +1,6 @@
 """What is counted, and how Prometheus reads it.
 
-Names and meanings are vLLM's behind the prefix `gpt2_bundle_`, so that its dashboards and alerts carry over; its
+Names and meanings are vLLM's after the prefix `gpt2_bundle_`, so that its dashboards and alerts carry over; its
 buckets are extended downwards, since a small model answers faster than the smallest of them.
 """
 
@@ -109,7 +109,7 @@ class EngineMetrics:
         self.engine: Engine | None = None
         self.last: EngineStats | None = None
         self.warming = False
-        """While it is true, nothing is counted: a warm-up is nobody's request."""
+        """While true, nothing is counted: a warm-up is not a client's request."""
         self._offset = dict.fromkeys(_TOTALS, 0)
         """What engines of this version did before this one, without what its warm-up did."""
         self._lock = threading.Lock()

@@ -99,7 +99,7 @@ class Gate:
             self._note(scope, state, status or 499, time.perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        """Refuse whoever may not ask, or may not ask now; the digest of the key of who may, "" without keys."""
+        """Refuse callers without a valid key or over the rate limit; return the digest of the key, "" without keys."""
         if scope["path"] in OPEN_PATHS:
             return ""
         authorization = headers.get(b"authorization")

@@ -9,10 +9,10 @@ from enum import IntEnum
 from functools import cached_property
 
 from serving.bundle import Bundle
-from serving.bundle.examples import example_prompts
+from serving.bundle.examples import example_messages, example_prompts
 from serving.chat import ChatTemplate, chat_template
 from serving.engine.api import Engine
-from serving.errors import GPT2BundleError, cut
+from serving.errors import BundleError, GPT2BundleError, cut
 
 
 class ModelNotFoundError(GPT2BundleError):
@@ -76,10 +76,19 @@ class ServedModel:
         """A text that this model may be asked to continue, from the bundle's held-out text."""
         return example_prompts(self.bundle.folder)[0]
 
+    @cached_property
+    def example_message(self) -> str | None:
+        """A message that this model may be sent in a chat; None where it has no chat template."""
+        try:
+            found = self.chat_template()
+        except BundleError:
+            return None
+        return next(iter(example_messages(self.bundle.folder)), "Hello") if found is not None else None
+
 
 @dataclass
 class ModelRegistry:
-    """Versions by model. Any thread may ask, and nobody sees the middle of a swap."""
+    """Versions by model. Any thread may call it, and a swap is atomic."""
 
     _models: dict[str, dict[int, ServedModel]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -54,7 +54,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
 
 
 async def reading(data: bytes, work: Callable[[], _Result]) -> _Result:
-    """The result of `work`, which reads `data`; it runs beside the event loop if that is long."""
+    """The result of `work`, which reads `data`; long data is read in another thread."""
     return await asyncio.to_thread(work) if len(data) > _LONG_BODY else work()
 
 
@@ -85,7 +85,7 @@ def _unpacked(data: bytes, encoding: str, most: int) -> bytes:
     if not unpacking.eof:
         raise InputError(f"the body says that it is {encoding}, and ends too early")
     if unpacking.unused_data:
-        raise InputError(f"the body says that it is {encoding}, and goes on behind its end")
+        raise InputError(f"the body says that it is {encoding}, and continues after its end")
     return unpacked
 
 

@@ -24,8 +24,8 @@ class Settings:
     """Of all requests whose answers have not begun, as they came."""
     max_connections: int = 1000
     """Open at once; more are refused. Files that the process may have open bound it too."""
-    max_prompts: int = 128
-    """Prompts in one request."""
+    max_prompts: int = 1024
+    """Prompts, or rows, in one request."""
     max_prompt_tokens: int | None = None
     """Tokens in one prompt; None leaves it at what the model's context has room for."""
     api_keys: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from serving.server.settings import Settings
 
 @dataclass
 class Server:
-    """The models, the settings, who may ask, and what is counted. Handlers find it as `request.app.state.server`."""
+    """The models, settings, API keys, limits and metrics. Handlers find it as `request.app.state.server`."""
 
     registry: ModelRegistry
     settings: Settings = field(default_factory=Settings)

@@ -12,7 +12,7 @@ _pressed = False
 
 @contextlib.contextmanager
 def remembered_interrupts() -> Iterator[None]:
-    """While the block runs, remember Ctrl-C beside raising KeyboardInterrupt, so that `check_interrupt` knows of it."""
+    """While the block runs, remember Ctrl-C and raise KeyboardInterrupt, so that `check_interrupt` can report it."""
     global _pressed
     _pressed = False
     in_main_thread = threading.current_thread() is threading.main_thread()

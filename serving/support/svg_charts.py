@@ -64,7 +64,7 @@ def chart(
         places: each curve's place among all series, which decides on its colour and dashes; its own order by default.
         dots: draw the points. A curve of one point is always one.
         lines: draw what is between them.
-        guides: lines behind the curves, cut off where the axes end.
+        guides: background lines, cut off where the axes end.
         within: points that the axes hold as well, though nothing is drawn there.
     """
     x, y = x or Axis(), y or Axis()

@@ -45,8 +45,18 @@ def test_every_command_is_checked_or_belongs_to_the_shell(page: Path) -> None:
     assert not unknown
 
 
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the small files that the pages name."""
+    request = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 2}}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("command", every_command("gpt2-bundle"), ids=str)
-def test_its_options_exist(command: ShellCommand) -> None:
+def test_its_options_exist(command: ShellCommand, files: Path) -> None:
     parse(list(command.words[1:]))
 
 
@@ -92,12 +102,10 @@ def _anchors(page: Path) -> set[str]:
 
 
 @pytest.fixture
-def at_home(built: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder that has what the pages name: a bundle in dist/, the recipes, a text."""
-    shutil.copytree(built.bundle, tmp_path / "dist" / BUNDLE)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def at_home(built: TinyBuild, files: Path) -> Path:
+    """The same folder with a bundle in dist/."""
+    shutil.copytree(built.bundle, files / "dist" / BUNDLE)
+    return files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -89,7 +89,7 @@ class DoubleEngine:
         with self._lock:
             if self._draining:
                 raise DrainingError("the engine takes nothing new")
-            if len(self._waiting) >= self.queue:
+            if len(self._waiting) >= self.queue and not request.joins_call:
                 raise QueueFullError("the queue is full; try again in 1 s", 1)
             running = Running(request, listener, time.monotonic())
             self._waiting.append(running)

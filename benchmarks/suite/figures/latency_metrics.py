@@ -1,6 +1,6 @@
 """Metrics from what clients saw. Pure functions; every time is in seconds.
 
-Definitions are those of docs/bench-format.md. Latencies begin at the scheduled moment, not at the sending, so that a
+Definitions are those of docs/bench-format.md. Latencies begin at the scheduled time, not at the sending, so that a
 client or a target that falls behind cannot hide it (coordinated omission; G. Tene, "How NOT to Measure Latency").
 """
 
@@ -38,7 +38,7 @@ class Estimate:
 
 
 def ttft(response: Response) -> float | None:
-    """Scheduled moment to first token; None for a failed or empty response."""
+    """Scheduled time to first token; None for a failed or empty response."""
     return response.token_times[0] - response.scheduled if _answered(response) else None
 
 
@@ -54,19 +54,19 @@ def inter_token(response: Response) -> list[float]:
 
 
 def tpot(response: Response) -> float | None:
-    """Time per output token behind the first: (last token - first token) / (tokens - 1); None below two tokens."""
+    """Time per output token after the first: (last token - first token) / (tokens - 1); None below two tokens."""
     if not _answered(response) or not response.streamed or len(response.token_times) < 2:
         return None
     return (response.token_times[-1] - response.token_times[0]) / (len(response.token_times) - 1)
 
 
 def e2e(response: Response) -> float | None:
-    """Scheduled moment to the end of the answer; None for a failed response."""
+    """Scheduled time to the end of the answer; None for a failed response."""
     return response.finished - response.scheduled if response.error is None else None
 
 
 def queue(response: Response) -> float | None:
-    """Scheduled moment to the start of work; None where the client cannot see that."""
+    """Scheduled time to the start of work; None where the client cannot see that."""
     known = response.error is None and response.started is not None
     return response.started - response.scheduled if known and response.started is not None else None
 
@@ -78,7 +78,7 @@ def is_good(response: Response, objectives: Objectives) -> bool:
         if limit is None:
             continue
         value = measure(response)
-        # A single token has no time behind the first, and so cannot be late.
+        # A single token has no time after the first, and so cannot be late.
         single = measure is tpot and response.streamed and len(response.token_times) == 1
         if response.error is not None or not (single or (value is not None and value <= limit)):
             return False
@@ -141,7 +141,7 @@ def sorted_quantiles(values: NDArray[np.float64]) -> list[float]:
 
 
 def span(responses: Sequence[Response]) -> float | None:
-    """From the first scheduled moment to the last end; None for no responses."""
+    """From the first scheduled time to the last end; None for no responses."""
     if not responses:
         return None
     return max(each.finished for each in responses) - min(each.scheduled for each in responses)

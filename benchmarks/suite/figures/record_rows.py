@@ -68,7 +68,7 @@ def figures(repeat: Repeat, objectives: Objectives) -> dict[str, float | None]:
 
 
 def comparison(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
-    """The best of a figure and each other target beside it, or None for fewer than two that have it in every repeat.
+    """The best of a figure and each other target compared with it, or None for fewer than two that have it in every repeat.
 
     `rows` is target to its figures, repeat by repeat. `best` has the best median; `winner` is it if it is better than
     every other beyond the noise, else null; `over_best` maps each other target to the median of its ratios to the best,
@@ -171,8 +171,10 @@ def timeline(responses: Sequence[Response], most: int = _BARS) -> list[list[floa
     found: list[list[float | None]] = []
     for each in (responses[place] for place in picked):
         if each.error is None and each.token_times:
-            moments = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
-            found.append([None if moment is None else round((moment - zero) * 1e3, 3) for moment in moments])
+            timestamps = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
+            found.append(
+                [None if timestamp is None else round((timestamp - zero) * 1e3, 3) for timestamp in timestamps]
+            )
     return found
 
 

@@ -14,10 +14,10 @@ class Clock(Protocol):
     """Seconds of one monotonic clock."""
 
     def now(self) -> float:
-        """This moment."""
+        """The current time."""
 
-    async def until(self, moment: float) -> None:
-        """Return at `moment`, or at once if it is past."""
+    async def until(self, timestamp: float) -> None:
+        """Return at `timestamp`, or at once if it is past."""
 
 
 class WallClock:
@@ -26,6 +26,6 @@ class WallClock:
     def now(self) -> float:
         return time.monotonic()
 
-    async def until(self, moment: float) -> None:
-        while (left := moment - time.monotonic()) > 0:
+    async def until(self, timestamp: float) -> None:
+        while (left := timestamp - time.monotonic()) > 0:
             await asyncio.sleep(max(0.0, left - _LAST))

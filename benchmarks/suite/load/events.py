@@ -1,4 +1,4 @@
-"""What a client saw of one request: moments on one monotonic clock, in seconds."""
+"""What a client saw of one request: timestamps on one monotonic clock, in seconds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Response:
-    """One request as its client saw it. Moments are seconds of one monotonic clock.
+    """One request as its client saw it. Timestamps are seconds of one monotonic clock.
 
     `scheduled` is when the schedule wanted it sent; `sent` when it was. `started` is when the target began to work on
     it, None where the client cannot know. `token_times` has an entry for every output token, in order: tokens that
-    arrive together share a moment. `counted` is False where the target does not say how many tokens an arrival held.
+    arrive together share a timestamp. `counted` is False where the target does not say how many tokens an arrival held.
     `tokens` are the output's ids where the target gives them; `text` is the output as text where it is known.
     """
 

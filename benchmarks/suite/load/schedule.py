@@ -1,4 +1,4 @@
-"""What is asked of every target, and when: prompts, output lengths and moments, drawn once from a seed and kept."""
+"""What is asked of every target, and when: prompts, output lengths and timestamps, drawn once from a seed and kept."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Planner:
     Args:
         text: token ids that prompts are cut from, taken as a ring.
         n_positions: the context, which prompt and output fill at most.
-        seed: every schedule draws from it anew.
+        seed: every schedule starts from it.
     """
 
     def __init__(self, text: Sequence[int], n_positions: int, seed: int = 0) -> None:
@@ -134,7 +134,7 @@ class Planner:
 
     def offline(self, count: int, prompt: Lengths, output: Lengths) -> Schedule:
         """All requests at once."""
-        return self._draw("offline", f"{count} at once", count, prompt, output, moments=[0.0] * count)
+        return self._draw("offline", f"{count} at once", count, prompt, output, timestamps=[0.0] * count)
 
     def concurrency(self, clients: int, count: int, prompt: Lengths, output: Lengths) -> Schedule:
         """A number of such clients as of `single`."""
@@ -149,7 +149,7 @@ class Planner:
     def steps(self, batch: int, prompt: int, output: int) -> Schedule:
         """One static batch of prompts, for the graph alone: no scheduler and no client between."""
         lengths = Lengths(prompt, prompt), Lengths(output, output)
-        return self._draw("steps", f"batch {batch}", batch, *lengths, moments=[0.0] * batch)
+        return self._draw("steps", f"batch {batch}", batch, *lengths, timestamps=[0.0] * batch)
 
     def cold_start(self, prompt: Lengths, output: Lengths) -> Schedule:
         """One request, for a process that has just been started."""
@@ -179,11 +179,11 @@ class Planner:
         found = []
         for rate in (start * factor**step for step in range(rates)):
             count = min(max(round(rate * seconds), _SWEEP_FEWEST), _SWEEP_MOST)
-            moments = np.cumsum(_gaps(arrivals, count, np.random.default_rng((self._seed, 1))))
-            moments = (moments - moments[0]) * ((count - 1) / (moments[-1] - moments[0])) / rate
+            timestamps = np.cumsum(_gaps(arrivals, count, np.random.default_rng((self._seed, 1))))
+            timestamps = (timestamps - timestamps[0]) * ((count - 1) / (timestamps[-1] - timestamps[0])) / rate
             more: dict[str, Any] = {"arrivals": arrivals, "rate": rate}
             name = f"{rate:.4g} a second, {arrivals}"
-            found.append(self._draw("saturation", name, count, prompt, output, moments=moments.tolist(), **more))
+            found.append(self._draw("saturation", name, count, prompt, output, timestamps=timestamps.tolist(), **more))
         return found
 
     def server(
@@ -205,9 +205,9 @@ class Planner:
             raise InputError(f"no arrivals {arrivals!r}{did_you_mean(arrivals, ARRIVALS)}")
         if not (rate > 0 and math.isfinite(rate)):
             raise InputError(f"the rate is {rate}; it must be above 0 requests a second")
-        moments = (np.cumsum(_gaps(arrivals, count, random)) / rate).tolist()
+        timestamps = (np.cumsum(_gaps(arrivals, count, random)) / rate).tolist()
         name = f"{rate:g} a second, {arrivals}"
-        return self._draw("server", name, count, prompt, output, moments=moments, arrivals=arrivals, rate=rate)
+        return self._draw("server", name, count, prompt, output, timestamps=timestamps, arrivals=arrivals, rate=rate)
 
     def _draw(
         self,
@@ -217,7 +217,7 @@ class Planner:
         prompt: Lengths,
         output: Lengths,
         *,
-        moments: Sequence[float] | None = None,
+        timestamps: Sequence[float] | None = None,
         concurrency: int | None = None,
         **more: Any,
     ) -> Schedule:
@@ -226,9 +226,9 @@ class Planner:
                 f"prompts of {prompt.high} and outputs of {output.high} tokens do not fit a context of "
                 f"{self._n_positions}; make them shorter"
             )
-        if moments is not None and moments[-1] > _LONGEST:
+        if timestamps is not None and timestamps[-1] > _LONGEST:
             raise InputError(
-                f"the last of {count} requests would be sent after {moments[-1]:.3g} s, and a schedule ends within "
+                f"the last of {count} requests would be sent after {timestamps[-1]:.3g} s, and a schedule ends within "
                 f"{_LONGEST:.0f} s, a week; ask for a higher rate, or for fewer requests"
             )
         random = np.random.default_rng((self._seed, 0))
@@ -238,13 +238,13 @@ class Planner:
         for index, (asked, made) in enumerate(pairs):
             start = int(random.integers(len(ring)))
             ids = ring[(start + np.arange(asked)) % len(ring)].tolist()
-            requests.append(Planned(index, tuple(ids), made, None if moments is None else moments[index]))
+            requests.append(Planned(index, tuple(ids), made, None if timestamps is None else timestamps[index]))
         settings = {"seed": self._seed, "requests": count, "prompt": asdict(prompt), "output": asdict(output), **more}
         return Schedule(scenario, point, settings, tuple(requests), concurrency)
 
 
 def save_schedules(path: Path, schedules: Sequence[Schedule]) -> None:
-    """Write schedules one behind the other as JSON Lines."""
+    """Write schedules one after the other as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(schedule.to_lines() for schedule in schedules), encoding="utf-8")
 
@@ -282,7 +282,7 @@ def read_schedules(path: Path, n_positions: int, vocab_size: int) -> list[Schedu
         if schedule.scenario not in SCENARIOS:
             raise InputError(f"{path}: no scenario {schedule.scenario!r}{did_you_mean(schedule.scenario, SCENARIOS)}")
         if schedule.concurrency is None and any(request.at is None for request in schedule.requests):
-            raise InputError(f"{path}: {schedule.point!r} has neither moments nor a number of clients")
+            raise InputError(f"{path}: {schedule.point!r} has neither timestamps nor a number of clients")
     return schedules
 
 
@@ -292,7 +292,7 @@ def _check(request: Planned, n_positions: int, vocab_size: int) -> None:
     if not all(0 <= token < vocab_size for token in request.prompt):
         raise ValueError(f"a token id is outside the vocabulary of {vocab_size}")
     if request.at is not None and not (request.at >= 0 and math.isfinite(request.at)):
-        raise ValueError("a moment is before the start")
+        raise ValueError("a timestamp is before the start")
 
 
 def _gaps(arrivals: str, count: int, random: np.random.Generator) -> NDArray[np.float64]:

@@ -64,8 +64,8 @@ def cdf(point: Point, latency: str, names: Names) -> str:
     """How many of a latency's values came within how long."""
     curves: dict[str, Points] = {}
     for row in point["rows"]:
-        values = row["curves_ms"][latency]
-        if values:
+        # A record that is kept for its figures may have no curves.
+        if values := (row["curves_ms"] or {}).get(latency):
             curves[row["target"]] = [(value, float(percent)) for percent, value in enumerate(values)]
     return _figure(
         f"{_LATENCIES[latency]}: percent that came within", curves, names, Axis("ms", is_log=True), Axis(from_zero=True)

@@ -24,8 +24,8 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for each in rankings(record):
         if each.winner:
-            ratio = f", the second takes {each.second[0]:.2f} times as much" if each.second else ""
-            lines.append(f"{each.question}: {each.winner} is best with {shorter(each.order[0][1])}{ratio}")
+            (_, value), (second, other) = each.order[:2]
+            lines.append(f"{each.question}: {each.winner} is best: {shorter(value)}, {second} {shorter(other)}")
         else:
             named = ", ".join(f"{name} {shorter(value)}" for name, value in each.order if name in each.alike)
             lines.append(f"{each.question}: {each.call}: {named}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.common.statistics import SAME, UNKNOWN
 from benchmarks.suite.figures.record_rows import HIGHER_IS_BETTER, comparable, comparison
-from benchmarks.suite.report.tables import Point, median_of, name_of, over_bound
+from benchmarks.suite.report.tables import Point, Row, median_of, name_of, over_bound
 
 # What is asked of each scenario.
 _ALONE = "one at a time: "
@@ -57,7 +57,8 @@ def _ranked(point: Point) -> Iterator[Ranking]:
         won = next((name_of(row) for row in rows if row["target"] == point["winners"][figure]), None)
         found = comparison(known, figure) if point["scenario"] != "saturation" else None
         verdicts = found["over_best"] if found is not None else {}
-        alike = [row for row in rows[1:] if verdicts.get(row["target"], {"call": SAME})["call"] in (SAME, UNKNOWN)]
+        best = rows[0]["sweep"]["sustained"] if rows and point["scenario"] == "saturation" else None
+        alike = [row for row in rows[1:] if _is_alike(row, verdicts, best)]
         few = any(verdict["call"] == UNKNOWN for verdict in verdicts.values())
         second = verdicts.get(rows[1]["target"]) if len(rows) > 1 else None
         yield Ranking(
@@ -71,6 +72,13 @@ def _ranked(point: Point) -> Iterator[Ranking]:
             tuple(name_of(row) for row in (*rows[:1], *alike)),
             UNKNOWN if few else SAME,
         )
+
+
+def _is_alike(row: Row, verdicts: Mapping[str, Any], best_rate: float | None) -> bool:
+    """Whether a row is not distinguishable from the best: a sweep plays each rate once, so by where it failed."""
+    if best_rate is not None:
+        return row["sweep"]["failed_at"] is None or bool(row["sweep"]["failed_at"] >= best_rate)
+    return row["target"] in verdicts and verdicts[row["target"]]["call"] in (SAME, UNKNOWN)
 
 
 @dataclass(frozen=True)

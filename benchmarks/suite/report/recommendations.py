@@ -60,7 +60,7 @@ def recommendations(record: Mapping[str, Any]) -> list[Recommendation]:
 def differing(record: Mapping[str, Any]) -> str:
     """Return which targets of one precision gave other outputs, at the largest point or else where; "" for none."""
     points: Sequence[Point] = record["points"]
-    sentence = agreement(max(points, key=lambda point: len(point["rows"])))
+    sentence = agreement(max(points, key=lambda point: len(point["rows"]))) if points else ""
     apart = list(dict.fromkeys(f"{point['scenario']}, {point['point']}" for point in points if agreement(point)))
     return sentence or (f"OUTPUTS DIFFER at {'; '.join(apart)}" if apart else "")
 

@@ -3,7 +3,7 @@
 `python -m benchmarks.suite.selfcheck.fake_server --first 0.05 --step 0.01` prints its port. It speaks as much of
 OpenAI's API as `targets.openai` does: token i of a request comes `first + i * step` seconds after the request did,
 whatever else is under way; by how much it missed that at worst, its models say as `lateness`. With both 0 it is the
-null server, whose every moment is the client's own. The text is the prompt's ids.
+null server, whose every timestamp is the client's own. The text is the prompt's ids.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         made = body["max_tokens"]
         for index in range(made):
-            # Each moment is counted from the beginning, so that lateness does not add up.
-            moment = began + self.server.first + index * self.server.step
-            if (left := moment - time.monotonic()) > 0:
+            # Each timestamp is counted from the beginning, so that lateness does not add up.
+            timestamp = began + self.server.first + index * self.server.step
+            if (left := timestamp - time.monotonic()) > 0:
                 time.sleep(left)
-            self.server.lateness = max(self.server.lateness, time.monotonic() - moment)
+            self.server.lateness = max(self.server.lateness, time.monotonic() - timestamp)
             token = body["prompt"][index % len(body["prompt"])]
             self._event({"choices": [{"index": 0, "text": f" {token}"}]})
         self._event({"choices": [], "usage": {"completion_tokens": made}})

@@ -42,7 +42,7 @@ class SelfTestError(GPT2BundleError):
 
 @dataclass(frozen=True)
 class Check:
-    """One figure of one point beside what it must be."""
+    """One figure of one point, and what it must be."""
 
     point: str
     figure: str
@@ -73,8 +73,8 @@ def expected(schedule: Schedule, objectives: Objectives) -> dict[str, float | No
     made = [request.new_tokens for request in schedule.requests]
     e2e = [FIRST + (count - 1) * STEP for count in made]
     if schedule.concurrency is None:
-        moments = [request.at or 0.0 for request in schedule.requests]
-        whole = max(at + took for at, took in zip(moments, e2e, strict=True)) - min(moments)
+        timestamps = [request.at or 0.0 for request in schedule.requests]
+        whole = max(at + took for at, took in zip(timestamps, e2e, strict=True)) - min(timestamps)
     else:
         # Each client takes the next request when it is free.
         free = [0.0] * schedule.concurrency
@@ -129,7 +129,7 @@ def _settle(schedule: Schedule, say: Callable[[str], None]) -> list[Check]:
 
 
 async def _try(schedule: Schedule) -> tuple[list[Check], float]:
-    """The checks of one play, and by how many seconds server or client missed a moment at worst."""
+    """The checks of one play, and by how many seconds server or client missed a time at worst."""
     objectives = Objectives(e2e=FIRST + 2.5 * STEP)
     watch = _Watch()
     with fake_process(FIRST, STEP) as (address, process):

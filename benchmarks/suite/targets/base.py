@@ -1,4 +1,4 @@
-"""What the suite plays schedules against, whatever it is: one request in, the moments of its tokens out."""
+"""What the suite plays schedules against, whatever it is: one request in, the timestamps of its tokens out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from benchmarks.suite.load.schedule import Planned
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came of one request; moments are seconds of the clock that the driver uses. See `events.Response`."""
+class Completion:
+    """What came of one request; timestamps are seconds of the clock that the driver uses. See `events.Response`."""
 
     token_times: tuple[float, ...]
     finished: float
@@ -22,7 +22,7 @@ class Answer:
 
 
 class TargetError(Exception):
-    """A request failed; the message says why, in one line. The run goes on."""
+    """A request failed; the message says why, in one line. The run continues."""
 
 
 class Target(Protocol):
@@ -36,7 +36,7 @@ class Target(Protocol):
     label: str
     """What it is, for tables: "ONNX Runtime in this process, static batches"."""
     emulator: bool
-    """Whether it only stands for what it is named after."""
+    """Whether it only emulates what it is named after."""
 
     @property
     def precision(self) -> str | None:
@@ -45,7 +45,7 @@ class Target(Protocol):
     async def start(self) -> None:
         """Load or reach it. Raises GPT2BundleError where that cannot be."""
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         """Make exactly `request.new_tokens` tokens, greedily, past the end token. Raises TargetError."""
 
     async def stop(self) -> None:

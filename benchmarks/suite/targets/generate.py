@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from benchmarks.suite.targets.http import HttpClient, share, shorten
 from serving.bundle import Bundle
 from serving.errors import InputError, ServerError
@@ -20,7 +20,7 @@ class GenerateTarget:
     """`URL/v2/models/MODEL/generate_stream`, whose events have the new text in `text_output`.
 
     Prompts are sent as text, which a server may cut into other tokens. An event counts as one token unless the server
-    says how many it holds (`num_output_tokens`, or `lengths` beside `token_ids` as our own does). Where it names no
+    says how many it holds (`num_output_tokens`, or `lengths` next to `token_ids` as our own does). Where it names no
     number and the events are not as many as the tokens asked for, they share these if it says that it ended by length,
     and the response is marked as not counted. Text is compared where a server gives no token ids.
 
@@ -56,7 +56,7 @@ class GenerateTarget:
         except TargetError as error:
             raise ServerError(f"{self.name}: {error}", "UNAVAILABLE") from None
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         body = {
             "text_input": sent_text(self._tokenizer, request),
             "parameters": {
@@ -64,7 +64,7 @@ class GenerateTarget:
                 "max_tokens": request.new_tokens,
                 "temperature": 0,
                 "ignore_eos": True,
-                # What Triton's backends know beside; others do not look at it.
+                # What Triton's backends know too; others do not look at it.
                 "exclude_input_in_output": True,
                 "return_finish_reason": True,
                 "return_num_output_tokens": True,
@@ -75,20 +75,20 @@ class GenerateTarget:
         numbers: list[int] = []
         tokens: list[int] = []
         reason = None
-        async for event, moment in self._http.events(f"/v2/models/{self._model}/generate_stream", body):
+        async for event, timestamp in self._http.events(f"/v2/models/{self._model}/generate_stream", body):
             if "error" in event:
                 raise TargetError(shorten(json.dumps(event["error"])))
             reason = finish_reason(event) or reason
             text, number = event.get("text_output"), event.get("num_output_tokens", event.get("lengths"))
             if text or number:
                 pieces.append(str(text or ""))
-                times.append(moment)
+                times.append(timestamp)
                 numbers += [number] if isinstance(number, int) else []
                 tokens += event.get("token_ids") or ()
         finished = time.monotonic()
-        moments, counted = moments_of(times, numbers, reason, request.new_tokens, finished)
-        known = tuple(tokens) if len(tokens) == len(moments) else None
-        return Answer(tuple(moments), finished, counted=counted, tokens=known, text="".join(pieces))
+        timestamps, counted = timestamps_of(times, numbers, reason, request.new_tokens, finished)
+        known = tuple(tokens) if len(tokens) == len(timestamps) else None
+        return Completion(tuple(timestamps), finished, counted=counted, tokens=known, text="".join(pieces))
 
     async def stop(self) -> None:
         """Nothing is held between requests."""
@@ -114,21 +114,21 @@ def sent_text(tokenizer: Tokenizer, request: Planned) -> str:
 
 
 def finish_reason(event: dict[str, Any]) -> str | None:
-    """Why a text ended: KServe's `details.finish_reason`, or an output of that name; None where it goes on."""
+    """Why a text ended: KServe's `details.finish_reason`, or an output of that name; None before its end."""
     details = event.get("details")
     found = details.get("finish_reason") if isinstance(details, dict) else event.get("finish_reason")
     return str(found) if found not in (None, "", "None") else None
 
 
-def moments_of(
+def timestamps_of(
     times: list[float], numbers: list[int], reason: str | None, asked: int, finished: float
 ) -> tuple[list[float], bool]:
-    """A moment for each token of an answer in pieces at `times`, and whether the server told their number.
+    """A timestamp for each token of an answer in pieces at `times`, and whether the server told their number.
 
     `numbers` are the tokens of each piece where the server says them.
     """
     if len(numbers) == len(times) and numbers:
-        return [moment for moment, number in zip(times, numbers, strict=True) for _ in range(number)], True
+        return [timestamp for timestamp, number in zip(times, numbers, strict=True) for _ in range(number)], True
     if len(times) == asked:
         return times, True
     # Half a character makes no text, so that pieces may be fewer than tokens; that all were made the server must say.

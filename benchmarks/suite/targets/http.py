@@ -1,4 +1,4 @@
-"""HTTP as a client that wants to know when each byte came: one connection a request, moments beside the data."""
+"""HTTP as a client that wants to know when each byte came: one connection a request, timestamps with the data."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class HttpClient:
             raise TargetError(f"{path} does not answer with JSON") from None
 
     async def events(self, path: str, body: Any) -> AsyncIterator[tuple[dict[str, Any], float]]:
-        """Post `body` and give the JSON of each `data:` line of a text/event-stream, with the moment of its last bytes.
+        """Post `body` and give the JSON of each `data:` line of an event stream, with the timestamp of its last bytes.
 
         Raises TargetError.
         """
         held = b""
-        async for data, moment in self.exchange("POST", path, body):
+        async for data, timestamp in self.exchange("POST", path, body):
             *lines, held = (held + data).split(b"\n")
             for line in lines:
                 value = line.strip().removeprefix(b"data:").strip()
@@ -63,10 +63,10 @@ class HttpClient:
                     event = None
                 if not isinstance(event, dict):
                     raise TargetError(f"an event that is not JSON: {shorten(value.decode(errors='replace'))}")
-                yield event, moment
+                yield event, timestamp
 
     async def exchange(self, method: str, path: str, body: Any = None) -> AsyncIterator[tuple[bytes, float]]:
-        """Give each piece of the answer's body with the moment at which it was read. Raises TargetError."""
+        """Give each piece of the answer's body with the timestamp at which it was read. Raises TargetError."""
         check_h11()
         try:
             reader, writer = await open_connection(self._host, self._port, ssl=self._tls)
@@ -92,13 +92,13 @@ class HttpClient:
         payload = connection.send(h11.Data(data=body)) if body else b""
         # In one piece: two small writes may wait for each other's acknowledgement.
         writer.write((head or b"") + (payload or b"") + (connection.send(h11.EndOfMessage()) or b""))
-        status, refusal, moment = 200, b"", time.monotonic()
+        status, refusal, timestamp = 200, b"", time.monotonic()
         try:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
                     data = await reader.read(_BLOCK)
-                    moment = time.monotonic()
+                    timestamp = time.monotonic()
                     connection.receive_data(data)
                 elif isinstance(event, h11.Response):
                     status = event.status_code
@@ -106,7 +106,7 @@ class HttpClient:
                     if status != 200:
                         refusal += bytes(event.data)
                     else:
-                        yield bytes(event.data), moment
+                        yield bytes(event.data), timestamp
                 elif isinstance(event, h11.EndOfMessage):
                     break
         except h11.RemoteProtocolError as error:
@@ -124,7 +124,7 @@ def check_h11() -> None:
 
 
 def share(times: list[float], tokens: int, finished: float) -> list[float]:
-    """A moment for each of `tokens` tokens that came in pieces at `times`: equal shares, the first ones the rest.
+    """A timestamp for each of `tokens` tokens that came in pieces at `times`: equal shares, the first ones the rest.
 
     Pieces beyond the tokens are the end of a text that was held back, and are no tokens. Tokens that made no text at
     all have come at the end.
@@ -134,7 +134,7 @@ def share(times: list[float], tokens: int, finished: float) -> list[float]:
     if tokens <= len(times):
         return times[:tokens]
     each, more = divmod(tokens, len(times))
-    return [moment for place, moment in enumerate(times) for _ in range(each + (place < more))]
+    return [timestamp for place, timestamp in enumerate(times) for _ in range(each + (place < more))]
 
 
 def shorten(text: str) -> str:

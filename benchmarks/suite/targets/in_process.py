@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.common.static_batch import BackendRunner
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from serving.backends.base import Backend
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
 from serving.errors import GPT2BundleError
@@ -21,9 +21,9 @@ from serving.sampling import SamplingParams
 
 
 @dataclass(eq=False)
-class _Job:
+class _PendingRequest:
     request: Planned
-    done: Callable[[Answer | str], None]
+    done: Callable[[Completion | str], None]
     times: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
@@ -41,7 +41,7 @@ class BatchTarget:
     def __init__(self, name: str, label: str, precision: str, open_backend: Callable[[], Backend], most: int) -> None:
         self.name, self.precision, self._open, self._most = name, precision, open_backend, most
         self.label = f"{label}, static batches of at most {most}"
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_PendingRequest | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.runner: BackendRunner | None = None
         """What runs static batches, between `start` and `stop`, while no request waits."""
@@ -52,8 +52,8 @@ class BatchTarget:
         self._thread = threading.Thread(target=self._work, args=(backend,), name=self.name, daemon=True)
         self._thread.start()
 
-    async def send(self, request: Planned) -> Answer:
-        return await _ask(lambda done: self._jobs.put(_Job(request, done)))
+    async def send(self, request: Planned) -> Completion:
+        return await _ask(lambda done: self._jobs.put(_PendingRequest(request, done)))
 
     async def stop(self) -> None:
         if self._thread is not None:
@@ -66,7 +66,7 @@ class BatchTarget:
 
     def _work(self, backend: Backend) -> None:
         while (first := self._jobs.get()) is not None:
-            batch: list[_Job] = [first]
+            batch: list[_PendingRequest] = [first]
             with contextlib.suppress(queue.Empty):
                 while len(batch) < self._most:
                     job = self._jobs.get_nowait()
@@ -77,7 +77,7 @@ class BatchTarget:
             _run_batch(backend, batch)
 
 
-def _run_batch(backend: Backend, batch: list[_Job]) -> None:
+def _run_batch(backend: Backend, batch: list[_PendingRequest]) -> None:
     started = time.monotonic()
 
     def note(row: int, token: int) -> None:
@@ -85,7 +85,7 @@ def _run_batch(backend: Backend, batch: list[_Job]) -> None:
         job.times.append(time.monotonic())
         job.tokens.append(token)
         if len(job.times) == job.request.new_tokens:
-            job.done(Answer(tuple(job.times), job.times[-1], started=started, tokens=tuple(job.tokens)))
+            job.done(Completion(tuple(job.times), job.times[-1], started=started, tokens=tuple(job.tokens)))
 
     params = [SamplingParams(max_new_tokens=job.request.new_tokens, ignore_eos=True) for job in batch]
     try:
@@ -121,14 +121,14 @@ class EngineTarget:
     async def start(self) -> None:
         self._engine = await asyncio.to_thread(self._open)
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         engine = self._engine
         if engine is None:
             raise TargetError(f"{self.name} is not started")
         params = SamplingParams(max_new_tokens=request.new_tokens, ignore_eos=True)
         asked = GenerationRequest(request.prompt, params)
 
-        def submit(done: Callable[[Answer | str], None]) -> None:
+        def submit(done: Callable[[Completion | str], None]) -> None:
             engine.submit(asked, _Listener(done))
 
         return await _ask(submit)
@@ -143,12 +143,12 @@ class EngineTarget:
 
 
 class _Listener:
-    """Notes the moments of one request's events; called in the engine's thread.
+    """Notes the timestamps of one request's events; called in the engine's thread.
 
     The prompt has been read at its first event, so the start of that work is not known.
     """
 
-    def __init__(self, done: Callable[[Answer | str], None]) -> None:
+    def __init__(self, done: Callable[[Completion | str], None]) -> None:
         self._done = done
         self._times: list[float] = []
         self._tokens: list[int] = []
@@ -164,21 +164,21 @@ class _Listener:
             self._tokens.append(event.token_id)
         elif isinstance(event, FinishEvent) and event.reason in ("stop", "length"):
             text = "".join(self._text)
-            self._done(Answer(tuple(self._times), now, tokens=tuple(self._tokens), text=text))
+            self._done(Completion(tuple(self._times), now, tokens=tuple(self._tokens), text=text))
         else:
             self._done(event.message or f"ended by {event.reason}")
 
 
-async def _ask(submit: Callable[[Callable[[Answer | str], None]], None]) -> Answer:
+async def _ask(submit: Callable[[Callable[[Completion | str], None]], None]) -> Completion:
     """Hand in a request and wait for what another thread says of it. Raises TargetError."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Answer | str] = loop.create_future()
+    future: asyncio.Future[Completion | str] = loop.create_future()
 
-    def settle(answer: Answer | str) -> None:
+    def settle(answer: Completion | str) -> None:
         if not future.done():
             future.set_result(answer)
 
-    def done(answer: Answer | str) -> None:
+    def done(answer: Completion | str) -> None:
         loop.call_soon_threadsafe(settle, answer)
 
     try:

@@ -47,14 +47,14 @@ def open_target(bundle: Bundle, text: str, *, batch: int, emulator: bool = False
     """Make the target that `text` names; nothing is loaded yet.
 
     A graph of the bundle ("ort/fp32") or "savedmodel" runs in this process in static batches of at most `batch`,
-    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same behind our own server, started for it,
+    "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same in our own server, started for it,
     and "slots" is the SavedModel's continuous batching in this process. "tfserving" starts TensorFlow Serving with the
     bundle's SavedModel; with an address it is one that runs. docs/bench-format.md has all names. Raises InputError for
     any other name, RuntimeMissingError where TensorFlow Serving is to be started and is not here.
     """
     kind, is_address, address = text.partition("=")
     if is_address and not address:
-        raise InputError(f"{text!r} names nothing behind the '='; there are {', '.join(KINDS)}")
+        raise InputError(f"{text!r} names nothing after the '='; there are {', '.join(KINDS)}")
     if kind in TF_SERVING:
         return _tf_serving(bundle, text, address, emulator)
     if is_address and kind == "openai":

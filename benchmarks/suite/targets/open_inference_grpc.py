@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
-from benchmarks.suite.targets.generate import moments_of, sent_text
+from benchmarks.suite.targets.base import Completion, TargetError
+from benchmarks.suite.targets.generate import sent_text, timestamps_of
 from benchmarks.suite.targets.http import shorten
 from serving.bundle import Bundle
 from serving.errors import GPT2BundleError, RuntimeMissingError, ServerError
@@ -74,7 +74,7 @@ class OpenInferenceGrpcTarget:
         if not answer.ready:
             raise ServerError(f"{self.name}: the model {self._model} is not ready", "UNAVAILABLE")
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         if self._channel is None:
             raise TargetError(f"{self.name} is not started")
         try:
@@ -92,7 +92,7 @@ class OpenInferenceGrpcTarget:
     def pid(self) -> int | None:
         return self._process
 
-    async def _send(self, request: Planned) -> Answer:
+    async def _send(self, request: Planned) -> Completion:
         pieces: list[str] = []
         times: list[float] = []
         numbers: list[int] = []
@@ -102,7 +102,7 @@ class OpenInferenceGrpcTarget:
         await call.write(self._request(request))
         await call.done_writing()
         async for response in call:
-            moment = time.monotonic()
+            timestamp = time.monotonic()
             if response.error_message:
                 raise TargetError(shorten(response.error_message))
             outputs = _outputs(response.infer_response)
@@ -111,13 +111,13 @@ class OpenInferenceGrpcTarget:
             reason = b"".join(outputs.get("finish_reason", ())).decode() or reason
             if text or number:
                 pieces.append(text)
-                times.append(moment)
+                times.append(timestamp)
                 numbers += [] if number is None else [number]
                 tokens += outputs["token_ids"].reshape(-1).tolist() if "token_ids" in outputs else []
         finished = time.monotonic()
-        moments, counted = moments_of(times, numbers, reason, request.new_tokens, finished)
-        known = tuple(tokens) if len(tokens) == len(moments) else None
-        return Answer(tuple(moments), finished, counted=counted, tokens=known, text="".join(pieces))
+        timestamps, counted = timestamps_of(times, numbers, reason, request.new_tokens, finished)
+        known = tuple(tokens) if len(tokens) == len(timestamps) else None
+        return Completion(tuple(timestamps), finished, counted=counted, tokens=known, text="".join(pieces))
 
     def _request(self, request: Planned) -> Any:
         message = self._messages["ModelInferRequest"](model_name=self._model)

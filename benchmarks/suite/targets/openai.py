@@ -6,7 +6,7 @@ import json
 import time
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from benchmarks.suite.targets.http import HttpClient, share, shorten
 from serving.errors import ServerError
 
@@ -56,7 +56,7 @@ class OpenAITarget:
                 f"{self.name}: /v1/models does not answer as OpenAI's does ({error})", "INTERNAL"
             ) from None
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         body = {
             "model": self._model,
             "prompt": list(request.prompt),
@@ -72,7 +72,7 @@ class OpenAITarget:
         tokens: list[int] = []
         times: list[float] = []
         usage: int | None = None
-        async for event, moment in self._http.events("/v1/completions", body):
+        async for event, timestamp in self._http.events("/v1/completions", body):
             if "error" in event:
                 raise TargetError(shorten(json.dumps(event["error"])))
             if event.get("usage"):
@@ -83,14 +83,14 @@ class OpenAITarget:
             text = "".join(choice.get("text") or "" for choice in choices)
             if self._ids:
                 pieces.append(text)
-                times += [moment] * len(made)
+                times += [timestamp] * len(made)
             elif text:
                 pieces.append(text)
-                times.append(moment)
+                times.append(timestamp)
         finished = time.monotonic()
         shared = times if usage is None else share(times, usage, finished)
         known = tuple(tokens) if self._ids else None
-        return Answer(tuple(shared), finished, counted=len(times) == usage, tokens=known, text="".join(pieces))
+        return Completion(tuple(shared), finished, counted=len(times) == usage, tokens=known, text="".join(pieces))
 
     async def stop(self) -> None:
         """Nothing is held between requests."""

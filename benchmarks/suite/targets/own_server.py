@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, Target, TargetError
+from benchmarks.suite.targets.base import Completion, Target, TargetError
 from serving.bundle import Bundle
 from serving.errors import ServerError
 
@@ -27,7 +27,7 @@ class OwnServerTarget:
     Args:
         how: the protocol, for the label.
         slots: texts that it runs at once.
-        grpc: whether its gRPC port is opened beside.
+        grpc: whether its gRPC port is opened too.
     """
 
     emulator = False
@@ -68,7 +68,7 @@ class OwnServerTarget:
         self._served = self._client(url, grpc, self._process.pid)
         await self._served.start()
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         if self._served is None:
             raise TargetError(f"{self.name} is not started")
         return await self._served.send(request)

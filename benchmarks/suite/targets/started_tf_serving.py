@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
 from serving.bundle import Bundle
 from serving.clients.transport import Transport
@@ -33,7 +33,7 @@ _REST_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundServer:
     """What serves: a binary or a container engine. `emulator` is a binary that is not TensorFlow Serving's."""
 
     command: str
@@ -47,7 +47,7 @@ def image(gpu: bool = False) -> str:
     return f"tensorflow/serving:{IMAGE_VERSION}{'-gpu' if gpu else ''}"
 
 
-def find_server(gpu: bool = False) -> Found:
+def find_server(gpu: bool = False) -> FoundServer:
     """The binary of TENSORFLOW_MODEL_SERVER or PATH, else docker or podman with the official image already here.
 
     Raises RuntimeMissingError, with what there is to do, if there is neither.
@@ -59,14 +59,14 @@ def find_server(gpu: bool = False) -> Found:
         said = _ask([binary, "--version"])
         version = _VERSION.search(said or "")
         if version is not None:
-            return Found(binary, False, f"tensorflow_model_server {version[1]}")
-        return Found(binary, False, f"{Path(binary).name}, which is no TensorFlow ModelServer", True)
+            return FoundServer(binary, False, f"tensorflow_model_server {version[1]}")
+        return FoundServer(binary, False, f"{Path(binary).name}, which is no TensorFlow ModelServer", True)
     if named:
         raise RuntimeMissingError(f"{VARIABLE} names {named!r}, which is no program; name one, or unset it")
     engines = [engine for engine in ("docker", "podman") if shutil.which(engine) and _ask([engine, "info"]) is not None]
     for engine in engines:
         if _ask([engine, "image", "inspect", image(gpu)]) is not None:
-            return Found(engine, True, f"{image(gpu)} in {engine}")
+            return FoundServer(engine, True, f"{image(gpu)} in {engine}")
     if engines:
         raise RuntimeMissingError(f"the image {image(gpu)} is not on this machine; run: {engines[0]} pull {image(gpu)}")
     raise RuntimeMissingError(
@@ -89,7 +89,7 @@ class TFServingProcess:
         self,
         name: str,
         bundle: Bundle,
-        found: Found,
+        found: FoundServer,
         how: str,
         *,
         gpu: bool = False,
@@ -218,7 +218,7 @@ class StartedTFServing:
     precision: str | None = "fp32"
     starts_in = "own"
 
-    def __init__(self, name: str, bundle: Bundle, found: Found, how: str, *, whole: bool, emulator: bool) -> None:
+    def __init__(self, name: str, bundle: Bundle, found: FoundServer, how: str, *, whole: bool, emulator: bool) -> None:
         self.name, self.label, self.emulator = name, found.label, emulator or found.emulator
         self._bundle, self._how, self._whole = bundle, how, whole
         self._server = TFServingProcess(name, bundle, found, how)
@@ -233,7 +233,7 @@ class StartedTFServing:
         await self._inner.start()
         self.label = self._inner.label
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         if self._inner is None:
             raise TargetError(f"{self.name} is not started")
         return await self._inner.send(request)
@@ -249,7 +249,7 @@ class StartedTFServing:
 
 
 def deployment_flags(deployment: Path) -> list[str]:
-    """The flags of the deployment's compose file behind those of ports and model, as its container takes them."""
+    """The flags of the deployment's compose file after those of ports and model, as its container takes them."""
     lines = (deployment / "compose.yaml").read_text(encoding="utf-8").split("\n")
     flags = [line.strip()[3:-1] for line in lines if line.strip().startswith('- "--')]
     own = ("--port=", "--rest_api_port=", "--model_config_file=")

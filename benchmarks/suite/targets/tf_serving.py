@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from benchmarks.suite.targets.in_process import EngineTarget
 from serving.bundle import Bundle
 from serving.clients.slot_pool import SIGNATURES
@@ -77,7 +77,7 @@ class TFServingTarget:
             raise InputError(f"{self.name}: the served model has neither slots nor serving_default; is it this bundle?")
         await self._inner.start()
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         if self._inner is None:
             raise TargetError(f"{self.name} is not started")
         return await self._inner.send(request)
@@ -106,7 +106,7 @@ class TFServingTarget:
 class WholeAnswerTarget:
     """`serving_default`: one call makes a whole answer in the server, and all of its tokens come at its end.
 
-    The graph ends at the end token; what is missing then is asked for by another call that goes on from there.
+    The graph ends at the end token; what is missing then is asked for by another call that continues from there.
     """
 
     def __init__(self, name: str, transport: Transport, eos_token_id: int) -> None:
@@ -117,29 +117,31 @@ class WholeAnswerTarget:
         # The loop's own threads are few, and requests would wait for one before they are sent.
         self._threads = ThreadPoolExecutor(_CALLS, self.name)
 
-    async def send(self, request: Planned) -> Answer:
+    async def send(self, request: Planned) -> Completion:
         tokens: list[int] = []
         times: list[float] = []
         try:
             while len(tokens) < request.new_tokens:
                 prompt = (*request.prompt, *tokens)
                 left = request.new_tokens - len(tokens)
-                made, moment = await asyncio.get_running_loop().run_in_executor(self._threads, self._call, prompt, left)
+                made, timestamp = await asyncio.get_running_loop().run_in_executor(
+                    self._threads, self._call, prompt, left
+                )
                 tokens += made
-                times += [moment] * len(made)
+                times += [timestamp] * len(made)
                 if not made or (len(made) < left and made[-1] != self._eos):
                     break
         except GPT2BundleError as error:
             raise TargetError(str(error)) from None
         finished = times[-1] if times else time.monotonic()
-        return Answer(tuple(times), finished, streamed=False, tokens=tuple(tokens))
+        return Completion(tuple(times), finished, streamed=False, tokens=tuple(tokens))
 
     async def stop(self) -> None:
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _call(self, prompt: tuple[int, ...], new_tokens: int) -> tuple[list[int], float]:
-        """Token ids of one greedy answer, and the moment at which they were there."""
+        """Token ids of one greedy answer, and the timestamp at which they were there."""
         inputs = greedy_inputs(np.array([prompt]), np.array([len(prompt)]), new_tokens)
         outputs = self._transport.predict("serving_default", inputs, _CALL_SECONDS)
         row = [int(token) for token in outputs["token_ids"][0][: int(outputs["lengths"][0])]]

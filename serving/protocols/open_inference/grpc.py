@@ -110,9 +110,9 @@ class OpenInference:
         return _response(request, answer)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        """ModelStreamInfer: every request is worked on as it comes, and answered by one response or by pieces.
+        """ModelStreamInfer: runs each request as it arrives, and answers with one response or several partial ones.
 
-        A request that fails is answered by its error's sentence, and the stream goes on. When the client goes, all
+        A failed request gets its error message, and the stream continues. When the client goes, all
         of it is cancelled; when the server drains, what was read is answered. Raises DrainingError then.
         """
         writing, room = asyncio.Lock(), asyncio.Semaphore(_AT_ONCE)

@@ -80,7 +80,7 @@ async def repository_index(request: Request) -> Response:
 
 
 async def infer_tensors(request: Request) -> Response:
-    """Run a signature on tensors, in JSON or as bytes behind it."""
+    """Run a signature on tensors, in JSON or as bytes after it."""
     body, asked = await _infer_request(request)
     answer = await while_connected(request, infer(_server(request), asked))
     _note(request, answer.model.name, answer.model.version)
@@ -98,7 +98,7 @@ async def generate(request: Request) -> Response:
 
 
 async def generate_stream(request: Request) -> Response:
-    """Continue a text as server-sent events, one for each piece of it."""
+    """Continue a text as server-sent events, one for each new part."""
     body, asked = await _generate_request(request)
     if asked.stream is False:
         answer = await while_connected(request, infer(_server(request), asked))
@@ -132,7 +132,7 @@ async def _events(request: Request, body: GenerateBody, stream: Stream) -> Async
 
 
 def _generated(body: GenerateBody, answer: Answer) -> dict[str, Any]:
-    """The outputs beside each other; those of a single text without a list around them."""
+    """The outputs by name; those of a single text without a list around them."""
     outputs = {name: plain(array.tolist()) for name, array in answer.outputs.items()}
     if isinstance(body.text_input, str):
         outputs = {name: rows[0] for name, rows in outputs.items()}
@@ -161,7 +161,7 @@ async def _infer_request(request: Request) -> tuple[InferBody, InferRequest]:
 
 
 def _read_infer(data: bytes, length: str | None) -> tuple[InferBody, dict[str, Any]]:
-    """The JSON, which has `length` bytes where a header says so, and the inputs in it and behind it."""
+    """The JSON, which has `length` bytes where a header says so, and the inputs in it and after it."""
     size = len(data)
     if length is not None:
         if not (length.isascii() and length.isdigit() and len(length) < 12 and int(length) <= len(data)):
@@ -175,7 +175,7 @@ def _read_infer(data: bytes, length: str | None) -> tuple[InferBody, dict[str, A
             raise InputError(f"the input {tensor.name[:80]} is there twice")
         inputs[tensor.name], binary = _array(tensor, binary)
     if len(binary):
-        raise InputError(f"the body has {len(binary)} bytes behind those that the inputs say they have")
+        raise InputError(f"the body has {len(binary)} bytes after those that the inputs declare")
     return body, inputs
 
 
@@ -190,12 +190,12 @@ def _array(tensor: InputTensor, binary: memoryview) -> tuple[Any, memoryview]:
     if tensor.data is not None:
         raise InputError(f"{name} has both data and the parameter binary_data_size; leave one out")
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
-        raise InputError(f"{name} says that it has {str(size)[:40]} bytes, and there are {len(binary)} behind the JSON")
+        raise InputError(f"{name} says that it has {str(size)[:40]} bytes, and there are {len(binary)} after the JSON")
     return from_raw(name, tensor.datatype, tensor.shape, bytes(binary[:size])), binary[size:]
 
 
 def _tensors_response(body: InferBody, answer: Answer) -> Response:
-    """The outputs as JSON, those that are wanted so as bytes behind it."""
+    """The outputs as JSON, or as bytes after it where the request wants that."""
     everywhere = body.parameters.get("binary_data_output", False) is True
     wanted = {output.name: output.parameters.get("binary_data", everywhere) is True for output in body.outputs}
     outputs, blobs = [], []

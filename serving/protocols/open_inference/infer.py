@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol runs, by HTTP and gRPC alike: text at once or in pieces, or another signature."""
+"""What the Open Inference Protocol runs, by HTTP and gRPC alike: whole or streamed text, or another signature."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Answer:
-    """The outputs that were asked for, in that order; `final` is False for a piece with others behind it."""
+    """The outputs that were asked for, in that order; `final` is False if more parts follow."""
 
     model: ServedModel
     outputs: Arrays
@@ -74,7 +74,7 @@ async def infer(server: Server, request: InferRequest) -> Answer:
 
 
 async def open_stream(server: Server, request: InferRequest) -> Stream:
-    """Begin a generation whose text is wanted in pieces. Raises what `infer` raises, also for several rows."""
+    """Begin a streamed generation. Raises what `infer` raises, also for several rows."""
     check(request)
     if request.signature != GENERATE:
         raise InputError(f"only {GENERATE} streams; ask for {request.signature} without stream")
@@ -102,7 +102,7 @@ class Stream:
     finish_reason: str = ""
 
     async def pieces(self) -> AsyncGenerator[Answer, None]:
-        """What has come since the last piece, the last one with its `finish_reason`; the others have "" there.
+        """The new text since the last part; the last part has a `finish_reason`, the others have "" there.
 
         Raises the error that an ending stands for.
         """

@@ -48,7 +48,7 @@ def _tensors(specs: Specs) -> list[dict[str, Any]]:
 
 
 def model_config(server: Server, name: str, version: str, signature: str = GENERATE) -> dict[str, Any]:
-    """What Triton's model configuration says of this: a signature's tensors, and that text can come in pieces."""
+    """What Triton's model configuration says of this: a signature's tensors, and that text can be streamed."""
     model = server.registry.get(name, parse_version(version))
     inputs, outputs = SPECS[signature]
 

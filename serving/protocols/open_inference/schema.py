@@ -25,7 +25,7 @@ class Named(RequestBody):
 
 
 class InputTensor(Named):
-    """An input, its values here or, as many bytes as its parameter `binary_data_size` says, behind the JSON."""
+    """An input, its values here or, as many bytes as its parameter `binary_data_size` says, after the JSON."""
 
     shape: list[Annotated[int, BeforeValidator(whole_number)]] = Field(max_length=MAX_AXES, fail_fast=True)
     datatype: str
@@ -33,7 +33,7 @@ class InputTensor(Named):
 
 
 class RequestedOutput(Named):
-    """An output that is wanted; its parameter `binary_data` wants it behind the JSON."""
+    """An output that is wanted; its parameter `binary_data` wants it after the JSON."""
 
 
 class InferBody(RequestBody):
@@ -51,7 +51,7 @@ class InferBody(RequestBody):
 
 
 class OutputTensor(BaseModel):
-    """An output; without `data`, its bytes are behind the JSON."""
+    """An output; without `data`, its bytes are after the JSON."""
 
     name: str
     datatype: str
@@ -76,7 +76,7 @@ def _with_options(schema: dict[str, Any]) -> None:
 
 
 class GenerateBody(RequestBody):
-    """A text to continue; options stand beside it or in `parameters`. Fields that are not here are ignored."""
+    """A text to continue; options stand next to it or in `parameters`. Fields that are not here are ignored."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=_with_options)
 
@@ -91,7 +91,7 @@ class GenerateBody(RequestBody):
 
 
 class Generated(BaseModel):
-    """A continuation, or a piece of one; for several texts, lists of what is here."""
+    """A completion, or a part of one; for several texts, lists of what is here."""
 
     id: str | None = None
     model_name: str

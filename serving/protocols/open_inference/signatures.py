@@ -1,4 +1,4 @@
-"""The signatures that the Open Inference Protocol offers, and a request for one: checked here, run beside.
+"""The signatures that the Open Inference Protocol offers, and a request for one: checked here, run elsewhere.
 
 A request names a signature by its parameter `signature_name`; without it, it is "generate", whose tensors have the
 names of Triton's generate extension and whose options are those of OpenAI's completions, with the same defaults.
@@ -19,6 +19,7 @@ from serving.protocols.openai.schema import CompletionRequest
 from serving.protocols.openai.unsupported import STRUCTURED, refuse_unsupported
 from serving.protocols.tf_serving import signatures as tf_signatures
 from serving.protocols.tf_serving.signatures import SIGNATURES
+from serving.sampling import DECLARATIONS
 from serving.server.errors import FieldError
 from serving.server.request_bodies import check_fields
 
@@ -26,19 +27,7 @@ Arrays = dict[str, NDArray[Any]]
 Specs = Mapping[str, TensorSpec]
 
 GENERATE = "generate"
-_OPTIONS = {
-    "max_tokens": "INT32",
-    "min_tokens": "INT32",
-    "temperature": "FP32",
-    "top_k": "INT32",
-    "top_p": "FP32",
-    "min_p": "FP32",
-    "repetition_penalty": "FP32",
-    "presence_penalty": "FP32",
-    "frequency_penalty": "FP32",
-    "seed": "INT64",
-    "ignore_eos": "BOOL",
-}
+_OPTIONS = {each.wire: each.datatype for each in DECLARATIONS.values()}
 OPTIONS = (*_OPTIONS, "stop")
 """Fields of OpenAI's completions that "generate" takes, as tensors or as parameters of the request."""
 _DATATYPES = {"string": "BYTES", "int32": "INT32", "int64": "INT64", "float32": "FP32"}

@@ -110,7 +110,7 @@ def _element(name: str, datatype: str, value: Any) -> Any:
 
 
 def _float(kind: Any, value: int | float) -> Any:
-    """What is beyond `kind` becomes infinite, which whoever takes it refuses in its own words."""
+    """What is beyond `kind` becomes infinite, which the receiver refuses."""
     try:
         with np.errstate(over="ignore"):
             return kind(value)
@@ -126,7 +126,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes) -> NDA
     kind = np.dtype(TYPES[datatype])
     if len(data) != size * kind.itemsize:
         raise InputError(f"{name} has {len(data)} bytes, and its shape and type need {size * kind.itemsize}")
-    if datatype == "BOOL":  # Another byte than 0 and 1 is no bool of numpy's.
+    if datatype == "BOOL":  # Another byte than 0 and 1 is not a bool of numpy's.
         return _shaped(name, np.frombuffer(data, np.uint8) != 0, shape)
     return _shaped(name, np.frombuffer(data, kind.newbyteorder("<")), shape)
 

@@ -24,6 +24,7 @@ _Result = TypeVar("_Result")
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions."""
     body = await read_body(request, ChatRequest)
+    _check(body)
 
     async def prepare(model: ServedModel) -> RenderedChat:
         template = await template_of(model)
@@ -32,6 +33,14 @@ async def chat_completions(request: Request) -> Response:
         return RenderedChat.of(body, text, tuple(id for id in end_ids if id != model.engine.eos_token_id))
 
     return await respond(request, body, prepare, Chat(), long=True)
+
+
+def _check(body: ChatRequest) -> None:
+    """Refuse what does not go together."""
+    if body.max_tokens == 0:
+        raise FieldError("max_tokens is 0; ask for at least 1", "max_tokens")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise FieldError("top_logprobs takes 'logprobs': true", "top_logprobs")
 
 
 async def template_of(model: ServedModel) -> ChatTemplate:
@@ -47,6 +56,10 @@ async def template_of(model: ServedModel) -> ChatTemplate:
 async def render(template: ChatTemplate, body: TemplateFields) -> str:
     """The prompt of `body`'s messages. Raises FieldError with the template's sentence, RendererBusyError."""
     continued = bool(body.continue_final_message)
+    if continued and body.add_generation_prompt:
+        raise FieldError(
+            "continue_final_message and add_generation_prompt are both true; set one to false", "continue_final_message"
+        )
     messages = [message.for_template() for message in body.messages or ()]
 
     def work() -> str:

@@ -127,12 +127,6 @@ class TemplateFields(RequestBody):
         None, description="Further variables for the template."
     )
 
-    @model_validator(mode="after")
-    def _one_end(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt are both true; set one to false")
-        return self
-
 
 class ChatRequest(TemplateFields, SamplingFields):
     """A conversation to answer."""
@@ -148,14 +142,6 @@ class ChatRequest(TemplateFields, SamplingFields):
         """See `RequestBody.refuse`."""
         refuse_unsupported(fields, CHAT_UNSUPPORTED)
         super().refuse(fields)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.max_tokens == 0:
-            raise ValueError("max_tokens is 0; ask for at least 1")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs takes 'logprobs': true")
-        return self
 
 
 class RenderedChat(CompletionRequest):
@@ -186,12 +172,6 @@ class TokenizeRequest(TemplateFields):
     def refuse(cls, fields: Mapping[str, Any]) -> None:
         """See `RequestBody.refuse`."""
         refuse_unsupported({name: value for name, value in fields.items() if name != "prompt"}, CHAT_UNSUPPORTED)
-
-    @model_validator(mode="after")
-    def _one_text(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, and not both")
-        return self
 
 
 class AnswerMessage(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from typing import Any
@@ -23,11 +24,11 @@ from serving.protocols.openai.sampling_fields import SamplingFields
 from serving.protocols.openai.schema import CompletionRequest
 from serving.protocols.openai.stream import Run, stream
 from serving.protocols.texts import LONG_TEXT, TooLongError, encode_prompts
-from serving.sampling import MAX_SEED, SamplingParams
+from serving.sampling import DECLARATIONS, MAX_SEED, SamplingParams
 from serving.sampling.constraints import Grammar
 from serving.server.auth import CALLER
 from serving.server.errors import ContextLengthError, FieldError
-from serving.server.event_queue import beside_if, submit, time_limit
+from serving.server.event_queue import beside_if, submit, time_left, time_limit
 from serving.server.event_stream import EventStream
 from serving.server.grammar_pool import compile_grammar
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
@@ -35,6 +36,8 @@ from serving.server.request_bodies import read_body
 from serving.server.state import Server
 from serving.server.tracing import start_span
 
+MAX_CHOICES = 4096
+"""Of one call."""
 _ENGINE_FIELDS = {"prompt", "n", "logprobs", "prompt_logprobs"} | {each.name for each in fields(SamplingParams)}
 
 
@@ -64,7 +67,7 @@ async def respond(
     server: Server = request.app.state.server
     check_stream_options(asked)
     wanted = asked.structured_output()
-    limit = time_limit(request, server.settings.request_timeout)
+    limit, began = time_limit(request, server.settings.request_timeout), time.monotonic()
     request_id: str = request.state.request_id
     prompts: list[Prompt] = []
     bodies: list[CompletionRequest] = []
@@ -77,7 +80,9 @@ async def respond(
             await asyncio.to_thread(token_names, model.engine)
         grammar = None if wanted is None else await compile_grammar(model.engine, wanted[1], wanted[0])
         many = len(body.logit_bias) + len(body.stop_token_ids or ()) > LONG_TEXT
-        return await beside_if(many, lambda: make_requests(body, prompts, model, limit, request_id, grammar))
+        # Reading prompts, compiling a grammar and building stop texts count in the request's time.
+        left = time_left(limit, began)
+        return await beside_if(many, lambda: make_requests(body, prompts, model, left, request_id, grammar))
 
     try:
         opening = submit(server.registry, model_name(server.registry, asked.model), make)
@@ -140,6 +145,8 @@ def _check(body: CompletionRequest, server: Server) -> None:
         raise FieldError("prompt_logprobs is not given in streams; leave out 'stream'", "prompt_logprobs")
     if len(body.prompt) > server.settings.max_prompts:
         raise FieldError(f"prompt has {len(body.prompt)} prompts; at most {server.settings.max_prompts}", "prompt")
+    if len(body.prompt) * n > MAX_CHOICES:
+        raise FieldError(f"{len(body.prompt)} prompts and n {n} make over {MAX_CHOICES} choices; lower n", "n")
 
 
 def check_stream_options(body: SamplingFields) -> None:
@@ -208,7 +215,7 @@ def make_requests(
     tokens = body.max_tokens if body.max_tokens is not None else body.default_max_tokens
     if tokens is None:
         tokens = model.engine.n_positions - max(len(prompt.ids) for prompt in prompts)
-    values: dict[str, Any] = {
+    values = {each.name: getattr(body, each.wire) for each in DECLARATIONS.values()} | {
         "max_new_tokens": max(1, tokens),
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_k": None if body.top_k is None else max(0, body.top_k),
@@ -217,9 +224,6 @@ def make_requests(
         "logit_bias": tuple(body.logit_bias.items()),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
     }
-    for name in ("top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"):
-        values[name] = getattr(body, name)
-    values["ignore_eos"] = body.ignore_eos
     if (body.min_tokens or 0) > tokens:
         raise FieldError(f"min_tokens is {body.min_tokens}, over max_tokens, {tokens}; lower it", "min_tokens")
     try:
@@ -253,6 +257,7 @@ def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
         "owned_by": "gpt2-bundle",
         "max_model_len": newest.bundle.manifest.model.n_positions,
         "example_prompt": newest.example_prompt,
+        "example_message": newest.example_message,
         **model_status(registry, name),
     }
 
@@ -264,8 +269,13 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    """GET /v1/models/{model}: OpenAI's card and TensorFlow Serving's status at once, as both ask at this path."""
-    return JSONResponse(_card(request.app.state.server.registry, request.path_params["model"]))
+    """GET /v1/models/{model}: OpenAI's card, or TensorFlow Serving's status alone, as both ask at this path.
+
+    OpenAI's clients send a key and ask for JSON. TensorFlow Serving's do neither, and some fail at any other field.
+    """
+    registry, name = request.app.state.server.registry, request.path_params["model"]
+    for_card = "authorization" in request.headers or "application/json" in request.headers.get("accept", "").lower()
+    return JSONResponse(_card(registry, name) if for_card else model_status(registry, name))
 
 
 def routes() -> list[Route]:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from serving.engine.api import MAX_CONTINUATIONS
 from serving.protocols.openai.structured_output import StructuredOutputFields
 from serving.protocols.openai.unsupported import refuse_unsupported
-from serving.sampling import MAX_BIAS, MAX_TEMPERATURE
+from serving.sampling import DECLARATIONS, MAX_BIAS
 from serving.server.request_bodies import MAX_ID, RequestBody, token_ids, whole_number
 
 MAX_BIASES = 131_072
@@ -44,13 +44,15 @@ def _bias(value: Any) -> dict[int, float]:
         raise ValueError(problem)
     if len(value) > MAX_BIASES:
         raise ValueError(f"must have at most {MAX_BIASES} token ids")
-    bias: dict[int, float] = {}
-    for key, amount in value.items():
-        numeric = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-        if not (key.isascii() and key.isdigit() and len(key) <= 10) or not numeric or not abs(amount) <= MAX_BIAS:
-            raise ValueError(problem)
-        bias[int(key)] = float(amount)
-    return bias
+    # Each check runs over all of them without a loop of Python's own, since there may be a vocabulary of them.
+    amounts = list(value.values())
+    ids = all(map(str.isascii, value)) and all(map(str.isdigit, value)) and max(map(len, value), default=0) <= 10
+    if not ids or not set(map(type, amounts)) <= {int, float}:
+        raise ValueError(problem)
+    # Every comparison with a NaN is false, but min and max may overlook one; the sum of all does not.
+    if amounts and not (min(amounts) >= -MAX_BIAS and max(amounts) <= MAX_BIAS and abs(sum(amounts)) >= 0):
+        raise ValueError(problem)
+    return dict(zip(map(int, value), map(float, amounts), strict=True))
 
 
 def _stop_ids(value: Any) -> list[int]:
@@ -58,6 +60,20 @@ def _stop_ids(value: Any) -> list[int]:
 
 
 Whole = BeforeValidator(whole_number)
+
+
+def _within(name: str, **other: Any) -> Any:
+    """The bounds of a sampling parameter that is a number."""
+    each = DECLARATIONS[name]
+    kind = int if each.kind == "integer" else float
+    return Field(**{"gt" if each.above_low else "ge": kind(each.low), "le": kind(each.high), **other})
+
+
+def _meaning(name: str, description: str = "") -> Any:
+    """The field of a sampling parameter, which may be left out."""
+    return Field(None, description=description or DECLARATIONS[name].help)
+
+
 _Natural = Annotated[int, Field(ge=0, le=MAX_ID), Whole]
 
 
@@ -79,8 +95,8 @@ class SamplingFields(StructuredOutputFields):
     model: str | None = Field(None, description="A name from /v1/models; the first one if left out.")
     max_tokens: _Natural | None = Field(None, description="Tokens to add at most.")
     max_completion_tokens: _Natural | None = Field(None, description="Another name of max_tokens.")
-    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE, description="0 takes the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: Annotated[float, _within("temperature")] | None = _meaning("temperature")
+    top_p: Annotated[float, _within("top_p")] | None = _meaning("top_p")
     n: Annotated[int, Field(ge=1, le=MAX_CONTINUATIONS), Whole] | None = Field(
         None, description="Continuations of each prompt."
     )
@@ -113,21 +129,21 @@ class SamplingFields(StructuredOutputFields):
             }
         ),
     ] = Field(default_factory=dict, description="Added to tokens' logits, by id.")
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = Field(
-        None, description="Equal seeds give equal text; -1 is none."
+    seed: Annotated[int, _within("seed", ge=-(2**63)), Whole] | None = _meaning(
+        "seed", "Equal seeds give equal text; -1 is none."
     )
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = _meaning("presence_penalty")
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = _meaning("frequency_penalty")
     stream: bool | None = Field(None, description="Answer with server-sent events, a chunk at a time.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Ignored.")
-    top_k: Annotated[int, Field(ge=-1, le=MAX_ID), Whole] | None = Field(
-        None, description="Sample among the k likeliest; 0 or -1 is all."
+    top_k: Annotated[int, _within("top_k", ge=-1), Whole] | None = _meaning(
+        "top_k", "Sample among the k most likely tokens; 0 and -1 consider all."
     )
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    min_tokens: _Natural | None = None
-    ignore_eos: bool | None = None
+    min_p: Annotated[float, _within("min_p")] | None = _meaning("min_p")
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = _meaning("repetition_penalty")
+    min_tokens: Annotated[int, _within("min_tokens"), Whole] | None = _meaning("min_tokens")
+    ignore_eos: bool | None = _meaning("ignore_eos")
     stop_token_ids: (
         Annotated[
             list[int],

@@ -167,6 +167,7 @@ class ModelCard(BaseModel):
     owned_by: str
     max_model_len: int
     example_prompt: str
+    example_message: str | None = Field(description="For chat completions; null where there is no chat template.")
     model_version_status: list[VersionState]
 
 

@@ -22,6 +22,8 @@ from serving.server.request_bodies import read_body
 async def tokenize(request: Request) -> Response:
     """POST /tokenize."""
     body = await read_body(request, TokenizeRequest)
+    if (body.prompt is None) == (body.messages is None):
+        raise FieldError("give prompt or messages, and not both", "prompt")
     registry: ModelRegistry = request.app.state.server.registry
     model = registry.get(model_name(registry, body.model))
     engine = model.engine

@@ -40,7 +40,8 @@ _KINDS: dict[int, tuple[Any, str]] = {
     23: (np.uint64, "uint64_val"),
 }
 _STRING = 7
-_MAX_ELEMENTS = 1 << 26
+_MAX_ELEMENTS = 1 << 20
+"""Of a tensor that may have fewer values than its shape says."""
 _UNKNOWN = 2  # google.rpc.Code of a version that says what is wrong with it.
 # PredictStreamedOptions.RequestState. Its others, NONE and END_SPLIT, say that the request is whole.
 _SPLIT, _CANCEL = 1, 3
@@ -229,13 +230,16 @@ def _fill_spec(spec: Any, name: str, version: int, signature: str) -> None:
 
 
 def array_of(name: str, tensor: Any) -> NDArray[Any]:
-    """A TensorProto as an array; values left out at its end repeat the last one. Raises InputError."""
+    """A TensorProto as an array. Raises InputError.
+
+    Values left out at its end repeat the last one, and without any all are zeros or empty, as TensorFlow reads it.
+    """
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     if tensor.tensor_shape.unknown_rank or any(size < 0 for size in shape) or len(shape) > 8:
         raise InputError(f"{name} has no shape that a tensor can have")
     count = int(np.prod(shape, dtype=object))
-    if count > _MAX_ELEMENTS:
-        raise InputError(f"{name} says that it has {count} values, more than a request may")
+    if count > _MAX_ELEMENTS and not tensor.tensor_content:
+        raise InputError(f"{name} says that it has {count} values; it may have {_MAX_ELEMENTS}")
     if tensor.dtype == _STRING:
         kind: Any = np.object_
         values: Any = np.empty(len(tensor.string_val), np.object_)
@@ -249,8 +253,10 @@ def array_of(name: str, tensor: Any) -> NDArray[Any]:
         values = np.array(getattr(tensor, field)).astype(kind) if len(getattr(tensor, field)) else np.empty(0, kind)
     else:
         raise InputError(f"{name} has a type, number {tensor.dtype}, that no signature takes")
-    if len(values) > count or (count and not len(values)):
+    if len(values) > count:
         raise InputError(f"{name} has {len(values)} values, and its shape needs {count}")
+    if not len(values):
+        return np.full(shape, b"" if kind is np.object_ else 0, kind)
     return np.concatenate([values, np.repeat(values[-1:], count - len(values))]).astype(kind).reshape(shape)
 
 

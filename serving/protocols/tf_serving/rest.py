@@ -1,6 +1,7 @@
 """TensorFlow Serving's REST API (tensorflow/serving, docs/api_rest.md) over the engine.
 
-GET /v1/models/NAME itself is shared with OpenAI's API, whose handler adds `model_status` to its answer.
+GET /v1/models/NAME itself is shared with OpenAI's API, whose handler gives the status alone to who asks as TensorFlow
+Serving's clients do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from starlette.routing import Route
 from serving.errors import InputError
 from serving.protocols.json_requests import number_array, while_connected
 from serving.protocols.model_status import model_status, parse_version
-from serving.protocols.tf_serving.signatures import SIGNATURES, Arrays, Call, Signature, Tensor, find, run
+from serving.protocols.tf_serving.signatures import SIGNATURES, Arrays, Call, Signature, Tensor, check_names, find, run
 from serving.server.errors import UnsupportedCallError
 from serving.server.event_queue import time_limit, with_model
 from serving.server.registry import ModelRegistry, ServedModel
@@ -127,6 +128,7 @@ def _version(request: Request) -> int | None:
 def _named(signature: Signature, inputs: Any) -> dict[str, Any]:
     """Columns by name; a signature of one input takes its value bare."""
     if isinstance(inputs, dict) and set(inputs) != {"b64"}:
+        check_names(signature, inputs)
         return inputs
     if len(signature.inputs) > 1:
         raise InputError(f'"inputs" must be an object with {", ".join(signature.inputs)}')
@@ -144,6 +146,8 @@ def _columns(signature: Signature, instances: Any, most: int) -> dict[str, Any]:
     for index, row in enumerate(instances):
         if not isinstance(row, dict) or row.keys() != instances[0].keys():
             raise InputError(f'row {index} of "instances" must be an object with the names of row 0')
+        if index == 0:
+            check_names(signature, row)
     return {key: [row[key] for row in instances] for key in instances[0]}
 
 
@@ -204,7 +208,7 @@ def _float(value: int | float) -> np.float32:
 
 def _bytes(name: str, value: Any) -> bytes:
     if isinstance(value, str):
-        # A lone surrogate, which JSON can say and UTF-8 cannot, is no character.
+        # A lone surrogate, which JSON can say and UTF-8 cannot, is not a character.
         return value.encode("utf-8", "replace")
     if isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str):
         try:

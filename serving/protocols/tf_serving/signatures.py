@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -68,7 +69,7 @@ class Signature:
 
 
 async def run(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-    """Run signature `name` ("" is serving_default) on `inputs`, all of the signature's and none beside.
+    """Run signature `name` ("" is serving_default) on `inputs`, all of the signature's and no others.
 
     Raises InputError for what a signature refuses, and what `serving.protocols.batch_completion.complete` raises.
     """
@@ -76,14 +77,20 @@ async def run(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> Arra
     return await find(name).run(call, dict(inputs))
 
 
+def check_names(signature: Signature, inputs: Mapping[str, Any]) -> None:
+    """Raise InputError unless `inputs` have the names of the signature's."""
+    missing = sorted(signature.inputs.keys() - inputs.keys())
+    unknown = sorted(islice((name for name in inputs if name not in signature.inputs), 8))
+    if missing or unknown:
+        said = [f"missing: {', '.join(missing)}"] * bool(missing)
+        said += [f"unknown: {', '.join(map(cut, unknown))}"] * bool(unknown)
+        raise InputError(f"the signature takes {', '.join(signature.inputs)}; {'; '.join(said)}")
+
+
 def check_inputs(name: str, call: Call, inputs: Mapping[str, NDArray[Any]]) -> None:
     """Raise InputError unless `inputs` are those of signature `name`, by name, type, rank and rows."""
     signature = find(name)
-    missing, unknown = sorted(signature.inputs.keys() - inputs.keys()), sorted(inputs.keys() - signature.inputs.keys())
-    if missing or unknown:
-        said = [f"missing: {', '.join(missing)}"] * bool(missing)
-        said += [f"unknown: {', '.join(cut(name) for name in unknown[:8])}"] * bool(unknown)
-        raise InputError(f"the signature takes {', '.join(signature.inputs)}; {'; '.join(said)}")
+    check_names(signature, inputs)
     for key, wanted in signature.inputs.items():
         value = inputs[key]
         if value.dtype != wanted.dtype:
@@ -254,7 +261,7 @@ def _seed(seed: int) -> int:
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """`rows` as [rows, longest] int32, `fill` behind each one's own, and their lengths [rows] int32."""
+    """`rows` as [rows, longest] int32, padded on the right with `fill`, and their lengths [rows] int32."""
     lengths = np.array([len(row) for row in rows], np.int32)
     token_ids = np.full((len(rows), int(lengths.max())), fill, np.int32)
     for index, row in enumerate(rows):

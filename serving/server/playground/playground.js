@@ -12,6 +12,8 @@ const FIELDS = [
   { name: "max_tokens", label: "Max tokens", min: 1, max: 512, step: 1, value: 128 },
 ];
 let running = null; // The AbortController of the request under way.
+let turns = null; // The messages of a chat so far; null where a text is completed.
+let target; // What holds the tokens that come.
 let decoder; // Characters that are split over tokens come together in the last of these.
 
 function element(tag, properties = {}, ...children) {
@@ -65,7 +67,10 @@ async function loadModels() {
   if (data.some((card) => card.id === before)) $("model").value = before;
   const prompt = $("prompt");
   const chosen = data.find((card) => card.id === $("model").value);
-  if (chosen && prompt.value === prompt.defaultValue) prompt.value = prompt.defaultValue = chosen.example_prompt;
+  const knowsChat = Boolean(chosen?.example_message);
+  $("modes").hidden = !knowsChat;
+  const example = turns ? chosen?.example_message : chosen?.example_prompt;
+  if (chosen && prompt.value === prompt.defaultValue) prompt.value = prompt.defaultValue = example;
   const longest = Math.max(...data.map((card) => card.max_model_len));
   if (Number.isFinite(longest)) $("max_tokens").max = longest - 1;
   $("max_tokens").dispatchEvent(new Event("input")); // Its value may have been above that.
@@ -74,12 +79,21 @@ async function loadModels() {
 
 const post = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
+// The chat with its next message.
+function messages() {
+  const told = $("system").value ? [{ role: "system", content: $("system").value }] : [];
+  return [...told, ...turns, { role: "user", content: $("prompt").value }];
+}
+
 // The request, with as many tokens as the context has room for behind the prompt.
 async function request(signal) {
-  const body = { model: $("model").value, prompt: $("prompt").value, stream: true, stream_options: { include_usage: true }, logprobs: ALTERNATIVES };
+  const model = $("model").value;
+  const text = turns ? { messages: messages() } : { prompt: $("prompt").value };
+  const scores = turns ? { logprobs: true, top_logprobs: ALTERNATIVES } : { logprobs: ALTERNATIVES };
+  const body = { model, ...text, ...scores, stream: true, stream_options: { include_usage: true } };
   for (const field of FIELDS) body[field.name] = Number($(field.name).value);
   if ($("seed").value !== "") body.seed = Number($("seed").value);
-  const { count, max_model_len: context } = await (await ask("tokenize", { ...post({ model: body.model, prompt: body.prompt }), signal })).json();
+  const { count, max_model_len: context } = await (await ask("tokenize", { ...post({ model, ...text }), signal })).json();
   const room = context - Math.max(count, 1);
   if (room > 0) body.max_tokens = Math.min(body.max_tokens, room); // Else the server says what is wrong.
   return body;
@@ -109,30 +123,68 @@ function textOf(token) {
   return decoder.decode(bytes, { stream: true });
 }
 
-function addTokens(logprobs) {
+// A choice's tokens as [token, logprob, alternatives by token], of completions and of chat completions.
+function tokensOf({ logprobs }) {
+  if (logprobs?.content) {
+    return logprobs.content.map((each) => [each.token, each.logprob, { [each.token]: each.logprob, ...Object.fromEntries(each.top_logprobs.map((other) => [other.token, other.logprob])) }]);
+  }
+  return (logprobs?.tokens ?? []).map((token, at) => [token, logprobs.token_logprobs[at], logprobs.top_logprobs[at]]);
+}
+
+function addTokens(tokens) {
   const output = $("output");
   const below = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
-  logprobs.tokens.forEach((token, at) => {
+  for (const [token, logprob, top] of tokens) {
     const span = element("span", {}, textOf(token));
-    span.style.setProperty("--p", Math.exp(logprobs.token_logprobs[at]).toFixed(4));
-    span.alternatives = { token, top: Object.entries(logprobs.top_logprobs[at]).sort((a, b) => b[1] - a[1]) };
-    output.append(span);
-  });
+    span.style.setProperty("--p", Math.exp(logprob).toFixed(4));
+    span.alternatives = { token, top: Object.entries(top).sort((a, b) => b[1] - a[1]) };
+    target.append(span);
+  }
   if (below) output.scrollTop = output.scrollHeight;
 }
 
 function addText(text) {
-  if (text) $("output").append(element("span", {}, text));
+  if (text) target.append(element("span", {}, text));
+}
+
+// Show the chat so far, and an empty place for the answer.
+function showTurns(asked) {
+  const shown = asked.map(({ role, content }) => {
+    const turn = element("div", { className: "turn" }, content);
+    turn.dataset.role = role;
+    return turn;
+  });
+  target = element("div", { className: "turn" });
+  target.dataset.role = "assistant";
+  $("output").replaceChildren(...shown, target);
+  $("output").scrollTop = $("output").scrollHeight;
+}
+
+function setMode(chat) {
+  if (running || Boolean(turns) === chat) return;
+  $("prompt").value ||= $("prompt").defaultValue;
+  const untouched = $("prompt").value === $("prompt").defaultValue;
+  turns = chat ? [] : null;
+  for (const [id, on] of [["chat", chat], ["complete", !chat]]) $(id).setAttribute("aria-selected", on);
+  $("told").hidden = $("fresh").hidden = !chat;
+  $("asked").textContent = chat ? "Message" : "Prompt";
+  $("generate").textContent = chat ? "Send" : "Generate";
+  $("output").replaceChildren();
+  delete $("output").dataset.prompt;
+  say("");
+  if (untouched) loadModels().catch((error) => say(error.message));
 }
 
 // The stream of completions; a runtime that knows no probabilities streams text alone.
 async function complete(body, signal) {
+  const path = body.messages ? "v1/chat/completions" : "v1/completions";
   try {
-    return await ask("v1/completions", { ...post(body), signal });
+    return await ask(path, { ...post(body), signal });
   } catch (error) {
     if (error.param !== "logprobs") throw error;
     delete body.logprobs;
-    return await ask("v1/completions", { ...post(body), signal });
+    delete body.top_logprobs;
+    return await ask(path, { ...post(body), signal });
   }
 }
 
@@ -157,31 +209,40 @@ async function generate() {
   show("…");
   try {
     if (!$("model").value) await loadModels();
-    $("output").replaceChildren();
     const { signal } = running;
     const body = await request(signal);
-    $("output").dataset.prompt = body.prompt; // Shown by the style sheet, since it is not part of the text.
+    if (body.messages) {
+      showTurns(body.messages);
+    } else {
+      target = $("output");
+      target.replaceChildren();
+      target.dataset.prompt = body.prompt; // Shown by the style sheet, since it is not part of the text.
+    }
     began = performance.now();
     const answer = await complete(body, signal);
     let reason = "…";
+    let said = "";
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message);
       for (const choice of event.choices) {
-        if (choice.logprobs?.tokens.length) {
-          first ||= performance.now();
-          tokens += choice.logprobs.tokens.length;
-          addTokens(choice.logprobs);
-        } else if (choice.text) {
-          first ||= performance.now();
-          tokens += 1; // A piece is a token or more; the usage at the end says how many.
-          addText(choice.text);
-        }
+        const scored = tokensOf(choice);
+        const text = choice.text ?? choice.delta.content ?? "";
+        said += text;
+        if (scored.length || text) first ||= performance.now();
+        if (scored.length) addTokens(scored);
+        else addText(text);
+        tokens += scored.length || Number(text !== ""); // A piece without scores is a token or more; the usage says how many.
         reason = choice.finish_reason ?? reason;
       }
       tokens = event.usage?.completion_tokens ?? tokens;
       show(reason);
     }
-    $("output").lastElementChild?.append(decoder.decode());
+    target.lastElementChild?.append(decoder.decode());
+    if (body.messages) {
+      turns.push(body.messages.at(-1), { role: "assistant", content: said });
+      $("prompt").value = "";
+      $("prompt").focus();
+    }
   } catch (error) {
     const stopped = error.name === "AbortError";
     $("ended").textContent = stopped ? "you" : "error";
@@ -233,7 +294,7 @@ function step(event) {
   if (event.key === "Escape") hideCard();
   if (!way) return;
   const chosen = $("output").querySelector(".chosen");
-  const next = chosen ? chosen[way] : $("output").firstElementChild;
+  const next = chosen ? chosen[way] : target?.firstElementChild;
   if (next?.alternatives) {
     next.scrollIntoView({ block: "nearest" });
     showCard(next);
@@ -249,6 +310,14 @@ $("form").addEventListener("submit", (event) => {
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
+});
+$("complete").addEventListener("click", () => setMode(false));
+$("chat").addEventListener("click", () => setMode(true));
+$("fresh").addEventListener("click", () => {
+  if (running) return;
+  turns = [];
+  $("output").replaceChildren();
+  $("prompt").focus();
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("key").addEventListener("change", () => loadModels().then(() => say(""), (error) => say(error.message)));

@@ -22,7 +22,7 @@ from benchmarks.suite.load.clock import WallClock
 from benchmarks.suite.selfcheck import selftest
 from benchmarks.suite.selfcheck.client_overhead import client_overhead, fake_process, lateness
 from benchmarks.suite.selfcheck.selftest import FIRST, STEP, Check, expected, schedules
-from benchmarks.suite.targets.base import Answer
+from benchmarks.suite.targets.base import Completion
 from serving.cli import run
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
@@ -86,7 +86,7 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
     assert run(["bench", "compare", str(output), str(again)]) == 0
     assert "too few repeats" in capfd.readouterr().out
     fails(["bench", "gate", str(output), "--baseline", str(again)], 2, "too few repeats to tell anything")
-    fails(["bench", "gate", str(output), "--baseline", str(again), "--allow", "nan"], 2, "'nan' is no number")
+    fails(["bench", "gate", str(output), "--baseline", str(again), "--allow", "nan"], 2, "'nan' is not a number")
     assert run(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=60000"]) == 0
     fails(["bench", "gate", str(output), "--budget", "p50_e2e_ms<=0.0001"], 1, "p50_e2e_ms is")
     slow = json.loads(output.read_text())
@@ -114,9 +114,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--slo-ttft", "nan", "--scenario", "single"], "'nan' is no number"),
+        (["--slo-ttft", "nan", "--scenario", "single"], "'nan' is not a number"),
         (["--slo-e2e", "-1", "--scenario", "single"], "--slo-e2e"),
-        (["--sweep-limit", "nan", "--scenario", "saturation"], "'nan' is no number"),
+        (["--sweep-limit", "nan", "--scenario", "saturation"], "'nan' is not a number"),
         (["--rate", "1e-300", "--scenario", "server"], "a higher rate"),
         (["--sweep-from", "1e-300", "--scenario", "saturation"], "a higher rate"),
         (["--resume"], "--output"),
@@ -214,7 +214,7 @@ def test_what_the_selftest_expects_is_what_comes_in_virtual_time():
             for index in range(request.new_tokens):
                 await asyncio.sleep(STEP if index else FIRST)
                 times.append(loop.now())
-            return Answer(tuple(times), times[-1])
+            return Completion(tuple(times), times[-1])
 
     objectives = Objectives(e2e=FIRST + 2.5 * STEP)
     for schedule in schedules():

@@ -108,7 +108,7 @@ def test_warm_up_is_cut_where_it_ends():
 
 def run_of(repeats, machine, random, factor=1.0):
     """Median and 99th percentile of each repeat: 300 gaps of 15 % spread, 3 in 100 stalled up to tenfold, times what
-    the machine is worth at the moment.
+    the machine is worth now.
     """
     found = []
     for speed in machine[:repeats]:

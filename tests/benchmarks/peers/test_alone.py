@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`, rehearsed on the processor: the record, going on with it, what is missing, the budget."""
+"""`python -m benchmarks.peers --rehearse`: the GPU's runtimes on the CPU, one after the other, within a budget."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.gpu import suite
-from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.contestants import CONTESTANTS
-from benchmarks.gpu.device import MemoryWatch, floor_ms
-from benchmarks.gpu.weights import main as weights
 from click.testing import CliRunner
 
 from benchmarks.common import hardware
+from benchmarks.peers import comparison
+from benchmarks.peers.__main__ import main
+from benchmarks.peers.gpu_device import MemoryWatch
+from benchmarks.peers.portable_bundle import main as weights
+from benchmarks.peers.runtimes import GPU
+from benchmarks.suite import static_batches
+from benchmarks.suite.figures.roofline import bound_seconds, step_bytes
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.errors import BundleError, GPT2BundleError, InputError
@@ -29,83 +31,79 @@ GRAPHS = ("ort/fp32", "onnx/portable")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small probes, and no server."""
+    """Small probes, no pauses, and no server."""
     monkeypatch.setattr(hardware, "_BYTES", 1 << 20)
     monkeypatch.setattr(hardware, "_SIDE", 64)
+    monkeypatch.setattr(static_batches, "_PAUSE", 0)
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "/nowhere/tensorflow_model_server")
 
 
-def hold(bundle: Path, output: Path, *options: str) -> dict:
-    arguments = [str(bundle), "--output", str(output), "--device", "cpu", "--quick", "--batch-sizes", "1,3", *options]
-    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+def measure(bundle: Path, output: Path, *names: str, more: tuple[str, ...] = ()) -> dict:
+    arguments = [str(bundle), "--output", str(output), "--rehearse", "--work", str(output.parent), "--repeats", "1"]
+    arguments += ["--prompt-tokens", "16", "--new-tokens", "8", "--batch-size", "1", "--batch-size", "3", "--resume"]
+    arguments += [part for name in names for part in ("--runtime", name)]
+    result = CliRunner().invoke(main, [*arguments, *more], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return json.loads(output.read_text())
 
 
-def test_contests_are_kept_gone_on_with_and_a_missing_runtime_is_said(built, tmp_path):
+def rows_of(record):
+    return {(row["target"], point["settings"]["requests"]): row for point in record["points"] for row in point["rows"]}
+
+
+def test_runtimes_are_kept_continued_and_a_missing_one_is_said(built, tmp_path):
     output = tmp_path / "record.json"
-    record = hold(built.bundle, output, "--contestants", "ort-fp32-portable", "--seconds", "0")
-    assert record["contests"] == []
-    assert [each["batch_size"] for each in record["skipped"]] == [1, 3]
-
-    record = hold(built.bundle, output, "--contestants", "ort-fp32-portable,ort-fp32-loop8-graphs,tf-serving")
-    assert record["skipped"] == []
-    missing, *_ = (each for each in record["contests"] if each["contestant"] == "tf-serving")
-    assert "TENSORFLOW_MODEL_SERVER" in missing["error"]
-    ours = [each for each in record["contests"] if each["contestant"] != "tf-serving"]
-    assert [each["batch_size"] for each in ours] == [1, 3, 1, 3]
-    for each in ours:
-        assert each["decode_tokens_per_second"] == pytest.approx(1e3 * each["batch_size"] / each["decode_ms"]["median"])
-        assert each["floor_ms"] > 0 and each["gpu_memory_bytes"] == {"peak": None, "whole_gpu": True}
-        assert each["tokens_steady"] and each["tokens_as_first"] and each["versions"]["onnxruntime"]
-
-    again = hold(built.bundle, output, "--contestants", "ort-fp32-portable")
-    assert [each for each in again["contests"] if each["contestant"] != "tf-serving"] == ours
-    assert len(again["sessions"]) == 3
-
-
-def rehearse(bundle: Path, output: Path, names: list[str]) -> None:
-    """Run contestants and see figures, and equal tokens at equal precision and batch size."""
-    record = hold(bundle, output, "--contestants", ",".join(names))
-    assert [each.get("error") for each in record["contests"]] == [None] * 2 * len(names)
-    for each in record["contests"]:
-        assert each["decode_ms"]["median"] >= 0 and each["prefill_ms"]["median"] > 0 and each["tokens_as_first"]
+    with pytest.raises(GPT2BundleError, match="nothing was measured on cpu"):
+        measure(built.bundle, output, "onnx/portable", more=("--seconds", "0"))
+    output.unlink()
+    record = measure(built.bundle, output, "onnx/portable", "ort-fp32-multi-step8-graphs", "tf-serving")
+    rows = rows_of(record)
+    assert "TENSORFLOW_MODEL_SERVER" in rows["tf-serving/fp32", 1]["errors"][0]
+    for name in ("onnx/portable", "ort-fp32-multi-step8-graphs"):
+        for size in (1, 3):
+            row = rows[name, size]
+            (step,), (rate,) = row["figures"]["step_ms"], row["figures"]["step_tokens_per_second"]
+            assert rate == pytest.approx(1e3 * size / step) and row["bound_inter_token_ms"] > 0
+            assert row["errors"] == [] and not any(row["differing_requests"].values())
+            assert row["gpu_memory_bytes"] is None
+    again = rows_of(measure(built.bundle, output, "onnx/portable"))
+    assert again == rows
 
 
 @pytest.mark.slow
-def test_tensorflow_and_what_stands_for_its_server_take_part(built, tmp_path, monkeypatch):
+def test_tensorflow_and_the_emulator_of_its_server_take_part(built, tmp_path, monkeypatch):
     server = tmp_path / "server"
     server.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.benchmarks.suite.model_server_emulator "$@"\n')
     server.chmod(0o755)
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", str(server))
-    output = tmp_path / "record.json"
-    rehearse(built.bundle, output, ["tensorflow", "tf-serving"])
-    served = json.loads(output.read_text())["contests"][-1]
-    assert served["contestant"] == "tf-serving" and "STAND-IN, not TensorFlow Serving" in served["notes"]
+    record = measure(built.bundle, tmp_path / "record.json", "savedmodel", "tf-serving")
+    rows = rows_of(record)
+    assert len(rows) == 4 and all(row["figures"]["prefill_ms"][0] > 0 for row in rows.values())
+    assert rows["tf-serving/fp32", 3]["emulator"] and not any(rows["tf-serving/fp32", 3]["differing_requests"].values())
 
 
 @pytest.mark.oracle
 def test_torch_takes_part_eager_and_compiled(built, tmp_path):
-    rehearse(built.bundle, tmp_path / "record.json", ["ort-fp32-portable", "torch-fp32", "torch-fp16-compiled"])
+    record = measure(built.bundle, tmp_path / "r.json", "onnx/portable", "torch/fp32", "torch-compiled")
+    assert all(row["errors"] == [] for row in rows_of(record).values())
 
 
 def test_what_the_command_line_gets_wrong_is_a_line_and_code_2(built, tmp_path):
     output = tmp_path / "record.json"
     output.write_text("{")
-    command = [sys.executable, "-m", "benchmarks.gpu", str(built.bundle), "--quick", "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks.peers", str(built.bundle), "--prompt-tokens", "4", "--new-tokens", "2"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be read as a record" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "not a record" in done.stderr
 
 
-def test_where_nothing_could_be_measured_the_code_says_so(built, tmp_path):
-    with pytest.raises(GPT2BundleError, match="nothing was measured on cpu"):
-        hold(built.bundle, tmp_path / "record.json", "--contestants", "tf-serving")
-
-
-def test_no_contestant_takes_the_time_of_all(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "_SHARE", 0.0)
-    record = hold(built.bundle, tmp_path / "record.json", "--contestants", "ort-fp32-portable,ort-fp32-loop8-graphs")
-    assert record["contests"] == [] and len(record["skipped"]) == 4
+def test_no_runtime_takes_the_time_of_all(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_SHARE", 1e-9)
+    with pytest.raises(GPT2BundleError, match="nothing was measured"):
+        measure(
+            built.bundle, tmp_path / "r.json", "onnx/portable", "ort-fp32-multi-step8-graphs", more=("--seconds", "60")
+        )
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["points"] == [] and len(record["not_measured"]) == 4
 
 
 def test_memory_is_the_processs_own_where_it_is_told_and_else_the_gpus(tmp_path, monkeypatch):
@@ -130,31 +128,29 @@ def test_memory_is_the_processs_own_where_it_is_told_and_else_the_gpus(tmp_path,
         measured.kill()
 
 
-def test_a_record_of_something_else_and_an_unknown_contestant_are_refused(built, tmp_path):
+def test_a_record_of_something_else_and_an_unknown_runtime_are_refused(built, tmp_path):
     output = tmp_path / "record.json"
-    output.write_text(json.dumps({"bundle": "other", "contests": [], "skipped": []}))
-    with pytest.raises(InputError, match="is of another bundle and model and setting"):
-        hold(built.bundle, output)
-    with pytest.raises(InputError, match="no contestant 'nobody'"):
-        hold(built.bundle, output, "--contestants", "nobody")
-    with pytest.raises(InputError, match="1 to 4096"):
-        hold(built.bundle, output, "--batch-sizes", "0")
+    measure(built.bundle, output, "onnx/portable")
+    with pytest.raises(InputError, match="of another bundle or other lengths"):
+        measure(built.bundle, output, more=("--new-tokens", "7"))
+    with pytest.raises(InputError, match="no such runtime; there are"):
+        measure(built.bundle, output, "nobody")
+    with pytest.raises(InputError, match="do not fit a context of 48"):
+        measure(built.bundle, output, more=("--prompt-tokens", "48"))
 
 
-def test_the_floor_is_the_longer_of_reading_and_arithmetic():
+def test_the_bound_is_the_longer_of_reading_and_arithmetic():
     model = geometry()
     width, layers = model.n_embd, model.n_layer
-    matrices = layers * (4 * width**2 + 2 * width * model.n_inner) + model.vocab_size * width
-    rates = {"read_bytes_per_second": 1e9, "fp16_flops_per_second": 1e30}
-    found = floor_ms(model, "fp16", "fp16", 4, 10, rates)
-    assert found["step_bytes"] == 2 * matrices + 2 * 2 * layers * 4 * 10 * width
-    assert found["floor_ms"] == pytest.approx(found["step_bytes"] / 1e6)
-    found = floor_ms(model, "fp16", "fp16", 4, 10, rates | {"fp16_flops_per_second": 1e3})
-    assert found["floor_ms"] == pytest.approx(found["step_flops"])
-    assert floor_ms(model, "fp16", "fp16", 4, 10, None)["floor_ms"] is None
-    # 32-bit weights with 16-bit caches, as in the loop.
-    assert floor_ms(model, "fp32", "fp16", 4, 10, rates)["step_bytes"] == 4 * matrices + 2 * 2 * layers * 4 * 10 * width
-    assert all(each.cache == "fp16" for name, each in CONTESTANTS.items() if "-loop" in name)
+    matrices = model.parameters - model.n_positions * width
+    cache = 2 * layers * 4 * 10 * width
+    assert step_bytes(model, "fp16", 4, 10) == 2 * matrices + 2 * cache
+    # 32-bit weights with a 16-bit KV cache, as in multi-step decode on CUDA.
+    assert step_bytes(model, "fp32", 4, 10, "fp16") == 4 * matrices + 2 * cache
+    assert all(each.cache == "fp16" for each in GPU if "multi-step" in each.name)
+    assert bound_seconds(1e9, 1e6, "fp16", 1e9, {"fp16": 1e30}) == 1e-3
+    assert bound_seconds(1e9, 1e6, "fp16", 1e9, {"fp16": 1e9}) == 1.0
+    assert bound_seconds(1e9, 1e6, "int8", 1e9, 1e3) == 1e-3, "the rate of float32 products bounds no other precision"
 
 
 def test_a_stripped_bundle_is_filled_with_the_weights_that_its_manifest_names(tmp_path, built):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving.peer_files import vocabulary, write_folder
-from benchmarks.serving.peers import Peer, contest, peers
+from benchmarks.serving.peers import Peer, compare, peers
 
 # Answers everything with three plain events, whose text is no error although it says so, and no [DONE].
 _SERVER = """
@@ -37,13 +37,13 @@ def test_servers_take_turns_and_one_that_does_not_start_is_named(tmp_path: Path)
         Peer("here", [sys.executable, "-c", _SERVER, "{port}"], "/health", _PLAIN, ""),
         Peer("gone", [sys.executable, "-c", "raise SystemExit('no such model')"], "/health", _PLAIN, ""),
     ]
-    record = contest(found, [1, 2], 0.2, 1, ["--prompt-tokens", "8", "--new-tokens", "6"], tmp_path)
-    assert [(turn["server"], turn["clients"]) for turn in record["turns"]] == [("here", 1), ("here", 2)]
-    for turn in record["turns"]:
-        complete = turn["outcomes"]["complete"]
-        assert set(turn["outcomes"]) == {"complete", "hung"} and complete > 0
+    record = compare(found, [1, 2], 0.2, 1, ["--prompt-tokens", "8", "--new-tokens", "6"], tmp_path)
+    assert [(done["server"], done["clients"]) for done in record["rounds"]] == [("here", 1), ("here", 2)]
+    for done in record["rounds"]:
+        complete = done["outcomes"]["complete"]
+        assert set(done["outcomes"]) == {"complete", "hung"} and complete > 0
         # Three events of a text of full length are its six tokens.
-        assert turn["tokens"] == pytest.approx(6 * complete)
+        assert done["tokens"] == pytest.approx(6 * complete)
     assert list(record["failed"]) == ["gone"]
     assert "no such model" in (tmp_path / "gone.log").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The driver in virtual time, where every moment can be said beforehand."""
+"""The driver in virtual time, where every timestamp can be said beforehand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.suite.driver import play
 from benchmarks.suite.load.clock import WallClock
 from benchmarks.suite.load.schedule import Lengths, Planner
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
 FIXED = Lengths(4, 4)
@@ -46,7 +46,7 @@ class Scheduled:
             for _ in range((self.tokens or request.new_tokens) - 1):
                 await asyncio.sleep(self.step)
                 times.append(CLOCK.now())
-            return Answer(tuple(times), times[-1], started=started)
+            return Completion(tuple(times), times[-1], started=started)
 
 
 def drive(schedule, timeout=300.0, **settings):
@@ -104,8 +104,8 @@ async def _sleep(seconds):
 
 def test_the_wall_clock_does_not_wake_early():
     async def work():
-        moment = time.monotonic() + 0.02
-        await WallClock().until(moment)
-        return time.monotonic() - moment
+        timestamp = time.monotonic() + 0.02
+        await WallClock().until(timestamp)
+        return time.monotonic() - timestamp
 
     assert asyncio.run(work()) >= 0

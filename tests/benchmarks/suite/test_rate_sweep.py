@@ -16,7 +16,7 @@ from benchmarks.suite.report.markdown import to_markdown
 from benchmarks.suite.report.tables import to_csv
 from benchmarks.suite.resume import SUSTAINED
 from benchmarks.suite.run import measure
-from benchmarks.suite.targets.base import Answer, TargetError
+from benchmarks.suite.targets.base import Completion, TargetError
 from serving.errors import InputError
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
@@ -51,7 +51,7 @@ class Queue:
             for _ in range(request.new_tokens):
                 await asyncio.sleep(self.seconds / request.new_tokens)
                 times.append(CLOCK.now())
-        return Answer(tuple(times), times[-1], started=started, tokens=(1,) * request.new_tokens)
+        return Completion(tuple(times), times[-1], started=started, tokens=(1,) * request.new_tokens)
 
 
 def rates(arrivals="constant", **settings):
@@ -121,8 +121,8 @@ def test_time_and_failures_end_a_sweep():
 
 def test_a_rate_is_what_it_says_and_played_alike(tmp_path):
     for schedule in rates("gamma", seconds=8.0):
-        moments = [request.at for request in schedule.requests]
-        assert (len(moments) - 1) / (moments[-1] - moments[0]) == pytest.approx(schedule.settings["rate"])
+        timestamps = [request.at for request in schedule.requests]
+        assert (len(timestamps) - 1) / (timestamps[-1] - timestamps[0]) == pytest.approx(schedule.settings["rate"])
     with pytest.raises(InputError, match="its factor is above 1"):
         rates(factor=1.0)
 
@@ -145,10 +145,10 @@ def test_neighbouring_rates_have_no_winner():
 def test_growth_of_the_latency_is_what_is_missing():
     """Ten a second for 3.9 s and an end that moves from 1 to 2.95 s: 40 answers in 4 + (2.7 - 1.2) * 4/3 s."""
     (schedule,) = rates(start=10, rates=1)
-    moments = [request.at for request in schedule.requests]
+    timestamps = [request.at for request in schedule.requests]
     responses = [
         Response(index=index, scheduled=at, sent=at, finished=at + 1 + at / 2, token_times=(at + 1,), prompt_tokens=4)
-        for index, at in enumerate(moments)
+        for index, at in enumerate(timestamps)
     ]
     found = pace(schedule, responses[::-1], Objectives())
     assert (found.offered, found.good, found.keeps_up) == (pytest.approx(10), 1, False)

@@ -18,7 +18,7 @@ from benchmarks.suite.report.markdown import to_markdown
 from benchmarks.suite.report.tables import to_csv
 from benchmarks.suite.resume import Earlier
 from benchmarks.suite.run import measure
-from benchmarks.suite.targets.base import Answer
+from benchmarks.suite.targets.base import Completion
 from serving.errors import InputError, RuntimeMissingError
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
 
@@ -48,7 +48,7 @@ class Known:
             noise = 1 + self.random.uniform(-0.01, 0.01)
             await asyncio.sleep((0.02 if index else 0.1) * self.slower * noise)
             times.append(CLOCK.now())
-        return Answer(tuple(times), times[-1], started=started, tokens=(self.token,) * request.new_tokens)
+        return Completion(tuple(times), times[-1], started=started, tokens=(self.token,) * request.new_tokens)
 
 
 def record(*targets, repeats=7):
@@ -121,7 +121,7 @@ def test_a_run_that_was_ended_goes_on_with_what_is_whole():
         with pytest.raises(InputError, match=words):
             measured(target, earlier=Earlier(kept[2]), **change)
     elsewhere = kept[2] | {"environment": kept[2]["environment"] | {"cpu": "another", "versions": {}}}
-    with pytest.raises(InputError, match="other machine and versions; delete it, or pass no --resume"):
+    with pytest.raises(InputError, match="other machine and versions; delete it, or leave out --resume"):
         measured(Known("a"), earlier=Earlier(elsewhere))
 
 

@@ -17,7 +17,7 @@ from benchmarks.suite.figures.record_rows import peak_rss
 from benchmarks.suite.load.events import differing
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.targets import started_tf_serving
-from benchmarks.suite.targets.generate import GenerateTarget, moments_of, split_model
+from benchmarks.suite.targets.generate import GenerateTarget, split_model, timestamps_of
 from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 from serving.bundle import open_bundle
 from serving.errors import InputError, RuntimeMissingError, ServerError
@@ -283,10 +283,10 @@ def test_triton_streams_text_and_its_tokens_are_counted_as_it_says(bundle, sched
 
 
 def test_pieces_that_are_fewer_than_tokens_share_only_where_the_server_says_that_all_were_made():
-    assert moments_of([1.0, 2.0], [1, 2], None, 3, 9.0) == ([1.0, 2.0, 2.0], True)
-    assert moments_of([1.0, 2.0], [], None, 2, 9.0) == ([1.0, 2.0], True)
-    assert moments_of([1.0, 2.0], [], "length", 4, 9.0) == ([1.0, 1.0, 2.0, 2.0], False)
-    assert moments_of([1.0, 2.0], [], "stop", 4, 9.0) == ([1.0, 2.0], False)
+    assert timestamps_of([1.0, 2.0], [1, 2], None, 3, 9.0) == ([1.0, 2.0, 2.0], True)
+    assert timestamps_of([1.0, 2.0], [], None, 2, 9.0) == ([1.0, 2.0], True)
+    assert timestamps_of([1.0, 2.0], [], "length", 4, 9.0) == ([1.0, 1.0, 2.0, 2.0], False)
+    assert timestamps_of([1.0, 2.0], [], "stop", 4, 9.0) == ([1.0, 2.0], False)
     assert split_model("http://h:1/m") == ("http://h:1", "m") and split_model("h:1") == ("h:1", None)
     assert GenerateTarget.precision is None
 

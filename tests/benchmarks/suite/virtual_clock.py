@@ -16,8 +16,8 @@ class LoopClock:
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    async def until(self, moment: float) -> None:
-        await asyncio.sleep(max(0.0, moment - self.now()))
+    async def until(self, timestamp: float) -> None:
+        await asyncio.sleep(max(0.0, timestamp - self.now()))
 
 
 def run_virtual(work: Coroutine[Any, Any, _T]) -> _T:

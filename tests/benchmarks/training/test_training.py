@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from benchmarks.training.__main__ import WARM_UP, summary, table
-from benchmarks.training.contestants import CASES
-from benchmarks.training.job import Job, batches, rate, validation_rows
+from benchmarks.training.job import TrainingJob, batches, rate, validation_rows
+from benchmarks.training.trainers import CASES
 from builder.data.packed_batches import RowSampler
 from builder.recipe import TrainingRecipe
 from builder.training.optimizers import make_schedule
 
 
-def job(folder: Path, **changes: object) -> Job:
-    made = Job(str(folder), "", 300, 16, 8, 1, 1, 3, 16, 40, True)
+def job(folder: Path, **changes: object) -> TrainingJob:
+    made = TrainingJob(str(folder), "", 300, 16, 8, 1, 1, 3, 16, 40, True)
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -47,13 +47,13 @@ def test_peers_get_our_learning_rates(tmp_path: Path) -> None:
 
 def test_a_job_survives_its_file(tmp_path: Path) -> None:
     made = job(tmp_path, seed=7)
-    assert Job.read(made.write(tmp_path / "jobs" / "a.json")) == made
+    assert TrainingJob.read(made.write(tmp_path / "jobs" / "a.json")) == made
 
 
 def test_the_record_leaves_out_the_warm_up_and_compares_within_rounds() -> None:
     def sample(turn: int, name: str, seconds: float) -> dict[str, object]:
         steps = [100.0] * WARM_UP + [seconds] * 4
-        return {"case": "gpt2", "round": turn, "contestant": name, "seconds": steps, "validation_loss": None,
+        return {"case": "gpt2", "round": turn, "trainer": name, "seconds": steps, "validation_loss": None,
                 "versions": {"torch": "1"}}  # fmt: skip
 
     samples = [sample(turn, "gpt2-bundle XLA", 1.0 + turn) for turn in range(2)]
@@ -61,7 +61,7 @@ def test_the_record_leaves_out_the_warm_up_and_compares_within_rounds() -> None:
     loss = {**sample(0, "torch eager", 1.0), "case": "loss", "validation_loss": 2.5}
     record = summary([*samples, loss])
     ours, torch = record["rows"]
-    assert ours["contestant"] == "gpt2-bundle XLA" and ours["ratio"] == 1.0
+    assert ours["trainer"] == "gpt2-bundle XLA" and ours["ratio"] == 1.0
     assert torch["ratio"] == 2.0 and torch["first_step_seconds"] == 100.0
     tokens = CASES["gpt2"].batch_size * CASES["gpt2"].sequence_length
     assert torch["tokens_per_second"] == pytest.approx(tokens / 3.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -341,6 +342,8 @@ def test_preparation_counts_what_the_loss_counts(tmp_path: Path) -> None:
     assert "What the loss counts, validation" in (tmp_path / "p/report.html").read_text()
     config = json.loads((tmp_path / "p/tokenizer/tokenizer_config.json").read_text())
     assert "### Response:" in config["chat_template"]
+    messages = json.loads((tmp_path / "p/prepare.json").read_text())["example_messages"]
+    assert messages and all(re.fullmatch(r"Count to \d+ please\.", message) for message in messages)
 
 
 def test_functions_of_the_standard_library() -> None:

@@ -143,8 +143,8 @@ def test_the_worst_case_against_the_rest_timeout(real_bundle: Path) -> None:
 def test_the_timeout_is_an_option(real_bundle: Path, fails: Fails) -> None:
     command = ["lint", str(real_bundle), "--ms-per-token", "100"]
     assert run([*command, "--rest-timeout", "1"]) == 0, "a warning fails nothing"
-    fails([*command, "--rest-timeout", "nan"], 2, "'nan' is no number")
-    fails([*command, "--ms-per-token", "inf"], 2, "'inf' is no number")
+    fails([*command, "--rest-timeout", "nan"], 2, "'nan' is not a number")
+    fails([*command, "--ms-per-token", "inf"], 2, "'inf' is not a number")
     fails([*command, "--rest-timeout", "0.05"], 1, "one token takes 0.1 s, over the REST timeout of 0.05 s")
 
 

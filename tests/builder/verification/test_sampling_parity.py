@@ -48,8 +48,8 @@ class Choosing:
         found = [
             int(line.argmax()) if temperature == 0 else draw_token(line, temperature, int(top_k), *rest)
             for line, temperature, top_k, *rest in zip(
-                request.edits.apply(self.logits(state), rows), request.temperature, request.top_k, request.top_p,
-                request.min_p, request.draw, strict=True,
+                request.edits.apply(self.logits(state), rows), request.temperature, request.top_k,
+                request.top_p, request.min_p, request.draw, strict=True,
             )
         ]  # fmt: skip
         wrong = np.array([row in self.errs for row in state.rows])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.bundle.examples import example_prompts, shell_quoted
+from serving.bundle.examples import example_messages, example_prompts, generate_arguments, shell_quoted
 from serving.support.json_line import json_line
 
 
@@ -20,6 +20,9 @@ def test_a_bundle_names_its_own_prompts(tmp_path: Path) -> None:
         assert example_prompts(tmp_path) == ["Return the"], content
     (tmp_path / "golden.json").write_text(json.dumps({"examples": ["话说天下", "two"]}))
     assert example_prompts(tmp_path) == ["话说天下", "two"]
+    assert example_messages(tmp_path) == [] and generate_arguments(tmp_path) == "'话说天下'"
+    (tmp_path / "golden.json").write_text(json.dumps({"examples": ["User:\nHi"], "example_messages": ["Who's there?"]}))
+    assert generate_arguments(tmp_path) == "--chat " + shell_quoted("Who's there?")
 
 
 @pytest.mark.parametrize("text", ["话说天下", "it's", "a\nb\tc", "$(rm) `x` \\", "\x1b[31mred"])

@@ -116,5 +116,5 @@ def test_a_stream_that_is_left_frees_its_slot(url: str, engine: DoubleEngine) ->
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1", ":8500", "127.0.0.1:0", "127.0.0.1:x", "dns:///"])
 def test_what_is_no_grpc_address_is_refused(address: str) -> None:
-    with pytest.raises(InputError, match="is no address of a gRPC server; write it as"):
+    with pytest.raises(InputError, match="is not an address of a gRPC server; write it as"):
         GrpcTransport(address, "tiny")

@@ -184,7 +184,7 @@ def test_a_prompt_that_nobody_waits_for_any_more_gives_its_slot_back(
     monkeypatch.setattr(server, "run", cancels)
     client = connect(server, "grpc", timeout=0.3, retries=0, eos_token_id=256)
     server.lost = [1.0]
-    with pytest.raises(ServerError, match="the call goes on"):
+    with pytest.raises(ServerError, match="the call continues"):
         list(client.stream(["ab", "cd"], SAMPLED, tokenizer(real_bundle)))
     for thread in list(outliving_calls._under_way):
         thread.join()

@@ -168,7 +168,7 @@ def test_a_call_over_slots_outlives_its_caller(server: StandIn) -> None:
     server.cancelled.clear()
     server.delay = 0.5
     began = time.monotonic()
-    with pytest.raises(ServerError, match="the call goes on") as caught:
+    with pytest.raises(ServerError, match="the call continues") as caught:
         connect(server, "grpc", timeout=0.1, retries=0).repeat("score", prompt())
     assert caught.value.code == "DEADLINE_EXCEEDED" and time.monotonic() - began < 0.4
     for thread in list(outliving_calls._under_way):
@@ -245,7 +245,7 @@ def test_a_server_that_is_not_there(fails: Fails) -> None:
             threading.Thread(target=_answer, args=(listening, answer)).start()
             fails([*command, "--url", place], 1, words)
     fails(command, 2, "name one server")
-    fails([*command, "--url", "localhost:8501"], 2, "no address of a server")
+    fails([*command, "--url", "localhost:8501"], 2, "not an address of a server")
     fails(["client", "predict", "{", "--url", "http://x", "--model", "m"], 2, "not JSON")
 
 

@@ -42,7 +42,7 @@ def test_a_batch_is_answered_and_the_same_command_adds_nothing(
 ) -> None:
     requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_requests(requests, 40)
-    arguments = ["batch", str(real_bundle), str(requests), str(answers), "--slots", "4"]
+    arguments = ["batch", str(real_bundle), str(requests), str(answers), "--max-num-seqs", "4"]
     assert run(arguments) == 0
     assert "40 answers, 40 of them new, 0 errors" in capfd.readouterr().out
     once = texts(answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -15,7 +16,8 @@ from serving.backends import loader
 from serving.bundle import Bundle, open_bundle
 from serving.cli import run
 from serving.errors import InputError, RuntimeMissingError
-from tests.closed_form import ClosedFormBackend, byte_tokenizer, greedy
+from tests.closed_form import END, ClosedFormBackend, byte_tokenizer, chat_files, greedy, write_bundle
+from tests.tiny_build import Fails
 
 TOKENIZER = byte_tokenizer()
 
@@ -52,6 +54,32 @@ def test_text_and_json_agree(
     assert table["finish_reason"] == "length" and table["runtime"] == "onnx" and table["prompt_tokens"] == 2
     assert table["tokens_per_second"] > 0
     assert asked == [("onnx", None), ("onnx", "ort/fp32")]
+
+
+def test_a_chat_is_rendered_and_ends_at_its_turns_end(
+    tmp_path: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
+    write_bundle(tmp_path / "chat", extra=chat_files(template))
+    command = ["generate", str(tmp_path / "chat"), "hi", "--chat", "--system", "Be.", "--max-new-tokens", "9", "--json"]
+    assert run(command) == 0
+    table = json.loads(capsys.readouterr().out)
+    prompt = TOKENIZER.encode(f"<system>Be.{END}<user>hi{END}<assistant>").ids
+    assert table["token_ids"] == greedy(prompt, 9, 257) and table["prompt_tokens"] == len(prompt)
+
+
+def test_a_chat_takes_a_template(
+    bundle_folder: Path, tmp_path: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", str(bundle_folder), "hi", "--chat"]) == 2
+    assert "no chat template; leave --chat out" in capsys.readouterr().err
+    assert run(["generate", str(bundle_folder), "hi", "--system", "x"]) == 2
+    assert "give --chat too" in capsys.readouterr().err
+    write_bundle(tmp_path / "chat", extra=chat_files("{{ raise_exception('no\x1b[31m talk') }}"))
+    assert run(["generate", str(tmp_path / "chat"), "hi", "--chat"]) == 2
+    said = capsys.readouterr().err
+    assert "refuses these messages: no" in said and "\x1b" not in said and len(said.splitlines()) == 1
+    assert asked == []
 
 
 def test_stop_strings_end_it(
@@ -219,3 +247,62 @@ def test_a_runtime_that_is_not_there(
     monkeypatch.setitem(sys.modules, "serving.backends.onnx", types.SimpleNamespace(OnnxBackend=missing))
     with pytest.raises(RuntimeMissingError, match=message):
         loader.load_backend(open_bundle(bundle_folder), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--regex", "[a-f]{3}-[0-9]{2}"], "[a-f]{3}-[0-9]{2}"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+        (["--json-schema", '{"type": "integer", "minimum": 10, "maximum": 20}'], "1[0-9]|20"),
+    ],
+)
+def test_a_text_of_a_given_form(
+    bundle_folder: Path,
+    asked: list[tuple[str, str | None]],
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    pattern: str,
+) -> None:
+    common = ["generate", str(bundle_folder), "hi", "--temperature", "1", *options]
+    for seed in range(4):
+        assert run([*common, "--seed", str(seed), "--json"]) == 0
+        table = json.loads(capsys.readouterr().out)
+        assert re.fullmatch(pattern, table["text"]) and table["finish_reason"] == "stop"
+    assert run([*common, "--seed", "3"]) == 0
+    assert capsys.readouterr().out == table["text"] + "\n"
+    assert run([*common, "--json", "--max-new-tokens", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "length"
+
+
+def test_a_schema_in_a_file(
+    bundle_folder: Path, tmp_path: Path, asked: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["é", "ö"]}', encoding="utf-8")
+    assert run(["generate", str(bundle_folder), "hi", "--json-schema", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out) in ("é", "ö")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--regex", "a", "--choice", "b"], ["--regex and --choice", "leave one out"]),
+        (["--regex", "(["], ["--regex", "regex parse error"]),
+        (["--json-schema", "no/such/file"], ["--json-schema", "no/such/file", "No such file"]),
+        (["--json-schema", '{"type": "banana"}'], ["--json-schema", "banana"]),
+        (["--choice", ""], ["--choice", "empty"]),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_one_line(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], fails: Fails, options: list[str], words: list[str]
+) -> None:
+    fails(["generate", str(bundle_folder), "hi", *options], 2, *words)
+    assert not asked
+
+
+def test_a_form_without_its_library_says_what_to_install(
+    bundle_folder: Path, asked: list[tuple[str, str | None]], fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    fails(["generate", str(bundle_folder), "hi", "--regex", "a"], 1, "pip install 'gpt2-bundle[guided]'")

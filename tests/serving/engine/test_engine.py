@@ -209,7 +209,7 @@ def test_what_can_never_be_served_is_refused_at_once() -> None:
         ([257], {}, "the prompt has the token id 257"),
         ([1], {"logit_bias": {300: 1.0}}, "the logit_bias of the prompt has the token id 300"),
         ([1], {"stop_token_ids": [300]}, "the stop_token_ids of the prompt has the token id 300"),
-        ([1], {"n": 3}, "n is 3, but only 2 continuations"),
+        ([1], {"n": 3}, "n is 3, but this server decodes 2 sequences"),
     ]:
         with pytest.raises(InputError, match=message):
             engine.submit(prompt, **fields)
@@ -222,10 +222,11 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     with pytest.raises(QueueFullError, match="5 requests are waiting") as caught:
         engine.submit([9])
     assert caught.value.retry_after == 1 and engine.engine.stats().waiting_requests == 5
+    heard.append(engine.submit([10], max_new_tokens=1, joins_call=True)[0])
     for _ in range(4):
         engine.engine.step()
         engine.now += 1
-    assert engine.engine.stats().waiting_requests == 3
+    assert engine.engine.stats().waiting_requests == 4
     with pytest.raises(QueueFullError) as caught:
         engine.submit([9])
     assert 1 <= caught.value.retry_after <= 60

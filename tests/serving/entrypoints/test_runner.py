@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -179,6 +180,44 @@ def test_a_new_version_is_found_by_itself(tmp_path: Path) -> None:
             time.sleep(0.02)
         server.terminate()
         assert server.wait(10) == 0
+
+
+def test_pipes_among_the_versions_do_not_hold_up_the_watch(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "1", "tiny")
+    with process(tmp_path, 0, 5) as (server, url):
+        (tmp_path / "2").mkdir()
+        os.mkfifo(tmp_path / "2" / "manifest.json")
+        write_bundle(tmp_path / "3", "tiny")
+        weights = tmp_path / "3" / "ort/fp32/model.onnx_data"
+        weights.unlink()
+        os.mkfifo(weights)
+        os.mkfifo(tmp_path / "4")
+        time.sleep(0.5)
+        assert post(url)[0] == 200
+        write_bundle(tmp_path / "5", "tiny")
+        deadline = time.monotonic() + 20
+        while '"v5-' not in post(url)[1]:
+            assert time.monotonic() < deadline, "the watch stands still"
+            time.sleep(0.02)
+        server.terminate()
+        assert server.wait(20) == 0
+        assert server.stderr is not None
+        log = server.stderr.read()
+    assert log.count("refused") == 1 and "not a plain file" in log and "Traceback" not in log
+
+
+def test_localhost_is_both_loopback_addresses() -> None:
+    address = Address(port=0)
+    with address.bind() as listener:
+        port = listener.getsockname()[1]
+        assert address.url(listener) == f"http://127.0.0.1:{port}"
+        (beside,) = address.beside(listener)
+        with beside, socket.create_connection(("::1", port), 5), socket.create_connection(("127.0.0.1", port), 5):
+            assert beside.getsockname()[:2] == ("::1", port)
+            assert address.beside(listener) == [], "taken by somebody else"
+        assert Address("127.0.0.1").beside(listener) == [] == Address("::1").beside(listener)
+    with Address("::1", 0).bind() as listener:
+        assert Address("::1", 0).url(listener) == f"http://[::1]:{listener.getsockname()[1]}"
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:

@@ -14,7 +14,7 @@ from serving.bundle import Bundle, open_bundle
 from serving.errors import InputError, RuntimeMissingError
 from serving.generation import Generation, generate, token_selection
 from serving.generation.token_selection import DeviceSteps, HostSteps
-from serving.sampling import SamplingParams
+from serving.sampling import SamplingParams, SamplingRows
 from serving.sampling.penalties import History
 
 END = 256
@@ -98,7 +98,7 @@ def test_the_chosen_tokens_are_the_next_input_in_place(backend: Any) -> None:
     """What was chosen needs no upload: the buffer it lies in is the next step's input, until someone feeds another."""
     edits = History(PROMPTS, [SamplingParams()] * 4).edits
     one, none = np.ones(4, np.float32), np.zeros(4, np.float32)
-    request = Request(none, np.zeros(4, np.int64), one, none, none, edits, 1)
+    request = Request(SamplingRows(none, np.zeros(4, np.int64), one, none), none, edits, 1)
     state = backend.open(PROMPTS, 40)
     tokens = backend.choose(state, request).tokens
     uploads: list[str] = []

@@ -13,9 +13,10 @@ from starlette.testclient import TestClient
 
 from serving.entrypoints.http_app import build_app
 from serving.protocols.open_inference import schema as v2
-from serving.protocols.openai import schema
+from serving.protocols.openai import chat_schema, schema
 from serving.protocols.openapi import examples
 from serving.server.settings import Settings
+from tests.closed_form import chat_files
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.protocols.open_inference.double_server import all_routes
 
@@ -28,12 +29,13 @@ FIELDS = [*schema.CompletionRequest.model_fields, "instances", "inputs", "signat
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     engine = DoubleEngine()
-    registry = registry_of(engine, tmp_path_factory.mktemp("openapi") / "tiny")
+    extra = chat_files("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}")
+    registry = registry_of(engine, tmp_path_factory.mktemp("openapi") / "tiny", extra=extra)
     settings = Settings()
     app = build_app(registry, settings, all_routes(registry, settings))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
-    engine.close()
+    registry.get("tiny").close()
 
 
 def test_every_route_is_described_and_every_reference_resolves(client: TestClient) -> None:
@@ -61,13 +63,14 @@ def test_every_route_is_described_and_every_reference_resolves(client: TestClien
     assert found and all(name.rpartition("/")[2] in document["components"]["schemas"] for name in found)
 
 
-EXAMPLES = examples("Return the")
+EXAMPLES = examples("Return the", "Hello")
 
 
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_examples_and_their_answers_fit_the_schemas(client: TestClient, key: str) -> None:
     answers: dict[str, Any] = {
         "/v1/completions": schema.Completion,
+        "/v1/chat/completions": chat_schema.ChatCompletion,
         "/tokenize": schema.Tokens,
         "/detokenize": schema.Text,
     }
@@ -123,3 +126,21 @@ def test_no_body_ends_in_an_internal_error(client: TestClient) -> None:
         assert answer.status_code in (200, 400, 404), (path, data, answer.text)
         assert answer.status_code == 200 or answer.json()["error"], (path, data)
     assert seen[400] > SEEDS / 4 and seen[200] > 5
+
+
+def test_no_chat_ends_in_an_internal_error(client: TestClient) -> None:
+    source = random.Random(18)
+    seen: dict[int, int] = {}
+    for _ in range(SEEDS // 2):
+        part: dict[str, Any] = {"type": "text", "text": "a"}
+        message: dict[str, Any] = {"role": "user", "content": [part]}
+        body: dict[str, Any] = {"messages": [message], "max_tokens": 2}
+        for table in source.choices([part, message, body], k=source.randrange(3)):
+            names = {**(chat_schema.ChatRequest.model_fields if table is body else {}), **table, "name": 0}
+            table[source.choice(list(names))] = source.choice(VALUES)
+        path = source.choice(["/v1/chat/completions", "/tokenize"])
+        data = json.dumps(body).encode()
+        answer = client.post(path, content=data, headers={"Content-Type": "application/json"})
+        seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
+        assert answer.status_code in (200, 400, 404), (path, data, answer.text)
+    assert seen[400] > 20 and seen[200] > 20, seen

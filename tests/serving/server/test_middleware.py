@@ -7,7 +7,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -16,15 +17,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from serving.engine.api import RequestRecord
+from serving.engine.api import GenerationRequest, Handle, Listener, RequestRecord
 from serving.entrypoints.http_app import build_app
 from serving.entrypoints.logging_setup import JsonFormatter, TextFormatter
 from serving.errors import InputError
+from serving.protocols.openai import routes
 from serving.server.auth import Keys, RateLimiter, read_keys
 from serving.server.errors import RateLimitError, UnauthenticatedError
 from serving.server.metrics import WARM_UP, EngineMetrics
 from serving.server.registry import State
 from serving.server.settings import Settings
+from tests.closed_form import byte_tokenizer, greedy
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.live_server import running
 
@@ -192,6 +195,52 @@ def test_cors_is_off_unless_an_origin_is_named(engine: DoubleEngine, tmp_path: P
         assert refused.headers["access-control-allow-origin"] == "https://page.example"
         other = client.get("/v1/models", headers={"Origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_what_reading_and_building_take_counts_in_the_requests_time(
+    engine: DoubleEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, limits = engine.submit, []
+
+    def slow(request: GenerationRequest, listener: Listener) -> Handle:
+        limits.append(request.timeout)
+        time.sleep(0.2)
+        return submit(request, listener)
+
+    monkeypatch.setattr(engine, "submit", slow)
+    monkeypatch.setattr(routes, "read_prompts", _after(0.3, routes.read_prompts))
+    with TestClient(app_of(engine, tmp_path, request_timeout=10.0)) as client:
+        assert client.post("/v1/completions", json={**BODY, "prompt": ["a", "b", "c"]}).status_code == 200
+    assert limits[0] < 9.71 and limits[1] < limits[0] - 0.19 and limits[2] < limits[1] - 0.19
+
+
+def _after(seconds: float, work: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+    async def later(*arguments: object, **named: object) -> object:
+        time.sleep(seconds)
+        return await work(*arguments, **named)
+
+    return later
+
+
+def test_a_call_of_many_prompts_waits_as_one_where_nobody_else_does(engine: DoubleEngine, tmp_path: Path) -> None:
+    body = {"prompt": [[65, number % 200] for number in range(150)], "max_tokens": 2, "temperature": 0}
+    with running(app_of(engine, tmp_path, max_prompts=150)) as url, ThreadPoolExecutor() as pool:
+        engine.paused.set()
+        whole = pool.submit(httpx.post, f"{url}/v1/completions", json=body)
+        while engine.stats().waiting_requests < 100:
+            time.sleep(0.01)
+        # Longer than the queue of 2: whoever comes now is refused, a call of many prompts as well as one of one.
+        refused = [httpx.post(f"{url}/v1/completions", json={**body, "prompt": prompt}) for prompt in ("a", ["a"] * 9)]
+        engine.paused.clear()
+        answer = whole.result(60)
+    assert [each.status_code for each in refused] == [429, 429]
+    texts = [choice["text"] for choice in answer.json()["choices"]]
+    assert texts == [byte_tokenizer().decode(greedy(prompt, 2, 257)) for prompt in body["prompt"]]
+    too_many = {**body, "prompt": ["a"] * 151}
+    with running(app_of(engine, tmp_path, max_prompts=150)) as url:
+        assert "at most 150" in httpx.post(f"{url}/v1/completions", json=too_many).json()["error"]["message"]
+        many = httpx.post(f"{url}/v1/completions", json={**body, "n": 100}).json()["error"]
+    assert "over 4096 choices" in many["message"] and many["param"] == "n"
 
 
 def test_a_full_queue_is_a_429_and_what_was_accepted_is_answered(engine: DoubleEngine, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from serving.entrypoints.http_app import build_app
 from serving.server.playground import PATHS
 from serving.server.settings import Settings
-from tests.closed_form import byte_tokenizer, greedy
+from tests.closed_form import byte_tokenizer, chat_files, greedy
 from tests.serving.chromium import CHROMIUM, Browser, browser
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.live_server import running
@@ -95,6 +95,48 @@ def test_a_browser_generates_stops_and_shows_probabilities(url: str, tmp_path: P
         page.wait("!document.getElementById('error').hidden")
         assert "context" in page.run("document.getElementById('error').textContent")
         assert all(address.startswith((url, "data:")) for address in page.requested())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")
+def test_a_chat_has_turns(tmp_path: Path) -> None:
+    form = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    engine = DoubleEngine()
+    registry = registry_of(engine, tmp_path / "tiny", extra=chat_files(form))
+    tokenizer = byte_tokenizer()
+
+    def answer(text: str) -> str:
+        ids = greedy(tokenizer.encode(text, add_special_tokens=False).ids, 30, 257)
+        return tokenizer.decode(ids[: ids.index(256) if 256 in ids else None])
+
+    with running(build_app(registry, Settings())) as url, browser(tmp_path / "profile") as page:
+        page.screen(1280, 860)
+        page.open(url)
+        page.wait("!document.getElementById('modes').hidden")
+        page.run("document.getElementById('chat').click()")
+        page.wait("document.getElementById('prompt').value === 'Hello'")  # Its bundle has no held-out text.
+        generate(page, "<b>Hi", system="Be.", temperature=0, max_tokens=30)
+        page.wait("document.getElementById('prompt').value === ''")
+        first = answer("<system>Be.<user><b>Hi<assistant>")
+        texts = "[...document.querySelectorAll('#output .turn')].map((turn) => turn.textContent)"
+        assert page.run(texts)[:2] == ["Be.", "<b>Hi"]
+        assert page.run(texts)[2].replace("<|endoftext|>", "") == first
+        page.run("document.querySelector('#output .turn span').dispatchEvent(new Event('click', {bubbles: true}))")
+        assert page.run("document.querySelectorAll('#card div').length") >= 5
+        generate(page, "More", temperature=0, max_tokens=30)
+        page.wait("document.getElementById('prompt').value === ''")
+        assert len(page.run(texts)) == 5
+        second = answer(f"<system>Be.<user><b>Hi<assistant>{first}<user>More<assistant>")
+        assert page.run(texts)[4].replace("<|endoftext|>", "") == second
+        if PICTURES:
+            page.picture(Path(PICTURES) / "playground-chat.png")
+        page.run("document.getElementById('fresh').click()")
+        assert page.run(texts) == []
+        page.run("document.getElementById('complete').click()")
+        page.wait("document.getElementById('prompt').value === 'Return the'")
+        generate(page, "A", temperature=0, max_tokens=30)
+        page.wait("document.getElementById('output').children.length > 3")
+        assert page.complaints() == []
+    registry.get("tiny").close()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")

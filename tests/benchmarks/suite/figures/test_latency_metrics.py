@@ -13,21 +13,21 @@ from benchmarks.suite.figures import latency_metrics
 from benchmarks.suite.figures.latency_metrics import Objectives
 from benchmarks.suite.load.events import Response, differing, outputs_hash
 
-moments = st.floats(0, 10, allow_nan=False)
+timestamps = st.floats(0, 10, allow_nan=False)
 
 
 @st.composite
 def responses(draw, index=0):
-    scheduled = draw(moments)
-    sent = scheduled + draw(moments)
-    started = sent + draw(moments)
-    times = np.cumsum([started, *draw(st.lists(moments, max_size=12))])[1:].tolist()
+    scheduled = draw(timestamps)
+    sent = scheduled + draw(timestamps)
+    started = sent + draw(timestamps)
+    times = np.cumsum([started, *draw(st.lists(timestamps, max_size=12))])[1:].tolist()
     return Response(
         index=index,
         scheduled=scheduled,
         sent=sent,
         started=draw(st.sampled_from([None, started])),
-        finished=(times[-1] if times else started) + draw(moments),
+        finished=(times[-1] if times else started) + draw(timestamps),
         token_times=tuple(times),
         prompt_tokens=draw(st.integers(1, 50)),
         streamed=draw(st.booleans()),
@@ -79,7 +79,7 @@ def test_every_figure_is_its_definition(given_responses):
     json.dumps(record, allow_nan=False)
 
 
-@given(st.lists(responses(), min_size=1, max_size=8), moments, moments, moments)
+@given(st.lists(responses(), min_size=1, max_size=8), timestamps, timestamps, timestamps)
 @settings(max_examples=60, deadline=None)
 def test_throughput_and_goodput_are_counts_over_the_span(given_responses, first, each_token, whole):
     objectives = Objectives(ttft=first, tpot=each_token, e2e=whole)

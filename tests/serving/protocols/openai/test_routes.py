@@ -14,7 +14,9 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+from google.protobuf import json_format
 from starlette.testclient import TestClient
+from tensorflow_serving.apis import get_model_status_pb2
 
 from serving.entrypoints.http_app import build_app
 from serving.server.registry import ServedModel
@@ -255,6 +257,10 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
     card = client.models.retrieve("tiny").model_dump()
     assert card["created"] == 1_700_000_000
     assert card["model_version_status"][0]["state"] == "AVAILABLE"
+    # TensorFlow Serving's clients ask neither for JSON nor with a key, and parse its message and nothing else.
+    status = raw.get("/v1/models/tiny", headers={"Accept": "*/*"}).text
+    parsed = json_format.Parse(status, get_model_status_pb2.GetModelStatusResponse())
+    assert [(each.version, each.state) for each in parsed.model_version_status] == [(1, 30)]
     tokens = raw.post("/tokenize", json={"prompt": "Ab é", "return_token_strs": True}).json()
     assert tokens["tokens"] == TOKENIZER.encode("Ab é").ids and tokens["count"] == len(tokens["token_strs"])
     # Readable where a token is whole characters.

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,10 +28,12 @@ from serving.clients.grpc_transport import GrpcTransport
 from serving.clients.tf_serving import TFServingClient
 from serving.engine.api import RequestRecord, StepRecord
 from serving.entrypoints.grpc_server import start_grpc
+from serving.entrypoints.runner import LOOPBACK
 from serving.errors import ServerError
 from serving.generation import generate
 from serving.protobuf import tf_serving as tf_messages
 from serving.protobuf.tf_serving import MESSAGES
+from serving.protocols.tf_serving.grpc import array_of
 from serving.protocols.tf_serving.signatures import SIGNATURES
 from serving.server.settings import Settings
 from serving.server.state import Server
@@ -114,8 +117,28 @@ def test_what_is_wrong(addresses: tuple[str, str]) -> None:
     broken.model_spec.signature_name = "tokenize"
     broken.inputs["text"].dtype = 7
     broken.inputs["text"].tensor_shape.dim.add(size=2**62)
-    with pytest.raises(grpc.RpcError, match="more than a request may"):
+    with pytest.raises(grpc.RpcError, match="it may have 1048576"):
         stub.Predict(broken)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int32", "int64", "uint8", "bool", "uint64", "object"])
+@pytest.mark.parametrize("shape", [[], [3], [2, 2], [0], [2, 0]])
+@pytest.mark.parametrize("given", [0, 1])
+def test_a_tensor_with_fewer_values_than_its_shape_is_read_as_tensorflow_does(
+    kind: str, shape: list[int], given: int
+) -> None:
+    tensor = tf.make_tensor_proto(np.full([1], b"x" if kind == "object" else 1, kind))
+    tensor.ClearField("tensor_shape")
+    for size in shape:
+        tensor.tensor_shape.dim.add(size=size)
+    if not given or 0 in shape:
+        tensor.CopyFrom(type(tensor)(dtype=tensor.dtype, tensor_shape=tensor.tensor_shape))
+    own = tf_messages.MESSAGES["TensorProto"].FromString(tensor.SerializeToString())
+    # The runtime's reader, which servers use; `tf.make_ndarray` is another one.
+    wanted = tf.raw_ops.ParseTensor(serialized=tensor.SerializeToString(), out_type=tensor.dtype).numpy()
+    found = array_of("x", own)
+    np.testing.assert_array_equal(found, wanted)
+    assert found.shape == np.shape(wanted)
 
 
 def test_bytes_that_are_no_message_are_the_callers_fault(addresses: tuple[str, str]) -> None:
@@ -169,6 +192,30 @@ def test_a_requests_name_reaches_the_engine(addresses: tuple[str, str], engine: 
     finally:
         engine.observer = None
     assert "mine-1" in names.seen and sorted(map(len, names.seen)) == [6, 32]
+
+
+def test_wrong_keys_are_limited_as_by_http(engine: DoubleEngine, tmp_path: Path) -> None:
+    server = Server(registry_of(engine, tmp_path / "tiny"), Settings(api_keys=(KEY,), wrong_keys=3))
+
+    async def ask() -> list[str]:
+        running = await start_grpc(server, LOOPBACK, 0)
+        codes = []
+        # Both of the loopback's addresses answer; each is a caller of its own.
+        for address in (f"127.0.0.1:{running.port}", f"[::1]:{running.port}"):
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+                request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+                request.model_spec.name = "tiny"
+                for key in [*["wrong-key-1"] * 5, KEY]:
+                    try:
+                        await stub.GetModelMetadata(request, metadata=[("authorization", f"Bearer {key}")])
+                        codes.append("OK")
+                    except grpc.aio.AioRpcError as error:
+                        codes.append(error.code().name)
+        await running.stop(0)
+        return codes
+
+    assert asyncio.run(ask()) == [*["UNAUTHENTICATED"] * 3, *["RESOURCE_EXHAUSTED"] * 2, "OK"] * 2
 
 
 def test_keys(addresses: tuple[str, str]) -> None:

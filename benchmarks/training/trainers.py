@@ -1,4 +1,4 @@
-"""The contestants, each a fresh process, and the cases that they run."""
+"""The trainers, each a fresh process, and the cases that they run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.job import Job
+from benchmarks.training.job import TrainingJob
 from serving.errors import GPT2BundleError
 
 ROOT = Path(__file__).parents[2]
@@ -48,8 +48,8 @@ SPEED = ("gpt2-bundle XLA", "gpt2-bundle", "torch eager", "torch.compile", "Kera
 LOSS = ("gpt2-bundle XLA", "torch eager")
 
 
-class Contest:
-    """Runs contestants on cases, in a folder for tokens, checkpoints and jobs.
+class Trainers:
+    """Runs trainers on cases, in a folder for tokens, checkpoints and jobs.
 
     Args:
         work: that folder.
@@ -61,7 +61,7 @@ class Contest:
         self.work, self.peers, self.say = work, peers.absolute(), say
         self.runs = work / "runs"
 
-    def prepare(self, case: str) -> Job:
+    def prepare(self, case: str) -> TrainingJob:
         """Make the case's tokens, and the initial weights where losses are compared, unless they are there."""
         setting = CASES[case]
         self._own("prepare", f"name={case}-start", *self._sizes(setting))
@@ -70,7 +70,7 @@ class Contest:
         if setting.validate:
             self._own("train", f"name={case}-start", *self._sizes(setting), "training.epochs=0")
             start = str((self.runs / f"{case}-start" / "train").absolute())
-        job = Job(
+        job = TrainingJob(
             tokens=str(prepared.absolute()),
             start=start,
             vocab_size=setting.vocab_size,
@@ -88,8 +88,8 @@ class Contest:
             self._own("prepare", *self._ours(case, job, xla))
         return job
 
-    def run(self, case: str, job: Job, name: str) -> dict[str, Any]:
-        """Run one contestant in processes of its own; return seconds of each step, validation loss and versions."""
+    def run(self, case: str, job: TrainingJob, name: str) -> dict[str, Any]:
+        """Run one trainer in processes of its own; return seconds of each step, validation loss and versions."""
         self.say(f"{case}: {name}")
         if name.startswith("gpt2-bundle"):
             return self._run_ours(case, job, name.endswith("XLA"))
@@ -99,7 +99,7 @@ class Contest:
         result: dict[str, Any] = json.loads(_run(command).splitlines()[-1])
         return result
 
-    def _run_ours(self, case: str, job: Job, xla: bool) -> dict[str, Any]:
+    def _run_ours(self, case: str, job: TrainingJob, xla: bool) -> dict[str, Any]:
         settings = self._ours(case, job, xla)
         folder = self.runs / _own_name(case, xla) / "train"
         if folder.exists():
@@ -116,7 +116,7 @@ class Contest:
             "versions": {},
         }
 
-    def _ours(self, case: str, job: Job, xla: bool) -> list[str]:
+    def _ours(self, case: str, job: TrainingJob, xla: bool) -> list[str]:
         """The recipe keys that make `gpt2-bundle train` do the job."""
         index = json.loads((Path(job.tokens) / "train.json").read_text(encoding="utf-8"))
         rows = index["count"] // job.sequence_length

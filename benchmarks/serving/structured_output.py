@@ -1,0 +1,185 @@
+"""Structured output: what a mask costs, and tokens per second of streams that follow a schema beside free ones.
+
+`python -m benchmarks.serving.structured_output BUNDLE --graph ort/int8 --streams 16` prints one JSON record. Masks are
+computed one at a time, in texts that are drawn from what each grammar allows. Then the same streams run freely and
+under the schema, in turns, by the engine, all with as many tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.common.bundle_targets import read_text
+from benchmarks.common.decode_step import cut_prompts
+from benchmarks.common.hardware import environment
+from benchmarks.common.standalone import run
+from benchmarks.common.statistics import paired, summarise
+from serving.bundle import open_bundle
+from serving.engine.api import Event, FinishEvent, GenerationRequest, TokenEvent
+from serving.engine.engine import SlotEngine, open_engine
+from serving.errors import GPT2BundleError
+from serving.sampling import SamplingParams
+from serving.sampling.constraints import Grammar, StructuredOutput
+from serving.sampling.detokenizer import load_tokenizer
+from serving.sampling.grammars import GrammarCompiler
+
+_PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 3, "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "email": {"type": "string", "pattern": "^[a-z]{1,12}@[a-z]{1,12}\\.(com|org)$"},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 4},
+        "active": {"type": "boolean"},
+    },
+    "required": ["name", "age", "email", "tags", "active"],
+    "additionalProperties": False,
+}
+_PEOPLE = {"type": "array", "items": _PERSON, "minItems": 1000}
+GRAMMARS = {
+    "schema": StructuredOutput("json_schema", json.dumps(_PEOPLE)),
+    "any object": StructuredOutput("json_object"),
+    "regex": StructuredOutput("regex", r"\d{4}-\d{2}-\d{2} [A-Z][a-z]{2,12} [A-Z][a-z]{2,12} \+\d{8,12}"),
+    "choice": StructuredOutput("choice", choices=tuple(f"answer number {index}" for index in range(200))),
+}
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--graph", default="ort/int8", show_default=True)
+@click.option("--streams", default=16, show_default=True, help="Streams that run at once; at most the engine's slots.")
+@click.option("--prompt-tokens", default=32, show_default=True)
+@click.option("--new-tokens", default=96, show_default=True, help="Tokens of each stream.")
+@click.option("--repeats", default=9, show_default=True, help="Turns of free and constrained streams.")
+@click.option("--masks", default=4000, show_default=True, help="Masks of each grammar.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+def main(bundle: Path, graph: str, streams: int, masks: int, output: Path | None, **sizes: int) -> None:
+    """Measure on the folder BUNDLE."""
+    opened = open_bundle(bundle, check="sizes")
+    geometry = opened.manifest.model
+    began = time.perf_counter()
+    compiler = GrammarCompiler(load_tokenizer(opened), geometry.vocab_size, geometry.eos_token_id)
+    record: dict[str, Any] = {
+        "bundle": opened.manifest.name,
+        "environment": environment(),
+        "graph": graph,
+        "vocab_size": geometry.vocab_size,
+        "streams": streams,
+        **sizes,
+        "tokenizer_seconds": time.perf_counter() - began,
+        "masks": {name: _masks(compiler, wanted, masks) for name, wanted in GRAMMARS.items()},
+        "throughput": [],
+    }
+    click.echo(json.dumps(record["masks"]), err=True)
+    prompts = cut_prompts(read_text(opened), streams, sizes["prompt_tokens"])
+    grammar = compiler.compile(GRAMMARS["schema"])
+    engine = open_engine(opened, graph)
+    try:
+        for temperature in (0.0, 1.0):
+            params = {"temperature": temperature, "max_new_tokens": sizes["new_tokens"]}
+            record["throughput"].append(_throughput(engine, prompts, grammar, params, sizes["repeats"]))
+            click.echo(json.dumps(record["throughput"][-1]), err=True)
+    finally:
+        engine.close()
+    text = json.dumps(record, indent=2)
+    click.echo(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
+
+
+def _masks(compiler: GrammarCompiler, wanted: StructuredOutput, count: int) -> dict[str, Any]:
+    """Microseconds of a mask as the library makes it, of that and its form for sampling, and of taking a token."""
+    began = time.perf_counter()
+    grammar = compiler.compile(wanted)
+    compile_seconds = time.perf_counter() - began
+    draw = np.random.default_rng(0)
+    words = np.zeros(-(-compiler.vocab_size // 32), np.uint32)
+    place = (words.ctypes.data, words.nbytes)
+    bare, whole, accept, allowed = [], [], [], []
+    constraint = grammar.start()
+    while len(whole) < count:
+        if not constraint.ready:
+            # The library's own part is timed on a copy, since a second mask in one state would come from its cache.
+            copy = constraint._matcher.deep_copy()
+            began = time.perf_counter()
+            copy.unsafe_compute_mask_ptr(*place)
+            bare.append((time.perf_counter() - began) * 1e6)
+        began = time.perf_counter()
+        constraint.compute()
+        whole.append((time.perf_counter() - began) * 1e6)
+        may_follow = constraint.allowed()
+        allowed.append(may_follow.count)
+        token = int(draw.choice(may_follow.ids))
+        began = time.perf_counter()
+        constraint.accept(token)
+        accept.append((time.perf_counter() - began) * 1e6)
+        if constraint.done or token == compiler.eos_token_id:
+            constraint = grammar.start()
+    return {
+        "compile_ms": compile_seconds * 1e3,
+        "allowed_median": float(np.median(allowed)),
+        "mask_us": _percentiles(bare),
+        "mask_and_form_us": _percentiles(whole),
+        "accept_us": _percentiles(accept),
+    }
+
+
+def _throughput(
+    engine: SlotEngine, prompts: list[list[int]], grammar: Grammar, params: dict[str, Any], repeats: int
+) -> dict[str, Any]:
+    """Tokens per second of all streams, free and constrained in turns; the first turn warms up."""
+    rates: dict[str, list[float]] = {"free": [], "constrained": []}
+    for turn in range(repeats + 1):
+        for name, found in rates.items():
+            rate = _run(engine, prompts, grammar if name == "constrained" else None, params)
+            if turn:
+                found.append(rate)
+    free, constrained = (summarise(found) for found in rates.values())
+    assert free is not None and constrained is not None
+    return {
+        "temperature": params["temperature"],
+        "free_tokens_per_second": asdict(free),
+        "constrained_tokens_per_second": asdict(constrained),
+        "constrained_over_free": asdict(paired(rates["constrained"], rates["free"])),
+    }
+
+
+def _run(engine: SlotEngine, prompts: list[list[int]], grammar: Grammar | None, params: dict[str, Any]) -> float:
+    ended = threading.Semaphore(0)
+    reasons: list[str] = []
+    times: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            times.append(time.perf_counter())
+        elif isinstance(event, FinishEvent):
+            reasons.append(event.reason)
+            ended.release()
+
+    for index, prompt in enumerate(prompts):
+        chosen = SamplingParams(seed=index, ignore_eos=grammar is None, **params)
+        engine.submit(GenerationRequest(tuple(prompt), chosen, grammar=grammar), listen)
+    for _ in prompts:
+        ended.acquire()
+    if set(reasons) != {"length"}:
+        raise GPT2BundleError(f"streams ended with {sorted(set(reasons))}, so their rates cannot be compared")
+    # While all decode: from when the last one begins, the prompts before it read.
+    steady = times[len(prompts) * len(prompts) :]
+    return (len(steady) - 1) / (steady[-1] - steady[0])
+
+
+def _percentiles(samples: list[float]) -> dict[str, float]:
+    return {name: float(np.percentile(samples, share)) for name, share in (("p50", 50), ("p99", 99), ("max", 100))}
+
+
+if __name__ == "__main__":
+    run(main)
