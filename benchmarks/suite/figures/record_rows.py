@@ -74,7 +74,7 @@ def comparison(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure:
     every other beyond the noise, else null; `over_best` maps each other target to the median of its ratios to the best,
     pair by pair, with the 95 % interval, the ratios' noise and what is to be said of them (`statistics.Verdict`).
     """
-    series = {name: [value for value in values[figure] if value is not None] for name, values in rows.items()}
+    series = {name: [value for value in values.get(figure, ()) if value is not None] for name, values in rows.items()}
     series = {name: values for name, values in series.items() if values and len(values) == len(rows[name][figure])}
     if len(series) < 2:
         return None
