@@ -25,7 +25,7 @@ from serving.protocols.openai.stream import Run, stream
 from serving.protocols.texts import LONG_TEXT, TooLongError, encode_prompts
 from serving.sampling import MAX_SEED, SamplingParams
 from serving.server.auth import CALLER
-from serving.server.errors import ContextLengthError, FieldError
+from serving.server.errors import ContextLengthError, DeadlineExceededError, FieldError
 from serving.server.event_queue import beside_if, submit, time_limit
 from serving.server.event_stream import EventStream
 from serving.server.registry import ModelNotReadyError, ModelRegistry, ServedModel, State
@@ -67,7 +67,11 @@ async def respond(
     bodies: list[CompletionRequest] = []
 
     async def make(model: ServedModel) -> list[GenerationRequest]:
-        body = await prepare(model)
+        try:
+            async with asyncio.timeout(limit):
+                body = await prepare(model)
+        except TimeoutError:
+            raise DeadlineExceededError("the request was not done within its time") from None
         bodies[:] = [body]
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None:

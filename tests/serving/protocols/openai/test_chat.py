@@ -289,6 +289,8 @@ def test_who_leaves_is_not_answered_and_the_next_one_is(raw: Any, server: tuple[
     began = time.monotonic()
     assert raw.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 2}).status_code == 200
     assert time.monotonic() - began < 20
+    late = raw.post("/v1/chat/completions", json=slow, headers={"X-Request-Timeout": "0.05"})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
 
 
 def test_a_model_without_a_template_names_completions(tmp_path: Path) -> None:
