@@ -154,13 +154,26 @@ test-oracle: $(INSTALLED) ## Install torch (CPU) too, and run the tests against 
 test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis in an environment of its own, and run it on a server.
 	SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_schemathesis.py
 
-test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed ## Install GenAI, Optimum, KerasHub and Schemathesis in environments of their own, and run them on a bundle.
+# OpenAI's clients and lm_eval share an environment (1.1 GB, most of it lm_eval's data sets library).
+.venv-clients/installed:
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check \
+		'lm_eval[api]==0.4.13' openai==3.57.0 litellm==1.110.2 langchain-openai==1.7.4
+	@touch $@
+
+.venv-ovms/installed:
+	test -x .venv-ovms/bin/python || $(PYTHON) -m venv .venv-ovms
+	.venv-ovms/bin/python -m pip install --quiet --disable-pip-version-check ovmsclient==2023.1
+	@touch $@
+
+test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed .venv-clients/installed .venv-ovms/installed ## Install GenAI, Optimum, KerasHub, Schemathesis and clients in environments of their own, and run them.
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
 	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
 		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
 	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python \
+		CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python \
 		KERAS_HUB_PYTHON=.venv-peer-keras_hub/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
@@ -169,4 +182,4 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-clients .venv-ovms .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

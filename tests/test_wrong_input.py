@@ -14,7 +14,7 @@ import pytest
 
 from builder.recipe import Recipe
 from builder.run_folder import locked, refuse_strangers
-from builder.stages.pipeline import Run
+from builder.stages.run_keys import Run
 from serving.cli import run
 from tests.tiny_build import Fails, TinyBuild, contents, write_corpus
 

@@ -69,10 +69,19 @@ def rendered(record: Mapping[str, Any], name: str) -> dict[str, str]:
         '  <img alt="Decode speed of each runtime relative to the fastest" src="docs/images/peers-light.svg">\n'
         "</picture>\n"
     )
-    return {"chart": chart, "summary": summary(record), "table": table(record, name)}
+    chinese = chart.replace(
+        "Decode speed of each runtime relative to the fastest", "各运行时相对于最快者的 decode 速度"
+    )
+    return {
+        "chart": chart,
+        "summary": f"{summary(record)}\n\n{_machine(record)}\n",
+        "chart_zh": chinese,
+        "summary_zh": f"{summary(record, '批大小')}\n\n{_machine_zh(record)}\n",
+        "table": table(record, name),
+    }
 
 
-def summary(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any], first: str = "batch") -> str:
     """Return the table for README: milliseconds of a decode step, by batch size, precision and runtime."""
     cells = {(point["settings"]["precision"], point["settings"]["requests"]): point for point in record["points"]}
     columns = [
@@ -84,11 +93,11 @@ def summary(record: Mapping[str, Any]) -> str:
         and any(_row(point, runtime) for (each, _), point in cells.items() if each == precision)
     ]
     heads = [f"{precision}: {NAMES[runtime]}" for precision, runtime in columns]
-    lines = [f"| batch | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    lines = [f"| {first} | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for size in sorted({size for _, size in cells}):
         told = [_cell(cells.get((precision, size)), runtime, "step_ms") for precision, runtime in columns]
         lines.append(f"| {size} | {' | '.join(told)} |")
-    return "\n".join([*lines, "", _machine(record), ""])
+    return "\n".join(lines)
 
 
 def table(record: Mapping[str, Any], name: str) -> str:
@@ -250,14 +259,26 @@ def _agreement(row: Row, precision: str, size: int) -> str:
 
 
 def _machine(record: Mapping[str, Any]) -> str:
-    about, judged = record["environment"], any(point["comparisons"].get("step_ms") for point in record["points"])
-    bold = (
-        "no other runtime is faster beyond the noise" if judged else "the fastest median, too few rounds for a verdict"
-    )
+    about = record["environment"]
+    bold = "no other runtime is faster beyond the noise"
     return (
         f"Milliseconds of a decode step for all rows; {about['cpu']}, {about['cores']} cores, {about['date'][:10]}, "
-        f"prompts of {record['settings']['prompt_tokens']} tokens. Bold: {bold}."
+        f"prompts of {record['settings']['prompt_tokens']} tokens. Bold: "
+        f"{bold if _has_verdicts(record) else 'the fastest median, too few rounds for a verdict'}."
     )
+
+
+def _machine_zh(record: Mapping[str, Any]) -> str:
+    about = record["environment"]
+    return (
+        f"整个批次一个 decode 步的毫秒数；{about['cpu']}，{about['cores']} 核，{about['date'][:10]}，"
+        f"提示 {record['settings']['prompt_tokens']} 个 token。"
+        f"粗体：{'没有其他运行时的优势超出噪声' if _has_verdicts(record) else '中位数最快，轮数不足以下结论'}。"
+    )
+
+
+def _has_verdicts(record: Mapping[str, Any]) -> bool:
+    return any(point["comparisons"].get("step_ms") for point in record["points"])
 
 
 @click.command()

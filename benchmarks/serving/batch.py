@@ -60,12 +60,12 @@ def _tokens(answers: list[dict[str, Any]]) -> int:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/int8", show_default=True)
-@click.option("--requests", default=256, show_default=True, help="Of each batch.")
-@click.option("--seconds", default=20.0, show_default=True, help="Of each turn of the server.")
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--prompt-tokens", default=64, show_default=True)
-@click.option("--new-tokens", default=96, show_default=True)
+@click.option("--graph", default="ort/int8", show_default=True, help="Graph that answers.")
+@click.option("--requests", default=256, show_default=True, help="Number of requests of each batch.")
+@click.option("--seconds", default=20.0, show_default=True, help="Length of each round of the server.")
+@click.option("--repeats", default=3, show_default=True, help="Number of rounds.")
+@click.option("--prompt-tokens", default=64, show_default=True, help="Length of each prompt.")
+@click.option("--new-tokens", default=96, show_default=True, help="New tokens of each request.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
 def main(
     bundle: Path,
@@ -79,27 +79,27 @@ def main(
 ) -> None:
     """Measure on the folder BUNDLE."""
     sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    turns = []
+    rounds = []
     for repeat in range(repeats):
         draw = random.Random(repeat)
         # What the load generator asks for, but for the stream.
         fields = {"max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
         bodies = [{"prompt": draw_prompt(draw, prompt_tokens, False), **fields} for _ in range(requests)]
-        turn: dict[str, Any] = {"batch": answered(bundle, graph, bodies)}
+        done: dict[str, Any] = {"batch": answered(bundle, graph, bodies)}
         with serving(bundle, graph) as server:
             load(server.url, ["--clients", "16", "--seconds", "2", *sizes])
             options = ["--clients", "16", "--seconds", str(seconds), "--seed", str(repeat + 1), *sizes]
-            turn["server"] = load(server.url, options)
-        turns.append(turn)
-        click.echo(json.dumps(turn), err=True)
-    rates = {name: median([turn[name]["tokens_per_second"] for turn in turns]) for name in ("batch", "server")}
+            done["server"] = load(server.url, options)
+        rounds.append(done)
+        click.echo(json.dumps(done), err=True)
+    rates = {name: median([done[name]["tokens_per_second"] for done in rounds]) for name in ("batch", "server")}
     record = {
         "environment": environment(),
         "graph": graph,
         "requests": requests,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "turns": turns,
+        "rounds": rounds,
         "tokens_per_second": rates,
         "batch_over_server": rates["batch"] / rates["server"],
     }

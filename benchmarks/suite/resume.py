@@ -12,7 +12,7 @@ SUSTAINED = "sustained_requests_per_second"
 
 
 def whole_sweep(schedules: Sequence[Schedule]) -> Schedule:
-    """One schedule for a whole sweep: all that was offered in one hash, so that only sweeps of the same rates are compared."""
+    """Return one schedule for a sweep, whose hash has all rates, so that only sweeps of the same rates are compared."""
     return Schedule("saturation", "highest rate sustained", {"rates": [each.sha256 for each in schedules]}, ())
 
 

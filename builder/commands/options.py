@@ -56,7 +56,7 @@ def make_run(
     import json
 
     from builder.recipe_reader import read_recipe
-    from builder.stages.pipeline import Run
+    from builder.stages.run_keys import Run
 
     more = list(overrides)
     if base is not None:

@@ -34,8 +34,7 @@ _PROGRESS_SECONDS = 10.0
                      help="Maximum memory of the model.  [default: the machine's available memory]"),
     ]
 )  # fmt: skip
-@click.pass_context
-def batch(ctx: click.Context, /, bundle: Path, requests: Path, answers: Path, **options: Any) -> None:
+def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
     """Answer each line of REQUESTS with the bundle in the folder BUNDLE, and append the answers to ANSWERS.
 
     Both files have OpenAI's batch lines. Run the same command again after an interruption: it answers what is left.
@@ -77,7 +76,7 @@ def batch(ctx: click.Context, /, bundle: Path, requests: Path, answers: Path, **
             versions.close()
         new = written.answered - progress.before
         click.echo(f"{answers}: {written.answered} answers, {new} of them new, {written.failed} errors")
-        ctx.exit(1 if written.failed else 0)
+        return 1 if written.failed else 0
 
 
 class _Progress:

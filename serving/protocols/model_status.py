@@ -28,9 +28,9 @@ def model_status(registry: ModelRegistry, name: str, version: int | None = None)
 
 
 def parse_version(text: str | None) -> int | None:
-    """A version number; None for none. Raises InputError for anything else."""
+    """A version number; None for none, and for 0, by which OpenVINO's clients ask for the newest. Raises InputError."""
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= _MAX_VERSION):
         raise InputError(f"{text[:40]!r} is not a version; it must be a whole number")
-    return int(text)
+    return int(text) or None

@@ -156,7 +156,7 @@ def ends_without_text(params: SamplingParams, eos_token_id: int, special: Mappin
 
 
 def choose_allowed(line: NDArray[np.float32], allowed: Allowed, params: SamplingParams, seed: int, step: int) -> int:
-    """The token that `serving.sampling.choose` takes if all but `allowed` have a logit of minus infinity in `line`.
+    """The token that `serving.sampling.choose` takes if all logits of `line` but the allowed are minus infinity.
 
     Raises ConstraintError if logits of minus infinity leave no allowed token.
     """

@@ -68,13 +68,13 @@ def figures(repeat: Repeat, objectives: Objectives) -> dict[str, float | None]:
 
 
 def comparison(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
-    """The best of a figure and each other target compared with it, or None for fewer than two that have it in every repeat.
+    """Return the best target of a figure and each other one compared with it; None for fewer than two with the figure.
 
     `rows` is target to its figures, repeat by repeat. `best` has the best median; `winner` is it if it is better than
     every other beyond the noise, else null; `over_best` maps each other target to the median of its ratios to the best,
     pair by pair, with the 95 % interval, the ratios' noise and what is to be said of them (`statistics.Verdict`).
     """
-    series = {name: [value for value in values[figure] if value is not None] for name, values in rows.items()}
+    series = {name: [value for value in values.get(figure, ()) if value is not None] for name, values in rows.items()}
     series = {name: values for name, values in series.items() if values and len(values) == len(rows[name][figure])}
     if len(series) < 2:
         return None

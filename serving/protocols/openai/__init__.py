@@ -1,1 +1,1 @@
-"""OpenAI's completions."""
+"""OpenAI's completions and chat completions."""

@@ -27,7 +27,7 @@ from serving.protocols.texts import LONG_TEXT, TooLongError, encode_prompts
 from serving.sampling import DECLARATIONS, MAX_SEED, SamplingParams
 from serving.sampling.constraints import Grammar
 from serving.server.auth import CALLER
-from serving.server.errors import ContextLengthError, FieldError
+from serving.server.errors import ContextLengthError, DeadlineExceededError, FieldError
 from serving.server.event_queue import beside_if, submit, time_left, time_limit
 from serving.server.event_stream import EventStream
 from serving.server.grammar_pool import compile_grammar
@@ -73,7 +73,11 @@ async def respond(
     bodies: list[CompletionRequest] = []
 
     async def make(model: ServedModel) -> list[GenerationRequest]:
-        body = await prepare(model)
+        try:
+            async with asyncio.timeout(limit):
+                body = await prepare(model)
+        except TimeoutError:
+            raise DeadlineExceededError("the request was not done within its time") from None
         bodies[:] = [body]
         prompts[:] = await read_prompts(body, model, server.settings.max_prompt_tokens)
         if body.logprobs is not None or body.prompt_logprobs is not None:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from serving.bundle import Bundle
@@ -23,7 +23,8 @@ async def tokenizer_info(request: Request) -> Response:
     """GET /tokenizer_info: the tokenizer's configuration, each special token by its text."""
     registry: ModelRegistry = request.app.state.server.registry
     model = registry.get(request.query_params.get("model") or next(iter(registry.names()), ""))
-    return JSONResponse(await asyncio.to_thread(describe, model))
+    text = await asyncio.to_thread(lambda: json.dumps(describe(model)))
+    return Response(text, media_type="application/json")
 
 
 def describe(model: ServedModel) -> dict[str, Any]:
@@ -44,12 +45,16 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         return {}
     data = bundle.read(CONFIG_NAME, MAX_CONFIG_BYTES)
     try:
-        config = json.loads(data)
+        config = json.loads(data, parse_constant=_refuse)
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise BundleError(f"{bundle.path(CONFIG_NAME)}: not a JSON object; export the bundle again")
     return config
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def tokenizer_info_routes() -> list[Route]:

@@ -222,7 +222,8 @@ def _version(spec: Any) -> int | None:
     choice = spec.WhichOneof("choice")
     if choice == "version_label":
         raise InputError(f"Unrecognized servable version label: {spec.version_label[:80]}; name a version instead")
-    return spec.version.value if choice else None
+    # 0, which no version here has, is the newest, as by REST.
+    return (spec.version.value or None) if choice else None
 
 
 def _fill_spec(spec: Any, name: str, version: int, signature: str) -> None:

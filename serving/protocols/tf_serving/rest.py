@@ -146,8 +146,7 @@ def _columns(signature: Signature, instances: Any, most: int) -> dict[str, Any]:
     for index, row in enumerate(instances):
         if not isinstance(row, dict) or row.keys() != instances[0].keys():
             raise InputError(f'row {index} of "instances" must be an object with the names of row 0')
-        if index == 0:
-            check_names(signature, row)
+    check_names(signature, instances[0])
     return {key: [row[key] for row in instances] for key in instances[0]}
 
 

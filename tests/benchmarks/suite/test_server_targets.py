@@ -217,7 +217,7 @@ def test_our_own_server_by_tensorflow_servings_protocols(kind, bundle, schedule,
 
 
 def test_names_without_an_address_and_servers_that_are_not_there(bundle):
-    with pytest.raises(InputError, match="names nothing behind the '='"):
+    with pytest.raises(InputError, match="names nothing after the '='"):
         open_target(bundle, "tfserving=", batch=1)
     for name in ("tfserving=127.0.0.1:1", "tfserving-rest=127.0.0.1:1", "triton=127.0.0.1:1"):
         with pytest.raises(ServerError, match=r"no connection|UNAVAILABLE|is it running") as caught:

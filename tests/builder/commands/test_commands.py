@@ -15,7 +15,7 @@ from builder.data import content_hashes
 from builder.recipe import Recipe
 from builder.run_folder import locked
 from builder.stages import pipeline as builds
-from builder.stages.pipeline import Run
+from builder.stages.run_keys import Run
 from serving.cli import run
 from serving.errors import GPT2BundleError
 from tests.tiny_build import TinyBuild

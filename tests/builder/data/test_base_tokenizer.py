@@ -105,7 +105,7 @@ def test_a_chat_model_ends_with_its_own_token(folder: Path, tmp_path: Path) -> N
         ("config.json", 268, ["tokenizer_config.json says 269 ('<|im_end|>')", "config.json 268 ('<|endoftext|>')"]),
         ("generation_config.json", [269, 268], ["says 269 ('<|im_end|>')", "generation_config.json 268"]),
         ("generation_config.json", "end", ["eos_token_id in generation_config.json is 'end'"]),
-        ("config.json", 5000, ["eos_token_id in config.json is 5000, which is no token"]),
+        ("config.json", 5000, ["eos_token_id in config.json is 5000, which is not a token"]),
     ],
 )
 def test_two_end_tokens_are_refused_by_both_names(folder: Path, file: str, value: Any, words: list[str]) -> None:
@@ -119,7 +119,7 @@ def test_the_recipe_decides_between_two_end_tokens(folder: Path) -> None:
     base = read(folder, end_token="<|im_end|>")
     assert base.ids == TokenIds(269, 268)
     assert any("not 268 ('<|endoftext|>') in config.json" in note for note in base.notes)
-    with pytest.raises(InputError, match=r"'model\.end_token' is '</s>', which is no token"):
+    with pytest.raises(InputError, match=r"'model\.end_token' is '</s>', which is not a token"):
         read(folder, end_token="</s>")
 
 

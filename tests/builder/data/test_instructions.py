@@ -117,7 +117,7 @@ def test_records_that_are_none(tmp_path: Path, record: Any, recipe: InstructionR
         (["instruction.input_field=a"], ["instruction.input_field", "prompt_field"]),
         (["instruction.messages_field=a"], ["instruction.messages_field", "corpus.paths"]),
         (["instruction.user_template={prompt}"], ["user_template", "{prompt} is not a placeholder", "{content}"]),
-        (["instruction.user_template={content!r}"], ["user_template", "no placeholder"]),
+        (["instruction.user_template={content!r}"], ["user_template", "not a placeholder"]),
         (["instruction.user_template={content} {"], ["user_template", "braces"]),
         (["instruction.assistant_template=Response:"], ["assistant_template", "{content} 0 times"]),
         (["instruction.assistant_template={content} ###"], ["assistant_template", "behind {content}"]),

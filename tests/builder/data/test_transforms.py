@@ -12,7 +12,7 @@ from builder.data.corpus import iter_texts, prepare_corpus
 from builder.data.transforms import load_transform, transform_hash
 from builder.recipe import CleaningRecipe, CorpusRecipe, Recipe
 from builder.recipe_reader import read_recipe
-from builder.stages.pipeline import Run
+from builder.stages.run_keys import Run
 from serving.errors import InputError
 
 SOURCE = "def words(text):\n    return text.replace('ab', 'a b')\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def test_a_chat_model_has_one_end_token_everywhere(
     assert "chat template: the recipe's instruction template replaces it" in said
     assert "generation settings kept for transformers: do_sample, temperature" in said
     assert "attention's scale multiplied into the queries" in said
+    assert re.search(r"^try it: gpt2-bundle generate \S+ --chat 'user says \d+ the list'$", said, re.MULTILINE)
 
     ids = open_tokens(ours.run / "prepare" / "tokens" / "train.bin")
     documents = json.loads((ours.run / "prepare" / "prepare.json").read_text())["documents"]["train"]

@@ -14,7 +14,8 @@ import pytest
 from builder.data.token_shards import open_tokens
 from builder.progress import Reporter
 from builder.recipe_reader import read_recipe
-from builder.stages.pipeline import Run, build
+from builder.stages.pipeline import build
+from builder.stages.run_keys import Run
 from serving.bundle import Bundle, open_bundle
 from serving.cli import run
 from tests.tiny_build import TinyBuild, write_corpus

@@ -14,7 +14,8 @@ from builder.data.content_hashes import ContentHashes
 from builder.model.hub import download
 from builder.model.pretrained import Base
 from builder.recipe_reader import read_recipe
-from builder.stages.pipeline import Run, _unchanged
+from builder.stages.pipeline import _unchanged
+from builder.stages.run_keys import Run
 from serving.errors import InputError
 
 

@@ -195,7 +195,7 @@ def test_what_is_refused(real_bundle: Path, tmp_path: Path, fails: Fails) -> Non
     fails([*command, str(real_bundle / "deploy")], 2, "lies inside the bundle")
     fails([*command, str(real_bundle.parent)], 2, "files that are not a deployment")
     for version in ("2.19; rm", "", "2.19-gpu"):
-        fails([*command, str(tmp_path / "new"), "--image-version", version], 2, "no version of the image")
+        fails([*command, str(tmp_path / "new"), "--image-version", version], 2, "not a version of the image")
     fails([*command, str(tmp_path / "new"), "--rest-timeout", "nan"], 2, "'nan' is not a number")
     fails(["deploy", str(real_bundle), "--target", "heroku"], 2, "heroku")
     opened = open_bundle(real_bundle, check="sizes")

@@ -20,6 +20,7 @@ from serving.protobuf.open_inference import MESSAGES
 from serving.server import tracing
 from serving.server.settings import Settings
 from serving.server.state import Server
+from tests.closed_form import chat_files
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.protocols.open_inference.double_server import all_routes, serving_both
 
@@ -73,6 +74,18 @@ def test_a_completion_is_a_span(client: TestClient, spans: InMemorySpanExporter,
     assert span.parent is not None and span.context is not None
     assert f"{span.context.trace_id:032x}" == f"{span.parent.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{span.parent.span_id:016x}" == PARENT.split("-")[2] and span.parent.is_remote
+
+
+def test_a_chat_is_a_span(engine: DoubleEngine, tmp_path: Path, spans: InMemorySpanExporter) -> None:
+    registry = registry_of(engine, tmp_path / "tiny", extra=chat_files("{{ messages[0].content }}"))
+    body = {"messages": [{"role": "user", "content": "A"}], "temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    with TestClient(build_app(registry, Settings())) as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    span = only(spans.get_finished_spans())
+    attributes = dict(span.attributes or {})
+    assert span.name == "chat tiny" and attributes["gen_ai.operation.name"] == "chat"
+    assert (attributes["gen_ai.usage.input_tokens"], attributes["gen_ai.usage.output_tokens"]) == (1, 4)
+    registry.get("tiny").close()
 
 
 GENERATE = {"text_input": "A", "temperature": 0, "max_tokens": 4, "ignore_eos": True}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import openai
 import pytest
 from starlette.testclient import TestClient
@@ -264,6 +267,30 @@ def test_what_is_not_done_is_refused_by_name(raw: Any, name: str) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["param"] == name
     for nothing in (None, *CHAT_UNSUPPORTED[name]):
         assert raw.post("/v1/chat/completions", json={**body, name: nothing}).status_code == 200, nothing
+
+
+def test_a_hostile_conversation_holds_nobody(raw: Any, server: tuple[str, DoubleEngine]) -> None:
+    slow = {"messages": [{"role": "user", "content": "loop"}]}
+    with ThreadPoolExecutor() as threads:
+        answers = [threads.submit(httpx.post, f"{server[0]}/v1/chat/completions", json=slow, timeout=60) for _ in "123"]
+        done = 0
+        while not any(answer.done() for answer in answers):
+            assert raw.post("/v1/completions", json={"prompt": "A", "max_tokens": 2}).status_code == 200
+            done += 1
+        assert done > 3
+        assert {answer.result().status_code for answer in answers} == {400}
+
+
+def test_who_leaves_is_not_answered_and_the_next_one_is(raw: Any, server: tuple[str, DoubleEngine]) -> None:
+    slow = {"messages": [{"role": "user", "content": "loop"}]}
+    with ThreadPoolExecutor() as threads:
+        for _ in range(6):
+            threads.submit(httpx.post, f"{server[0]}/v1/chat/completions", json=slow, timeout=0.05)
+    began = time.monotonic()
+    assert raw.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 2}).status_code == 200
+    assert time.monotonic() - began < 20
+    late = raw.post("/v1/chat/completions", json=slow, headers={"X-Request-Timeout": "0.05"})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
 
 
 def test_a_model_without_a_template_names_completions(tmp_path: Path) -> None:
