@@ -224,7 +224,7 @@ def test_a_slow_mask_moves_to_the_other_thread_and_quick_ones_do_not_wait() -> N
     worker.close()
 
 
-@pytest.mark.parametrize("chooses", [False, True])
+@pytest.mark.parametrize("supports_device_sampling", [False, True])
 def test_on_a_real_graph_mates_are_untouched_and_texts_follow(
     real_bundle: Path, supports_device_sampling: bool
 ) -> None:
