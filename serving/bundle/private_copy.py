@@ -31,7 +31,11 @@ def private_copy(bundle: Bundle, folder: str) -> Iterator[Path]:
             copy = Path(name, artifact.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             digest, left = hashlib.sha256(), artifact.size + 1
-            with open_plain(bundle.path(artifact.path)) as source, copy.open("xb") as written:
+            try:
+                opened = open_plain(bundle.path(artifact.path))
+            except FileNotFoundError:
+                raise refuse(str(bundle.folder), f"the file {artifact.path!r} is missing") from None
+            with opened as source, copy.open("xb") as written:
                 while left and (block := source.read(min(left, _BLOCK))):
                     digest.update(block)
                     written.write(block)

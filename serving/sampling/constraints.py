@@ -77,22 +77,36 @@ class Allowed:
     most of it takes several times as long as an addition, so many are kept as `bias`.
     """
 
-    def __init__(self, bits: NDArray[np.bool_]) -> None:
-        """`bits` [vocab] are true where a token may follow."""
-        self._bits = bits
-        self.count = int(np.count_nonzero(bits))
-        self.few = self.count <= FEW
-        self._ids = np.flatnonzero(bits) if self.few else None
+    def __init__(self, words: NDArray[np.uint32], vocab_size: int) -> None:
+        """`words` have a bit for each of `vocab_size` tokens, the lowest bit first."""
+        places = np.flatnonzero(words)
+        some = np.unpackbits(words[places].view(np.uint8), bitorder="little") if 32 * len(places) <= FEW else None
         self.bias: NDArray[np.float32] | None = None
         """To be added to logits [vocab]: 0, or minus infinity. None where there are few tokens."""
-        if not self.few:
+        if some is not None:
+            at = np.flatnonzero(some.view(np.bool_))
+            ids = 32 * places[at >> 5] + (at & 31)
+            self._ids = ids[: np.searchsorted(ids, vocab_size)]
+            self.count = len(self._ids)
+            return
+        bits = np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little")
+        self.count = int(np.count_nonzero(bits))
+        if self.count <= FEW:
+            self._ids = np.flatnonzero(bits.view(np.bool_))
+        else:
             # 1 becomes 0.0 and 0 the bits of minus infinity, in a third of the time that a selection takes.
             self.bias = ((bits.astype(np.uint32) - np.uint32(1)) & np.uint32(0xFF800000)).view(np.float32)
+
+    @classmethod
+    def of(cls, bits: NDArray[np.bool_]) -> Allowed:
+        """Those at which `bits` [vocab] are true."""
+        padded = np.pad(bits, (0, -len(bits) % 32))
+        return cls(np.packbits(padded, bitorder="little").view(np.uint32), len(bits))
 
     @property
     def ids(self) -> NDArray[np.int64]:
         """Their ids, ascending."""
-        return np.flatnonzero(self._bits) if self._ids is None else self._ids
+        return self._ids if self.bias is None else np.flatnonzero(self.bias == 0)
 
 
 class TokenConstraint(Protocol):

@@ -201,7 +201,7 @@ class Matcher:
         if self._matcher.is_error():
             self._error = self._matcher.get_error()
             return None
-        bits = np.unpackbits(self._words.view(np.uint8), count=self._vocab_size, bitorder="little")
-        if self._ends and bits[self._eos]:
-            bits[list(self._ends)] = 1
-        return Allowed(bits.view(np.bool_))
+        if self._ends and self._words[self._eos >> 5] >> np.uint32(self._eos & 31) & np.uint32(1):
+            for end in self._ends:
+                self._words[end >> 5] |= np.uint32(1 << (end & 31))
+        return Allowed(self._words, self._vocab_size)

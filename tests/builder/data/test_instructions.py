@@ -120,7 +120,7 @@ def test_records_that_are_none(tmp_path: Path, record: Any, recipe: InstructionR
         (["instruction.user_template={content!r}"], ["user_template", "not a placeholder"]),
         (["instruction.user_template={content} {"], ["user_template", "braces"]),
         (["instruction.assistant_template=Response:"], ["assistant_template", "{content} 0 times"]),
-        (["instruction.assistant_template={content} ###"], ["assistant_template", "behind {content}"]),
+        (["instruction.assistant_template={content} ###"], ["assistant_template", "after {content}"]),
     ],
 )
 def test_settings_that_are_none(overrides: list[str], words: list[str]) -> None:

@@ -55,7 +55,7 @@ def test_replicas_take_devices_in_turns(
         return DoubleEngine(observer=observer)
 
     monkeypatch.setattr(serving.engine.engine, "open_engine", open_engine)
-    monkeypatch.setattr(engine_loader, "_cores", lambda: 12)
+    monkeypatch.setattr(engine_loader, "usable_cores", lambda: 12)
     loader = EngineLoader(devices=devices, replicas=replicas)
     loader.open(open_bundle(bundle_folder), None).close()  # type: ignore[arg-type]
     assert seen == [(place, threads) for place in places]

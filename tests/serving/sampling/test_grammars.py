@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 
 from serving.errors import InputError, RuntimeMissingError
 from serving.sampling import SamplingParams, choose
-from serving.sampling.constraints import MAX_DEPTH, Allowed, ConstraintError, StructuredOutput, choose_allowed
+from serving.sampling.constraints import FEW, MAX_DEPTH, Allowed, ConstraintError, StructuredOutput, choose_allowed
 from serving.sampling.grammars import GrammarCompiler, Matcher
 from tests.serving.guided_model import SIZE, compiler, tokenizer
 
@@ -179,13 +179,27 @@ def test_choosing_among_the_allowed_is_choosing_from_a_masked_row() -> None:
             min_p=float(draw.choice([0, 0.2])),
         )
         wanted = choose(masked[None], params.temperature, params.top_k, params.top_p, case, 3, params.min_p)
-        assert choose_allowed(line, Allowed(bits), params, case, 3) == wanted[0]
+        assert choose_allowed(line, Allowed.of(bits), params, case, 3) == wanted[0]
+
+
+def test_allowed_tokens_are_those_of_the_bits() -> None:
+    draw = np.random.default_rng(6)
+    for size in (1, 31, 32, 33, 257, 5000, 50257):
+        for share in (0.0001, 0.02, 0.5, 1):
+            bits = draw.random(size) < share
+            allowed = Allowed.of(bits)
+            assert allowed.ids.tolist() == np.flatnonzero(bits).tolist() and allowed.count == bits.sum()
+            assert (allowed.bias is None) == (allowed.count <= FEW)
+            if allowed.bias is not None:
+                assert np.array_equal(allowed.bias, np.where(bits, 0, -np.inf))
+    # Bits beyond the vocabulary do not count.
+    assert Allowed(np.array([0xFFFFFFFF], np.uint32), 5).ids.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_bias_that_leaves_nothing_is_the_sequences_own_error() -> None:
     line = np.array([0, -np.inf, 1], np.float32)
     with pytest.raises(ConstraintError, match="min_tokens"):
-        choose_allowed(line, Allowed(np.array([False, True, False])), SamplingParams(), 0, 0)
+        choose_allowed(line, Allowed.of(np.array([False, True, False])), SamplingParams(), 0, 0)
 
 
 def _nested(depth: int) -> dict[str, Any]:

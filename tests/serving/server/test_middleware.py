@@ -225,22 +225,26 @@ def _after(seconds: float, work: Callable[..., Awaitable[object]]) -> Callable[.
 def test_a_call_of_many_prompts_waits_as_one_where_nobody_else_does(engine: DoubleEngine, tmp_path: Path) -> None:
     prompts = [prompt for number in range(200) if 256 not in greedy(prompt := [65, number], 2, 257)][:150]
     body = {"prompt": prompts, "max_tokens": 2, "temperature": 0}
-    with running(app_of(engine, tmp_path, max_prompts=150)) as url, ThreadPoolExecutor() as pool:
+    with (
+        running(app_of(engine, tmp_path, max_prompts=150)) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+        ThreadPoolExecutor() as pool,
+    ):
         engine.paused.set()
-        whole = pool.submit(httpx.post, f"{url}/v1/completions", json=body)
+        whole = pool.submit(client.post, "/v1/completions", json=body)
         while engine.stats().waiting_requests < 100:
             time.sleep(0.01)
         # Longer than the queue of 2: whoever comes now is refused, a call of many prompts as well as one of one.
-        refused = [httpx.post(f"{url}/v1/completions", json={**body, "prompt": prompt}) for prompt in ("a", ["a"] * 9)]
+        refused = [client.post("/v1/completions", json={**body, "prompt": prompt}) for prompt in ("a", ["a"] * 9)]
         engine.paused.clear()
         answer = whole.result(60)
     assert [each.status_code for each in refused] == [429, 429]
     texts = [choice["text"] for choice in answer.json()["choices"]]
     assert texts == [byte_tokenizer().decode(greedy(prompt, 2, 257)) for prompt in prompts]
     too_many = {**body, "prompt": ["a"] * 151}
-    with running(app_of(engine, tmp_path, max_prompts=150)) as url:
-        assert "at most 150" in httpx.post(f"{url}/v1/completions", json=too_many).json()["error"]["message"]
-        many = httpx.post(f"{url}/v1/completions", json={**body, "n": 100}).json()["error"]
+    with TestClient(app_of(engine, tmp_path, max_prompts=150)) as client:
+        assert "at most 150" in client.post("/v1/completions", json=too_many).json()["error"]["message"]
+        many = client.post("/v1/completions", json={**body, "n": 100}).json()["error"]
     assert "over 4096 choices" in many["message"] and many["param"] == "n"
 
 
