@@ -55,9 +55,13 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     unfinished = output.with_name(f"{output.name}.unfinished") if output is not None else None
     earlier = _unfinished(unfinished, header) if asked["resume"] else None
 
+    is_kept = False
+
     def keep_so_far(record: dict[str, Any]) -> None:
+        nonlocal is_kept
         if unfinished is not None:
             keep(header | record, unfinished)
+            is_kept = True
 
     async def work() -> dict[str, Any]:
         clock = WallClock()
@@ -84,7 +88,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     try:
         record = header | asyncio.run(work())
     except BaseException:
-        if unfinished is not None and unfinished.exists():
+        if is_kept:
             click.echo(f"{unfinished} keeps what was measured; the same command with --resume continues", err=True)
         raise
     click.echo(to_markdown(record))

@@ -105,7 +105,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
     command = ["bench", str(built.bundle), "--scenario", "single"]
     fails([*command, "--target", "ort/fp33"], 2, "ort/fp32")
     swept = ["bench", str(built.bundle), "--target", "ort/fp32", "--scenario", "saturation"]
-    fails([*swept, "--sweep-factor", "1"], 2, "not in the range 1.0<x<=100")
+    fails([*swept, "--sweep-factor", "1"], 2, "not in the range 1<x<=100")
     fails([*command, "--target", "ort/fp32", "--emulator", "other"], 2, "not among the targets")
     fails([*command, "--target", "ort/fp32", "--emulator", "ort/fp32"], 2, "cannot be an emulator")
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "no-such-binary")
