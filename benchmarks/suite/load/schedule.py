@@ -211,7 +211,8 @@ class Planner:
 
     def trace(self, recorded: Sequence[float], prompt: Lengths, output: Lengths) -> Schedule:
         """Requests at `recorded` times in seconds, counted from the earliest, that do not wait for answers."""
-        timestamps = [each - min(recorded) for each in sorted(recorded)]
+        first = min(recorded)
+        timestamps = [each - first for each in sorted(recorded)]
         return self._draw("server", "trace", len(timestamps), prompt, output, timestamps=timestamps, arrivals="trace")
 
     def _draw(
