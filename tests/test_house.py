@@ -197,7 +197,7 @@ def test_an_import_loads_no_runtime_that_it_does_not_need(module: str, absent: s
 def test_only_the_backend_that_is_named_so_imports_a_runtime() -> None:
     allowed = {
         "tensorflow": {"backends/tensorflow.py", "clients/session_transport.py", "support/tensorflow_import.py"},
-        "onnxruntime": {"backends/onnx.py", "backends/onnx_loop.py", "backends/onnx_session.py"},
+        "onnxruntime": {"backends/onnx.py", "backends/onnx_multi_step.py", "backends/onnx_session.py"},
         "llguidance": {"sampling/grammars.py"},
         "keras": set(),
         "onnx": set(),

@@ -36,7 +36,7 @@ from serving.engine.api import Event, FinishEvent, GenerationRequest, RequestRec
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine, open_engine
 from serving.errors import ParityError
-from serving.generation.token_selection import Chooser, HostSteps
+from serving.generation.token_selection import BatchSampler, HostSteps
 from serving.sampling import SamplingParams
 
 
@@ -213,14 +213,14 @@ def _decode(
 
 def _loop(backend: Backend, prompts: list[list[int]], count: int) -> tuple[list[float], list[list[int]]]:
     params = [SamplingParams(max_new_tokens=count)] * len(prompts)
-    steps = HostSteps(backend, Chooser(prompts, params), prompts, len(prompts[0]) + count)
+    steps = HostSteps(backend, BatchSampler(prompts, params), prompts, len(prompts[0]) + count)
     rows = np.arange(len(prompts))
-    tokens = [steps.choose(rows, 0)]
+    tokens = [steps.sample_tokens(rows, 0)]
     times = []
     for step in range(1, count):
         began = time.perf_counter()
         steps.feed(tokens[-1])
-        tokens.append(steps.choose(rows, step))
+        tokens.append(steps.sample_tokens(rows, step))
         times.append((time.perf_counter() - began) * 1e3)
     return times, np.stack(tokens, axis=1).tolist()
 

@@ -1,4 +1,4 @@
-"""Samples the next token inside a TensorFlow graph, by the same operations as `serving.sampling.choose`.
+"""Samples the next token inside a TensorFlow graph, by the same operations as `serving.sampling.sample_tokens`.
 
 It takes what the signatures take: temperature, top-k and top-p. Min-p, penalties and bias are the host's alone.
 

@@ -87,7 +87,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         greedy[name] = {"equal": equal, "of": candidates.size}
     reporter.line("compared greedy tokens of the in-graph loop, through tf.function and the Session API, and of slots")
 
-    choices = compare_sampling(optimized, prompts, candidates, batch_size) if optimized.chooses else {}
+    choices = compare_sampling(optimized, prompts, candidates, batch_size) if optimized.supports_device_sampling else {}
     reporter.line(f"compared {sum(each['draws'] for each in choices.values()):,} choices of ort/choose with the host's")
 
     texts = {}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from builder.verification.logit_parity import batches
 from serving.backends.onnx import OnnxBackend
 from serving.errors import ParityError
-from serving.generation.token_selection import Chooser
+from serving.generation.token_selection import BatchSampler
 from serving.sampling import SamplingParams
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -49,15 +49,15 @@ def _compare_batch(
     candidates: NDArray[np.int64],
 ) -> None:
     choosers = {
-        name: Chooser(prompts, [SamplingParams(**values, seed=seed) for seed in range(len(prompts))])
+        name: BatchSampler(prompts, [SamplingParams(**values, seed=seed) for seed in range(len(prompts))])
         for name, values in SETTINGS.items()
     }
     rows = np.arange(len(prompts))
     state = backend.open(prompts, max(map(len, prompts)) + candidates.shape[1])
     for step in range(candidates.shape[1]):
         for name, chooser in choosers.items():
-            choice = backend.choose(state, chooser.request(step, backend.vocab_size))
-            same = choice.tokens == chooser.choose(backend.logits(state), rows, step)
+            choice = backend.sample_tokens(state, chooser.request(step, backend.vocab_size))
+            same = choice.tokens == chooser.sample_tokens(backend.logits(state), rows, step)
             records[name]["draws"] += len(rows)
             records[name]["exact"] += int(choice.exact.sum())
             records[name]["equal"] += int((same & choice.exact).sum())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from serving.errors import InputError
 from serving.sampling.parameters import SamplingRows
-from serving.sampling.penalties import Edits
+from serving.sampling.penalties import LogitsProcessor
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -47,7 +47,7 @@ class Backend(Protocol):
 
 
 @dataclass
-class Request:
+class SamplingRequest:
     """The sampling parameters of each row of a batch; `draw` [rows] is a random number in [0, 1).
 
     `candidates` is the number of top candidates among which the token is searched.
@@ -55,25 +55,25 @@ class Request:
 
     sampling: SamplingRows
     draw: FloatArray
-    edits: Edits
+    logits_processor: LogitsProcessor
     candidates: int
 
 
 @dataclass
-class Choice:
+class SampledTokens:
     """The sampled tokens, [rows], and whether each is certainly the token that the host would sample, [rows]."""
 
     tokens: IntArray
     exact: BoolArray
 
 
-class ChoosingBackend(Backend, Protocol):
+class DeviceSamplingBackend(Backend, Protocol):
     """A backend that can sample on the device, so that no logits are fetched.
 
     `open` and `advance` are `prefill` and `decode` without the transfer of logits.
     """
 
-    chooses: bool
+    supports_device_sampling: bool
     """Whether it can; if not, the methods below may not be called."""
     device: str
     """Where it runs: "cpu" or "cuda"."""
@@ -86,7 +86,7 @@ class ChoosingBackend(Backend, Protocol):
         """Append one token id a row as `decode` does."""
         ...
 
-    def choose(self, state: Any, request: Request) -> Choice:
+    def sample_tokens(self, state: Any, request: SamplingRequest) -> SampledTokens:
         """Sample the next token of each row from its last logits."""
         ...
 

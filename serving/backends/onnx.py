@@ -14,13 +14,21 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from serving.backends.base import Choice, FloatArray, IntArray, Request, check_capacity, check_room, pad_right
+from serving.backends.base import (
+    FloatArray,
+    IntArray,
+    SampledTokens,
+    SamplingRequest,
+    check_capacity,
+    check_room,
+    pad_right,
+)
 from serving.backends.buffer_pool import SpareMemory
 from serving.backends.devices import parse_device
-from serving.backends.onnx_loop import DeviceLoop
+from serving.backends.onnx_multi_step import MultiStepDecoder
 from serving.backends.onnx_session import (
-    CHOOSE_GRAPH,
-    bind_request,
+    SAMPLING_GRAPH,
+    bind_sampling_request,
     check_provider,
     device_zeros,
     open_graph,
@@ -40,11 +48,11 @@ _CACHE_ROOM = 64
 
 
 @dataclass
-class State:
+class OnnxState:
     """A batch that decodes: its lengths so far, [rows], and the binding that holds its KV cache.
 
     `values` are the tensors that stay on the device between steps: "logits", and "token", [rows, 1], the last sampled
-    tokens, of which `chosen`, [rows], is the host's copy. `logits` is the memory of the former if it is a numpy array.
+    tokens, of which `sampled`, [rows], is the host's copy. `logits` is the memory of the former if it is a numpy array.
     """
 
     lengths: IntArray
@@ -54,8 +62,8 @@ class State:
     cache: list[Any]
     values: dict[str, Any] = field(default_factory=dict)
     logits: FloatArray | None = None
-    choice: Any = None
-    chosen: IntArray | None = None
+    sampling_binding: Any = None
+    sampled: IntArray | None = None
 
 
 class OnnxBackend:
@@ -93,13 +101,13 @@ class OnnxBackend:
             raise InputError(f"steps_per_fetch is {self.steps_per_fetch}; it must be at least 1")
         self._bundle, self._threads = bundle, threads
         self._capture = cuda_graphs and self.device != "cpu"
-        self._loops: dict[bool, DeviceLoop | None] = {}
+        self._loops: dict[bool, MultiStepDecoder | None] = {}
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
         self._cache_shape = (geometry.n_head, graph.cache_head_dim(geometry))
         self._shared = graph.cache == "shared-buffer"
         if self.device != "cpu" and not self._shared:
             raise InputError(f"the graph {graph_name!r} runs on the processor only; ask for 'ort/fp32' on {device}")
-        self.chooses = self._shared and CHOOSE_GRAPH in bundle.manifest.graphs
+        self.supports_device_sampling = self._shared and SAMPLING_GRAPH in bundle.manifest.graphs
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
@@ -115,11 +123,11 @@ class OnnxBackend:
         return open_graph(self._bundle, self.name, self._device_name, self._threads)
 
     @cached_property
-    def _choose_session(self) -> Any:
+    def _sampling_session(self) -> Any:
         # Two spinning thread pools would compete for the cores at every step.
-        return open_graph(self._bundle, CHOOSE_GRAPH, self._device_name, 1)
+        return open_graph(self._bundle, SAMPLING_GRAPH, self._device_name, 1)
 
-    def loop(self, sampled: bool) -> DeviceLoop | None:
+    def loop(self, sampled: bool) -> MultiStepDecoder | None:
         """Multi-step decode for greedy or for sampled batches; None if it is not wanted or not in the bundle.
 
         Its session opens at the first call.
@@ -132,29 +140,29 @@ class OnnxBackend:
                 self._loops[sampled] = None
             else:
                 session = open_session(self._bundle, path, self._device_name, self._threads, self._capture)
-                self._loops[sampled] = DeviceLoop(
+                self._loops[sampled] = MultiStepDecoder(
                     session, self._place, self.n_positions, self.steps_per_fetch, self._capture
                 )
         return self._loops[sampled]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[OnnxState, FloatArray]:
         """See `Backend.prefill`."""
         state = self.open(prompts, capacity)
         return state, self.logits(state)
 
-    def decode(self, state: State, tokens: IntArray) -> FloatArray:
+    def decode(self, state: OnnxState, tokens: IntArray) -> FloatArray:
         """See `Backend.decode`."""
         self.advance(state, tokens)
         return self.logits(state)
 
-    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> State:
-        """See `ChoosingBackend.open`."""
+    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> OnnxState:
+        """See `DeviceSamplingBackend.open`."""
         check_capacity(prompts, capacity, self.n_positions)
         token_ids, lengths = pad_right(prompts)
         rows, width = token_ids.shape
         mask = np.zeros((rows, capacity), np.int64)
         mask[:, :width] = np.arange(width) < lengths[:, None]
-        state = State(lengths, capacity, mask, self._session.io_binding(), [])
+        state = OnnxState(lengths, capacity, mask, self._session.io_binding(), [])
         state.cache = self._caches(rows, capacity if self._shared else 0)
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
@@ -170,8 +178,8 @@ class OnnxBackend:
             state.logits, state.values["logits"] = logits, ort.OrtValue.ortvalue_from_numpy(logits)
         return state
 
-    def advance(self, state: State, tokens: IntArray) -> None:
-        """See `ChoosingBackend.advance`."""
+    def advance(self, state: OnnxState, tokens: IntArray) -> None:
+        """See `DeviceSamplingBackend.advance`."""
         check_room(state.lengths, state.capacity)
         if self._shared:
             # The new token of each row follows the row's own last one.
@@ -183,37 +191,37 @@ class OnnxBackend:
             if total > state.mask.shape[1]:
                 state.mask = np.pad(state.mask, ((0, 0), (0, state.capacity)))
             state.mask[:, total - 1] = 1
-        if state.chosen is not None and np.array_equal(tokens, state.chosen):
+        if state.sampled is not None and np.array_equal(tokens, state.sampled):
             state.binding.bind_ortvalue_input("input_ids", state.values["token"])
         else:
             state.binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, None], np.int64))
         self._run(state, state.lengths[:, None], total)
         state.lengths += 1
 
-    def logits(self, state: State) -> FloatArray:
-        """See `ChoosingBackend.logits`."""
+    def logits(self, state: OnnxState) -> FloatArray:
+        """See `DeviceSamplingBackend.logits`."""
         # Neither an OrtValue over an array's memory nor its `numpy` keeps the array alive.
         logits: FloatArray = state.values["logits"].numpy() if state.logits is None else state.logits
         return logits[:, 0]
 
-    def choose(self, state: State, request: Request) -> Choice:
-        """See `ChoosingBackend.choose`."""
-        assert self.chooses, "the bundle has no sampling graph; check `chooses` first"
-        if state.choice is None:
-            state.choice = self._choose_session.io_binding()
+    def sample_tokens(self, state: OnnxState, request: SamplingRequest) -> SampledTokens:
+        """See `DeviceSamplingBackend.sample_tokens`."""
+        assert self.supports_device_sampling, "the bundle has no sampling graph; check `supports_device_sampling` first"
+        if state.sampling_binding is None:
+            state.sampling_binding = self._sampling_session.io_binding()
             state.values["token"] = device_zeros((len(state.lengths), 1), np.dtype(np.int64), self._device_name)
-            state.choice.bind_ortvalue_input("logits", state.values["logits"])
-        bind_request(state.choice, request)
-        state.choice.clear_binding_outputs()
-        state.choice.bind_ortvalue_output("token", state.values["token"])
-        state.choice.bind_output("exact", "cpu")
-        self._choose_session.run_with_iobinding(state.choice)
+            state.sampling_binding.bind_ortvalue_input("logits", state.values["logits"])
+        bind_sampling_request(state.sampling_binding, request)
+        state.sampling_binding.clear_binding_outputs()
+        state.sampling_binding.bind_ortvalue_output("token", state.values["token"])
+        state.sampling_binding.bind_output("exact", "cpu")
+        self._sampling_session.run_with_iobinding(state.sampling_binding)
         # A copy: the next call overwrites the memory.
-        state.chosen = state.values["token"].numpy()[:, 0].copy()
-        _, exact = state.choice.get_outputs()
-        return Choice(state.chosen, exact.numpy())
+        state.sampled = state.values["token"].numpy()[:, 0].copy()
+        _, exact = state.sampling_binding.get_outputs()
+        return SampledTokens(state.sampled, exact.numpy())
 
-    def _run(self, state: State, positions: IntArray, total: int) -> None:
+    def _run(self, state: OnnxState, positions: IntArray, total: int) -> None:
         """One pass over the bound `input_ids`; leaves `state.values["logits"]`."""
         binding = state.binding
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[:, :total]))
@@ -225,7 +233,7 @@ class OnnxBackend:
             self._bind_outputs(state)
         self._session.run_with_iobinding(binding)
 
-    def _open_in_parts(self, state: State, token_ids: IntArray) -> None:
+    def _open_in_parts(self, state: OnnxState, token_ids: IntArray) -> None:
         """Prefill a few rows at a time, each part in its own rows of the shared buffers."""
         self._bind_outputs(state)
         step = max(1, PREFILL_TOKENS // token_ids.shape[1])
@@ -246,7 +254,7 @@ class OnnxBackend:
             binding.bind_output("logits", "cpu", 0, np.float32, *logits)
             self._session.run_with_iobinding(binding)
 
-    def _bind_outputs(self, state: State) -> None:
+    def _bind_outputs(self, state: OnnxState) -> None:
         """Allocate the logits, and bind them and the KV cache as outputs."""
         shape = (len(state.lengths), 1, self.vocab_size)
         if self.device == "cpu":
@@ -258,7 +266,7 @@ class OnnxBackend:
         for name, value in zip(self._present, state.cache, strict=True):
             state.binding.bind_ortvalue_output(name, value)
 
-    def _run_concatenated(self, state: State) -> None:
+    def _run_concatenated(self, state: OnnxState) -> None:
         for name in ("logits", *self._present):
             state.binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(state.binding)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from serving.backends.base import Request
+from serving.backends.base import SamplingRequest
 from serving.backends.devices import cuda_options, parse_device
 from serving.bundle import Bundle
 from serving.bundle.strict_json import ADVICE, shown
 from serving.errors import BundleError, RuntimeMissingError
 
-CHOOSE_GRAPH = "ort/choose"
+SAMPLING_GRAPH = "ort/choose"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 INT8_CACHES = (1, 28)
 """The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions/int8-kv-cache.md."""
@@ -168,13 +168,13 @@ def _sizes(shape: Sequence[Any]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def bind_request(binding: Any, request: Request) -> None:
+def bind_sampling_request(binding: Any, request: SamplingRequest) -> None:
     """Bind what the choice graph is asked, all but the logits."""
-    edits = request.edits
+    logits_processor = request.logits_processor
     for name, value in (
         *request.sampling.arrays().items(),
         ("draw", request.draw),
-        *((f"edit_{name}", getattr(edits, name)) for name in ("ids", "bias", "repetition", "penalty")),
+        *((f"edit_{name}", getattr(logits_processor, name)) for name in ("ids", "bias", "repetition", "penalty")),
         ("candidates", np.array([request.candidates], np.int64)),
     ):
         binding.bind_cpu_input(name, value)

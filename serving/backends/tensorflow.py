@@ -20,7 +20,7 @@ GRAPH = "savedmodel/prefill"
 
 
 @dataclass
-class State:
+class TensorFlowState:
     """A batch of rows being decoded: their lengths so far, [rows], and the cache tensors by name."""
 
     lengths: IntArray
@@ -78,7 +78,7 @@ class TensorFlowBackend:
         self._prefill = self.loaded.signatures["prefill"]
         self._decode = self.loaded.signatures["decode"]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, FloatArray]:
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[TensorFlowState, FloatArray]:
         """See `Backend.prefill`."""
         check_capacity(prompts, capacity, self.n_positions)
         token_ids, lengths = pad_right(prompts)
@@ -88,9 +88,9 @@ class TensorFlowBackend:
             capacity=tf.constant([capacity] * len(prompts), tf.int32),
         )
         logits: FloatArray = outputs.pop("logits").numpy()
-        return State(lengths, capacity, outputs), logits
+        return TensorFlowState(lengths, capacity, outputs), logits
 
-    def decode(self, state: State, tokens: IntArray) -> FloatArray:
+    def decode(self, state: TensorFlowState, tokens: IntArray) -> FloatArray:
         """See `Backend.decode`."""
         check_room(state.lengths, state.capacity)
         outputs = self._decode(

@@ -48,7 +48,7 @@ def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
     from serving.entrypoints.batch_files import AnswerFile
     from serving.entrypoints.batch_runner import run_batch
     from serving.entrypoints.http_app import build_app
-    from serving.entrypoints.model_versions import Versions
+    from serving.entrypoints.model_manager import ModelManager
     from serving.protocols.open_inference import http as open_inference_http
     from serving.protocols.tf_serving import rest as tf_rest
     from serving.server.registry import ModelRegistry
@@ -65,7 +65,7 @@ def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
         app = build_app(
             registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server
         )
-        versions = Versions(bundle, server, loader, options["served_model_name"], options["memory_budget"])
+        versions = ModelManager(bundle, server, loader, options["served_model_name"], options["memory_budget"])
         progress = _Progress(written.answered)
         try:
             slots = versions.start().engine.stats().slots

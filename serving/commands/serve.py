@@ -84,7 +84,7 @@ def serve(bundle: Path, **options: Any) -> None:
     check_packages()
     from serving.entrypoints import logging_setup
     from serving.entrypoints.http_app import build_app
-    from serving.entrypoints.model_versions import Versions
+    from serving.entrypoints.model_manager import ModelManager
     from serving.entrypoints.runner import Address, Runner
     from serving.entrypoints.version_sources import check_source
     from serving.protocols.open_inference import http as open_inference_http
@@ -100,7 +100,7 @@ def serve(bundle: Path, **options: Any) -> None:
     registry = ModelRegistry()
     server = Server(registry, settings)
     app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server)
-    versions = Versions(bundle, server, loader, options["served_model_name"], options["memory_budget"])
+    versions = ModelManager(bundle, server, loader, options["served_model_name"], options["memory_budget"])
     companions = _companions(server, options)
 
     def announce(url: str, model: ServedModel) -> None:

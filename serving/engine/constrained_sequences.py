@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from serving.backends.base import FloatArray
 from serving.engine.mask_worker import MaskWorker
-from serving.engine.requests import Continuation
+from serving.engine.requests import EngineSequence
 from serving.engine.sampler import Sampled, sample
 from serving.engine.scheduler import Scheduler
 from serving.sampling.constraints import TokenConstraint
@@ -27,21 +27,21 @@ class ConstrainedSequences:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._masks = MaskWorker()
-        self._late: dict[Continuation, FloatArray] = {}
+        self._late: dict[EngineSequence, FloatArray] = {}
 
-    def start(self, owners: Iterable[Continuation | None]) -> None:
-        """Begin to compute the masks that `owners`, about to decode, will need."""
-        self._masks.start(_constraints(owners))
+    def start(self, sequences: Iterable[EngineSequence | None]) -> None:
+        """Begin to compute the masks that `sequences`, about to decode, will need."""
+        self._masks.start(_constraints(sequences))
 
-    def hold_late(self, owners: list[Continuation | None], logits: FloatArray) -> None:
-        """Take those whose masks are not ready out of `owners`, and keep their rows of `logits` [rows, vocab]."""
-        self._masks.wait(_constraints(owners), _PATIENCE)
-        for row, owner in enumerate(owners):
-            if owner is None or owner.constraint is None or owner.constraint.ready:
+    def hold_late(self, sequences: list[EngineSequence | None], logits: FloatArray) -> None:
+        """Take those whose masks are not ready out of `sequences`, and keep their rows of `logits` [rows, vocab]."""
+        self._masks.wait(_constraints(sequences), _PATIENCE)
+        for row, sequence in enumerate(sequences):
+            if sequence is None or sequence.constraint is None or sequence.constraint.ready:
                 continue
-            self._late[owner] = logits[row].copy()
-            self._scheduler.pause(owner)
-            owners[row] = None
+            self._late[sequence] = logits[row].copy()
+            self._scheduler.pause(sequence)
+            sequences[row] = None
 
     def sample_late(self) -> list[Sampled]:
         """The next tokens of those that were late and are not any more; they decode again from this step on.
@@ -50,23 +50,23 @@ class ConstrainedSequences:
         """
         if not self._late:
             return []
-        if not self._scheduler.running and not self._scheduler.reading:
+        if not self._scheduler.running and not self._scheduler.prefilling:
             self._masks.wait(_constraints(self._late), _NAP, every=False)
-        ready = [owner for owner in self._late if owner.constraint is not None and owner.constraint.ready]
+        ready = [sequence for sequence in self._late if sequence.constraint is not None and sequence.constraint.ready]
         sampled = []
-        for owner in ready:
-            self._scheduler.resume(owner)
-            sampled += sample(self._late.pop(owner)[None], [owner])
+        for sequence in ready:
+            self._scheduler.resume(sequence)
+            sampled += sample(self._late.pop(sequence)[None], [sequence])
         return sampled
 
-    def forget(self, owner: Continuation) -> None:
-        """Take note that `owner` has ended."""
-        self._late.pop(owner, None)
+    def forget(self, sequence: EngineSequence) -> None:
+        """Take note that `sequence` has ended."""
+        self._late.pop(sequence, None)
 
     def close(self) -> None:
         """End the threads that compute masks."""
         self._masks.close()
 
 
-def _constraints(owners: Iterable[Continuation | None]) -> list[TokenConstraint]:
-    return [owner.constraint for owner in owners if owner is not None and owner.constraint is not None]
+def _constraints(sequences: Iterable[EngineSequence | None]) -> list[TokenConstraint]:
+    return [sequence.constraint for sequence in sequences if sequence is not None and sequence.constraint is not None]

@@ -18,8 +18,8 @@ from serving.bundle import Bundle
 from serving.engine.api import DrainingError, EngineStats, GenerationRequest, Listener, Observer, QueueFullError
 from serving.engine.config import SHARED_CHUNK, EngineConfig
 from serving.engine.core import Core
-from serving.engine.prefill_budget import BoundedPace, Pace
-from serving.engine.requests import Task, open_task
+from serving.engine.prefill_budget import PrefillBudget, TimedPrefillBudget
+from serving.engine.requests import EngineRequest, open_engine_request
 from serving.engine.scheduler import Scheduler
 from serving.engine.slot_backend import SlotBackend
 from serving.errors import InputError
@@ -90,8 +90,8 @@ class SlotEngine:
         self._core = Core(backend, _scheduler(backend, self.config), observer, clock)
         # Guards the attributes below. The thread waits on it for work, and `drain` for the end of all work.
         self._changed = threading.Condition()
-        self._inbox: deque[Task] = deque()
-        self._cancelled: deque[Task] = deque()
+        self._inbox: deque[EngineRequest] = deque()
+        self._cancelled: deque[EngineRequest] = deque()
         self._draining = self._expire = self._closing = self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True) if start else None
         if self._thread is not None:
@@ -104,7 +104,9 @@ class SlotEngine:
             "the prompt", request.prompt, request.params, self.vocab_size, self.n_positions, request.prompt_only
         )
         timeout = self.config.default_timeout if request.timeout is None else request.timeout
-        task = open_task(request, listener, self._clock(), timeout, budget, self.eos_token_id, self._token_bytes)
+        engine_request = open_engine_request(
+            request, listener, self._clock(), timeout, budget, self.eos_token_id, self._token_bytes
+        )
         with self._changed:
             if self._draining:
                 raise DrainingError("the server is stopping and takes no new requests; ask another one")
@@ -113,9 +115,9 @@ class SlotEngine:
             room = self.config.queue_limit + stats.slots - stats.active_slots
             if waiting >= room and not request.joins_call:
                 raise QueueFullError(f"{waiting} requests are waiting already; try again later", self._retry_after())
-            self._inbox.append(task)
+            self._inbox.append(engine_request)
             self._changed.notify_all()
-        return _Handle(self, task)
+        return _Handle(self, engine_request)
 
     def stats(self) -> EngineStats:
         """See `Engine.stats`."""
@@ -150,7 +152,7 @@ class SlotEngine:
             arrived, self._inbox = self._inbox, deque()
             cancelled, self._cancelled = self._cancelled, deque()
             expire, self._expire = self._expire, False
-            if not (arrived or cancelled or expire or self._core.tasks):
+            if not (arrived or cancelled or expire or self._core.requests):
                 return False
             # The core does not count these requests yet.
             stats = self._core.stats
@@ -160,29 +162,29 @@ class SlotEngine:
         except Exception:
             # Every request needs an end: a dead thread would leave its clients waiting.
             _log.exception("the engine failed")
-            self._core.end(self._core.tasks, "error", "the engine failed; look into its log", keep=False)
+            self._core.end(self._core.requests, "error", "the engine failed; look into its log", keep=False)
         if expire:
-            self._core.end(self._core.tasks, "timeout", "the server was stopping and waited no longer")
+            self._core.end(self._core.requests, "timeout", "the server was stopping and waited no longer")
         with self._changed:
-            self._core.settle()
+            self._core.update_stats()
             self._changed.notify_all()
         return True
 
-    def cancel(self, task: Task) -> None:
-        """End `task` with "cancelled" in the next step."""
+    def cancel(self, engine_request: EngineRequest) -> None:
+        """End `engine_request` with "cancelled" in the next step."""
         with self._changed:
-            self._cancelled.append(task)
+            self._cancelled.append(engine_request)
             self._changed.notify_all()
 
     @property
     def _idle(self) -> bool:
-        return self._closed or not (self._inbox or self._core.tasks)
+        return self._closed or not (self._inbox or self._core.requests)
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closing or self._expire or self._inbox or self._cancelled or self._core.tasks
+                    lambda: self._closing or self._expire or self._inbox or self._cancelled or self._core.requests
                 )
                 if self._closing:
                     break
@@ -195,10 +197,10 @@ class SlotEngine:
             if self._closed:
                 return
             arrived, self._inbox = self._inbox, deque()
-        self._core.adopt(arrived)
-        self._core.end(self._core.tasks, "cancelled")
+        self._core.enqueue(arrived)
+        self._core.end(self._core.requests, "cancelled")
         with self._changed:
-            self._core.settle()
+            self._core.update_stats()
             self._closed = True
             self._changed.notify_all()
         self._core.close()
@@ -218,16 +220,16 @@ class SlotEngine:
 
 def _scheduler(backend: SlotBackend, config: EngineConfig) -> Scheduler:
     chunk, budget = config.prefill_chunk, config.max_num_batched_tokens
-    pace = Pace(chunk) if chunk else BoundedPace(config.prefill_slowdown, budget)
-    return Scheduler(backend, min(chunk or SHARED_CHUNK, SHARED_CHUNK), budget, pace, config.prefix_cache)
+    prefill_budget = PrefillBudget(chunk) if chunk else TimedPrefillBudget(config.prefill_slowdown, budget)
+    return Scheduler(backend, min(chunk or SHARED_CHUNK, SHARED_CHUNK), budget, prefill_budget, config.prefix_cache)
 
 
 class _Handle:
     """See `serving.engine.api.Handle`."""
 
-    def __init__(self, engine: SlotEngine, task: Task) -> None:
-        self._engine, self._task = engine, task
+    def __init__(self, engine: SlotEngine, engine_request: EngineRequest) -> None:
+        self._engine, self._engine_request = engine, engine_request
 
     def cancel(self) -> None:
         """See `Handle.cancel`."""
-        self._engine.cancel(self._task)
+        self._engine.cancel(self._engine_request)

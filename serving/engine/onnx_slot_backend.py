@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from serving.backends.base import Choice, FloatArray, IntArray, Request
+from serving.backends.base import FloatArray, IntArray, SampledTokens, SamplingRequest
 from serving.backends.devices import parse_device
 from serving.backends.onnx import DEFAULT_GRAPH
 from serving.backends.onnx_logits import OFFSETS, with_offsets
-from serving.backends.onnx_session import CHOOSE_GRAPH, bind_request, device_zeros, open_graph
+from serving.backends.onnx_session import SAMPLING_GRAPH, bind_sampling_request, device_zeros, open_graph
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
@@ -47,7 +47,7 @@ class OnnxSlotBackend:
         max_length: int,
         threads: int | None = None,
         device: str = "cpu",
-        chooses: bool | None = None,
+        supports_device_sampling: bool | None = None,
     ) -> None:
         geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
         if graph.runtime != "onnx" or graph.cache != "shared-buffer":
@@ -71,19 +71,21 @@ class OnnxSlotBackend:
         self._scored_logits = np.empty((0, 1, self.vocab_size), np.float32)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
-        has_choice = CHOOSE_GRAPH in bundle.manifest.graphs
-        self.chooses = has_choice and (device != "cpu" if chooses is None else chooses)
+        has_choice = SAMPLING_GRAPH in bundle.manifest.graphs
+        self.supports_device_sampling = has_choice and (
+            device != "cpu" if supports_device_sampling is None else supports_device_sampling
+        )
         self._logits = np.empty((slots, 1, self.vocab_size), np.float32)
         self._prompt_logits = np.empty((1, 1, self.vocab_size), np.float32)
         self._leading: dict[int, Any] = {}
         self._alone: dict[int, Any] = {}
         self._scoring: dict[int, Any] = {}
-        if self.chooses:
+        if self.supports_device_sampling:
             self._kept_logits = _Buffer((slots, 1, self.vocab_size), np.dtype(np.float32), device)
             # One thread: on the processor two sessions' threads would wait by spinning on each other's cores.
-            self._choose_session: Any = open_graph(bundle, CHOOSE_GRAPH, device, 1)
+            self._sampling_session: Any = open_graph(bundle, SAMPLING_GRAPH, device, 1)
             self._staying: dict[int, Any] = {}
-            self._choices: dict[int, Any] = {}
+            self._sampling_bindings: dict[int, Any] = {}
             self._rows = 0
         self._columns = np.arange(max_length)
 
@@ -125,30 +127,30 @@ class OnnxSlotBackend:
         return self._logits[:rows, 0]
 
     def advance(self, tokens: IntArray, lengths: IntArray) -> None:
-        """See `ChoosingSlotBackend.advance`."""
+        """See `DeviceSamplingSlotBackend.advance`."""
         self._rows = rows = len(tokens)
         if rows not in self._staying:
             self._staying[rows] = self._bind(0, rows, None)
         self._run(self._staying[rows], tokens, lengths)
 
-    def choose(self, request: Request) -> Choice:
-        """See `ChoosingSlotBackend.choose`."""
+    def sample_tokens(self, request: SamplingRequest) -> SampledTokens:
+        """See `DeviceSamplingSlotBackend.sample_tokens`."""
         rows = self._rows
-        if rows not in self._choices:
-            binding = self._choices[rows] = self._choose_session.io_binding()
+        if rows not in self._sampling_bindings:
+            binding = self._sampling_bindings[rows] = self._sampling_session.io_binding()
             shape, address = (rows, 1, self.vocab_size), self._kept_logits.address(0)
             binding.bind_input("logits", *self._place, np.float32, shape, address)
-        binding = self._choices[rows]
-        bind_request(binding, request)
+        binding = self._sampling_bindings[rows]
+        bind_sampling_request(binding, request)
         binding.clear_binding_outputs()
         for name in ("token", "exact"):
             binding.bind_output(name, "cpu")
-        self._choose_session.run_with_iobinding(binding)
+        self._sampling_session.run_with_iobinding(binding)
         token, exact = (value.numpy() for value in binding.get_outputs())
-        return Choice(token[:, 0], exact)
+        return SampledTokens(token[:, 0], exact)
 
     def logits(self) -> FloatArray:
-        """See `ChoosingSlotBackend.logits`."""
+        """See `DeviceSamplingSlotBackend.logits`."""
         logits: FloatArray = self._kept_logits.fetch()[: self._rows, 0]
         return logits
 
@@ -171,10 +173,10 @@ class OnnxSlotBackend:
         self._scoring.clear()
         self._buffers.clear()
         self._session = None
-        if self.chooses:
+        if self.supports_device_sampling:
             self._staying.clear()
-            self._choices.clear()
-            self._choose_session = self._kept_logits = None  # type: ignore[assignment]
+            self._sampling_bindings.clear()
+            self._sampling_session = self._kept_logits = None  # type: ignore[assignment]
 
     def _bind(self, first: int, rows: int, logits: FloatArray | None) -> Any:
         """A binding of `rows` slots from `first` on as past and present at once; without `logits`, those stay there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-LEAST = 16
+MIN_CHUNK_TOKENS = 16
 """Minimum tokens of a prefill chunk: smaller ones delay prompts and hardly shorten steps (docs/decisions/engine.md)."""
 _WEIGHTS = 24
 """Number of tokens whose cost equals reading all weights and the KV cache once. Measured. The fit converges more slowly
@@ -14,7 +14,7 @@ _KEEP = 0.95
 _STEPS = 9
 
 
-class Pace:
+class PrefillBudget:
     """The same number of tokens in every step."""
 
     def __init__(self, tokens: int) -> None:
@@ -24,14 +24,14 @@ class Pace:
         """Size of the next prefill chunk, after `start` cached positions, where `prompts` prompts wait for prefill."""
         return self._tokens
 
-    def stepped(self, read: int, start: int, reading: float, other: float) -> None:
+    def on_step_end(self, num_prefilled: int, start: int, prefill_seconds: float, decode_seconds: float) -> None:
         """Record a step that decoded: seconds of its prefill chunk and of the rest.
 
-        The chunk had `read` tokens after `start`; 0 means a decode-only step.
+        The chunk had `num_prefilled` tokens after `start`; 0 means a decode-only step.
         """
 
 
-class BoundedPace(Pace):
+class TimedPrefillBudget(PrefillBudget):
     """The largest chunk that lengthens a step to about `slowdown` times a decode-only step; LEAST to `most` tokens.
 
     Each further waiting prompt allows as much again, and LEAST tokens more. Prompts wait for one another, so short
@@ -43,22 +43,22 @@ class BoundedPace(Pace):
     """
 
     def __init__(self, slowdown: float, most: int) -> None:
-        super().__init__(LEAST)
-        self._slowdown, self._most = slowdown, max(most, LEAST)
-        self._others: deque[float] = deque(maxlen=_STEPS)
+        super().__init__(MIN_CHUNK_TOKENS)
+        self._slowdown, self._most = slowdown, max(most, MIN_CHUNK_TOKENS)
+        self._decode_seconds: deque[float] = deque(maxlen=_STEPS)
         self._line = _Line()
 
     def tokens(self, start: int, prompts: int) -> int:
-        unit, least = self._line.at(start), LEAST * prompts
+        unit, least = self._line.at(start), MIN_CHUNK_TOKENS * prompts
         if not unit:
             return min(least, self._most)
-        allowed = (self._slowdown - 1) * prompts * statistics.median(self._others)
+        allowed = (self._slowdown - 1) * prompts * statistics.median(self._decode_seconds)
         return int(min(max(allowed / unit - _WEIGHTS, least), self._most))
 
-    def stepped(self, read: int, start: int, reading: float, other: float) -> None:
-        self._others.append(other)
-        if 1 < read <= self._most:
-            self._line.add(start, reading / (_WEIGHTS + read))
+    def on_step_end(self, num_prefilled: int, start: int, prefill_seconds: float, decode_seconds: float) -> None:
+        self._decode_seconds.append(decode_seconds)
+        if 1 < num_prefilled <= self._most:
+            self._line.add(start, prefill_seconds / (_WEIGHTS + num_prefilled))
 
 
 class _Line:

@@ -9,7 +9,7 @@ from serving.engine.api import GenerationRequest, Listener, Logprobs
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import TokenConstraint, ends_without_text
 from serving.sampling.detokenizer import TextStream, TokenBytes
-from serving.sampling.penalties import History
+from serving.sampling.penalties import PenaltyState
 
 
 @dataclass(eq=False)
@@ -23,68 +23,68 @@ class Slot:
     index: int
     tokens: tuple[int, ...] = ()
     filled: int = 0
-    owner: Continuation | None = None
+    sequence: EngineSequence | None = None
     used: int = 0
     salt: str = ""
     """Only requests with this salt may reuse the prefix."""
 
 
 @dataclass(eq=False)
-class Continuation:
+class EngineSequence:
     """One output sequence of a request."""
 
-    task: Task
+    request: EngineRequest
     index: int
     params: SamplingParams
     """Those of the request, shared by its sequences, which differ in `seed`."""
     seed: int
     text: TextStream
-    history: History | None
+    penalty_state: PenaltyState | None
     """None without bias and penalties."""
     constraint: TokenConstraint | None = None
     slot: Slot | None = None
-    last: int = 0
+    last_token: int = 0
     """The token that the next step feeds."""
-    made: int = 0
+    num_generated: int = 0
     """Number of tokens sampled so far."""
     last_time: float | None = None
     ended: bool = False
 
 
 @dataclass(eq=False)
-class Task:
+class EngineRequest:
     """A request, from its submission to the end of its last sequence.
 
-    `holding` sequences have the whole prompt in their slots. The next one has its first `read` tokens.
+    `holding` sequences have the whole prompt in their slots. The next one has its first `num_prefilled` tokens.
     `scores` are the prompt's log-probabilities as far as they are known, or None if the request does not want them.
     """
 
-    request: GenerationRequest
+    submitted: GenerationRequest
     listener: Listener
     arrived: float
     deadline: float | None
-    budget: int
+    max_new_tokens: int
     end_ids: frozenset[int]
-    continuations: list[Continuation] = field(default_factory=list)
-    read: int = 0
+    sequences: list[EngineSequence] = field(default_factory=list)
+    num_prefilled: int = 0
     holding: int = 0
     cached: int = 0
     scores: list[Logprobs | None] | None = None
     scheduled: float | None = None
     first_token: float | None = None
-    made: int = 0
+    num_generated: int = 0
     logits: FloatArray | None = None
     """Those after the prompt, [vocab_size], between its last chunk and the first token."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
         """The request's prompt."""
-        return self.request.prompt
+        return self.submitted.prompt
 
     @property
-    def first(self) -> Continuation:
+    def first(self) -> EngineSequence:
         """The sequence whose slot receives the prefill."""
-        return self.continuations[0]
+        return self.sequences[0]
 
     @property
     def scoring(self) -> bool:
@@ -92,30 +92,30 @@ class Task:
         return self.scores is not None and len(self.scores) < len(self.prompt)
 
 
-def open_task(
-    request: GenerationRequest,
+def open_engine_request(
+    submitted: GenerationRequest,
     listener: Listener,
     arrived: float,
     timeout: float | None,
-    budget: int,
+    max_new_tokens: int,
     eos_token_id: int,
     token_bytes: TokenBytes,
-) -> Task:
-    """The engine's state of `request`, each of whose sequences may have `budget` tokens.
+) -> EngineRequest:
+    """The engine's state of `submitted`, each of whose sequences may have `max_new_tokens` tokens.
 
     Its sequences share stop automaton and biases: a request may have many sequences, long stop texts and a bias for
     each token.
     """
-    params = request.params
+    params = submitted.params
     deadline = None if timeout is None else arrived + timeout
-    task = Task(request, listener, arrived, deadline, budget, params.end_ids(eos_token_id))
-    if request.prompt_logprobs is not None:
-        task.scores = [None]
-    history = History([request.prompt], [params], eos_token_id)
+    request = EngineRequest(submitted, listener, arrived, deadline, max_new_tokens, params.end_ids(eos_token_id))
+    if submitted.prompt_logprobs is not None:
+        request.scores = [None]
+    penalty_state = PenaltyState([submitted.prompt], [params], eos_token_id)
     ends = ends_without_text(params, eos_token_id, token_bytes.special)
-    for index in range(request.n):
+    for index in range(submitted.n):
         text = TextStream(token_bytes, params.stop_automaton)
-        own = None if history.empty else history.copy()
-        constraint = None if request.grammar is None else request.grammar.start(ends)
-        task.continuations.append(Continuation(task, index, params, request.seed(index), text, own, constraint))
-    return task
+        own = None if penalty_state.empty else penalty_state.copy()
+        constraint = None if submitted.grammar is None else submitted.grammar.start(ends)
+        request.sequences.append(EngineSequence(request, index, params, submitted.seed(index), text, own, constraint))
+    return request

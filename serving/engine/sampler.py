@@ -9,17 +9,17 @@ import numpy as np
 
 from serving.backends.base import FloatArray
 from serving.engine.api import Logprobs
-from serving.engine.requests import Continuation
+from serving.engine.requests import EngineSequence
 from serving.errors import BundleError
-from serving.sampling import SamplingRows, choose
-from serving.sampling.constraints import ConstraintError, choose_allowed
+from serving.sampling import SamplingRows, sample_tokens
+from serving.sampling.constraints import ConstraintError, sample_allowed
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The next token of `owner`, or the error that prevents one."""
+    """The next token of `sequence`, or the error that prevents one."""
 
-    owner: Continuation
+    sequence: EngineSequence
     token: int
     logprobs: Logprobs | None = None
     error: str = ""
@@ -29,68 +29,68 @@ class Sampled:
     """Whether the sequence was whole before, and has no next token."""
 
 
-def sample(logits: FloatArray, owners: Sequence[Continuation | None]) -> list[Sampled]:
+def sample(logits: FloatArray, sequences: Sequence[EngineSequence | None]) -> list[Sampled]:
     """Sample every row of `logits` [rows, vocab] that has a sequence, as `serving.generation.generate` does.
 
     Bias and penalties are written into `logits`.
     """
     found, live = [], []
-    for row, owner in enumerate(owners):
-        if owner is None:
+    for row, sequence in enumerate(sequences):
+        if sequence is None:
             continue
-        sampled = None if owner.constraint is None else _sample_restricted(logits[row], owner)
+        sampled = None if sequence.constraint is None else _sample_restricted(logits[row], sequence)
         if sampled is None:
             live.append(row)
         else:
             found.append(sampled)
     if not live:
         return found
-    raw = {row: _raw(logits[row], owners[row]) for row in live}
+    raw = {row: _raw(logits[row], sequences[row]) for row in live}
     for row in live:
-        owner = owners[row]
-        if owner is not None and owner.history is not None:
-            owner.history.edits.apply_to(logits[row], 0)
-    for row, (token, error) in zip(live, _choose(logits, owners, live), strict=True):
-        owner, line = owners[row], raw[row]
-        assert owner is not None
-        wanted = owner.task.request.logprobs
+        sequence = sequences[row]
+        if sequence is not None and sequence.penalty_state is not None:
+            sequence.penalty_state.logits_processor.apply_to(logits[row], 0)
+    for row, (token, error) in zip(live, _sample_rows(logits, sequences, live), strict=True):
+        sequence, line = sequences[row], raw[row]
+        assert sequence is not None
+        wanted = sequence.request.submitted.logprobs
         logprobs = None if line is None or wanted is None or error else log_probabilities(line, token, wanted)
-        found.append(Sampled(owner, token, logprobs, error))
+        found.append(Sampled(sequence, token, logprobs, error))
     return found
 
 
-def _sample_restricted(line: FloatArray, owner: Continuation) -> Sampled | None:
+def _sample_restricted(line: FloatArray, sequence: EngineSequence) -> Sampled | None:
     """The next token of a sequence whose grammar allows few.
 
     None where it allows many: then the others are at minus infinity in `line` [vocab], which is sampled as any row.
     """
-    assert owner.constraint is not None
-    owner.constraint.compute()
-    if owner.constraint.done:
-        return Sampled(owner, 0, ended=True)
+    assert sequence.constraint is not None
+    sequence.constraint.compute()
+    if sequence.constraint.done:
+        return Sampled(sequence, 0, ended=True)
     try:
-        allowed = owner.constraint.allowed()
+        allowed = sequence.constraint.allowed()
         if allowed.bias is not None:
             line += allowed.bias
             return None
-        wanted = owner.task.request.logprobs
+        wanted = sequence.request.submitted.logprobs
         raw = None if wanted is None else line[allowed.ids]
-        if owner.history is not None:
-            owner.history.edits.apply_to(line, 0)
-        token = choose_allowed(line, allowed, owner.params, owner.seed, owner.made)
+        if sequence.penalty_state is not None:
+            sequence.penalty_state.logits_processor.apply_to(line, 0)
+        token = sample_allowed(line, allowed, sequence.params, sequence.seed, sequence.num_generated)
     except ConstraintError as error:
-        return Sampled(owner, 0, error=str(error), by_request=True)
+        return Sampled(sequence, 0, error=str(error), by_request=True)
     except BundleError:
-        return Sampled(owner, 0, error=_not_finite(owner))
+        return Sampled(sequence, 0, error=_not_finite(sequence))
     if raw is None or wanted is None:
-        return Sampled(owner, token)
+        return Sampled(sequence, token)
     ids = allowed.ids
     among = log_probabilities(raw, int(np.searchsorted(ids, token)), wanted)
-    return Sampled(owner, token, Logprobs(among.own, tuple((int(ids[place]), nats) for place, nats in among.top)))
+    return Sampled(sequence, token, Logprobs(among.own, tuple((int(ids[place]), nats) for place, nats in among.top)))
 
 
-def _not_finite(owner: Continuation) -> str:
-    place = len(owner.task.prompt) + owner.made
+def _not_finite(sequence: EngineSequence) -> str:
+    place = len(sequence.request.prompt) + sequence.num_generated
     return f"the model's greatest logit is not a finite number after {place} tokens; check the bundle"
 
 
@@ -107,34 +107,36 @@ def log_probabilities(line: FloatArray, token: int, count: int) -> Logprobs:
     return Logprobs(float(line[token] - total), top, int(np.count_nonzero(line >= line[token])))
 
 
-def _raw(line: FloatArray, owner: Continuation | None) -> FloatArray | None:
+def _raw(line: FloatArray, sequence: EngineSequence | None) -> FloatArray | None:
     """The model's own logits, if log-probabilities are wanted."""
-    if owner is None or owner.task.request.logprobs is None:
+    if sequence is None or sequence.request.submitted.logprobs is None:
         return None
-    return line.copy() if owner.history is not None else line
+    return line.copy() if sequence.penalty_state is not None else line
 
 
-def _choose(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[tuple[int, str]]:
+def _sample_rows(
+    logits: FloatArray, sequences: Sequence[EngineSequence | None], live: list[int]
+) -> list[tuple[int, str]]:
     """The token or the error of each row of `live`."""
     try:
-        return [(token, "") for token in _tokens(logits, owners, live)]
+        return [(token, "") for token in _tokens(logits, sequences, live)]
     except BundleError:
         # One row has logits that are not finite. Find it, so that the others continue.
         if len(live) > 1:
-            return [_choose(logits, owners, [row])[0] for row in live]
-        owner = owners[live[0]]
-        assert owner is not None
-        return [(0, _not_finite(owner))]
+            return [_sample_rows(logits, sequences, [row])[0] for row in live]
+        sequence = sequences[live[0]]
+        assert sequence is not None
+        return [(0, _not_finite(sequence))]
 
 
-def _tokens(logits: FloatArray, owners: Sequence[Continuation | None], live: list[int]) -> list[int]:
-    each = [owner for row in live if (owner := owners[row]) is not None]
+def _tokens(logits: FloatArray, sequences: Sequence[EngineSequence | None], live: list[int]) -> list[int]:
+    each = [sequence for row in live if (sequence := sequences[row]) is not None]
     # Without idle rows no copy is needed.
     rows = logits if len(live) == len(logits) else logits[live]
-    tokens: list[int] = choose(
+    tokens: list[int] = sample_tokens(
         rows,
         seed=np.array([one.seed for one in each], np.int64),
-        step=np.array([one.made for one in each], np.int64),
+        step=np.array([one.num_generated for one in each], np.int64),
         **SamplingRows.of([one.params for one in each]).arrays(),
     ).tolist()
     return tokens

@@ -190,7 +190,7 @@ class SignatureEngine:
             with self._changed:
                 self._changed.wait_for(self._has_work, rounds.nap())
                 for job in self._arrived:
-                    rounds.adopt(job)
+                    rounds.enqueue(job)
                 self._arrived.clear()
                 closing, end_all = self._closing, self._end_all
             try:

@@ -73,7 +73,7 @@ class Rounds:
         self._job_of: dict[SlotStream, Job] = {}
         self._pause, self._ask_at = _FIRST_PAUSE, 0.0
 
-    def adopt(self, job: Job) -> None:
+    def enqueue(self, job: Job) -> None:
         """Take `job` into the queue."""
         self.jobs.append(job)
         self.pool.waiting.extend(job.streams)

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.backends.base import FloatArray, IntArray
-from serving.engine.prefill_budget import Pace
-from serving.engine.requests import Continuation, Slot, Task
+from serving.engine.prefill_budget import PrefillBudget
+from serving.engine.requests import EngineRequest, EngineSequence, Slot
 from serving.engine.slot_backend import SlotBackend
 from serving.engine.slot_table import Copy, SlotTable
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledPrefill:
     """Copies of cached prefixes, or one prefill chunk: `tokens` after the first `start` positions of `slot`."""
 
-    task: Task
+    request: EngineRequest
     copies: tuple[Copy, ...] = ()
     slot: Slot | None = None
     tokens: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ class Work:
     @property
     def ends(self) -> bool:
         """Whether this is the last chunk of its prompt."""
-        return self.slot is not None and self.start + len(self.tokens) == len(self.task.prompt)
+        return self.slot is not None and self.start + len(self.tokens) == len(self.request.prompt)
 
     def run(self, backend: SlotBackend) -> FloatArray | None:
         """Run it on `backend`; return the logits after the chunk, or None for copies."""
@@ -52,200 +52,217 @@ class Scheduler:
     """
 
     def __init__(
-        self, backend: SlotBackend, chunk: int, max_batched_tokens: int, pace: Pace, reuse: bool = True
+        self,
+        backend: SlotBackend,
+        chunk: int,
+        max_batched_tokens: int,
+        prefill_budget: PrefillBudget,
+        reuse: bool = True,
     ) -> None:
         self.table = SlotTable(backend.slots, chunk, backend.copies)
-        self.waiting: deque[Task] = deque()
-        self.reading: deque[Task] = deque()
-        self.running: list[Continuation] = []
+        self.waiting: deque[EngineRequest] = deque()
+        self.prefilling: deque[EngineRequest] = deque()
+        self.running: list[EngineSequence] = []
         self.backlog = 0
         """Maximum tokens of all waiting requests together, prompts included."""
         self._chunk, self._max_batched_tokens, self._copies = chunk, max_batched_tokens, backend.copies
         self._reuse, self._scored_tokens = reuse, backend.scored_tokens
         self._last_position = backend.max_length - 1
-        self._pace = pace
+        self._prefill_budget = prefill_budget
         self._pending: tuple[Copy, ...] = ()
-        self._piece: Work | None = None
+        self._last_chunk: ScheduledPrefill | None = None
         """The last prefill chunk of this step."""
 
-    def add(self, task: Task) -> None:
+    def add(self, request: EngineRequest) -> None:
         """Append a request to the waiting queue."""
-        self.waiting.append(task)
-        self.backlog += _size(task)
+        self.waiting.append(request)
+        self.backlog += _size(request)
 
     def budget(self) -> int:
         """Prompt tokens that this step may prefill while nothing decodes; a copy counts as a chunk."""
         return max(self._max_batched_tokens, self._chunk)
 
-    def next(self, now: float, budget: int) -> Work | None:
-        """The next prefill, of at most `budget` tokens, or None; call `done` or `release` after it."""
-        while not self.reading and self._admit(now):
+    def next(self, now: float, budget: int) -> ScheduledPrefill | None:
+        """The next prefill, of at most `budget` tokens, or None; call `on_chunk_done` or `release` after it."""
+        while not self.prefilling and self._admit(now):
             pass
-        if not self.reading:
+        if not self.prefilling:
             return None
-        task = self.reading[0]
+        request = self.prefilling[0]
         if self._pending:
-            return Work(task, self._pending)
-        slot = task.continuations[task.holding].slot
-        first = task.first.slot
+            return ScheduledPrefill(request, self._pending)
+        slot = request.sequences[request.holding].slot
+        first = request.first.slot
         assert slot is not None and first is not None
-        if task.holding and self._copies:
-            return Work(task, (Copy(first, slot, len(task.prompt), first.tokens, first.salt),))
-        return Work(task, (), slot, task.prompt[task.read : self._end(task, budget)], task.read, task.scoring)
+        if request.holding and self._copies:
+            return ScheduledPrefill(request, (Copy(first, slot, len(request.prompt), first.tokens, first.salt),))
+        return ScheduledPrefill(
+            request,
+            (),
+            slot,
+            request.prompt[request.num_prefilled : self._end(request, budget)],
+            request.num_prefilled,
+            request.scoring,
+        )
 
-    def _end(self, task: Task, budget: int) -> int:
+    def _end(self, request: EngineRequest, budget: int) -> int:
         """Position in the prompt at which the next chunk ends."""
-        length = len(task.prompt)
+        length = len(request.prompt)
         if self._chunk == 1:
-            return task.read + 1
+            return request.num_prefilled + 1
         last = length - (length % self._chunk == 1)
-        if task.read >= last:
+        if request.num_prefilled >= last:
             return length
         # A request without a slot waits for a sequence to end, not for prefill.
-        prompts = len(self.reading) + min(len(self.waiting), len(self.table.free))
+        prompts = len(self.prefilling) + min(len(self.waiting), len(self.table.free))
         if self.running:
-            budget = min(self._pace.tokens(task.read, prompts), self._max_batched_tokens - len(self.running))
-        if task.scoring:
+            budget = min(
+                self._prefill_budget.tokens(request.num_prefilled, prompts),
+                self._max_batched_tokens - len(self.running),
+            )
+        if request.scoring:
             budget = min(budget, self._scored_tokens - 1)
-        end = min(last, task.read + max(budget, 2))
+        end = min(last, request.num_prefilled + max(budget, 2))
         return last if last - end == 1 else end
 
-    def left(self, work: Work, budget: int) -> int:
-        """The budget after `work`: 0 while sequences decode, since each call reads all weights."""
+    def left(self, prefill: ScheduledPrefill, budget: int) -> int:
+        """The budget after `prefill`: 0 while sequences decode, since each call reads all weights."""
         if self.running:
             return 0
-        return budget - (self._chunk if work.copies else len(work.tokens))
+        return budget - (self._chunk if prefill.copies else len(prefill.tokens))
 
-    def stepped(self, rows: int, reading: float, other: float) -> None:
+    def on_step_end(self, rows: int, prefill_seconds: float, decode_seconds: float) -> None:
         """Record a step that decoded `rows` rows: seconds of its prefill, and of everything else."""
-        piece, self._piece = self._piece, None
+        chunk, self._last_chunk = self._last_chunk, None
         if not rows:
             return
-        if piece is None:
-            self._pace.stepped(0, 0, reading, other)
+        if chunk is None:
+            self._prefill_budget.on_step_end(0, 0, prefill_seconds, decode_seconds)
         else:
-            self._pace.stepped(len(piece.tokens), piece.start, reading, other)
+            self._prefill_budget.on_step_end(len(chunk.tokens), chunk.start, prefill_seconds, decode_seconds)
 
-    def done(self, work: Work) -> bool:
-        """Record that `work` ran; return whether all sequences of the request hold the prompt and can `begin`."""
-        task = work.task
-        for copy in work.copies:
+    def on_chunk_done(self, prefill: ScheduledPrefill) -> bool:
+        """Record that `prefill` ran; return whether all sequences of the request hold the prompt and can `begin`."""
+        request = prefill.request
+        for copy in prefill.copies:
             self.table.copied(copy)
         if self._pending:
             self._pending = ()
             return False
-        if work.slot is not None:
-            self._piece = work
-            task.read += len(work.tokens)
-            work.slot.filled = task.read
-            work.slot.tokens = task.prompt[: task.read // self._chunk * self._chunk]
-            if task.read < len(task.prompt):
+        if prefill.slot is not None:
+            self._last_chunk = prefill
+            request.num_prefilled += len(prefill.tokens)
+            prefill.slot.filled = request.num_prefilled
+            prefill.slot.tokens = request.prompt[: request.num_prefilled // self._chunk * self._chunk]
+            if request.num_prefilled < len(request.prompt):
                 return False
-        task.holding += 1
-        if task.holding < len(task.continuations):
-            task.read = 0
+        request.holding += 1
+        if request.holding < len(request.sequences):
+            request.num_prefilled = 0
             return False
-        self.reading.popleft()
+        self.prefilling.popleft()
         return True
 
-    def begin(self, task: Task) -> None:
+    def begin(self, request: EngineRequest) -> None:
         """Let the sequences of the request decode from the next step on."""
-        self.running += task.continuations
+        self.running += request.sequences
 
-    def pause(self, continuation: Continuation) -> None:
-        """Keep the slot of `continuation`, and leave it out of the decode batch until `resume`."""
-        self.running.remove(continuation)
+    def pause(self, sequence: EngineSequence) -> None:
+        """Keep the slot of `sequence`, and leave it out of the decode batch until `resume`."""
+        self.running.remove(sequence)
 
-    def resume(self, continuation: Continuation) -> None:
-        """Let `continuation` decode again from the next step on."""
-        self.running.append(continuation)
+    def resume(self, sequence: EngineSequence) -> None:
+        """Let `sequence` decode again from the next step on."""
+        self.running.append(sequence)
 
-    def scored(self, task: Task) -> None:
+    def on_scored(self, request: EngineRequest) -> None:
         """Prefill the prompt again in chunks, now that its log-probabilities are known."""
-        slot = task.first.slot
+        slot = request.first.slot
         assert slot is not None
-        self.running.remove(task.first)
+        self.running.remove(request.first)
         slot.filled = 0
-        self.reading.appendleft(task)
+        self.prefilling.appendleft(request)
 
-    def release(self, continuation: Continuation, keep: bool = True) -> None:
+    def release(self, sequence: EngineSequence, keep: bool = True) -> None:
         """Remove the sequence and free its slot; without `keep`, the slot's contents are not reused."""
-        task = continuation.task
-        if continuation.slot is not None:
-            self.table.release(continuation.slot, keep)
-            continuation.slot = None
-        if continuation in self.running:
-            self.running.remove(continuation)
-        elif task in self.reading:
-            if self.reading[0] is task:
+        request = sequence.request
+        if sequence.slot is not None:
+            self.table.release(sequence.slot, keep)
+            sequence.slot = None
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif request in self.prefilling:
+            if self.prefilling[0] is request:
                 self._pending = ()
-            self.reading.remove(task)
-        elif task in self.waiting:
-            self.waiting.remove(task)
-            self.backlog -= _size(task)
+            self.prefilling.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+            self.backlog -= _size(request)
 
-    def rows(self) -> tuple[list[Continuation | None], IntArray, IntArray]:
+    def rows(self) -> tuple[list[EngineSequence | None], IntArray, IntArray]:
         """The decode batch: the sequence of each leading row, the token to append, and the positions filled so far.
 
         Idle rows get a dummy token after the slot's cached tokens, or at the last position when the slot is full.
         Neither position is read before it is overwritten: the last token of a prompt is always prefilled.
         """
-        owners: list[Continuation | None] = []
-        for continuation in self.running:
-            slot = continuation.slot
+        sequences: list[EngineSequence | None] = []
+        for sequence in self.running:
+            slot = sequence.slot
             assert slot is not None
-            owners += [None] * (slot.index + 1 - len(owners))
-            owners[slot.index] = continuation
-        tokens = np.array([0 if owner is None else owner.last for owner in owners], np.int64)
-        lengths = np.array([slot.filled for slot in self.table.slots[: len(owners)]], np.int64)
-        return owners, tokens, np.minimum(lengths, self._last_position)
+            sequences += [None] * (slot.index + 1 - len(sequences))
+            sequences[slot.index] = sequence
+        tokens = np.array([0 if sequence is None else sequence.last_token for sequence in sequences], np.int64)
+        lengths = np.array([slot.filled for slot in self.table.slots[: len(sequences)]], np.int64)
+        return sequences, tokens, np.minimum(lengths, self._last_position)
 
-    def decoded(self) -> None:
+    def on_decode_done(self) -> None:
         """Record that every decoding sequence has one more position filled."""
-        for continuation in self.running:
-            assert continuation.slot is not None
-            continuation.slot.filled += 1
+        for sequence in self.running:
+            assert sequence.slot is not None
+            sequence.slot.filled += 1
 
-    def narrow(self) -> tuple[Copy, ...]:
-        """Copies that let `moved` shrink the decode batch; none while prompts wait for prefill."""
-        if self.reading or not self.running:
+    def compact(self) -> tuple[Copy, ...]:
+        """Copies that let `compacted` shrink the decode batch; none while prompts wait for prefill."""
+        if self.prefilling or not self.running:
             return ()
         top = max(self.running, key=lambda each: each.slot.index if each.slot else -1)
-        return tuple(self.table.narrow(top, top.task.budget - top.made))
+        return tuple(self.table.compact(top, top.request.max_new_tokens - top.num_generated))
 
-    def moved(self, copies: tuple[Copy, ...]) -> None:
-        """Record that the copies of `narrow` were made."""
+    def compacted(self, copies: tuple[Copy, ...]) -> None:
+        """Record that the copies of `compact` were made."""
         *saved, move = copies
         for copy in saved:
             self.table.copied(copy)
-        self.table.moved(move)
+        self.table.compacted(move)
 
-    def not_moved(self, copies: tuple[Copy, ...]) -> None:
-        """Record that not all copies of `narrow` were made."""
+    def not_compacted(self, copies: tuple[Copy, ...]) -> None:
+        """Record that not all copies of `compact` were made."""
         for copy in copies:
             copy.target.tokens, copy.target.filled = (), 0
 
     def _admit(self, now: float) -> bool:
         """Give the first waiting request its slots, if enough are free."""
-        if not self.waiting or len(self.table.free) < self.waiting[0].request.n:
+        if not self.waiting or len(self.table.free) < self.waiting[0].submitted.n:
             return False
-        task = self.waiting.popleft()
-        self.backlog -= _size(task)
-        task.scheduled = now
-        scoring = task.scores is not None
-        task.read, copies = self.table.place(task.first, task.prompt, reuse=self._reuse and not scoring)
-        task.cached = task.read
-        for continuation in task.continuations[1:]:
-            self.table.reserve(continuation)
-        if task.scoring and not self._scored_tokens:
+        request = self.waiting.popleft()
+        self.backlog -= _size(request)
+        request.scheduled = now
+        scoring = request.scores is not None
+        request.num_prefilled, copies = self.table.place(
+            request.first, request.prompt, reuse=self._reuse and not scoring
+        )
+        request.cached = request.num_prefilled
+        for sequence in request.sequences[1:]:
+            self.table.reserve(sequence)
+        if request.scoring and not self._scored_tokens:
             # One token a step, in the decode batch: this backend's chunks give the logits of their last token only.
-            task.first.last = task.prompt[0]
-            self.running.append(task.first)
+            request.first.last_token = request.prompt[0]
+            self.running.append(request.first)
         else:
             self._pending = tuple(copies)
-            self.reading.append(task)
+            self.prefilling.append(request)
         return True
 
 
-def _size(task: Task) -> int:
-    return len(task.prompt) + task.budget * task.request.n
+def _size(request: EngineRequest) -> int:
+    return len(request.prompt) + request.max_new_tokens * request.submitted.n

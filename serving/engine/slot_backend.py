@@ -10,7 +10,7 @@ from typing import Protocol, TypeGuard
 
 import numpy as np
 
-from serving.backends.base import Choice, FloatArray, IntArray, Request
+from serving.backends.base import FloatArray, IntArray, SampledTokens, SamplingRequest
 from serving.bundle import Geometry
 
 SCORED_BYTES = 32 << 20
@@ -67,17 +67,17 @@ class SlotBackend(Protocol):
         ...
 
 
-class ChoosingSlotBackend(SlotBackend, Protocol):
+class DeviceSamplingSlotBackend(SlotBackend, Protocol):
     """A backend that can sample on the device, so that no logits are fetched."""
 
-    chooses: bool
+    supports_device_sampling: bool
     """Whether it samples; if not, the methods below may not be called."""
 
     def advance(self, tokens: IntArray, lengths: IntArray) -> None:
         """Append one token to each of the leading rows as `decode` does, and leave the logits on the device."""
         ...
 
-    def choose(self, request: Request) -> Choice:
+    def sample_tokens(self, request: SamplingRequest) -> SampledTokens:
         """Sample the next token of each row of the last `advance`; `request` has as many rows."""
         ...
 
@@ -86,9 +86,9 @@ class ChoosingSlotBackend(SlotBackend, Protocol):
         ...
 
 
-def chooses(backend: SlotBackend) -> TypeGuard[ChoosingSlotBackend]:
+def supports_device_sampling(backend: SlotBackend) -> TypeGuard[DeviceSamplingSlotBackend]:
     """Whether to have `backend` choose tokens itself."""
-    return bool(getattr(backend, "chooses", False))
+    return bool(getattr(backend, "supports_device_sampling", False))
 
 
 def scored_tokens(vocab_size: int, max_length: int) -> int:

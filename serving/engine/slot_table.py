@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.engine.requests import Continuation, Slot
+from serving.engine.requests import EngineSequence, Slot
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,31 @@ class SlotTable:
     @property
     def free(self) -> list[Slot]:
         """Free slots, the lowest first."""
-        return [slot for slot in self.slots if slot.owner is None]
+        return [slot for slot in self.slots if slot.sequence is None]
 
-    def place(self, owner: Continuation, prompt: Sequence[int], reuse: bool) -> tuple[int, list[Copy]]:
-        """Give `owner` a free slot; return how many cached tokens of `prompt` it holds after the returned copies.
+    def place(self, sequence: EngineSequence, prompt: Sequence[int], reuse: bool) -> tuple[int, list[Copy]]:
+        """Give `sequence` a free slot; return how many cached tokens of `prompt` it holds after the returned copies.
 
         There must be a free slot. The last token of a prompt is always prefilled, since its logits are needed.
         """
         occupied = len(self.slots) - len(self.free)
         near = [slot for slot in self.free if slot.index <= occupied]
-        length, source = self._longest(prompt, owner.task.request.cache_salt) if reuse else (0, None)
-        if source is not None and source.owner is None and (source in near or not self._copies):
+        length, source = self._longest(prompt, sequence.request.submitted.cache_salt) if reuse else (0, None)
+        if source is not None and source.sequence is None and (source in near or not self._copies):
             copies = self._save(source) if len(source.tokens) > length else []
-            self._occupy(source, owner, length)
+            self._occupy(source, sequence, length)
             return length, copies
         # The oldest of those that leave no new hole; an empty one first.
         target = min(near, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
         copies = self._save(target, source)
         if source is not None:
             copies.append(Copy(source, target, length, source.tokens[:length], source.salt))
-        self._occupy(target, owner, 0)
+        self._occupy(target, sequence, 0)
         return length, copies
 
-    def reserve(self, owner: Continuation) -> None:
-        """Give `owner` the lowest free slot and discard its contents."""
-        self._occupy(self.free[0], owner, 0)
+    def reserve(self, sequence: EngineSequence) -> None:
+        """Give `sequence` the lowest free slot and discard its contents."""
+        self._occupy(self.free[0], sequence, 0)
 
     def copied(self, copy: Copy) -> None:
         """Record that `copy` was made."""
@@ -68,13 +68,13 @@ class SlotTable:
 
     def release(self, slot: Slot, keep: bool = True) -> None:
         """Free `slot`; without `keep`, discard its contents."""
-        slot.owner = None
+        slot.sequence = None
         if not keep:
             slot.tokens = ()
         slot.filled = len(slot.tokens)
 
-    def narrow(self, highest: Continuation, left: int) -> list[Copy]:
-        """Copies that let `moved` put `highest` into a lower free slot; none if that does not pay.
+    def compact(self, highest: EngineSequence, left: int) -> list[Copy]:
+        """Copies that let `compacted` put `highest` into a lower free slot; none if that does not pay.
 
         `left` is the number of steps that it may still take.
         """
@@ -88,20 +88,20 @@ class SlotTable:
         hole = min(holes, key=lambda slot: (self._wanted(slot), slot.used, slot.index))
         return [*self._save(hole), Copy(top, hole, top.filled, top.tokens, top.salt)]
 
-    def moved(self, copy: Copy) -> None:
-        """Record that `copy`, the last one of `narrow`, was made: its sequence continues in the target."""
-        owner, source, target = copy.source.owner, copy.source, copy.target
-        assert owner is not None
+    def compacted(self, copy: Copy) -> None:
+        """Record that `copy`, the last one of `compact`, was made: its sequence continues in the target."""
+        sequence, source, target = copy.source.sequence, copy.source, copy.target
+        assert sequence is not None
         self.copied(copy)
         target.used = source.used
-        target.owner, owner.slot = owner, target
+        target.sequence, sequence.slot = sequence, target
         self.release(source)
 
-    def _occupy(self, slot: Slot, owner: Continuation, length: int) -> None:
+    def _occupy(self, slot: Slot, sequence: EngineSequence, length: int) -> None:
         self._clock += 1
         slot.tokens, slot.filled, slot.used = slot.tokens[:length], length, self._clock
-        slot.owner, owner.slot = owner, slot
-        slot.salt = owner.task.request.cache_salt
+        slot.sequence, sequence.slot = sequence, slot
+        slot.salt = sequence.request.submitted.cache_salt
 
     def _longest(self, prompt: Sequence[int], salt: str) -> tuple[int, Slot | None]:
         """The longest cached prefix of `prompt` under `salt`, in whole chunks, and its slot."""
@@ -111,7 +111,7 @@ class SlotTable:
             if slot.salt != salt:
                 continue
             length = 0
-            while (piece := usable[length : length + self._chunk]) and piece == slot.tokens[
+            while (block := usable[length : length + self._chunk]) and block == slot.tokens[
                 length : length + self._chunk
             ]:
                 length += self._chunk

@@ -25,7 +25,7 @@ _GRPC = "grpc:"
 
 @dataclass(frozen=True)
 class EngineLoader:
-    """A `serving.entrypoints.model_versions.Loader`. Raises InputError for settings that do not go together.
+    """A `serving.entrypoints.model_manager.Loader`. Raises InputError for settings that do not go together.
 
     Of `config`, the SavedModel's slots, here or in a remote TensorFlow Serving, take `queue_limit` alone; how many
     slots there are, and of what length, was decided when the model was exported, and `slots` can only use fewer.

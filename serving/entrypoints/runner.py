@@ -18,7 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serving.entrypoints.http_limits import limited
-from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.model_manager import ModelManager
 from serving.errors import GPT2BundleError, InputError
 from serving.server.registry import ServedModel
 from serving.server.state import Server
@@ -116,7 +116,12 @@ class Runner:
     """One server from its start to its end."""
 
     def __init__(
-        self, app: Starlette, versions: Versions, address: Address, watch: float, companions: Sequence[Companion] = ()
+        self,
+        app: Starlette,
+        versions: ModelManager,
+        address: Address,
+        watch: float,
+        companions: Sequence[Companion] = (),
     ) -> None:
         """`watch` is seconds between two looks at the versions' folder; 0 never looks again."""
         self._app, self._versions, self._address, self._watch = app, versions, address, watch

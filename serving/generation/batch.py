@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.backends.base import Backend, FloatArray
 from serving.errors import InputError
-from serving.generation.token_selection import Chooser, HostSteps, open_steps
+from serving.generation.token_selection import BatchSampler, HostSteps, open_steps
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import TokenConstraint
 
@@ -174,12 +174,12 @@ def _steps(
     """
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
     # Only these steps bring logits to the host.
-    chooser = Chooser(prompts, params, eos_token_id, constraint)
-    host = HostSteps(backend, chooser, prompts, capacity) if with_logits or constraint is not None else None
+    sampler = BatchSampler(prompts, params, eos_token_id, constraint)
+    host = HostSteps(backend, sampler, prompts, capacity) if with_logits or constraint is not None else None
     steps = host or open_steps(backend, prompts, params, capacity, eos_token_id)
     for step in itertools.count():
         rows = np.flatnonzero(live)
-        tokens = steps.choose(rows, step)
+        tokens = steps.sample_tokens(rows, step)
         for row in rows.tolist():
             # Before the caller sees the token, so that the caller can end the row.
             live[row] = step + 1 < budgets[row]

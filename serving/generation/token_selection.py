@@ -10,11 +10,11 @@ from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
-from serving.backends.base import Backend, ChoosingBackend, FloatArray, IntArray, Request
-from serving.generation.device_loop import LoopSteps
-from serving.sampling import SamplingParams, SamplingRows, choose, uniform
-from serving.sampling.constraints import TokenConstraint, choose_allowed
-from serving.sampling.penalties import History
+from serving.backends.base import Backend, DeviceSamplingBackend, FloatArray, IntArray, SamplingRequest
+from serving.generation.multi_step_decode import MultiStepSteps
+from serving.sampling import SamplingParams, SamplingRows, sample_tokens, uniform
+from serving.sampling.constraints import TokenConstraint, sample_allowed
+from serving.sampling.penalties import PenaltyState
 
 # Top candidates on the device of a row without top-k, and the maximum for a row with it.
 USUAL_CANDIDATES = 256
@@ -24,7 +24,7 @@ MAX_CANDIDATES = 1024
 class Steps(Protocol):
     """A running batch. Ended rows still get input, of any value."""
 
-    def choose(self, rows: IntArray, step: int) -> IntArray:
+    def sample_tokens(self, rows: IntArray, step: int) -> IntArray:
         """The next tokens, [all rows], valid for `rows`; `step` counts from 0."""
         ...
 
@@ -41,22 +41,22 @@ def open_steps(
     eos_token_id: int | None = None,
 ) -> Steps:
     """Prefill `prompts`, each with its own `params`, and sample where it is fastest for them."""
-    chooser = Chooser(prompts, params, eos_token_id)
-    loop = backend.loop(chooser.samples) if hasattr(backend, "loop") and chooser.loops else None
+    sampler = BatchSampler(prompts, params, eos_token_id)
+    loop = backend.loop(sampler.samples) if hasattr(backend, "loop") and sampler.supports_multi_step else None
     if loop is not None:
-        return LoopSteps(loop, backend.vocab_size, chooser, prompts, capacity)
+        return MultiStepSteps(loop, backend.vocab_size, sampler, prompts, capacity)
     # On a CPU the host reads the logits in place and is faster (docs/decisions/sampling.md).
-    if chooses(backend) and backend.device != "cpu":
-        return DeviceSteps(backend, chooser, prompts, capacity)
-    return HostSteps(backend, chooser, prompts, capacity)
+    if supports_device_sampling(backend) and backend.device != "cpu":
+        return DeviceSteps(backend, sampler, prompts, capacity)
+    return HostSteps(backend, sampler, prompts, capacity)
 
 
-def chooses(backend: Backend) -> TypeGuard[ChoosingBackend]:
+def supports_device_sampling(backend: Backend) -> TypeGuard[DeviceSamplingBackend]:
     """Whether `backend` can sample on the device."""
-    return bool(getattr(backend, "chooses", False))
+    return bool(getattr(backend, "supports_device_sampling", False))
 
 
-class Chooser:
+class BatchSampler:
     """Sampling parameters of a batch as arrays, with the state of its penalties."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Chooser:
         self._params, self._constraint = params, constraint
         self._sampling = SamplingRows.of(params)
         self._seed = np.array([each.seed for each in params], np.int64)
-        self._history = History(prompts, params, eos_token_id)
+        self._penalty_state = PenaltyState(prompts, params, eos_token_id)
         self._budgets = np.array([each.max_new_tokens for each in params], np.int64)
         sampled = ~self._sampling.greedy
         self.samples = bool(sampled.any())
@@ -77,26 +77,26 @@ class Chooser:
         top_k = self._sampling.top_k
         wanted = np.where(top_k > 0, top_k, USUAL_CANDIDATES)[sampled]
         self._candidates = min(int(wanted.max(initial=1)), MAX_CANDIDATES)
-        self.loops = self._history.empty and self._candidates <= USUAL_CANDIDATES
+        self.supports_multi_step = self._penalty_state.empty and self._candidates <= USUAL_CANDIDATES
         """Whether multi-step decode can run: no step depends on earlier tokens except by the KV cache."""
 
-    def choose(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray:
+    def sample_tokens(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray:
         """Sample the next tokens of `rows` on the host from `logits`, [len(rows), vocab_size]."""
-        if not self._history.empty:
-            logits = self._history.edits.apply(logits, rows)
+        if not self._penalty_state.empty:
+            logits = self._penalty_state.logits_processor.apply(logits, rows)
         if self._constraint is not None:
             params = self._params[0]
-            token = choose_allowed(logits[0], self._constraint.allowed(), params, params.seed, step)
+            token = sample_allowed(logits[0], self._constraint.allowed(), params, params.seed, step)
             return np.array([token], np.int64)
         sampling = self._sampling.take(rows).arrays()
-        return choose(logits, seed=self._seed[rows], step=np.full(len(rows), step), **sampling)
+        return sample_tokens(logits, seed=self._seed[rows], step=np.full(len(rows), step), **sampling)
 
-    def request(self, step: int, vocab_size: int) -> Request:
+    def request(self, step: int, vocab_size: int) -> SamplingRequest:
         """The parameters for a backend that samples."""
         draw = uniform(self._seed, np.full(len(self._seed), step))
         few = min(self._candidates, vocab_size)
-        edits = self._history.edits
-        return Request(self._sampling, draw, edits, few)
+        logits_processor = self._penalty_state.logits_processor
+        return SamplingRequest(self._sampling, draw, logits_processor, few)
 
     def draws(self, step: int, count: int) -> FloatArray:
         """The random numbers of `count` steps from `step` on, [rows, count]."""
@@ -111,9 +111,9 @@ class Chooser:
 
     def add(self, rows: IntArray, tokens: IntArray) -> None:
         """Record the new tokens of `rows`; `tokens` is [all rows]."""
-        if not self._history.empty:
+        if not self._penalty_state.empty:
             for row in rows.tolist():
-                self._history.add(row, int(tokens[row]))
+                self._penalty_state.add(row, int(tokens[row]))
         if self._constraint is not None:
             self._constraint.accept(int(tokens[0]))
 
@@ -121,16 +121,18 @@ class Chooser:
 class HostSteps:
     """Samples on the host: the logits are fetched at each step."""
 
-    def __init__(self, backend: Backend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int) -> None:
-        self._backend, self._chooser = backend, chooser
+    def __init__(
+        self, backend: Backend, sampler: BatchSampler, prompts: Sequence[Sequence[int]], capacity: int
+    ) -> None:
+        self._backend, self._sampler = backend, sampler
         self._state, self.logits = backend.prefill(prompts, capacity)
         """[all rows, vocab_size], before bias and penalties; `feed` overwrites them."""
 
-    def choose(self, rows: IntArray, step: int) -> IntArray:
-        """See `Steps.choose`."""
+    def sample_tokens(self, rows: IntArray, step: int) -> IntArray:
+        """See `Steps.sample_tokens`."""
         tokens = np.zeros(len(self.logits), np.int64)
-        tokens[rows] = self._chooser.choose(self.logits[rows], rows, step)
-        self._chooser.add(rows, tokens)
+        tokens[rows] = self._sampler.sample_tokens(self.logits[rows], rows, step)
+        self._sampler.add(rows, tokens)
         return tokens
 
     def feed(self, tokens: IntArray) -> None:
@@ -142,18 +144,20 @@ class DeviceSteps:
     """Samples on the device: logits are fetched only for rows whose token is not certain."""
 
     def __init__(
-        self, backend: ChoosingBackend, chooser: Chooser, prompts: Sequence[Sequence[int]], capacity: int
+        self, backend: DeviceSamplingBackend, sampler: BatchSampler, prompts: Sequence[Sequence[int]], capacity: int
     ) -> None:
-        self._backend, self._chooser = backend, chooser
+        self._backend, self._sampler = backend, sampler
         self._state: Any = backend.open(prompts, capacity)
 
-    def choose(self, rows: IntArray, step: int) -> IntArray:
-        """See `Steps.choose`."""
-        choice = self._backend.choose(self._state, self._chooser.request(step, self._backend.vocab_size))
-        tokens, missed = choice.tokens.copy(), rows[~choice.exact[rows]]
-        if missed.size:
-            tokens[missed] = self._chooser.choose(self._backend.logits(self._state)[missed], missed, step)
-        self._chooser.add(rows, tokens)
+    def sample_tokens(self, rows: IntArray, step: int) -> IntArray:
+        """See `Steps.sample_tokens`."""
+        sampled = self._backend.sample_tokens(self._state, self._sampler.request(step, self._backend.vocab_size))
+        tokens, uncertain = sampled.tokens.copy(), rows[~sampled.exact[rows]]
+        if uncertain.size:
+            tokens[uncertain] = self._sampler.sample_tokens(
+                self._backend.logits(self._state)[uncertain], uncertain, step
+            )
+        self._sampler.add(rows, tokens)
         return tokens
 
     def feed(self, tokens: IntArray) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
 from serving.server.errors import error_of
-from serving.server.event_queue import Generation
+from serving.server.event_queue import EventQueue
 from serving.server.tracing import OpenSpan, Span
 
 
 @dataclass(frozen=True)
-class Row:
+class RowCompletion:
     """One continued prompt: its tokens (the end-of-text token included), its text and how it ended."""
 
     token_ids: tuple[int, ...]
@@ -21,14 +21,16 @@ class Row:
     prompt: PromptEvent | None
 
 
-async def complete(engine: Engine, requests: Sequence[GenerationRequest], open_span: OpenSpan = Span) -> list[Row]:
+async def complete(
+    engine: Engine, requests: Sequence[GenerationRequest], open_span: OpenSpan = Span
+) -> list[RowCompletion]:
     """Run `requests`, each with n = 1, side by side; their rows in order. The engine's work on them is one span.
 
     Raises what `Engine.submit` raises, or the error of the first row that did not end by itself; the other rows are
     then cancelled, as they are when the caller is.
     """
     heard: list[list[Event]] = [[] for _ in requests]
-    generation = await Generation.open(engine, requests, whole=True)
+    generation = await EventQueue.open(engine, requests, whole=True)
     span = open_span() if requests else None
     try:
         while batch := await generation.next():
@@ -64,11 +66,11 @@ def _end(
     span.end(sum(len(request.prompt) for request in requests), generated, sorted(reasons), error)
 
 
-def _row(events: Sequence[Event]) -> Row:
+def _row(events: Sequence[Event]) -> RowCompletion:
     tokens = [event for event in events if isinstance(event, TokenEvent)]
     finish = events[-1]
     assert isinstance(finish, FinishEvent)
-    return Row(
+    return RowCompletion(
         tuple(event.token_id for event in tokens),
         "".join(event.text for event in tokens) + finish.text,
         finish,

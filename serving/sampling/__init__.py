@@ -1,7 +1,7 @@
 """Sampling parameters and the next token, by numpy alone: what programs import."""
 
 from serving.sampling.parameters import DECLARATIONS, MAX_BIAS, MAX_SEED, MAX_TEMPERATURE, SamplingParams, SamplingRows
-from serving.sampling.sampler import choose, uniform
+from serving.sampling.sampler import sample_tokens, uniform
 
 __all__ = [
     "DECLARATIONS",
@@ -10,6 +10,6 @@ __all__ = [
     "MAX_TEMPERATURE",
     "SamplingParams",
     "SamplingRows",
-    "choose",
+    "sample_tokens",
     "uniform",
 ]

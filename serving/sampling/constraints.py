@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.errors import BundleError, GPT2BundleError, InputError, cut
 from serving.sampling.parameters import SamplingParams, SamplingRows
-from serving.sampling.sampler import choose
+from serving.sampling.sampler import sample_tokens
 
 MAX_TEXT = 32_768
 """Characters of a schema, regular expression or grammar, or of all choices together."""
@@ -155,14 +155,14 @@ def ends_without_text(params: SamplingParams, eos_token_id: int, special: Mappin
     return (params.end_ids(eos_token_id) & ids) | {special[text] for text in params.stop if text in special}
 
 
-def choose_allowed(line: NDArray[np.float32], allowed: Allowed, params: SamplingParams, seed: int, step: int) -> int:
-    """The token that `serving.sampling.choose` takes if all logits of `line` but the allowed are minus infinity.
+def sample_allowed(line: NDArray[np.float32], allowed: Allowed, params: SamplingParams, seed: int, step: int) -> int:
+    """The token that `serving.sampling.sample_tokens` takes if all logits of `line` but the allowed are minus infinity.
 
     Raises ConstraintError if logits of minus infinity leave no allowed token.
     """
     logits = line[allowed.ids] if allowed.bias is None else line + allowed.bias
     try:
-        chosen = choose(logits[None], seed=seed, step=step, **SamplingRows.of([params]).arrays())
+        chosen = sample_tokens(logits[None], seed=seed, step=step, **SamplingRows.of([params]).arrays())
     except BundleError:
         if np.isneginf(logits).all() and not np.isneginf(line).all():
             raise ConstraintError("the grammar allows only tokens that min_tokens holds back; lower it") from None

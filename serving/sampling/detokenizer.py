@@ -152,7 +152,7 @@ class StopMatcher:
         return self._automaton.depth[self._state]
 
 
-class Pieces(Protocol):
+class IncrementalDecoder(Protocol):
     """Decodes token ids incrementally, never half a character."""
 
     def push(self, token_id: int) -> str:
@@ -162,7 +162,7 @@ class Pieces(Protocol):
         """Return the rest; bytes of an unfinished character become U+FFFD."""
 
 
-class _BytePieces:
+class _ByteDecoder:
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -188,7 +188,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: Tokenizer | TokenBytes | Pieces,
+        tokenizer: Tokenizer | TokenBytes | IncrementalDecoder,
         stop: Sequence[str] | StopAutomaton | None = None,
         special: Mapping[str, int] | None = None,
     ) -> None:
@@ -203,7 +203,7 @@ class TextStream:
             special = tokenizer.special
         texts = stop.texts if isinstance(stop, StopAutomaton) else stop or ()
         self._special = {special[text]: text for text in texts if text in special} if special else {}
-        self._pieces: Pieces = _BytePieces(tokenizer) if isinstance(tokenizer, TokenBytes) else tokenizer
+        self._pieces: IncrementalDecoder = _ByteDecoder(tokenizer) if isinstance(tokenizer, TokenBytes) else tokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._held: deque[str] = deque()
         self.stopped = False

@@ -18,7 +18,7 @@ from serving.sampling.parameters import SamplingParams
 
 
 @dataclass
-class Edits:
+class LogitsProcessor:
     """For each row some token ids, all [rows, entries], and what to do with their logits.
 
     `penalty` is the sum of what is subtracted. A row with fewer entries repeats its first one, and one with none holds
@@ -44,10 +44,10 @@ class Edits:
         line[ids] = np.where(some > 0, some / repetition, some * repetition) - self.penalty[row]
 
 
-def join_edits(rows: Sequence[Edits | None]) -> Edits:
+def join_logits_processors(rows: Sequence[LogitsProcessor | None]) -> LogitsProcessor:
     """One processor with the rows of several one-row processors; None changes nothing."""
     width = max((each.ids.shape[1] for each in rows if each is not None), default=1)
-    joined = Edits(
+    joined = LogitsProcessor(
         np.zeros((len(rows), width), np.int64),
         np.zeros((len(rows), width), np.float32),
         np.ones((len(rows), width), np.float32),
@@ -63,7 +63,7 @@ def join_edits(rows: Sequence[Edits | None]) -> Edits:
     return joined
 
 
-class History:
+class PenaltyState:
     """The state of the penalties of a batch, kept as a logits processor and updated token by token."""
 
     def __init__(
@@ -72,20 +72,20 @@ class History:
         """Without `eos_token_id`, only `stop_token_ids` are held back by `min_tokens`."""
         self._params = list(params)
         self._ends = [each.end_ids(eos_token_id) if each.min_tokens else frozenset() for each in params]
-        self._made = [0] * len(prompts)
+        self._num_generated = [0] * len(prompts)
         self._counts: list[dict[int, int]] = [{} for _ in prompts]
-        rows = [_first_edits(*row) for row in zip(prompts, params, self._ends, strict=True)]
+        rows = [_initial_updates(*row) for row in zip(prompts, params, self._ends, strict=True)]
         self._sorted = [ids for ids, *_ in rows]
         """Each row's first ids, in ascending order and in the first columns."""
         self._places: list[dict[int, int]] = [{} for _ in prompts]
         """Columns of the ids after those."""
-        self.edits = _stacked(rows)
+        self.logits_processor = _stacked(rows)
         self._shared = True
 
-    def copy(self) -> History:
+    def copy(self) -> PenaltyState:
         """A copy that shares its arrays with this one until either changes them."""
         new = copy.copy(self)
-        new._made = list(self._made)
+        new._num_generated = list(self._num_generated)
         new._counts, new._places = ([dict(each) for each in rows] for rows in (self._counts, self._places))
         self._shared = new._shared = True
         return new
@@ -93,21 +93,21 @@ class History:
     @property
     def empty(self) -> bool:
         """Whether no edit changes anything now or later."""
-        return not any(map(_edits, self._params)) and not any(self._ends)
+        return not any(map(_changes_logits, self._params)) and not any(self._ends)
 
     def add(self, row: int, token: int) -> None:
         """Take in a token that `row` was continued by."""
         params = self._params[row]
-        self._made[row] += 1
-        if self._made[row] == params.min_tokens:
+        self._num_generated[row] += 1
+        if self._num_generated[row] == params.min_tokens:
             self._let_end(row)
         count = self._counts[row][token] = self._counts[row].get(token, 0) + 1
         if not (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty):
             return
         self._own()
         place = self._place(row, token)
-        self.edits.repetition[row, place] = params.repetition_penalty
-        self.edits.penalty[row, place] = params.frequency_penalty * count + params.presence_penalty
+        self.logits_processor.repetition[row, place] = params.repetition_penalty
+        self.logits_processor.penalty[row, place] = params.frequency_penalty * count + params.presence_penalty
         if place == 0:
             self._pad(row)
 
@@ -115,14 +115,19 @@ class History:
         self._own()
         biases = dict(self._params[row].logit_bias)
         for token in self._ends[row]:
-            self.edits.bias[row, self._place(row, token)] = biases.get(token, 0)
+            self.logits_processor.bias[row, self._place(row, token)] = biases.get(token, 0)
         self._pad(row)
 
     def _own(self) -> None:
         """Copy the arrays if another history, or the parameters, have them too."""
         if self._shared:
-            edits = self.edits
-            self.edits = Edits(edits.ids.copy(), edits.bias.copy(), edits.repetition.copy(), edits.penalty.copy())
+            logits_processor = self.logits_processor
+            self.logits_processor = LogitsProcessor(
+                logits_processor.ids.copy(),
+                logits_processor.bias.copy(),
+                logits_processor.repetition.copy(),
+                logits_processor.penalty.copy(),
+            )
             self._shared = False
 
     def _place(self, row: int, token: int) -> int:
@@ -134,17 +139,24 @@ class History:
         places = self._places[row]
         if token not in places:
             place = places[token] = len(first) + len(places)
-            width = self.edits.ids.shape[1]
+            width = self.logits_processor.ids.shape[1]
             if place == width:
                 # Doubled, so that a long text seldom moves; the new half repeats the first entry.
-                self.edits = Edits(*(np.concatenate([each, np.repeat(each[:, :1], width, 1)], 1) for each in self._all))
+                self.logits_processor = LogitsProcessor(
+                    *(np.concatenate([each, np.repeat(each[:, :1], width, 1)], 1) for each in self._all)
+                )
             for each, neutral in zip(self._all, (token, 0, 1, 0), strict=True):
                 each[row, place] = neutral
         return places[token]
 
     @property
     def _all(self) -> tuple[NDArray[np.int64] | NDArray[np.float32], ...]:
-        return self.edits.ids, self.edits.bias, self.edits.repetition, self.edits.penalty
+        return (
+            self.logits_processor.ids,
+            self.logits_processor.bias,
+            self.logits_processor.repetition,
+            self.logits_processor.penalty,
+        )
 
     def _pad(self, row: int) -> None:
         used = max(1, len(self._sorted[row]) + len(self._places[row]))
@@ -152,7 +164,7 @@ class History:
             each[row, used:] = each[row, 0]
 
 
-def _first_edits(
+def _initial_updates(
     prompt: Sequence[int], params: SamplingParams, ends: frozenset[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
     """The ids that are edited from the beginning, in ascending order, their biases and their repetition penalties."""
@@ -169,15 +181,17 @@ def _first_edits(
     return every, biases, repetition
 
 
-def _stacked(rows: Sequence[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]) -> Edits:
+def _stacked(rows: Sequence[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]) -> LogitsProcessor:
     """The first edits of all rows as one; those of a single row are not copied."""
     each = [
-        Edits(ids[None], bias[None], repetition[None], np.zeros((1, len(ids)), np.float32)) if len(ids) else None
+        LogitsProcessor(ids[None], bias[None], repetition[None], np.zeros((1, len(ids)), np.float32))
+        if len(ids)
+        else None
         for ids, bias, repetition in rows
     ]
-    return each[0] if len(each) == 1 and each[0] is not None else join_edits(each)
+    return each[0] if len(each) == 1 and each[0] is not None else join_logits_processors(each)
 
 
-def _edits(params: SamplingParams) -> bool:
+def _changes_logits(params: SamplingParams) -> bool:
     penalties = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
     return bool(penalties or params.logit_bias)

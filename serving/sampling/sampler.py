@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serving.errors import BundleError
-from serving.sampling.token_draw import draw_token
+from serving.sampling.candidate_sampling import sample_row
 
 _MASK = np.uint64(0xFFFFFFFF)
 _GOLDEN = np.uint64(0x9E3779B9)
@@ -40,7 +40,7 @@ def uniform(seed: ArrayLike, step: ArrayLike) -> NDArray[np.float32]:
     return (mixed >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def choose(
+def sample_tokens(
     logits: NDArray[np.float32],
     temperature: ArrayLike,
     top_k: ArrayLike,
@@ -84,5 +84,5 @@ def choose(
         if certain[row]:
             chosen[row] = best
         else:
-            chosen[row] = draw_token(line, temperatures[row], int(top_ks[row]), top_ps[row], min_ps[row], draws[row])
+            chosen[row] = sample_row(line, temperatures[row], int(top_ks[row]), top_ps[row], min_ps[row], draws[row])
     return chosen

@@ -26,7 +26,7 @@ _LONG = 1024
 _Result = TypeVar("_Result")
 
 
-class Generation:
+class EventQueue:
     """Requests of one call under way, from `loop`'s thread; their events come in batches, in order.
 
     An event is (which request, event). The engine's thread wakes the loop once for all that has come since it last
@@ -46,7 +46,7 @@ class Generation:
         self._cancelled = self.client_gone = False
 
     @classmethod
-    async def open(cls, engine: Engine, requests: Sequence[GenerationRequest], whole: bool = False) -> Generation:
+    async def open(cls, engine: Engine, requests: Sequence[GenerationRequest], whole: bool = False) -> EventQueue:
         """Submit all of `requests` or, if one is refused, none: raises what `Engine.submit` raises."""
         generation = cls(requests, whole)
         try:
@@ -161,11 +161,11 @@ async def beside_if(long: bool, work: Callable[[], _Result]) -> _Result:
 
 async def submit(
     registry: ModelRegistry, name: str, make: Callable[[ServedModel], Awaitable[Sequence[GenerationRequest]]]
-) -> tuple[ServedModel, Generation]:
+) -> tuple[ServedModel, EventQueue]:
     """Submit what `make` makes for the version of `name` that answers now, or for its successor if it is swapped."""
 
-    async def begin(model: ServedModel) -> Generation:
-        return await Generation.open(model.engine, await make(model))
+    async def begin(model: ServedModel) -> EventQueue:
+        return await EventQueue.open(model.engine, await make(model))
 
     return await with_model(registry, name, None, begin)
 

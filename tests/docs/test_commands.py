@@ -19,7 +19,7 @@ import pytest
 
 from serving.cli import cli, run
 from tests.docs.pages import AROUND, CHECKED, PAGES, ROOT, ShellCommand, commands_of, every_command
-from tests.serving.tf_serving_stand_in import serving
+from tests.serving.tf_serving_emulator import serving
 from tests.tiny_build import TinyBuild
 
 LIGHT = ("generate", "inspect", "deploy", "lint", "recipe", "batch")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.sampling import choose
+from serving.sampling import sample_tokens
 from tests.oracles.fixtures import keras_model
 
 
@@ -44,7 +44,7 @@ def generate(
     tokens = list(prompt)
     while len(tokens) < min(geometry.n_positions, len(prompt) + max_new_tokens):
         step = len(tokens) - len(prompt)
-        (token,) = choose(last_logits(name)(tokens), temperature, top_k, top_p, seed, step).tolist()
+        (token,) = sample_tokens(last_logits(name)(tokens), temperature, top_k, top_p, seed, step).tolist()
         tokens.append(token)
         if token == geometry.eos_token_id:
             break

@@ -15,7 +15,7 @@ from serving.bundle import Bundle
 from serving.engine.api import Engine, Observer
 from serving.entrypoints import logging_setup
 from serving.entrypoints.http_app import build_app
-from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.model_manager import ModelManager
 from serving.entrypoints.runner import Address, Runner
 from serving.server.registry import ModelRegistry
 from serving.server.settings import Settings
@@ -41,5 +41,5 @@ if __name__ == "__main__":
     registry = ModelRegistry()
     server = Server(registry, settings)
     app = build_app(registry, settings, all_routes(registry, settings), server)
-    versions = Versions(Path(sys.argv[1]), server, Loader(), None, None)
+    versions = ModelManager(Path(sys.argv[1]), server, Loader(), None, None)
     Runner(app, versions, Address(port=0), 0).run(lambda url, model: print(url, flush=True))

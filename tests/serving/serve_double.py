@@ -13,7 +13,7 @@ from serving.bundle import Bundle
 from serving.engine.api import Engine, Observer
 from serving.entrypoints import logging_setup, runner
 from serving.entrypoints.http_app import build_app
-from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.model_manager import ModelManager
 from serving.entrypoints.runner import Address, Runner
 from serving.server.registry import ModelRegistry
 from serving.server.settings import Settings
@@ -38,5 +38,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 5:
         runner.FLUSH_SECONDS = float(sys.argv[5])
     app = build_app(ModelRegistry(), Settings(drain_timeout=float(sys.argv[3])))
-    versions = Versions(Path(sys.argv[1]), app.state.server, Loader(), None, None)
+    versions = ModelManager(Path(sys.argv[1]), app.state.server, Loader(), None, None)
     Runner(app, versions, Address(port=0), 0.05).run(lambda url, model: print(url, flush=True))

@@ -29,7 +29,7 @@ from serving.protocols.texts import LONG_TEXT
 from serving.protocols.tf_serving import signatures as tf_signatures
 from serving.protocols.tf_serving.signatures import Call, objects, padded
 from serving.server.errors import error_of
-from serving.server.event_queue import Generation, beside_if, with_model
+from serving.server.event_queue import EventQueue, beside_if, with_model
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 from serving.server.tracing import COMPLETION, Span, start_span
@@ -83,7 +83,7 @@ async def open_stream(server: Server, request: InferRequest) -> Stream:
 
     async def work(model: ServedModel) -> Stream:
         ((prepared, prompt_tokens),) = await _prepare(server, model, request)
-        generation = await Generation.open(model.engine, [prepared])
+        generation = await EventQueue.open(model.engine, [prepared])
         return Stream(model, generation, request, prompt_tokens, start_span(COMPLETION, request.headers, model.name))
 
     _, stream = await _on_model(server, request, work)
@@ -95,7 +95,7 @@ class Stream:
     """A text under way."""
 
     model: ServedModel
-    generation: Generation
+    generation: EventQueue
     request: InferRequest
     prompt_tokens: int
     span: Span

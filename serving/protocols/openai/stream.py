@@ -14,7 +14,7 @@ from serving.protocols.openai.choices import ChoiceState, LogprobsWriter, Prompt
 from serving.protocols.openai.layouts import Layout
 from serving.protocols.openai.schema import CompletionRequest
 from serving.server.errors import error_of, failure_of
-from serving.server.event_queue import Generation
+from serving.server.event_queue import EventQueue
 from serving.server.middleware import log, openai_error
 from serving.server.registry import ServedModel
 from serving.server.tracing import Span
@@ -30,7 +30,7 @@ class Run:
     layout: Layout
     model: ServedModel
     prompts: list[Prompt]
-    generation: Generation
+    generation: EventQueue
     request_id: str
     span: Span
     state: Any

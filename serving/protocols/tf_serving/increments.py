@@ -23,7 +23,7 @@ from serving.protocols.tf_serving.signatures import (
     read_prompts,
 )
 from serving.server.errors import error_of
-from serving.server.event_queue import Generation
+from serving.server.event_queue import EventQueue
 
 STREAMED = ("serving_default", "generate_text")
 
@@ -40,7 +40,7 @@ class _Row:
 class Increments:
     """The rows of one request under way."""
 
-    def __init__(self, name: str, call: Call, prompts: Sequence[Sequence[int]], generation: Generation | None) -> None:
+    def __init__(self, name: str, call: Call, prompts: Sequence[Sequence[int]], generation: EventQueue | None) -> None:
         """`generation` has a request for each prompt that does not fill the context; None if there is none."""
         self._name, self._call, self._prompts, self._generation = name, call, prompts, generation
         room = call.engine.n_positions
@@ -106,4 +106,4 @@ async def open_increments(name: str, call: Call, inputs: Arrays) -> Increments:
         for prompt, params in zip(prompts, parameters, strict=True)
         if len(prompt) < call.engine.n_positions
     ]
-    return Increments(name, call, prompts, await Generation.open(call.engine, requests) if requests else None)
+    return Increments(name, call, prompts, await EventQueue.open(call.engine, requests) if requests else None)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from serving.engine.api import Engine, GenerationRequest
 from serving.errors import InputError, cut
-from serving.protocols.batch_completion import Row, complete
+from serving.protocols.batch_completion import RowCompletion, complete
 from serving.protocols.texts import TooLongError, decode, encode_prompts, encode_texts
 from serving.sampling import MAX_SEED, MAX_TEMPERATURE, SamplingParams
 from serving.server.auth import CALLER
@@ -185,12 +185,12 @@ async def _score(call: Call, inputs: Arrays) -> Arrays:
 
 async def _continue(
     call: Call, prompts: Sequence[Sequence[int]], parameters: Sequence[SamplingParams]
-) -> list[Row | None]:
+) -> list[RowCompletion | None]:
     """Each prompt's continuation; None for one that fills the context, which the graph continues by nothing."""
     roomy = [index for index, prompt in enumerate(prompts) if len(prompt) < call.engine.n_positions]
     requests = [make_request(call, prompts[index], parameters[index]) for index in roomy]
     rows = await complete(call.engine, requests, call.open_span)
-    made: dict[int, Row] = dict(zip(roomy, rows, strict=True))
+    made: dict[int, RowCompletion] = dict(zip(roomy, rows, strict=True))
     return [made.get(index) for index in range(len(prompts))]
 
 

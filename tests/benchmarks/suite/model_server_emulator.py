@@ -42,7 +42,7 @@ def main() -> None:
         while True:
             signal.pause()
     # Only now: TensorFlow takes seconds, and --version none.
-    from tests.serving.tf_serving_stand_in import serving
+    from tests.serving.tf_serving_emulator import serving
 
     with serving(version, given.model_name, given.rest_api_port, given.port):
         while True:

@@ -23,7 +23,7 @@ from serving.bundle import open_bundle
 from serving.errors import InputError, RuntimeMissingError, ServerError
 from serving.sampling.detokenizer import load_tokenizer
 from tests.benchmarks.suite.test_targets import drive
-from tests.serving.tf_serving_stand_in import serving
+from tests.serving.tf_serving_emulator import serving
 
 ROOT = Path(__file__).parents[3]
 

@@ -48,7 +48,7 @@ def on_host(logits: Any, parameters: Row, draw: Any, monkeypatch: pytest.MonkeyP
     """The host's tokens for given random numbers."""
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "uniform", lambda seed, step: np.asarray(draw, np.float32))
-        return sampler.choose(logits, **parameters, seed=0, step=0)
+        return sampler.sample_tokens(logits, **parameters, seed=0, step=0)
 
 
 def rows_of_parameters(random: np.random.Generator, rows: int, vocab_size: int) -> Row:
@@ -171,7 +171,7 @@ def test_candidates_and_their_normaliser() -> None:
 
 def test_edits_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     from serving.sampling import SamplingParams
-    from serving.sampling.penalties import History
+    from serving.sampling.penalties import PenaltyState
 
     random = np.random.default_rng(2)
     prompts = [random.integers(0, 300, length).tolist() for length in (1, 9, 30)]
@@ -180,11 +180,11 @@ def test_edits_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         SamplingParams(presence_penalty=1.5, frequency_penalty=-0.5),
         SamplingParams(),
     ]
-    history = History(prompts, params)
+    history = PenaltyState(prompts, params)
     parameters = {name: np.full(3, value) for name, value in DEFAULTS.items()}
     for number in range(60):
         logits = 3 * random.standard_normal((3, 300)).astype(np.float32)
-        edits = history.edits
+        edits = history.logits_processor
         names = ("ids", "bias", "repetition", "penalty")
         draw = random.random(3, np.float32)
         outputs = in_graph(logits, parameters, draw, 300, {f"edit_{name}": getattr(edits, name) for name in names})

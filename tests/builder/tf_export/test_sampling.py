@@ -57,7 +57,7 @@ def test_choices_are_equal(vocab_size: int, ties: bool) -> None:
     parameters = rows_of_parameters(random, rows, vocab_size)
     chosen = in_graph(logits, **parameters)
     assert chosen.dtype == tf.int32
-    wanted = sampler.choose(logits, **parameters)
+    wanted = sampler.sample_tokens(logits, **parameters)
     different = np.flatnonzero(chosen.numpy() != wanted)
     assert not different.size, (different[:5], {key: value[different[:5]] for key, value in parameters.items()})
     assert len(np.unique(wanted)) > 1
@@ -75,7 +75,7 @@ def test_a_draw_on_a_border_falls_to_the_right_of_it() -> None:
     assert sampler.uniform([half, zero], 0).tolist() == [0.5, 0.0]
     parameters = {"temperature": [1.0] * 2, "top_k": [0] * 2, "top_p": [1.0] * 2, "seed": [half, zero], "step": [0] * 2}
     logits = np.zeros((2, 4), np.float32)
-    assert sampler.choose(logits, **parameters).tolist() == [2, 0]
+    assert sampler.sample_tokens(logits, **parameters).tolist() == [2, 0]
     assert in_graph(logits, **parameters).numpy().tolist() == [2, 0]
 
 

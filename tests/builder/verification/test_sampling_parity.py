@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from builder.verification.sampling_parity import SETTINGS, compare_sampling
-from serving.backends.base import Choice, Request
+from serving.backends.base import SampledTokens, SamplingRequest
 from serving.errors import ParityError
-from serving.sampling.token_draw import draw_token
+from serving.sampling.candidate_sampling import sample_row
 from tests.closed_form import logits_after
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
@@ -42,18 +42,18 @@ class Choosing:
     def logits(self, state: Any) -> np.ndarray:
         return np.stack([logits_after(row, self.vocab_size) for row in state.rows])
 
-    def choose(self, state: Any, request: Request) -> Choice:
+    def sample_tokens(self, state: Any, request: SamplingRequest) -> SampledTokens:
         rows = np.arange(len(state.rows))
-        self.penalised.append(int((request.edits.penalty != 0).any(1).sum()))
+        self.penalised.append(int((request.logits_processor.penalty != 0).any(1).sum()))
         found = [
-            int(line.argmax()) if temperature == 0 else draw_token(line, temperature, int(top_k), *rest)
+            int(line.argmax()) if temperature == 0 else sample_row(line, temperature, int(top_k), *rest)
             for line, temperature, top_k, *rest in zip(
-                request.edits.apply(self.logits(state), rows), request.temperature, request.top_k,
+                request.logits_processor.apply(self.logits(state), rows), request.temperature, request.top_k,
                 request.top_p, request.min_p, request.draw, strict=True,
             )
         ]  # fmt: skip
         wrong = np.array([row in self.errs for row in state.rows])
-        return Choice(np.array(found) + wrong, ~wrong | self.certain)
+        return SampledTokens(np.array(found) + wrong, ~wrong | self.certain)
 
 
 def test_every_row_and_step_is_compared_along_the_candidates() -> None:

@@ -15,19 +15,19 @@ import pytest
 from serving.clients.grpc_transport import GrpcTransport
 from serving.clients.tf_serving import TFServingClient
 from serving.sampling import SamplingParams
-from tests.serving.tf_serving_stand_in import StandIn, serving
+from tests.serving.tf_serving_emulator import Emulator, serving
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "tensorflow-serving.md"
 ROWS = (("Return the", 0.0, 0), ("Raise a", 0.7, 7), ("Return the", 1.0, 7))
 
 
 @pytest.fixture(scope="module")
-def server(real_bundle: Path) -> Iterator[StandIn]:
-    with serving(real_bundle / "savedmodel/1", "gpt2-docs") as stand_in:
-        yield stand_in
+def server(real_bundle: Path) -> Iterator[Emulator]:
+    with serving(real_bundle / "savedmodel/1", "gpt2-docs") as emulator:
+        yield emulator
 
 
-def test_three_prompts_with_three_temperatures(server: StandIn) -> None:
+def test_three_prompts_with_three_temperatures(server: Emulator) -> None:
     guide = GUIDE.read_text(encoding="utf-8")
     rows, columns = (json.loads(body) for body in re.findall(r":predict -d '(.*?)'\n", guide, re.DOTALL))
     (program,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)

@@ -25,7 +25,7 @@ from serving.errors import InputError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.serving.clients.test_tf_serving import KINDS, SNOWMAN, connect
-from tests.serving.tf_serving_stand_in import StandIn, serving
+from tests.serving.tf_serving_emulator import Emulator, serving
 
 SLOTS = 8
 SAMPLED = SamplingParams(max_new_tokens=9, temperature=1.0, seed=3)
@@ -33,13 +33,13 @@ PROMPTS = [f"{number} {SNOWMAN}"[:12] for number in range(SLOTS + 3)]
 
 
 @pytest.fixture(scope="module")
-def server(real_bundle: Path) -> Iterator[StandIn]:
-    with serving(real_bundle / "savedmodel/1", "bytes") as stand_in:
-        yield stand_in
+def server(real_bundle: Path) -> Iterator[Emulator]:
+    with serving(real_bundle / "savedmodel/1", "bytes") as emulator:
+        yield emulator
 
 
 @pytest.fixture(autouse=True)
-def every_slot_is_given_back(server: StandIn) -> Iterator[None]:
+def every_slot_is_given_back(server: Emulator) -> Iterator[None]:
     server.failures, server.lost, server.run_calls, server.delay, server.pad = [], [], [], 0.0, 0
     server.gather, server.merged = 0.0, 0
     yield
@@ -47,7 +47,7 @@ def every_slot_is_given_back(server: StandIn) -> Iterator[None]:
     release(server, fill(server, SLOTS))
 
 
-def fill(server: StandIn, count: int) -> dict[str, Any]:
+def fill(server: Emulator, count: int) -> dict[str, Any]:
     """Take `count` slots that must be free."""
     names = np.random.default_rng(time.monotonic_ns()).integers(1, 2**62, count)
     sampling = {"temperature": np.zeros(count, np.float32), "top_k": np.zeros(count, np.int32)}
@@ -64,7 +64,7 @@ def fill(server: StandIn, count: int) -> dict[str, Any]:
     return {name: answer[name] for name in ("slot", "generation")}
 
 
-def release(server: StandIn, held: dict[str, Any]) -> None:
+def release(server: Emulator, held: dict[str, Any]) -> None:
     server.servable.run("release_slots", **held)
 
 
@@ -81,14 +81,14 @@ def joined(pieces: list[Piece], count: int) -> list[tuple[str, int, str | None]]
     ]
 
 
-def alone(server: StandIn, prompts: list[str], params: SamplingParams) -> list[tuple[str, int, str | None]]:
+def alone(server: Emulator, prompts: list[str], params: SamplingParams) -> list[tuple[str, int, str | None]]:
     made = connect(server, "grpc").generate(prompts, params, slots=False)
     server.run_calls.clear()
     return [(each.text, each.tokens, each.finish_reason) for each in made]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_prompts_than_slots_each_as_alone(server: StandIn, real_bundle: Path, kind: str) -> None:
+def test_more_prompts_than_slots_each_as_alone(server: Emulator, real_bundle: Path, kind: str) -> None:
     wanted = alone(server, PROMPTS, SAMPLED)
     client = connect(server, kind)
     pieces = list(client.stream(PROMPTS, SAMPLED, tokenizer(real_bundle), steps=2))
@@ -100,12 +100,12 @@ def test_more_prompts_than_slots_each_as_alone(server: StandIn, real_bundle: Pat
 
 
 @pytest.mark.parametrize("kind", ["column", "grpc"])
-def test_the_servers_tokenizer(server: StandIn, kind: str) -> None:
+def test_the_servers_tokenizer(server: Emulator, kind: str) -> None:
     assert joined(list(connect(server, kind).stream(SNOWMAN, SAMPLED)), 1) == alone(server, [SNOWMAN], SAMPLED)
 
 
 @pytest.mark.parametrize("kind", ["column", "grpc"])
-def test_lost_answers_lose_and_repeat_no_token(server: StandIn, real_bundle: Path, kind: str) -> None:
+def test_lost_answers_lose_and_repeat_no_token(server: Emulator, real_bundle: Path, kind: str) -> None:
     params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=5)
     wanted = alone(server, PROMPTS[:3], params)
     server.pad = 2
@@ -117,7 +117,7 @@ def test_lost_answers_lose_and_repeat_no_token(server: StandIn, real_bundle: Pat
     assert not server.lost
 
 
-def test_clients_whose_calls_are_merged(server: StandIn, real_bundle: Path) -> None:
+def test_clients_whose_calls_are_merged(server: Emulator, real_bundle: Path) -> None:
     wanted = alone(server, PROMPTS[:6], SAMPLED)
     server.gather, server.pad = 0.01, 1
     server.lost = [0.0] * 9 + ["UNAVAILABLE"] * 2
@@ -164,7 +164,7 @@ def test_a_text_ends_at_the_models_end_token_and_not_at_another(real_bundle: Pat
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_prompt_that_nobody_waits_for_any_more_gives_its_slot_back(
-    server: StandIn, real_bundle: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+    server: Emulator, real_bundle: Path, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, cancelled = server.run, list[int]()
 
@@ -193,7 +193,7 @@ def test_a_prompt_that_nobody_waits_for_any_more_gives_its_slot_back(
     assert "release_slots" in server.run_calls
 
 
-def test_a_lost_farewell_is_said_again(server: StandIn, real_bundle: Path) -> None:
+def test_a_lost_farewell_is_said_again(server: Emulator, real_bundle: Path) -> None:
     stream = connect(server, "grpc").stream("ab", SAMPLED, tokenizer(real_bundle))
     next(stream)
     server.failures = ["UNAVAILABLE"]
@@ -201,7 +201,7 @@ def test_a_lost_farewell_is_said_again(server: StandIn, real_bundle: Path) -> No
     assert "release_slots" in server.run_calls
 
 
-def test_closing_and_failing_give_the_slots_back(server: StandIn, real_bundle: Path) -> None:
+def test_closing_and_failing_give_the_slots_back(server: Emulator, real_bundle: Path) -> None:
     stream = connect(server, "grpc").stream(PROMPTS[:4], SAMPLED, tokenizer(real_bundle))
     next(stream)
     stream.close()
@@ -212,7 +212,7 @@ def test_closing_and_failing_give_the_slots_back(server: StandIn, real_bundle: P
     # The fixture fills them once more.
 
 
-def test_waiting_for_a_slot(server: StandIn, real_bundle: Path) -> None:
+def test_waiting_for_a_slot(server: Emulator, real_bundle: Path) -> None:
     held = fill(server, SLOTS)
     with pytest.raises(ServerError, match=r"no slot came free within 1 s") as caught:
         list(connect(server, "grpc", timeout=1.0).stream("ab", SAMPLED, tokenizer(real_bundle)))
@@ -224,7 +224,7 @@ def test_waiting_for_a_slot(server: StandIn, real_bundle: Path) -> None:
     assert joined(pieces, 1) == alone(server, ["ab"], SAMPLED)
 
 
-def test_a_slot_that_is_lost(server: StandIn, real_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_is_lost(server: Emulator, real_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = alone(server, ["ab"], SAMPLED)
     original, seen = server.servable.run, []
 
@@ -246,7 +246,7 @@ def test_a_slot_that_is_lost(server: StandIn, real_bundle: Path, monkeypatch: py
     assert caught.value.code == "ABORTED"
 
 
-def test_stop_texts_token_ids_and_ignored_ends(server: StandIn, real_bundle: Path) -> None:
+def test_stop_texts_token_ids_and_ignored_ends(server: Emulator, real_bundle: Path) -> None:
     client, tokens = connect(server, "grpc"), tokenizer(real_bundle)
     greedy = SamplingParams(max_new_tokens=20)
     ((text, _, _),) = alone(server, ["ab"], greedy)
@@ -289,7 +289,7 @@ def test_stop_texts_token_ids_and_ignored_ends(server: StandIn, real_bundle: Pat
 
 @pytest.mark.parametrize("kind", ["url", "grpc"])
 def test_the_command(
-    server: StandIn, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: Emulator, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [f"--{kind}", server.url if kind == "url" else server.address, "--model", "bytes"]
     options += ["--temperature", "1", "--seed", "3", "--max-new-tokens", "9"]

@@ -25,7 +25,7 @@ from serving.clients.tf_serving import TFServingClient
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 from tests.oracles.fixtures import keras_model
-from tests.serving.tf_serving_stand_in import StandIn, serving
+from tests.serving.tf_serving_emulator import Emulator, serving
 from tests.tiny_build import Fails
 
 KINDS = ["row", "column", "grpc"]
@@ -34,17 +34,17 @@ SNOWMAN = "naïve ☃ 🙂"
 
 
 @pytest.fixture(scope="module")
-def server(real_bundle: Path) -> Iterator[StandIn]:
-    with serving(real_bundle / "savedmodel/1", "bytes") as stand_in:
-        yield stand_in
+def server(real_bundle: Path) -> Iterator[Emulator]:
+    with serving(real_bundle / "savedmodel/1", "bytes") as emulator:
+        yield emulator
 
 
 @pytest.fixture(autouse=True)
-def calm(server: StandIn) -> None:
+def calm(server: Emulator) -> None:
     server.failures, server.calls, server.delay = [], 0, 0.0
 
 
-def connect(server: StandIn, kind: str, model: str = "bytes", **options: Any) -> TFServingClient:
+def connect(server: Emulator, kind: str, model: str = "bytes", **options: Any) -> TFServingClient:
     transport: Any = GrpcTransport(server.address, model) if kind == "grpc" else None
     return TFServingClient(transport or RestTransport(server.url, model, kind), **options)  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ def prompt(rows: int = 2) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_are_those_of_the_session(server: StandIn, kind: str) -> None:
+def test_outputs_are_those_of_the_session(server: Emulator, kind: str) -> None:
     got = connect(server, kind).predict(prompt(), "score")
     wanted = server.servable.run("score", **prompt())
     assert set(got) == set(wanted)
@@ -63,7 +63,7 @@ def test_outputs_are_those_of_the_session(server: StandIn, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text(server: StandIn, kind: str) -> None:
+def test_text(server: Emulator, kind: str) -> None:
     (made,) = connect(server, kind).generate([SNOWMAN], GREEDY)
     assert [made.text] == server.servable.generate_text([SNOWMAN], max_new_tokens=5)
     assert 1 <= made.tokens <= 5 and made.finish_reason in ("stop", "length")
@@ -75,7 +75,7 @@ def test_text(server: StandIn, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_generate_text_the_client_tokenizes(
-    server: StandIn, real_bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    server: Emulator, real_bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, tokenizer = connect(server, kind), Tokenizer.from_file(str(real_bundle / "tokenizer.json"))
     wanted = client.generate(["one", SNOWMAN], GREEDY)
@@ -86,7 +86,7 @@ def test_without_generate_text_the_client_tokenizes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_metadata_and_status(server: StandIn, kind: str) -> None:
+def test_metadata_and_status(server: Emulator, kind: str) -> None:
     client = connect(server, kind)
     signatures = client.metadata()
     assert set(signatures) == {name for name in server.servable.signatures if not name.startswith("__")}
@@ -98,7 +98,7 @@ def test_metadata_and_status(server: StandIn, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_busy_server_is_asked_again(server: StandIn, kind: str) -> None:
+def test_a_busy_server_is_asked_again(server: Emulator, kind: str) -> None:
     server.failures = ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
     client = connect(server, kind)
     # The signatures are asked for once.
@@ -119,7 +119,7 @@ def test_a_busy_server_is_asked_again(server: StandIn, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_dropped_with_others_is_asked_again(server: StandIn, kind: str) -> None:
+def test_what_was_dropped_with_others_is_asked_again(server: Emulator, kind: str) -> None:
     client = connect(server, kind)
     client.metadata()
     server.failures = ["ABORTED", "CANCELLED"]
@@ -129,7 +129,7 @@ def test_what_was_dropped_with_others_is_asked_again(server: StandIn, kind: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_server_would_answer_with_a_fault_is_not_sent(server: StandIn, kind: str, fails: Fails) -> None:
+def test_what_a_server_would_answer_with_a_fault_is_not_sent(server: Emulator, kind: str, fails: Fails) -> None:
     client = connect(server, kind)
     client.metadata()
     server.run_calls.clear()
@@ -156,7 +156,7 @@ def test_what_a_server_would_answer_with_a_fault_is_not_sent(server: StandIn, ki
 
 
 @pytest.mark.parametrize("kind", ["column", "grpc"])
-def test_the_end_token_is_the_models(server: StandIn, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_token_is_the_models(server: Emulator, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = keras_model("bytes").geometry.eos_token_id
     assert connect(server, kind).end_token() == wanted
     monkeypatch.delitem(server.servable.signatures, "tokenize")
@@ -164,7 +164,7 @@ def test_the_end_token_is_the_models(server: StandIn, kind: str, monkeypatch: py
     assert connect(server, kind, eos_token_id=3).end_token() == 3
 
 
-def test_a_call_over_slots_outlives_its_caller(server: StandIn) -> None:
+def test_a_call_over_slots_outlives_its_caller(server: Emulator) -> None:
     server.cancelled.clear()
     server.delay = 0.5
     began = time.monotonic()
@@ -186,7 +186,7 @@ def test_a_call_over_slots_outlives_its_caller(server: StandIn) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_wrong_is_said_once_in_the_servers_words(server: StandIn, kind: str) -> None:
+def test_what_is_wrong_is_said_once_in_the_servers_words(server: Emulator, kind: str) -> None:
     wrong = prompt() | {"lengths": np.array([0, 3], np.int32)}
     with pytest.raises(ServerError, match="a prompt may not be empty") as caught:
         connect(server, kind).predict(wrong, "score")
@@ -197,7 +197,7 @@ def test_what_is_wrong_is_said_once_in_the_servers_words(server: StandIn, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deadlines(server: StandIn, kind: str) -> None:
+def test_deadlines(server: Emulator, kind: str) -> None:
     server.delay = 0.6
     with pytest.raises(ServerError) as caught:
         connect(server, kind, timeout=0.2).predict(prompt(), "score")
@@ -211,7 +211,7 @@ def test_deadlines(server: StandIn, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_over_grpcs_default_of_4_mib(server: StandIn, kind: str) -> None:
+def test_an_answer_over_grpcs_default_of_4_mib(server: Emulator, kind: str) -> None:
     rows = 300
     got = connect(server, kind).predict(prompt(rows) | {"capacity": np.full(rows, 48, np.int32)}, "prefill")
     assert sum(value.size * 4 for value in got.values()) > 4 * 2**20
@@ -250,7 +250,7 @@ def test_a_server_that_is_not_there(fails: Fails) -> None:
 
 
 @pytest.mark.parametrize("kind", ["url", "grpc"])
-def test_the_command(server: StandIn, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(server: Emulator, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = [f"--{kind}", server.url if kind == "url" else server.address, "--model", "bytes"]
 
     def ask(*arguments: str) -> str:

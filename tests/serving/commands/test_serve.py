@@ -22,7 +22,7 @@ from serving.commands.param_types import Size
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.closed_form import byte_tokenizer
-from tests.serving.tf_serving_stand_in import serving
+from tests.serving.tf_serving_emulator import serving
 from tests.tiny_build import Fails
 
 ROOT = Path(__file__).parents[3]
@@ -76,10 +76,10 @@ def test_each_runtime_says_what_generate_says(real_bundle: Path, runtime: str) -
 
 
 def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> None:
-    with serving(real_bundle / "savedmodel/1", "bytes") as stand_in, socket.create_server(("127.0.0.1", 0)) as taken:
+    with serving(real_bundle / "savedmodel/1", "bytes") as emulator, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         taken.close()
-        options = ["--runtime", "tf-serving", "--tf-serving", stand_in.url, "--grpc-port", str(port)]
+        options = ["--runtime", "tf-serving", "--tf-serving", emulator.url, "--grpc-port", str(port)]
         with process(real_bundle, *options) as (server, url):
             assert json.loads(completion(url))["usage"]["completion_tokens"] == 6
             versions = GrpcTransport(f"127.0.0.1:{port}", "bytes").status(10)

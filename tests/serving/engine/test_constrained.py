@@ -225,16 +225,18 @@ def test_a_slow_mask_moves_to_the_other_thread_and_quick_ones_do_not_wait() -> N
 
 
 @pytest.mark.parametrize("chooses", [False, True])
-def test_on_a_real_graph_mates_are_untouched_and_texts_follow(real_bundle: Path, chooses: bool) -> None:
+def test_on_a_real_graph_mates_are_untouched_and_texts_follow(
+    real_bundle: Path, supports_device_sampling: bool
+) -> None:
     bundle = open_bundle(real_bundle)
     engine = open_engine(bundle, "ort/fp32")
-    if chooses:
+    if supports_device_sampling:
         from serving.engine.config import EngineConfig
         from serving.engine.engine import SlotEngine
         from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
         engine.close()
-        backend = OnnxSlotBackend(bundle, "ort/fp32", slots=4, max_length=48, chooses=True)
+        backend = OnnxSlotBackend(bundle, "ort/fp32", slots=4, max_length=48, supports_device_sampling=True)
         engine = SlotEngine(backend, TOKENIZER, EOS, EngineConfig(slots=4))
 
     def run(guided: bool) -> list[list[int]]:

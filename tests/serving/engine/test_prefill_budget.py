@@ -9,7 +9,7 @@ import pytest
 
 from serving.backends.base import FloatArray, IntArray
 from serving.engine.config import EngineConfig
-from serving.engine.prefill_budget import LEAST, BoundedPace
+from serving.engine.prefill_budget import MIN_CHUNK_TOKENS, TimedPrefillBudget
 from serving.errors import InputError
 from tests.closed_form import greedy
 from tests.serving.engine.harness import Heard, Stepped
@@ -74,10 +74,10 @@ def test_a_step_stays_within_the_bound_however_long_the_prompt_is_by_now(slowdow
     stream = engine.stream()
     pieces, steps = engine.read(PROMPT)
     # All that the bound leaves is used, but for the first piece, which finds out what a piece costs, and the last.
-    assert pieces[0] == (0, LEAST) and max(steps) <= slowdown * 9.0 * 1.11
+    assert pieces[0] == (0, MIN_CHUNK_TOKENS) and max(steps) <= slowdown * 9.0 * 1.11
     assert min(steps[3:-1]) >= slowdown * 9.0 * 0.9
     sizes = [tokens for _, tokens in pieces]
-    assert sizes[2] > 1.5 * sizes[-2] > LEAST
+    assert sizes[2] > 1.5 * sizes[-2] > MIN_CHUNK_TOKENS
     # The next one begins where this one began, and with what is known by now.
     again, steps = engine.read(PROMPT[::-1])
     assert max(steps) <= slowdown * 9.0 * 1.1 and again[0][1] > 0.7 * sizes[2]
@@ -89,19 +89,24 @@ def test_where_no_piece_is_short_enough_the_least_is_read() -> None:
     engine = Timed(measured, 2.0, prefill_slowdown=2.5)
     engine.stream()
     pieces, _ = engine.read(PROMPT)
-    assert {tokens for _, tokens in pieces[:-1]} == {LEAST}
+    assert {tokens for _, tokens in pieces[:-1]} == {MIN_CHUNK_TOKENS}
     # Of several prompts each allows as much again, before anything is known and after.
-    pace = BoundedPace(2.5, 512)
+    prefill_budget = TimedPrefillBudget(2.5, 512)
     for _ in range(2):
-        assert [pace.tokens(0, prompts) for prompts in (1, 2, 3, 40)] == [LEAST, 2 * LEAST, 3 * LEAST, 512]
-        pace.stepped(LEAST, 0, 9.0, 0.1)
+        assert [prefill_budget.tokens(0, prompts) for prompts in (1, 2, 3, 40)] == [
+            MIN_CHUNK_TOKENS,
+            2 * MIN_CHUNK_TOKENS,
+            3 * MIN_CHUNK_TOKENS,
+            512,
+        ]
+        prefill_budget.on_step_end(MIN_CHUNK_TOKENS, 0, 9.0, 0.1)
 
 
 def test_a_step_that_costs_nothing_leaves_the_budget() -> None:
     engine = Timed(lambda tokens, start: 0.001, 6.0, max_num_batched_tokens=300)
     engine.stream()
     pieces, _ = engine.read(PROMPT)
-    assert [tokens for _, tokens in pieces] == [LEAST, 299, 299, 302 - LEAST]
+    assert [tokens for _, tokens in pieces] == [MIN_CHUNK_TOKENS, 299, 299, 302 - MIN_CHUNK_TOKENS]
 
 
 def test_prompts_that_wait_for_one_another_are_read_faster_but_not_those_that_wait_for_a_slot() -> None:
@@ -124,13 +129,13 @@ def test_prompts_that_wait_for_one_another_are_read_faster_but_not_those_that_wa
 
 
 def test_another_load_is_noticed_and_a_single_disturbance_is_not() -> None:
-    pace = BoundedPace(2.5, 512)
+    prefill_budget = TimedPrefillBudget(2.5, 512)
 
     def run(steps: int, piece: Cost, plain: float) -> int:
         for _ in range(steps):
-            tokens = pace.tokens(100, 1)
-            pace.stepped(tokens, 100, piece(tokens, 100), plain)
-        return pace.tokens(100, 1)
+            tokens = prefill_budget.tokens(100, 1)
+            prefill_budget.on_step_end(tokens, 100, piece(tokens, 100), plain)
+        return prefill_budget.tokens(100, 1)
 
     usual = run(30, measured, 12.0)
     assert measured(usual, 100) <= 1.5 * 12.0 < measured(usual + 1, 100) * 1.02

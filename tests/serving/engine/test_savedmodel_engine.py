@@ -34,7 +34,7 @@ from serving.engine.savedmodel_engine import SignatureEngine, open_slot_engine
 from serving.errors import InputError, RuntimeMissingError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
-from tests.serving.tf_serving_stand_in import serving
+from tests.serving.tf_serving_emulator import serving
 
 SLOTS = 8
 PATIENCE = 60.0

@@ -13,8 +13,8 @@ import pytest
 
 from serving.engine.api import GenerationRequest
 from serving.sampling import SamplingParams
-from serving.sampling.penalties import History
-from serving.server.event_queue import Generation
+from serving.sampling.penalties import PenaltyState
+from serving.server.event_queue import EventQueue
 from tests.serving.engine.harness import EOS, Stepped, wanted
 
 LONG_STOPS = tuple(letter * 1023 + "." for letter in string.ascii_lowercase[:16])
@@ -40,25 +40,25 @@ def test_the_largest_request_is_taken_in_at_once(params: SamplingParams) -> None
 def test_a_bias_of_a_whole_vocabulary_is_copied_for_nobody() -> None:
     params = SamplingParams(logit_bias=dict.fromkeys(range(50000), -1.0))
     began = time.monotonic()
-    first = History([[1, 2]], [params], EOS)
+    first = PenaltyState([[1, 2]], [params], EOS)
     others = [first.copy() for _ in range(2048)]
     assert time.monotonic() - began < 1
-    assert all(np.shares_memory(each.edits.bias, first.edits.bias) for each in others)
+    assert all(np.shares_memory(each.logits_processor.bias, first.logits_processor.bias) for each in others)
 
 
 def test_copies_of_a_history_go_their_own_ways() -> None:
     params = SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, logit_bias={3: 1.0}, min_tokens=2)
-    first = History([[1]], [params], EOS)
+    first = PenaltyState([[1]], [params], EOS)
     second = first.copy()
     for token in (3, 5):
         first.add(0, token)
-    alone = History([[1]], [params], EOS)
+    alone = PenaltyState([[1]], [params], EOS)
     logits = np.random.default_rng(0).standard_normal((1, 257)).astype(np.float32)
     row = np.arange(1)
-    np.testing.assert_array_equal(second.edits.apply(logits, row), alone.edits.apply(logits, row))
+    np.testing.assert_array_equal(second.logits_processor.apply(logits, row), alone.logits_processor.apply(logits, row))
     for token in (3, 5):
         alone.add(0, token)
-    np.testing.assert_array_equal(first.edits.apply(logits, row), alone.edits.apply(logits, row))
+    np.testing.assert_array_equal(first.logits_processor.apply(logits, row), alone.logits_processor.apply(logits, row))
 
 
 def test_continuations_of_a_bias_with_penalties_are_those_of_generate() -> None:
@@ -84,7 +84,7 @@ def test_a_large_request_is_submitted_beside_the_loop_and_can_be_given_up_there(
     requests = [GenerationRequest((65,), SamplingParams(max_new_tokens=50, ignore_eos=True), n=16)] * 8
 
     async def give_up() -> None:
-        opening = asyncio.create_task(Generation.open(engine, requests))
+        opening = asyncio.create_task(EventQueue.open(engine, requests))
         await asyncio.sleep(0.03)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):

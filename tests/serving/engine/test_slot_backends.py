@@ -146,17 +146,21 @@ def test_where_a_prompt_is_cut_does_not_show(case: Case) -> None:
         np.testing.assert_array_equal(case.backend.prefill_chunk(1, text[40:], 40), whole[1])
 
 
-@pytest.mark.parametrize("chooses", [False, True])
-def test_the_engine_says_what_generation_says(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, chooses: bool) -> None:
+@pytest.mark.parametrize("supports_device_sampling", [False, True])
+def test_the_engine_says_what_generation_says(
+    monkeypatch: pytest.MonkeyPatch, bundle: Bundle, supports_device_sampling: bool
+) -> None:
     """Wherever tokens are chosen; where the graph does it, logits come here only for those that are not certain."""
     from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
     # Few enough that some draws fall behind them.
     monkeypatch.setattr("serving.engine.device_sampler.USUAL_CANDIDATES", 60)
     random = np.random.default_rng(5)
-    slots = OnnxSlotBackend(bundle, "ort/fp32", slots=SLOTS, max_length=LIMIT, chooses=chooses)
+    slots = OnnxSlotBackend(
+        bundle, "ort/fp32", slots=SLOTS, max_length=LIMIT, supports_device_sampling=supports_device_sampling
+    )
     calls = Counter[str]()
-    for name in ("decode", "advance", "choose", "logits"):
+    for name in ("decode", "advance", "sample_tokens", "logits"):
         _count(slots, name, calls)
     engine = SlotEngine(slots, load_tokenizer(bundle), EOS, EngineConfig(slots=SLOTS, prefill_chunk=CHUNK))
     backend = load_backend(bundle, "onnx", "ort/fp32")
@@ -192,8 +196,8 @@ def test_the_engine_says_what_generation_says(monkeypatch: pytest.MonkeyPatch, b
             assert (tuple(each.ids(index)), each.ends[index].reason) == (wanted.token_ids, wanted.finish_reason)
     assert any(each.prompt and each.prompt.cached_tokens for each in heard)
     assert calls["decode"]
-    if chooses:
-        assert 0 < calls["logits"] < calls["choose"] == calls["advance"]
+    if supports_device_sampling:
+        assert 0 < calls["logits"] < calls["sample_tokens"] == calls["advance"]
     else:
         assert not calls["advance"]
 

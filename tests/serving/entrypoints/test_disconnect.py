@@ -16,7 +16,7 @@ import pytest
 from serving.engine.api import GenerationRequest
 from serving.entrypoints.http_app import build_app
 from serving.sampling import SamplingParams
-from serving.server.event_queue import Generation
+from serving.server.event_queue import EventQueue
 from serving.server.settings import Settings
 from tests.serving.double_engine import DoubleEngine, registry_of
 from tests.serving.live_server import running
@@ -78,7 +78,7 @@ def test_what_a_call_leaves_open_is_cancelled(engine: DoubleEngine) -> None:
     long = GenerationRequest((1,), SamplingParams(max_new_tokens=900, ignore_eos=True))
 
     async def first_events() -> None:
-        generation = await Generation.open(engine, [long, long])
+        generation = await EventQueue.open(engine, [long, long])
         assert await generation.next()
         generation.close()
         generation.close()

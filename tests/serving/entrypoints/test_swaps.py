@@ -22,7 +22,7 @@ from serving.clients.grpc_transport import GrpcTransport
 from serving.engine.api import Engine, GenerationRequest, Observer
 from serving.entrypoints.grpc_server import start_grpc
 from serving.entrypoints.http_app import build_app
-from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.model_manager import ModelManager
 from serving.protocols.open_inference import http as open_inference_http
 from serving.protocols.tf_serving import rest as tf_rest
 from serving.server.registry import ModelRegistry, ServedModel, State
@@ -82,7 +82,7 @@ class Served:
 
     folder: Path
     loader: Loader
-    versions: Versions
+    versions: ModelManager
     url: str
     grpc: str
 
@@ -154,7 +154,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     write_bundle(folder / "1", "tiny")
     registry, settings = ModelRegistry(), Settings()
     app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()])
-    versions = Versions(folder, app.state.server, loader, None, None)
+    versions = ModelManager(folder, app.state.server, loader, None, None)
     versions.start()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

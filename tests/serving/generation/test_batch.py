@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from serving.backends.base import Backend
 from serving.errors import InputError
 from serving.generation import Generation, generate, stream
-from serving.sampling import SamplingParams, choose
+from serving.sampling import SamplingParams, sample_tokens
 from tests.closed_form import ClosedFormBackend, greedy, logits_after
 
 SIZE = 29
@@ -36,7 +36,7 @@ def expected(prompt: list[int], params: SamplingParams, n_positions: int = 16) -
     while len(tokens) - len(prompt) < params.max_new_tokens and len(tokens) < n_positions:
         step = len(tokens) - len(prompt)
         logits = logits_after(tokens, SIZE)[None]
-        tokens += choose(logits, params.temperature, params.top_k, params.top_p, params.seed, step).tolist()
+        tokens += sample_tokens(logits, params.temperature, params.top_k, params.top_p, params.seed, step).tolist()
         if tokens[-1] == EOS and not params.ignore_eos:
             return Generation(tuple(tokens[len(prompt) :]), "stop")
     return Generation(tuple(tokens[len(prompt) :]), "length")

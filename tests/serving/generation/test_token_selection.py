@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.backends.base import Request
+from serving.backends.base import SamplingRequest
 from serving.backends.loader import load_backend
 from serving.bundle import Bundle, open_bundle
 from serving.errors import InputError, RuntimeMissingError
 from serving.generation import Generation, generate, token_selection
 from serving.generation.token_selection import DeviceSteps, HostSteps
 from serving.sampling import SamplingParams, SamplingRows
-from serving.sampling.penalties import History
+from serving.sampling.penalties import PenaltyState
 
 END = 256
 PROMPTS = [[5, 9, 200], [7], list(range(30)), [80, 81]]
@@ -51,7 +51,7 @@ def both_ways(
             patch.setattr(
                 "serving.generation.batch.open_steps",
                 lambda backend, prompts, params, capacity, end, steps=steps: steps(
-                    backend, token_selection.Chooser(prompts, params, end), prompts, capacity
+                    backend, token_selection.BatchSampler(prompts, params, end), prompts, capacity
                 ),
             )
             backend.fetches = 0
@@ -96,11 +96,11 @@ def test_the_device_chooses_where_it_pays(backend: Any, bundle: Bundle, monkeypa
 
 def test_the_chosen_tokens_are_the_next_input_in_place(backend: Any) -> None:
     """What was chosen needs no upload: the buffer it lies in is the next step's input, until someone feeds another."""
-    edits = History(PROMPTS, [SamplingParams()] * 4).edits
+    logits_processor = PenaltyState(PROMPTS, [SamplingParams()] * 4).logits_processor
     one, none = np.ones(4, np.float32), np.zeros(4, np.float32)
-    request = Request(SamplingRows(none, np.zeros(4, np.int64), one, none), none, edits, 1)
+    request = SamplingRequest(SamplingRows(none, np.zeros(4, np.int64), one, none), none, logits_processor, 1)
     state = backend.open(PROMPTS, 40)
-    tokens = backend.choose(state, request).tokens
+    tokens = backend.sample_tokens(state, request).tokens
     uploads: list[str] = []
 
     class Watched:

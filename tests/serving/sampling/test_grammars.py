@@ -14,8 +14,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from serving.errors import InputError, RuntimeMissingError
-from serving.sampling import SamplingParams, choose
-from serving.sampling.constraints import FEW, MAX_DEPTH, Allowed, ConstraintError, StructuredOutput, choose_allowed
+from serving.sampling import SamplingParams, sample_tokens
+from serving.sampling.constraints import FEW, MAX_DEPTH, Allowed, ConstraintError, StructuredOutput, sample_allowed
 from serving.sampling.grammars import GrammarCompiler, Matcher
 from tests.serving.guided_model import SIZE, compiler, tokenizer
 
@@ -178,8 +178,8 @@ def test_choosing_among_the_allowed_is_choosing_from_a_masked_row() -> None:
             top_p=float(draw.choice([0.1, 0.9, 1])),
             min_p=float(draw.choice([0, 0.2])),
         )
-        wanted = choose(masked[None], params.temperature, params.top_k, params.top_p, case, 3, params.min_p)
-        assert choose_allowed(line, Allowed.of(bits), params, case, 3) == wanted[0]
+        wanted = sample_tokens(masked[None], params.temperature, params.top_k, params.top_p, case, 3, params.min_p)
+        assert sample_allowed(line, Allowed.of(bits), params, case, 3) == wanted[0]
 
 
 def test_allowed_tokens_are_those_of_the_bits() -> None:
@@ -199,7 +199,7 @@ def test_allowed_tokens_are_those_of_the_bits() -> None:
 def test_a_bias_that_leaves_nothing_is_the_sequences_own_error() -> None:
     line = np.array([0, -np.inf, 1], np.float32)
     with pytest.raises(ConstraintError, match="min_tokens"):
-        choose_allowed(line, Allowed.of(np.array([False, True, False])), SamplingParams(), 0, 0)
+        sample_allowed(line, Allowed.of(np.array([False, True, False])), SamplingParams(), 0, 0)
 
 
 def _nested(depth: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.sampling import SamplingParams, choose
-from serving.sampling.penalties import History
+from serving.sampling import SamplingParams, sample_tokens
+from serving.sampling.penalties import PenaltyState
 
 SIZE = 12
 TOKENS = st.lists(st.integers(0, SIZE - 1), max_size=20)
@@ -39,18 +39,20 @@ def by_definition(logits: list[float], prompt: list[int], made: list[int], param
 @settings(derandomize=True, deadline=None, max_examples=200)
 def test_edits_are_the_definitions(rows: list[tuple[list[int], list[int], SamplingParams]]) -> None:
     prompts, made, params = (list(column) for column in zip(*rows, strict=True))
-    history = History(prompts, params)
+    penalty_state = PenaltyState(prompts, params)
     logits = np.random.default_rng(0).integers(-16, 16, (len(rows), SIZE)).astype(np.float32) / 4
     for place in range(max(map(len, made))):
         for row, tokens in enumerate(made):
             if place < len(tokens):
-                history.add(row, tokens[place])
-    edited = history.edits.apply(logits, np.arange(len(rows)))
+                penalty_state.add(row, tokens[place])
+    edited = penalty_state.logits_processor.apply(logits, np.arange(len(rows)))
     for row in range(len(rows)):
         wanted = by_definition(logits[row].tolist(), prompts[row], made[row], params[row])
         np.testing.assert_allclose(edited[row], wanted, rtol=3e-7)
-        np.testing.assert_array_equal(history.edits.apply(logits[[row]], np.array([row]))[0], edited[row])
-    if history.empty:
+        np.testing.assert_array_equal(
+            penalty_state.logits_processor.apply(logits[[row]], np.array([row]))[0], edited[row]
+        )
+    if penalty_state.empty:
         np.testing.assert_array_equal(edited, logits)
 
 
@@ -67,8 +69,8 @@ def test_edits_are_the_definitions(rows: list[tuple[list[int], list[int], Sampli
     ],
 )
 def test_a_history_is_empty_where_nothing_it_may_say_changes_a_logit(fields: dict[str, Any], empty: bool) -> None:
-    assert History([[1, 2]], [SamplingParams(**fields)], eos_token_id=0).empty == empty
-    assert History([[1], [2]], [SamplingParams(), SamplingParams(**fields)], eos_token_id=0).empty == empty
+    assert PenaltyState([[1, 2]], [SamplingParams(**fields)], eos_token_id=0).empty == empty
+    assert PenaltyState([[1], [2]], [SamplingParams(), SamplingParams(**fields)], eos_token_id=0).empty == empty
 
 
 @pytest.mark.oracle
@@ -86,7 +88,7 @@ def test_transformers_processors_keep_the_same_tokens() -> None:
         logits = 2 * random.standard_normal((1, SIZE)).astype(np.float32)
         prompt = random.integers(0, SIZE, 4).tolist()
         params = SamplingParams(repetition_penalty=repetition)
-        ours = History([prompt], [params]).edits.apply(logits, np.arange(1))
+        ours = PenaltyState([prompt], [params]).logits_processor.apply(logits, np.arange(1))
         theirs = processors.RepetitionPenaltyLogitsProcessor(repetition)(torch.tensor([prompt]), torch.tensor(logits))
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
         chain = [processors.TemperatureLogitsWarper(temperature)]
@@ -96,7 +98,7 @@ def test_transformers_processors_keep_the_same_tokens() -> None:
             theirs = each(torch.tensor([prompt]), theirs)
         wanted = theirs.softmax(-1).numpy()[0]
         rows = np.repeat(ours, 20_000, 0)
-        chosen = choose(rows, temperature, top_k, top_p, np.arange(20_000), 0, min_p)
+        chosen = sample_tokens(rows, temperature, top_k, top_p, np.arange(20_000), 0, min_p)
         share = np.bincount(chosen, minlength=SIZE) / 20_000
         assert set(np.flatnonzero(share)) == set(np.flatnonzero(wanted))
         assert np.abs(share - wanted).max() < 0.015

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from serving.errors import BundleError, InputError
-from serving.sampling import SamplingParams, choose, uniform
+from serving.sampling import SamplingParams, sample_tokens, uniform
 
 # The 99.99 % point of chi-square is below this for 1 to 255 degrees of freedom (Wilson and Hilferty, 1931).
 QUANTILE = 3.719
@@ -24,14 +24,14 @@ def chi_square_limit(freedom: int) -> float:
 
 def one(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, step: int = 0) -> int:
     row = np.asarray([logits], np.float32)
-    return int(choose(row, [temperature], [top_k], [top_p], [seed], [step])[0])
+    return int(sample_tokens(row, [temperature], [top_k], [top_p], [seed], [step])[0])
 
 
 def many(logits: Any, count: int, **options: Any) -> NDArray[np.int64]:
     """Chosen token of one row of logits for the seeds 0 to count - 1."""
     rows = np.tile(np.asarray(logits, np.float32), (count, 1))
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "step": 0, **options}
-    return choose(rows, seed=np.arange(count), **settings)
+    return sample_tokens(rows, seed=np.arange(count), **settings)
 
 
 def plain_uniform(seed: int, step: int) -> float:
@@ -154,7 +154,7 @@ ROWS = st.lists(
 @settings(derandomize=True, deadline=None)
 def test_rows_are_independent(rows: list[tuple[list[float], float, int, float, int, int]]) -> None:
     logits, *rest = (np.array(column) for column in zip(*rows, strict=True))
-    together = choose(logits.astype(np.float32), *rest)
+    together = sample_tokens(logits.astype(np.float32), *rest)
     assert together.shape == (len(rows),) and together.dtype == np.int64
     assert together.tolist() == [one(*row) for row in rows]
 
@@ -249,7 +249,7 @@ def test_a_long_tail_is_not_lost_in_rounding() -> None:
     logits = np.full((1, 2**20), np.log(2.0**-25), np.float32)
     logits[:, 0] = 0
     # The tail's share is 1 in 33, the standard deviation of its count in 99 draws 1.7.
-    chosen = [int(choose(logits, 1.0, 0, 1.0, seed, 0)[0]) for seed in range(99)]
+    chosen = [int(sample_tokens(logits, 1.0, 0, 1.0, seed, 0)[0]) for seed in range(99)]
     assert 0 < sum(token > 0 for token in chosen) < 10
 
 

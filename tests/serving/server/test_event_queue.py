@@ -13,7 +13,7 @@ from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.protocols.batch_completion import complete
 from serving.sampling import SamplingParams
-from serving.server.event_queue import Generation
+from serving.server.event_queue import EventQueue
 from tests.closed_form import ClosedFormSlotBackend, greedy
 from tests.serving.engine.harness import EOS, TOKENIZER
 
@@ -60,7 +60,7 @@ def wakes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_all_events_in_order(engine: SlotEngine) -> None:
     async def client(number: int) -> None:
         n = 1 + number % 2
-        generation = await Generation.open(engine, [request([number], 20, n), request([number + 9], 5)])
+        generation = await EventQueue.open(engine, [request([number], 20, n), request([number + 9], 5)])
         events: list[tuple[int, Event]] = []
         while batch := await generation.next():
             events += batch
@@ -83,7 +83,7 @@ def test_all_events_in_order(engine: SlotEngine) -> None:
 
 def test_a_loop_that_is_late_is_woken_once_for_all(engine: SlotEngine, wakes: list[float]) -> None:
     async def main() -> None:
-        generation = await Generation.open(engine, [request([1], 50)])
+        generation = await EventQueue.open(engine, [request([1], 50)])
         while engine.stats().active_slots or engine.stats().waiting_requests:
             time.sleep(0.002)  # The loop does not run.
         assert len(await generation.next()) == 52
@@ -106,7 +106,7 @@ def test_who_goes_away_frees_the_slot(engine: SlotEngine, how: str) -> None:
     async def read() -> None:
         if how == "whole":
             await complete(engine, [request([1], 60), request([2], 60)])
-        generation = await Generation.open(engine, [request([1], 60, n=2)])
+        generation = await EventQueue.open(engine, [request([1], 60, n=2)])
         try:
             while await generation.next():
                 if how == "close":
@@ -132,7 +132,7 @@ def test_who_goes_away_frees_the_slot(engine: SlotEngine, how: str) -> None:
 def test_one_refused_request_leaves_nothing_running(engine: SlotEngine) -> None:
     async def main() -> None:
         with pytest.raises(QueueFullError):
-            await Generation.open(engine, [request([1], 60)] * 17)
+            await EventQueue.open(engine, [request([1], 60)] * 17)
         await free(engine)
         assert engine.stats().generated_tokens < 60
 
@@ -141,7 +141,7 @@ def test_one_refused_request_leaves_nothing_running(engine: SlotEngine) -> None:
 
 def test_a_loop_that_is_gone_is_no_error(engine: SlotEngine) -> None:
     async def main() -> None:
-        await Generation.open(engine, [request([1], 30)])
+        await EventQueue.open(engine, [request([1], 30)])
 
     asyncio.run(main())
     asyncio.run(free(engine))

@@ -13,7 +13,7 @@ from serving.backends.onnx import OnnxBackend
 from serving.bundle import Bundle, open_bundle
 from serving.errors import InputError
 from serving.generation import generate, token_selection
-from serving.generation.device_loop import LoopSteps
+from serving.generation.multi_step_decode import MultiStepSteps
 from serving.sampling import SamplingParams
 
 END = 256
@@ -110,14 +110,16 @@ def test_a_stop_in_the_middle_of_a_block_ends_it(blocks: OnnxBackend, monkeypatc
 
 def test_other_tokens_than_the_chosen_ones_may_be_fed(blocks: OnnxBackend) -> None:
     """As a caller does that forces a token: what was made behind it counts no more."""
-    chooser = token_selection.Chooser(PROMPTS, [GREEDY] * 5)
+    chooser = token_selection.BatchSampler(PROMPTS, [GREEDY] * 5)
     rows = np.arange(5)
-    steps = LoopSteps(blocks.loop(False), blocks.vocab_size, chooser, PROMPTS, 48)
-    first = steps.choose(rows, 0)
+    steps = MultiStepSteps(blocks.loop(False), blocks.vocab_size, chooser, PROMPTS, 48)
+    first = steps.sample_tokens(rows, 0)
     steps.feed((first + 1) % 256)
     forced = [[*prompt, int(token + 1) % 256] for prompt, token in zip(PROMPTS, first, strict=True)]
-    again = LoopSteps(blocks.loop(False), blocks.vocab_size, token_selection.Chooser(forced, [GREEDY] * 5), forced, 48)
-    np.testing.assert_array_equal(steps.choose(rows, 1), again.choose(rows, 0))
+    again = MultiStepSteps(
+        blocks.loop(False), blocks.vocab_size, token_selection.BatchSampler(forced, [GREEDY] * 5), forced, 48
+    )
+    np.testing.assert_array_equal(steps.sample_tokens(rows, 1), again.sample_tokens(rows, 0))
 
 
 def test_batches_end_at_the_context(blocks: OnnxBackend) -> None:

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.sampling import token_draw
-from serving.sampling.token_draw import descending, draw_token
+from serving.sampling import candidate_sampling
+from serving.sampling.candidate_sampling import descending, sample_row
 
 VALUES = st.sampled_from([-3.0, 0.0, -0.0, 0.5, 1.0, 7.0, -np.inf]) | st.floats(-20, 20, width=32)
 
 
 def by_sorting_all(line: np.ndarray, temperature: float, top_p: float, min_p: float, draw: float) -> int:
-    """The definition in `serving.sampling.choose`, without top-k."""
+    """The definition in `serving.sampling.sample_tokens`, without top-k."""
     order = np.lexsort((np.arange(len(line)), -line.astype(np.float64)))
     with np.errstate(under="ignore", over="ignore"):
         weights = np.exp((line - line.max()) / np.float32(temperature))[order]
@@ -27,7 +27,7 @@ def by_sorting_all(line: np.ndarray, temperature: float, top_p: float, min_p: fl
 def drawn(line: np.ndarray, temperature: float, top_p: float, min_p: float, draw: float) -> int:
     single = (np.float32(each) for each in (temperature, top_p, min_p, draw))
     temperature_, top_p_, min_p_, draw_ = single
-    return draw_token(line, temperature_, 0, top_p_, min_p_, draw_)
+    return sample_row(line, temperature_, 0, top_p_, min_p_, draw_)
 
 
 @given(
@@ -45,7 +45,7 @@ def test_a_short_search_finds_what_sorting_all_finds(
     expected = by_sorting_all(line, temperature, top_p, min_p, draw)
     for few in (2, 3, 4):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(token_draw, "FEW", few)
+            patch.setattr(candidate_sampling, "FEW", few)
             assert drawn(line, temperature, top_p, min_p, draw) == expected
 
 
@@ -65,7 +65,7 @@ def test_the_vocabulary_is_sorted_only_where_it_must_be(
         sorted_sizes.append(len(ids))
         return descending(line, ids)
 
-    monkeypatch.setattr(token_draw, "descending", watched)
+    monkeypatch.setattr(candidate_sampling, "descending", watched)
     for _ in range(50):
         line = (random.standard_normal(20_000) * spread).astype(np.float32)
         draw = float(random.random())

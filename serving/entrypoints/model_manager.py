@@ -61,7 +61,7 @@ class _Pending:
         pass
 
 
-class Versions:
+class ModelManager:
     """The versions of one model, from one folder. `poll` is called by one thread at a time."""
 
     def __init__(self, folder: Path, server: Server, loader: Loader, name: str | None, budget: int | None) -> None:

@@ -71,7 +71,7 @@ def stack(parts: list[dict[str, Any]], name: str) -> Any:
     )  # fmt: skip
 
 
-class StandIn(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
+class Emulator(prediction_service_pb2_grpc.PredictionServiceServicer, model_service_pb2_grpc.ModelServiceServicer):
     def __init__(self, version: Path, name: str) -> None:
         self.servable, self.name = SessionServable(version), name
         # A dictionary, unlike protobuf's map, can lose a signature and get it back.
@@ -222,15 +222,15 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def serving(version: Path, name: str, rest_port: int = 0, grpc_port: int = 0) -> Iterator[StandIn]:
+def serving(version: Path, name: str, rest_port: int = 0, grpc_port: int = 0) -> Iterator[Emulator]:
     """The stand-in on two ports of this machine, free ones if they are 0."""
-    stand_in = StandIn(version, name)
+    emulator = Emulator(version, name)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             try:
-                code, answer = 200, stand_in.rest(self.path, json.loads(body) if body else None)
+                code, answer = 200, emulator.rest(self.path, json.loads(body) if body else None)
             except Refused as error:
                 code, answer = HTTP[error.code], {"error": str(error)}
             data = json.dumps(answer).encode()
@@ -248,13 +248,13 @@ def serving(version: Path, name: str, rest_port: int = 0, grpc_port: int = 0) ->
     http = ThreadingHTTPServer(("127.0.0.1", rest_port), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     rpc = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_send_message_length", -1)])
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(stand_in, rpc)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(stand_in, rpc)
-    stand_in.url = f"http://127.0.0.1:{http.server_port}"
-    stand_in.address = f"127.0.0.1:{rpc.add_insecure_port(f'127.0.0.1:{grpc_port}')}"
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(emulator, rpc)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(emulator, rpc)
+    emulator.url = f"http://127.0.0.1:{http.server_port}"
+    emulator.address = f"127.0.0.1:{rpc.add_insecure_port(f'127.0.0.1:{grpc_port}')}"
     rpc.start()
     try:
-        yield stand_in
+        yield emulator
     finally:
         http.shutdown()
         http.server_close()

@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 
 from serving.bundle import Bundle
 from serving.engine.api import Engine, FinishEvent, GenerationRequest, Observer, QueueFullError
-from serving.entrypoints import model_versions
+from serving.entrypoints import model_manager
 from serving.entrypoints.http_app import build_app
-from serving.entrypoints.model_versions import Versions
+from serving.entrypoints.model_manager import ModelManager
 from serving.entrypoints.replicas import Replicas
 from serving.errors import BundleError, GPT2BundleError, InputError
 from serving.sampling import SamplingParams
@@ -50,7 +50,7 @@ class Served:
         self.folder, self.loader = folder, Loader()
         self.app = build_app(ModelRegistry(), Settings())
         self.registry: ModelRegistry = self.app.state.server.registry
-        self.versions = Versions(folder, self.app.state.server, self.loader, None, budget)
+        self.versions = ModelManager(folder, self.app.state.server, self.loader, None, budget)
 
     def put(self, version: int) -> None:
         write_bundle(self.folder / str(version), f"tiny{version}")
@@ -133,7 +133,7 @@ def test_a_folder_that_goes_away_is_logged_once_and_when_it_is_back(
         raise PermissionError(13, "Permission denied", str(folder))
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_versions, "find", refused)
+        patch.setattr(model_manager, "find", refused)
         assert lines() == [
             f"WARNING {served.folder} cannot be read (Permission denied); version 1 of tiny1 is served on"
         ]

@@ -1,4 +1,4 @@
-"""Sampling of one token from the top candidates of a row, as `serving.sampling.choose` defines it.
+"""Sampling of one token from the top candidates of a row, as `serving.sampling.sample_tokens` defines it.
 
 A row of GPT-2 has 50,257 logits, and sorting them takes as long as a decode step. The sampled token nearly always is
 among the top candidates, and sums that need no sorting prove whether it is.
@@ -9,33 +9,33 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-FEW = 1024
+FEW_CANDIDATES = 1024
 """Number of top candidates that are tried before the whole vocabulary is sorted."""
 # Sums of the same weights in any two orders differ by less: by 2^-53 for each term, up to four million of them.
 _ROUNDING = 2.0**-30
 _LOW = np.uint64(0xFFFFFFFF)
 
 
-def draw_token(
+def sample_row(
     line: NDArray[np.float32],
     temperature: np.float32,
     top_k: int,
     top_p: np.float32,
     min_p: np.float32,
-    draw: np.float32,
+    random_number: np.float32,
 ) -> int:
-    """The token of `line` [vocab] that `draw` in [0, 1) selects, at a temperature above 0."""
+    """The token of `line` [vocab] that `random_number` in [0, 1) selects, at a temperature above 0."""
     if 0 < top_k < len(line):
-        ids = _likeliest(line, top_k)[:top_k]
-        return _draw(ids, _weights(line[ids], temperature), top_p, min_p, draw)
+        ids = _top_candidates(line, top_k)[:top_k]
+        return _sample(ids, _weights(line[ids], temperature), top_p, min_p, random_number)
     weights = _weights(line, temperature)
-    if len(line) > FEW:
-        ids = _likeliest(line, FEW)
-        index = _certain(weights, np.cumsum(weights[ids], dtype=np.float64), top_p, min_p, draw)
+    if len(line) > FEW_CANDIDATES:
+        ids = _top_candidates(line, FEW_CANDIDATES)
+        index = _certain(weights, np.cumsum(weights[ids], dtype=np.float64), top_p, min_p, random_number)
         if index is not None:
             return int(ids[index])
     ids = descending(line, np.arange(len(line)))
-    return _draw(ids, weights[ids], top_p, min_p, draw)
+    return _sample(ids, weights[ids], top_p, min_p, random_number)
 
 
 def descending(line: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -56,7 +56,7 @@ def descending(line: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.
     return keys.view(np.int64)
 
 
-def _likeliest(line: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def _top_candidates(line: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Every id whose logit is not below the `count`-th greatest, in the order of `descending`."""
     return descending(line, np.flatnonzero(line >= np.partition(line, -count)[-count]))
 
@@ -67,19 +67,19 @@ def _weights(line: NDArray[np.float32], temperature: np.float32) -> NDArray[np.f
     return weights
 
 
-def _draw(
+def _sample(
     ids: NDArray[np.int64],
     weights: NDArray[np.float32],
     top_p: np.float32,
     min_p: np.float32,
-    draw: np.float32,
+    random_number: np.float32,
 ) -> int:
     """Steps 3 to 5 of `choose` on sorted `ids` and their weights."""
     # In float32, what is added at the end of a large vocabulary would be lost in rounding.
     cumulative = np.cumsum(weights, dtype=np.float64)
     kept = 1 + int(np.searchsorted(cumulative[:-1], np.float64(top_p) * cumulative[-1], side="left"))
     kept = min(kept, int(np.count_nonzero(weights >= min_p)))
-    target = np.float64(draw) * cumulative[kept - 1]
+    target = np.float64(random_number) * cumulative[kept - 1]
     index = int(np.searchsorted(cumulative[:kept], target, side="right"))
     # The draw is below 1 and so is its product with the mass, in every rounding; the bound costs nothing.
     return int(ids[min(index, kept - 1)])
@@ -90,9 +90,9 @@ def _certain(
     cumulative: NDArray[np.float64],
     top_p: np.float32,
     min_p: np.float32,
-    draw: np.float32,
+    random_number: np.float32,
 ) -> int | None:
-    """Where `_draw` of the whole vocabulary would end, if that is certain and among the likeliest.
+    """Where `_sample` of the whole vocabulary would end, if that is certain and among the likeliest.
 
     `weights` [vocab] are in order of id, `cumulative` is the running sum of the likeliest. The mass that is drawn from
     ends where the nucleus does or where min_p does, whichever comes first, and is known within bounds: the last
@@ -106,7 +106,7 @@ def _certain(
     first, after = np.searchsorted(cumulative, (low, high)).tolist()
     least = cumulative[first] if first < len(cumulative) else low
     most = cumulative[after] if after < len(cumulative) else high + last
-    target = np.float64(draw)
+    target = np.float64(random_number)
     ends = (
         target * min(least, end) * (1 - _ROUNDING),
         target * min(most, end) * (1 + _ROUNDING),

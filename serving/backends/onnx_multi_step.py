@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from serving.backends.base import FloatArray, IntArray, Request, check_capacity, pad_right
+from serving.backends.base import FloatArray, IntArray, SamplingRequest, check_capacity, pad_right
 from serving.backends.devices import batch_bucket, capacity_bucket
 from serving.sampling import SamplingParams, SamplingRows
 
@@ -40,7 +40,7 @@ class Arena:
 
 
 @dataclass
-class LoopState:
+class MultiStepState:
     """A running batch in an arena: its prompts until their prefill, then the positions filled so far, [rows]."""
 
     arena: Arena
@@ -50,7 +50,7 @@ class LoopState:
     prompt_logits: bool = False
 
 
-class DeviceLoop:
+class MultiStepDecoder:
     """A variant's graph `greedy` or `sample` in a session of its own.
 
     Args:
@@ -72,18 +72,20 @@ class DeviceLoop:
         self._idle: dict[tuple[int, int], list[Arena]] = {}
         self._arenas = 0
 
-    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> LoopState:
+    def open(self, prompts: Sequence[Sequence[int]], capacity: int) -> MultiStepState:
         """Open a batch, whose prefill is part of the first block. Deleting the state frees its arena."""
         check_capacity(prompts, capacity, self._n_positions)
         key = batch_bucket(len(prompts)), capacity_bucket(capacity, self._n_positions)
         idle = self._idle.setdefault(key, [])
         arena = idle.pop() if idle else self._arena(*key)
         token_ids, lengths = pad_right(prompts)
-        state = LoopState(arena, len(prompts), (token_ids, lengths), np.zeros_like(lengths))
+        state = MultiStepState(arena, len(prompts), (token_ids, lengths), np.zeros_like(lengths))
         weakref.finalize(state, idle.append, arena)
         return state
 
-    def run(self, state: LoopState, count: int, request: Request | None, draws: FloatArray | None) -> IntArray:
+    def run(
+        self, state: MultiStepState, count: int, request: SamplingRequest | None, draws: FloatArray | None
+    ) -> IntArray:
         """Run `count` steps and return their tokens, [rows, count]; an uncertain token is returned as -1 - token.
 
         A sampling graph takes its random numbers from `draws`, [rows, count], and its parameters from `request`. The
@@ -114,7 +116,7 @@ class DeviceLoop:
         tokens: IntArray = arena.buffers["tokens"].numpy()[:rows, :count].copy()
         return tokens
 
-    def seek(self, state: LoopState, lengths: IntArray, tokens: IntArray) -> None:
+    def seek(self, state: MultiStepState, lengths: IntArray, tokens: IntArray) -> None:
         """Continue as if `lengths` positions, [rows], were filled and `tokens`, [rows], came next.
 
         Rewinding works because attention never reads the KV cache beyond a row's length.
@@ -122,18 +124,18 @@ class DeviceLoop:
         state.lengths = lengths.copy()
         self._place(state.arena, lengths, tokens)
 
-    def logits(self, state: LoopState) -> FloatArray:
+    def logits(self, state: MultiStepState) -> FloatArray:
         """The last step's logits, [rows, vocab_size]."""
         name = "prompt_logits" if state.prompt_logits else "logits"
         logits: FloatArray = state.arena.buffers[name].numpy()
         return logits[: state.rows, 0]
 
-    def prompt_logits(self, state: LoopState) -> FloatArray:
+    def prompt_logits(self, state: MultiStepState) -> FloatArray:
         """The logits after the prompts, [rows, vocab_size], valid until the arena opens another batch."""
         logits: FloatArray = state.arena.buffers["prompt_logits"].numpy()
         return logits[: state.rows, 0]
 
-    def _run_prompts(self, state: LoopState, token_ids: IntArray, lengths: IntArray, wait: bool) -> None:
+    def _run_prompts(self, state: MultiStepState, token_ids: IntArray, lengths: IntArray, wait: bool) -> None:
         """The prefill, of the real rows only, in the first rows of the buffers."""
         arena, rows, width = state.arena, state.rows, token_ids.shape[1]
         self._place(arena, lengths, np.zeros(rows, np.int64))
