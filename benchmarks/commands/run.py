@@ -20,12 +20,15 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("batch_sizes", "prompt_tokens", "new_tokens"), ("steps",)),
     **dict.fromkeys(("prompt_lengths", "output_lengths"), (*_COUNTED, "saturation", "cold-start")),
     **{"requests": _COUNTED, "rates": ("server",), "arrivals": ("server", "saturation")},
-    **{"clients": ("concurrency",), "cold_starts": ("cold-start",)},
+    **{"clients": ("concurrency",), "cold_starts": ("cold-start",), "trace": ("server",)},
+    "price_per_hour": (*_COUNTED, "saturation"),
     **dict.fromkeys(("grid_prompts", "grid_outputs"), ("grid",)),
     **dict.fromkeys(("sweep_from", "sweep_factor", "sweep_seconds", "sweep_limit"), ("saturation",)),
 }
 # A schedule file says all that these would: they draw one.
-_DRAWING = (set(_READ_BY) - {"cold_starts", "sweep_limit"}) | {"scenarios", "seed"}
+_DRAWING = (set(_READ_BY) - {"cold_starts", "sweep_limit", "price_per_hour"}) | {"scenarios", "seed"}
+# What a trace says for the scenario server.
+_TRACED = ("requests", "rates", "arrivals")
 _POSITIVE = Number(0, min_open=True)
 
 
@@ -74,6 +77,8 @@ def bench() -> None:
               help="Requests a second in server; repeatable.")
 @click.option("--arrivals", type=click.Choice(("poisson", "gamma", "constant")), default="poisson", show_default=True,
               help="Distribution of the gaps between requests in server and saturation.")
+@click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
+              help="Replay the arrival times in FILE in server: seconds, one a line.")
 @click.option("--clients", multiple=True, type=click.IntRange(1, 4096), default=(1, 4, 16), show_default=True,
               help="Number of closed-loop clients in concurrency; repeatable.")
 @click.option("--sweep-from", type=_POSITIVE, default=1.0, show_default=True, metavar="RATE",
@@ -92,6 +97,8 @@ def bench() -> None:
               help="Number of fresh processes of each target in cold-start.")
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=16, show_default=True,
               help="Maximum number of requests in a static batch, and of slots.")
+@click.option("--price-per-hour", type=_POSITIVE, metavar="PRICE",
+              help="Price of this machine in any currency, for the cost of a million output tokens.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draw the schedules from this seed.")
 @click.option("--slo-ttft", type=_POSITIVE, metavar="MS", help="Goodput counts requests within this first-token time.")
 @click.option("--slo-tpot", type=_POSITIVE, metavar="MS", help="Goodput counts requests within this time per token.")
@@ -141,6 +148,8 @@ def _refuse_unread(context: click.Context, scenarios: tuple[str, ...], schedule:
         if schedule is not None and name in _DRAWING:
             raise InputError(f"{flag} draws a schedule, and --schedule reads drawn ones; leave one of them out")
         readers = _READ_BY.get(name, scenarios)
+        if context.params["trace"] and name in _TRACED and set(scenarios) & set(readers) <= {"server"}:
+            raise InputError(f"--trace says how many requests arrive and when; leave out {flag}")
         if schedule is None and not set(scenarios) & set(readers):
             raise InputError(f"{flag} is read with --scenario {' or '.join(readers)}; add that, or leave it out")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from benchmarks.suite.load.clock import WallClock
     from benchmarks.suite.load.schedule import save_schedules
     from benchmarks.suite.machine.contention import Machine
+    from benchmarks.suite.machine.meters import open_meters
     from benchmarks.suite.record import about, keep, write_reports
     from benchmarks.suite.report.markdown import to_markdown, verdict
     from benchmarks.suite.run import measure
@@ -53,9 +55,13 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     unfinished = output.with_name(f"{output.name}.unfinished") if output is not None else None
     earlier = _unfinished(unfinished, header) if asked["resume"] else None
 
+    is_kept = False
+
     def keep_so_far(record: dict[str, Any]) -> None:
+        nonlocal is_kept
         if unfinished is not None:
             keep(header | record, unfinished)
+            is_kept = True
 
     async def work() -> dict[str, Any]:
         clock = WallClock()
@@ -68,7 +74,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
             repeats=asked["repeats"],
             objectives=objectives,
             geometry=bundle.manifest.model,
-            machine=Machine(BandwidthProbe(), ComputeProbe()),
+            machine=Machine(BandwidthProbe(), ComputeProbe(), open_meters(), asked["price_per_hour"]),
             starter=start,
             cold_starts=asked["cold_starts"],
             sweep_seconds=asked["sweep_limit"],
@@ -82,7 +88,7 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     try:
         record = header | asyncio.run(work())
     except BaseException:
-        if unfinished is not None and unfinished.exists():
+        if is_kept:
             click.echo(f"{unfinished} keeps what was measured; the same command with --resume continues", err=True)
         raise
     click.echo(to_markdown(record))
@@ -162,7 +168,10 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
             found.append(planner.offline(count, prompt, made))
         elif scenario == "server":
             how = {"arrivals": asked["arrivals"]}
-            found += [planner.server(count, prompt, made, rate=rate, **how) for rate in asked["rates"]]
+            if asked["trace"] is not None:
+                found.append(planner.trace(_recorded(asked["trace"]), prompt, made))
+            else:
+                found += [planner.server(count, prompt, made, rate=rate, **how) for rate in asked["rates"]]
         elif scenario == "concurrency":
             found += [planner.concurrency(clients, count, prompt, made) for clients in asked["clients"]]
         elif scenario == "saturation":
@@ -175,6 +184,19 @@ def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
             outputs = asked["grid_outputs"] or sorted({max(1, made.high // part) for part in (4, 2, 1)})
             found += [planner.grid(count, size, length) for size in prompts for length in outputs]
     return found
+
+
+def _recorded(path: Path) -> list[float]:
+    """Arrival times in seconds, one a line. Raises InputError for anything else."""
+    try:
+        times = [float(line) for line in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a list of arrival times ({error}); write seconds, one a line") from None
+    strange = [time for time in times if not math.isfinite(time)]
+    if strange or not times:
+        why = f"{strange[0]} is not a time" if strange else "the file is empty"
+        raise InputError(f"{path}: {why}; write seconds, one a line")
+    return times
 
 
 def check_output(output: Path | None) -> None:

@@ -38,11 +38,12 @@ class LoadRequest:
 
 @dataclass
 class BatchRun:
-    """Seconds of a prefill and of each decode step, and the greedy tokens: [1 + steps][rows]."""
+    """Seconds of a prefill and of each decode step, the greedy tokens ([1 + steps][rows]), and figures of meters."""
 
     prefill: float = 0.0
     steps: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    metered: dict[str, float | None] = field(default_factory=dict)
 
 
 class BatchRunner(Protocol):

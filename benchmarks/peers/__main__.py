@@ -11,6 +11,7 @@ from benchmarks.common.standalone import run
 from benchmarks.peers.comparison import Comparison, Settings, new_record
 from benchmarks.peers.gpu_device import describe, measure_rates
 from benchmarks.peers.runtimes import CPU, GPU, PRECISIONS, chosen
+from benchmarks.suite.machine.meters import open_meters
 from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
 from benchmarks.suite.report.markdown import to_markdown, verdict
 from serving.bundle import open_bundle
@@ -88,6 +89,8 @@ def main(
         each.name: f"its environment .venv-peer-{each.environment} is not in {environments}"
         for each in runtimes if each not in installed
     }
+    meters = open_meters()
+    record["energy"] = meters.describe()
     if on_gpu:
         record["gpu"] = describe(device)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def main(
             if not row["errors"]} if resume else set()
     comparison = Comparison(
         opened, read_text(opened), settings, record, environments=environments, work=work,
-        rates=measure_rates(device) if alone else None, keep=lambda: write_reports(record, output),
+        rates=measure_rates(device) if alone else None, meters=meters, keep=lambda: write_reports(record, output),
         say=lambda line: click.echo(line, err=True),
     )
     sizes = batch_sizes or ((1, 4, 16, 64, 128, 256) if on_gpu else (1, 4, 16, 64))

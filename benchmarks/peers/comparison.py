@@ -19,6 +19,7 @@ from benchmarks.peers.runtimes import Runtime
 from benchmarks.suite.figures.record_rows import STEPS, blank_row, point_of
 from benchmarks.suite.load.schedule import Planned, Schedule
 from benchmarks.suite.machine.contention import Machine, Others
+from benchmarks.suite.machine.meters import Meters
 from benchmarks.suite.resume import most_of, session
 from benchmarks.suite.static_batches import add_bounds, play_batches, steps_point
 from serving.bundle import Bundle
@@ -51,6 +52,7 @@ class Comparison:
         environments: the folder of the peer environments.
         work: the folder for conversions and logs.
         rates: what the device reached, as from `measure_rates`; in turns, the probes measure between the rounds.
+        meters: read over each run of a batch.
         keep: called after each point.
         say: gets a line of progress.
     """
@@ -65,11 +67,13 @@ class Comparison:
         environments: Path,
         work: Path,
         rates: dict[str, Any] | None,
+        meters: Meters,
         keep: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
         self.bundle, self.text, self.settings, self.record = bundle, text, settings, record
         self.environments, self.work, self.rates, self.keep, self.say = environments, work, rates, keep, say
+        self.meters = meters
         self._deadline = None if settings.seconds is None else time.monotonic() + settings.seconds
 
     def run(self, runtimes: Sequence[Runtime], batch_sizes: Sequence[int]) -> None:
@@ -151,7 +155,8 @@ class Comparison:
         settings, geometry = self.settings, self.bundle.manifest.model
         alone = settings.alone
         schedule = self._schedule("" if alone else runtimes[0].precision, size)
-        machine = Machine() if alone else Machine(BandwidthProbe(), ComputeProbe())
+        bandwidth_probe, compute_probe = (None, None) if alone else (BandwidthProbe(), ComputeProbe())
+        machine = Machine(bandwidth_probe, compute_probe, self.meters)
         others, about = Others([process.pid for process in processes]), environment()
         played = play_batches(
             {process.name: process for process in processes if process.name not in failed},
@@ -159,7 +164,7 @@ class Comparison:
             settings.repeats,
             # What compiles or captures a graph does so for the shapes of all steps.
             warm_up_steps=settings.new_tokens if alone else 2,
-            sample=machine.sample,
+            machine=machine,
             say=self.say,
             failed=failed,
         )
@@ -180,7 +185,9 @@ class Comparison:
                 row["errors"] = [failed[runtime.name].replace(str(process.log), process.log.name)]
                 point["rows"].append(row)
             row["notes"] = [*row["notes"], *filter(None, [runtime.note]), *process.notes]
-            row["gpu_memory_bytes"] = {"peak": watch.peak, "whole_gpu": watch.whole} if watch.peak else None
+            if watch.peak is not None:
+                row["figures"]["peak_gpu_memory_bytes"] = [float(watch.peak)] * len(row["figures"]["prefill_ms"])
+                row["notes"] += ["GPU memory is all that is in use since the start, by any program"] * watch.whole
             if settings.device != "cpu" and not runtime.bounded:
                 row |= {"bound_ttft_ms": None, "bound_inter_token_ms": None}
         point["session"] = session(about, machine.rates(), others.share())

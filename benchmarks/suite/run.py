@@ -57,8 +57,9 @@ class _Run:
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
         # Until the target before is still.
         await self.clock.until(self.clock.now() + _PAUSE)
-        responses = await play(schedule, target, self.clock, timeout or self.timeout)
-        return [self._with_text(each) for each in responses]
+        with self.machine.meters.window() as window:
+            responses = await play(schedule, target, self.clock, timeout or self.timeout)
+        return Repeat([self._with_text(each) for each in responses], window.reading)
 
     def _with_text(self, response: Response) -> Response:
         """Servers that give text alone are compared by it, so those that give ids alone need theirs."""
@@ -72,7 +73,8 @@ class _Run:
         return self.plays - 1
 
     def add(self, schedule: Schedule, targets: Sequence[Target], played: dict[str, list[Repeat]]) -> None:
-        self.add_point(schedule, make_point(schedule, targets, played, self.objectives), played)
+        point = make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour)
+        self.add_point(schedule, point, played)
 
     def add_point(
         self, schedule: Schedule, point: dict[str, Any], played: dict[str, list[Repeat]] | None = None
@@ -127,12 +129,14 @@ async def measure(
     `earlier` is of other settings, targets, versions or another machine.
     """
     machine = machine or Machine()
+    # Before anything is loaded, since it holds the power of the idle machine.
+    energy = machine.meters.describe()
     entries: list[dict[str, Any]] = []
     run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
     about = environment()
     settings = {
         "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
-        "sweep_seconds": sweep_seconds,
+        "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
     }  # fmt: skip
 
     if earlier is not None:
@@ -146,6 +150,7 @@ async def measure(
             "settings": settings,
             "sessions": sessions,
             **most_of(sessions),
+            "energy": energy,
             "targets": entries,
             "not_measured": missing or {},
             "points": run.points,
@@ -255,7 +260,7 @@ def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
     if not runners:
         run.say(f"{schedule.scenario}, {schedule.point}: left out, no target is a graph in this process")
         return
-    played = play_batches(runners, schedule, repeats, sample=run.machine.sample, say=run.say)
+    played = play_batches(runners, schedule, repeats, machine=run.machine, say=run.say)
     run.add_point(schedule, steps_point(schedule, played, run.targets))
 
 
@@ -270,7 +275,7 @@ async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> No
             run.say(f"saturation, {schedule.point}")
         repeat = await run.play(named[name], asked[place], min(run.timeout, _SWEEP_TIMEOUT))
         played[place][name] = [repeat]
-        return repeat
+        return repeat.responses
 
     standings = await sweep(list(named), schedules, run.clock, run.objectives, seconds, once)
     for place, schedule in enumerate(schedules):

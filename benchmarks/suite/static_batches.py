@@ -18,6 +18,7 @@ from benchmarks.common.statistics import summarise
 from benchmarks.suite.figures.record_rows import STEPS, Named, blank_row, point_of
 from benchmarks.suite.figures.roofline import bound_seconds, prefill_bytes, prompt_flops, step_bytes, token_flops
 from benchmarks.suite.load.schedule import Schedule
+from benchmarks.suite.machine.contention import Machine
 from serving.bundle import Geometry
 from serving.errors import GPT2BundleError
 
@@ -42,23 +43,29 @@ def play_batches(
     repeats: int,
     *,
     warm_up_steps: int = 8,
-    sample: Callable[[], None] = lambda: None,
+    machine: Machine | None = None,
     say: Callable[[str], None] = lambda line: None,
     failed: dict[str, str] | None = None,
 ) -> dict[str, list[BatchRun]]:
     """Run the schedule's prompts as one batch, `repeats` times by each runner in turns.
 
-    Before, each runner takes `warm_up_steps`, so that the memory of that batch is allocated. `sample` is called before
-    each round. A runner that fails is left out and named in `failed`; without `failed` its GPT2BundleError is raised.
+    Before, each runner takes `warm_up_steps`, so that the memory of that batch is allocated. The rates of `machine` are
+    sampled before each round, and its meters read each run. A runner that fails is left out and named in `failed`;
+    without `failed` its GPT2BundleError is raised.
     """
     prompts = [request.prompt for request in schedule.requests]
-    steps = schedule.requests[0].new_tokens
+    steps, machine = schedule.requests[0].new_tokens, machine or Machine()
+    meters = machine.meters
     played: dict[str, list[BatchRun]] = {name: [] for name in runners}
 
     def once(name: str, new_tokens: int) -> None:
         time.sleep(_PAUSE)
         try:
-            played[name].append(runners[name].run(prompts, new_tokens))
+            with meters.window() as window:
+                run = runners[name].run(prompts, new_tokens)
+            # The prefill makes a token too.
+            run.metered = window.reading.figures(len(prompts) * (new_tokens + 1))
+            played[name].append(run)
         except GPT2BundleError as error:
             if failed is None:
                 raise
@@ -72,7 +79,7 @@ def play_batches(
     for runs in played.values():
         runs.clear()
     for repeat in range(repeats):
-        sample()
+        machine.sample()
         names = list(played)
         say(f"{schedule.point}: repeat {repeat + 1} of {repeats}: {', '.join(names)}")
         # The order rotates, so that no runtime always runs after the same other one.
@@ -97,6 +104,10 @@ def steps_point(
             "step_ms": [None if step is None else step * 1e3 for step in medians],
             "step_tokens_per_second": [len(schedule.requests) / step if step else None for step in medians],
         }
+        # Without any meter all are null in all runs.
+        for name in runs[0].metered:
+            if any(run.metered[name] is not None for run in runs):
+                figures[name] = [run.metered[name] for run in runs]
         samples = {
             "prefill_ms": [run.prefill * 1e3 for run in runs],
             "step_ms": [step * 1e3 for run in runs for step in run.steps],

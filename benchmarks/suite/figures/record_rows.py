@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from benchmarks.suite.figures.roofline import (
 )
 from benchmarks.suite.load.events import Response, differing, outputs_hash
 from benchmarks.suite.load.schedule import Schedule
+from benchmarks.suite.machine.meters import Reading, cost_per_million_tokens
 from benchmarks.suite.targets.base import Target
 from serving.bundle import Geometry
 
@@ -41,8 +42,12 @@ _CURVE = 101
 _BARS = 24
 
 
-Repeat = Sequence[Response]
-"""The responses of one play of a schedule against one target."""
+@dataclass(frozen=True)
+class Repeat:
+    """The responses of one play of a schedule against one target, and what the meters read meanwhile."""
+
+    responses: Sequence[Response]
+    reading: Reading = field(default_factory=Reading)
 
 
 class Named(Protocol):
@@ -55,16 +60,19 @@ class Named(Protocol):
     def precision(self) -> str | None: ...
 
 
-def figures(repeat: Repeat, objectives: Objectives) -> dict[str, float | None]:
-    """Return one repeat's figures by name: mean, p50, p90 and p99 of each latency in ms, and throughputs."""
+def figures(repeat: Repeat, objectives: Objectives, price_per_hour: float | None = None) -> dict[str, float | None]:
+    """Return one repeat's figures by name: mean, p50, p90, p99 of latencies in ms; throughputs, energy and cost."""
     found: dict[str, float | None] = {}
     for latency in LATENCIES:
-        values = np.sort(samples(repeat, latency)[0]) * 1e3
+        values = np.sort(samples(repeat.responses, latency)[0]) * 1e3
         numbers = [float(values.mean()), *sorted_quantiles(values)] if len(values) else [None] * 4
         found |= {
             f"{name}_{latency}_ms": number for name, number in zip(("mean", "p50", "p90", "p99"), numbers, strict=True)
         }
-    return found | throughput(repeat, objectives)
+    found |= throughput(repeat.responses, objectives)
+    found |= repeat.reading.figures(sum(len(each.token_times) for each in repeat.responses if each.error is None))
+    found["cost_per_million_tokens"] = cost_per_million_tokens(price_per_hour, found["output_tokens_per_second"])
+    return found
 
 
 def comparison(rows: Mapping[str, Mapping[str, Sequence[float | None]]], figure: str) -> dict[str, Any] | None:
@@ -91,12 +99,13 @@ def make_point(
     targets: Sequence[Target],
     played: Mapping[str, Sequence[Repeat]],
     objectives: Objectives,
+    price_per_hour: float | None = None,
 ) -> dict[str, Any]:
     """The point of a schedule, with a row for each target that was played."""
     rows = []
     for target in targets:
-        repeats = played[target.name]
-        per_repeat = [figures(repeat, objectives) for repeat in repeats]
+        repeats = [repeat.responses for repeat in played[target.name]]
+        per_repeat = [figures(repeat, objectives, price_per_hour) for repeat in played[target.name]]
         every = [response for responses in repeats for response in responses]
         others = {other.name: played[other.name] for other in targets if other is not target}
         rows.append(blank_row(target, {name: [each[name] for each in per_repeat] for name in per_repeat[0]}) | {
@@ -193,8 +202,8 @@ def add_bounds(
         precision, repeats = row["precision"], played.get(row["target"], ())
         if precision is None or not repeats:
             continue
-        row["roofline"] = attained(repeats[-1], geometry, precision)
-        every = repeats[0]
+        row["roofline"] = attained(repeats[-1].responses, geometry, precision)
+        every = repeats[0].responses
         prompt = sum(each.prompt_tokens for each in every) / len(every)
         cached = prompt + sum(len(each.token_times) / 2 for each in every) / len(every)
         if bandwidth is None:
@@ -216,8 +225,8 @@ def peak_rss(pid: int | None) -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def _differing(repeats: Sequence[Repeat], other: Sequence[Repeat]) -> list[int]:
-    pairs = zip(repeats, other, strict=True)
+def _differing(repeats: Sequence[Sequence[Response]], other: Sequence[Repeat]) -> list[int]:
+    pairs = zip(repeats, (repeat.responses for repeat in other), strict=True)
     return sorted({index for ours, theirs in pairs for index in differing(ours, theirs)})
 
 

@@ -209,6 +209,12 @@ class Planner:
         name = f"{rate:g} a second, {arrivals}"
         return self._draw("server", name, count, prompt, output, timestamps=timestamps, arrivals=arrivals, rate=rate)
 
+    def trace(self, recorded: Sequence[float], prompt: Lengths, output: Lengths) -> Schedule:
+        """Requests at `recorded` times in seconds, counted from the earliest, that do not wait for answers."""
+        first = min(recorded)
+        timestamps = [each - first for each in sorted(recorded)]
+        return self._draw("server", "trace", len(timestamps), prompt, output, timestamps=timestamps, arrivals="trace")
+
     def _draw(
         self,
         scenario: str,

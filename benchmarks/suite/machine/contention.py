@@ -1,20 +1,26 @@
-"""The machine of a run: its rates between the repeats, and the CPU share of other programs."""
+"""The machine of a run: its rates between the repeats, its meters, and the CPU share of other programs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.common.hardware import BandwidthProbe, ComputeProbe, busy_seconds, own_seconds, usable_cores
+from benchmarks.suite.machine.meters import Meters
 
 
 @dataclass
 class Machine:
-    """The probes whose rates are measured between the repeats; each may be left out."""
+    """The probes whose rates are measured between the repeats, the meters of each repeat, and the machine's price.
+
+    Each may be left out.
+    """
 
     bandwidth: BandwidthProbe | None = None
     compute: ComputeProbe | None = None
+    meters: Meters = field(default_factory=Meters)
+    price_per_hour: float | None = None
 
     def sample(self) -> None:
         """Measure the rates once more; the best of all samples counts."""

@@ -52,12 +52,14 @@ def _opening(record: Mapping[str, Any]) -> str:
     machine, settings, others = record["environment"], record["settings"], record["others_cpu_share"]
     limits = {name: value for name, value in settings["objectives"].items() if value is not None}
     good = ", ".join(f"{name} within {value * 1e3:g} ms" for name, value in limits.items())
-    sessions = record.get("sessions", ())
+    sessions, price = record.get("sessions", ()), settings.get("price_per_hour")
     sentences = [
         f"Measured in {len(sessions)} runs, each point whole in one." if len(sessions) > 1 else "",
         "" if others is None else f"Other programs took {others:.0%} of the cores meanwhile.",
+        _energy(record.get("energy")),
         client_overhead(record),
         f"Goodput counts requests with {good}." if good else "",
+        f"Cost is at a price of {price:g} an hour." if price else "",
         ", ".join(f"{name} {version}" for name, version in machine["versions"].items()) + ".",
     ]
     return (
@@ -67,6 +69,15 @@ def _opening(record: Mapping[str, Any]) -> str:
         "shaded, the targets are not distinguishable.</p>"
         f'<p class="note">{" ".join(escape(sentence) for sentence in sentences if sentence)}</p>'
     )
+
+
+def _energy(energy: Mapping[str, Any] | None) -> str:
+    if energy is None:
+        return "Energy and power are not measured: this machine has no counters that this user can read."
+    idle = {"processor": energy["idle_cpu_watts"], "GPU": energy["idle_gpu_watts"]}
+    drawn = " and ".join(f"{watts:.0f} W ({part})" for part, watts in idle.items() if watts is not None)
+    gpus = f" {', '.join(energy['gpus'])}, driver {energy['driver']}." if energy["gpus"] else ""
+    return f"Before the run the idle machine drew {drawn}, which is included in all energy figures.{gpus}"
 
 
 def _charts(each: Section, names: Names) -> str:

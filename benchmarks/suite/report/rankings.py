@@ -86,7 +86,8 @@ class Needs:
     """What one target needs; None for what is not known.
 
     `memory_bytes` are those of a process that does nothing else; `over_bound` is a single stream's time between tokens
-    over its roofline bound, `batch_over_bound` that of the largest static batch.
+    over its roofline bound, `batch_over_bound` that of the largest static batch. Energy and cost are those of the last
+    offline point.
     """
 
     target: str
@@ -95,6 +96,8 @@ class Needs:
     first_token_ms: float | None
     over_bound: float | None
     batch_over_bound: float | None
+    joules_per_token: float | None
+    cost_per_million_tokens: float | None
 
 
 def needs(record: Mapping[str, Any]) -> list[Needs]:
@@ -116,4 +119,6 @@ def _needs(record: Mapping[str, Any], target: Mapping[str, Any]) -> Needs:
         last("cold-start", lambda row: median_of(row, "cold_first_token_ms")),
         last("single", lambda row: over_bound(row, "p50_inter_token_ms")),
         last("steps", lambda row: over_bound(row, "step_ms")),
+        last("offline", lambda row: median_of(row, "joules_per_token")),
+        last("offline", lambda row: median_of(row, "cost_per_million_tokens")),
     )

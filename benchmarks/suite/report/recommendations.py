@@ -32,6 +32,7 @@ class Recommendation:
     between_tokens_ms: float | None = None
     tokens_per_second: float | None = None
     over_bound: float | None = None
+    joules_per_token: float | None = None
     precision: str | None = None
     memory_bytes: int | None = None
 
@@ -94,6 +95,7 @@ def _described(use: str, rows: Sequence[Row], value: float, unit: str, there: Ro
         median_of(there, "p50_inter_token_ms") if there["all_counted"] else None,
         median_of(there, _RATE),
         over_bound(there, "p50_inter_token_ms") if there["all_counted"] else None,
+        median_of(there, "joules_per_token"),
     )
 
 

@@ -97,6 +97,7 @@ def _recommended(record: Mapping[str, Any]) -> Section:
         "/ bound": [each.over_bound for each in every],
         "tokens/s": [each.tokens_per_second for each in every],
         "peak memory, MiB": [each.memory_bytes and each.memory_bytes / 2**20 for each in every],
+        "J/token": [each.joules_per_token for each in every],
     }
     shown = {head: column for head, column in known.items() if any(column)}
     rows = []
@@ -136,6 +137,8 @@ def _needs(record: Mapping[str, Any]) -> Section:
         "cold start to first token, ms": [each.first_token_ms for each in every],
         "between tokens / bound": [each.over_bound for each in every],
         "step of the largest batch / bound": [each.batch_over_bound for each in every],
+        "J/token": [each.joules_per_token for each in every],
+        "cost of 1M tokens": [each.cost_per_million_tokens for each in every],
     }
     shown = {head: column for head, column in known.items() if any(value is not None for value in column)}
     rows = [
@@ -243,4 +246,7 @@ def _cells(*texts: str) -> list[Cell]:
 
 
 def _figure(point: Point, row: Row, figure: str) -> Cell:
-    return Cell(shorter(median_of(row, figure)), point["winners"].get(figure) == row["target"])
+    value = median_of(row, figure)
+    if value is not None and figure.endswith("_bytes"):
+        value /= 2**20
+    return Cell(shorter(value), point["winners"].get(figure) == row["target"])

@@ -24,9 +24,18 @@ HEADS = {
     "step_tokens_per_second": "tokens/s",
     "cold_load_ms": "until ready, ms",
     "cold_first_token_ms": "to the first token, ms",
+    "joules_per_token": "J/token",
+    "cpu_watts": "CPU, W",
+    "gpu_watts": "GPU, W",
+    "gpu_utilisation_percent": "GPU busy, %",
+    "peak_gpu_memory_bytes": "GPU memory, MiB",
+    "cost_per_million_tokens": "cost of 1M tokens",
 }
 # Shown where anything is known of them.
-_FURTHER = ("step_tokens_per_second", "goodput")
+_FURTHER = (
+    "step_tokens_per_second", "goodput", "joules_per_token", "cpu_watts", "gpu_watts", "gpu_utilisation_percent",
+    "peak_gpu_memory_bytes", "cost_per_million_tokens",
+)  # fmt: skip
 # Several points that are one thing to a reader.
 TOGETHER = ("steps", "saturation", "grid")
 Point = Mapping[str, Any]

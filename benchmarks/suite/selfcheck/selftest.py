@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.suite.driver import play
 from benchmarks.suite.figures.latency_metrics import Objectives
-from benchmarks.suite.figures.record_rows import make_point
+from benchmarks.suite.figures.record_rows import Repeat, make_point
 from benchmarks.suite.load.clock import WallClock
 from benchmarks.suite.load.schedule import Lengths, Planner, Schedule
 from benchmarks.suite.selfcheck.client_overhead import fake_process, lateness
@@ -30,6 +30,7 @@ TOLERANCE = 0.01
 FIRST, STEP = 0.4, 0.1
 """Seconds to the first token and from each to the next: the percent of a step is a millisecond, which a machine that
 has nothing else to do keeps."""
+PRICE = 3.6
 _TRIES = 12
 # Half of what a step may be off: what is later than this is the machine's fault and not the suite's.
 _LATE = TOLERANCE * STEP / 2
@@ -90,11 +91,13 @@ def expected(schedule: Schedule, objectives: Objectives) -> dict[str, float | No
         found |= {f"{kind}_{name}_ms": number * 1e3 for kind, number in pairs}
     # Over HTTP nobody tells when work began.
     found |= {f"{kind}_queue_ms": None for kind in ("mean", "p50", "p90", "p99")}
+    tokens = sum(made)
     return found | {
-        "output_tokens_per_second": sum(made) / whole,
+        "output_tokens_per_second": tokens / whole,
         "input_tokens_per_second": sum(len(request.prompt) for request in schedule.requests) / whole,
         "requests_per_second": len(made) / whole,
         "goodput": good / whole,
+        "cost_per_million_tokens": PRICE / 3600 * whole / tokens * 1e6,
     }
 
 
@@ -135,9 +138,9 @@ async def _try(schedule: Schedule) -> tuple[list[Check], float]:
     with fake_process(FIRST, STEP) as (address, process):
         target = OpenAITarget("fake", address, process=process)
         await target.start()
-        repeat = await play(schedule, target, WallClock())
+        repeat = Repeat(await play(schedule, target, WallClock()))
         late = max(watch.end(), lateness(address))
-    point = make_point(schedule, [target], {target.name: [repeat]}, objectives)
+    point = make_point(schedule, [target], {target.name: [repeat]}, objectives, PRICE)
     figures: dict[str, list[float | None]] = point["rows"][0]["figures"]
     wanted = expected(schedule, objectives)
     return [Check(schedule.point, name, figures[name][0], value) for name, value in wanted.items()], late

@@ -17,11 +17,12 @@ from benchmarks.common import hardware
 from benchmarks.common.hardware import own_seconds, usable_cores
 from benchmarks.suite.driver import play
 from benchmarks.suite.figures.latency_metrics import Objectives
-from benchmarks.suite.figures.record_rows import figures
+from benchmarks.suite.figures.record_rows import Repeat, figures
 from benchmarks.suite.load.clock import WallClock
+from benchmarks.suite.machine.meters import Reading
 from benchmarks.suite.selfcheck import selftest
 from benchmarks.suite.selfcheck.client_overhead import client_overhead, fake_process, lateness
-from benchmarks.suite.selfcheck.selftest import FIRST, STEP, Check, expected, schedules
+from benchmarks.suite.selfcheck.selftest import FIRST, PRICE, STEP, Check, expected, schedules
 from benchmarks.suite.targets.base import Completion
 from serving.cli import run
 from tests.benchmarks.suite.virtual_clock import LoopClock, run_virtual
@@ -104,7 +105,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
     command = ["bench", str(built.bundle), "--scenario", "single"]
     fails([*command, "--target", "ort/fp33"], 2, "ort/fp32")
     swept = ["bench", str(built.bundle), "--target", "ort/fp32", "--scenario", "saturation"]
-    fails([*swept, "--sweep-factor", "1"], 2, "not in the range 1.0<x<=100")
+    fails([*swept, "--sweep-factor", "1"], 2, "not in the range 1<x<=100")
     fails([*command, "--target", "ort/fp32", "--emulator", "other"], 2, "not among the targets")
     fails([*command, "--target", "ort/fp32", "--emulator", "ort/fp32"], 2, "cannot be an emulator")
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", "no-such-binary")
@@ -116,6 +117,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
     [
         (["--slo-ttft", "nan", "--scenario", "single"], "'nan' is not a number"),
         (["--slo-e2e", "-1", "--scenario", "single"], "--slo-e2e"),
+        (["--price-per-hour", "inf", "--scenario", "single"], "'inf' is not a number"),
+        (["--price-per-hour", "3"], "--price-per-hour is read with --scenario single or"),
         (["--sweep-limit", "nan", "--scenario", "saturation"], "'nan' is not a number"),
         (["--rate", "1e-300", "--scenario", "server"], "a higher rate"),
         (["--sweep-from", "1e-300", "--scenario", "saturation"], "a higher rate"),
@@ -124,12 +127,47 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
         (["--clients", "3", "--scenario", "single"], "--clients is read with --scenario concurrency"),
         (["--batch-size", "3", "--scenario", "single"], "--batch-size is read with --scenario steps"),
         (["--requests", "3", "--scenario", "saturation"], "--requests is read with --scenario single or"),
+        (["--trace", "t"], "--trace is read with --scenario server"),
+        (["--trace", "t", "--scenario", "server", "--rate", "1"], "leave out --rate"),
+        (["--trace", "t", "--scenario", "server", "--scenario", "steps", "--requests", "1"], "leave out --requests"),
+        (["--trace", "t", "--scenario", "server", "--arrivals", "gamma"], "leave out --arrivals"),
+        (["--schedule", "s", "--trace", "t"], "--trace draws a schedule"),
         (["--schedule", "s", "--requests", "3"], "--requests draws a schedule"),
         (["--scenario", "steps", "--new-tokens", "500"], "do not fit a context of 48"),
     ],
 )
 def test_an_option_is_read_or_refused(built, fails, options, words):
     fails(["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "1", *options], 2, words)
+
+
+def test_a_trace_is_replayed_whole(built, tmp_path, fails):
+    trace, schedule, output = tmp_path / "t.txt", tmp_path / "s.jsonl", tmp_path / "r.json"
+    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "1", "--scenario", "server"]
+    fails([*command, "--trace", str(tmp_path)], 2, "not a list of arrival times")
+    command += ["--trace", str(trace)]
+    for text, words in (
+        ("0\nnan\n", "nan is not a time"),
+        ("inf", "inf is not a time"),
+        ("\n", "is empty"),
+        ("a", "'a'"),
+    ):
+        trace.write_text(text)
+        fails(command, 2, words)
+    trace.write_text("0\n1e9\n")
+    fails(command, 2, "ends within 604800 s")
+    trace.write_text("".join(f"{1e9 + number / 1e3}\n" for number in reversed(range(20))))
+    more = ["--save-schedule", str(schedule), "--output-lengths", "2", "--price-per-hour", "2", "--output", str(output)]
+    assert run([*command, *more]) == 0
+    rows = [json.loads(line) for line in schedule.read_text().splitlines()]
+    assert len(rows) == 1 + 20 and rows[1]["at"] == 0 and rows[20]["at"] == pytest.approx(0.019, abs=1e-6)
+    record = json.loads(output.read_text())
+    (point,) = record["points"]
+    (cost,), (rate,) = (
+        point["rows"][0]["figures"][name] for name in ("cost_per_million_tokens", "output_tokens_per_second")
+    )
+    assert point["point"] == "trace" and cost == pytest.approx(2 / 3600 / rate * 1e6)
+    assert "Cost is at a price of 2 an hour." in output.with_suffix(".html").read_text()
+    assert "cost of 1M tokens" in output.with_suffix(".md").read_text()
 
 
 def test_where_no_record_can_be_written_nothing_is_measured(built, tmp_path, fails, monkeypatch):
@@ -218,11 +256,11 @@ def test_what_the_selftest_expects_is_what_comes_in_virtual_time():
 
     objectives = Objectives(e2e=FIRST + 2.5 * STEP)
     for schedule in schedules():
-        found = figures(run_virtual(play(schedule, Exact(), LoopClock())), objectives)
+        found = figures(Repeat(run_virtual(play(schedule, Exact(), LoopClock()))), objectives, PRICE)
         wanted = expected(schedule, objectives)
         assert {name: found[name] for name in wanted} == pytest.approx(wanted)
-        # All that the suite tells of a repeat is looked at.
-        assert set(found) == set(wanted)
+        # The check covers all figures of a repeat except those of meters.
+        assert set(found) - set(wanted) == set(Reading().figures(0))
 
 
 def lying_try(error, late):

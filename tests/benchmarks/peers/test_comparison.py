@@ -15,9 +15,12 @@ from benchmarks.common import hardware
 from benchmarks.common.held_out_text import cut_prompts
 from benchmarks.common.runtime_process import ROOT, RuntimeProcess
 from benchmarks.common.static_batch import BatchRun, LoadRequest, converted
+from benchmarks.peers import comparison
 from benchmarks.peers.comparison import Comparison, Settings, new_record
+from benchmarks.peers.gpu_device import MemoryWatch
 from benchmarks.peers.runtimes import CPU, GPU, Runtime, chosen
 from benchmarks.suite import static_batches
+from benchmarks.suite.machine.meters import Meters
 from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
 from benchmarks.suite.report.markdown import to_markdown, verdict
 from serving.bundle import open_bundle
@@ -46,9 +49,22 @@ def compare(bundle: Path, work: Path, precision: str, *others: Runtime, sizes=(3
     rates = {"read_bytes_per_second": 1e9, "fp32_flops_per_second": 1e9}
     Comparison(
         opened, range(7), settings, record, environments=work, work=work, rates=rates if alone else None,
-        keep=lambda: None, say=lambda line: None,
+        meters=Meters(), keep=lambda: None, say=lambda line: None,
     ).run([Runtime(f"ort/{precision}", "onnx_peer", precision), *others], sizes)  # fmt: skip
     return record
+
+
+def test_gpu_memory_is_a_figure_of_the_row(built, tmp_path, monkeypatch):
+    class Watch(MemoryWatch):
+        def follow(self, leader):
+            self.peak, self.whole = 3 << 30, True
+
+    monkeypatch.setattr(comparison, "MemoryWatch", Watch)
+    record = compare(built.bundle, tmp_path, "fp32", alone=True)
+    (row,) = record["points"][0]["rows"]
+    assert row["figures"]["peak_gpu_memory_bytes"] == [3 << 30] * 2 and "by any program" in row["notes"][-1]
+    text = to_markdown(record | {"client_overhead_ms": None})
+    assert "GPU memory, MiB" in text and "| 3,072 |" in text
 
 
 def test_ours_and_a_peer_take_turns_and_the_record_is_one_of_the_suite(built, tmp_path):

@@ -41,6 +41,11 @@ def test_arrivals_have_the_rate_and_the_variation_that_they_state(arrivals, vari
     assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.06, abs=1e-9)
 
 
+def test_a_trace_is_replayed_from_its_first_time():
+    schedule = planner().trace([10.5, 10.0, 12.0], FIXED, FIXED)
+    assert [request.at for request in schedule.requests] == [0.0, 0.5, 2.0] and schedule.concurrency is None
+
+
 @given(st.integers(1, 30), st.integers(0, 30), st.sampled_from(["uniform", "log-uniform"]), st.integers(0, 5))
 def test_lengths_stay_within_their_bounds(low, more, distribution, seed):
     drawn = Lengths(low, low + more, distribution).draw(50, np.random.default_rng(seed))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+import types
 
 import pytest
 
@@ -14,6 +16,7 @@ from benchmarks.suite.figures.latency_metrics import Objectives
 from benchmarks.suite.figures.roofline import prompt_flops, step_bytes, token_flops
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.machine.contention import Machine
+from benchmarks.suite.machine.meters import Meters, Reading
 from benchmarks.suite.report.html import to_page
 from benchmarks.suite.report.markdown import to_markdown
 from benchmarks.suite.report.rankings import needs, rankings
@@ -36,6 +39,17 @@ class Probe:
 
     def sample(self, passes):
         pass
+
+
+class FixedMeters(Meters):
+    """60 J of the processor and 140 J of a GPU in each window."""
+
+    @contextlib.contextmanager
+    def window(self):
+        yield types.SimpleNamespace(reading=Reading(4.0, 60.0, 140.0, 75.0, 3 << 30))
+
+    def describe(self, idle_seconds=5.0):
+        return {"gpus": ["GPU 0"], "driver": "570.1", "idle_cpu_watts": 9.6, "idle_gpu_watts": None}
 
 
 class Runner:
@@ -74,7 +88,7 @@ def record():
             raise TargetError("it fell over")
         return ColdStart(1.5, 2.5, 64 << 20) if target.name == "<quick>" else None
 
-    machine = Machine(Probe(1e9), Probe(5e8))
+    machine = Machine(Probe(1e9), Probe(5e8), FixedMeters(), price_per_hour=1.8)
     work = measure(
         targets, schedules, LoopClock(), repeats=5, objectives=Objectives(e2e=2.0), geometry=GEOMETRY,
         machine=machine, starter=start, cold_starts=2, timeout=1e3,
@@ -121,7 +135,9 @@ def test_steps_are_of_graphs_here_with_floors_of_the_whole_batch(record):
     quick, slow = two["rows"]
     assert [row["target"] for row in two["rows"]] == ["<quick>", "slow"]
     assert two["winners"] == {"prefill_ms": "<quick>", "step_ms": "<quick>"}
-    assert slow["figures"] == {"prefill_ms": [12.0] * 5, "step_ms": [4.0] * 5, "step_tokens_per_second": [500.0] * 5}
+    known = {"prefill_ms": [12.0] * 5, "step_ms": [4.0] * 5, "step_tokens_per_second": [500.0] * 5}
+    # Two rows of a prefill's token and of three steps'.
+    assert slow["figures"].items() >= (known | {"joules_per_token": [200 / 8] * 5}).items()
     assert slow["intervals_ms"] == {"prefill_ms": [12.0, 12.0], "step_ms": [4.0, 4.0]}
     # One answers from the prompt's last token on, the other from the one behind it.
     assert quick["differing_requests"] == {"slow": [0, 1]}
@@ -193,6 +209,26 @@ def test_the_summary_names_the_best_and_is_silent_within_the_noise(record):
     assert "not distinguishable" in to_page(again).decode() and {each.winner for each in rankings(again)} > {None}
     quick, *_ = needs(record)
     assert quick.memory_bytes == 64 << 20 and quick.first_token_ms == 2500 and quick.over_bound > 1
+
+
+def test_energy_and_cost_are_in_the_tables_and_where_they_come_from_at_the_top(record):
+    page, text = to_page(record).decode(), to_markdown(record)
+    offline = next(point for point in record["points"] if point["scenario"] == "offline")
+    row, tokens = offline["rows"][0], sum(offline["rows"][0]["figures"]["output_tokens_per_second"]) / 5
+    made = row["summary"]["output_tokens"] / 5
+    assert row["figures"]["joules_per_token"] == [200 / made] * 5
+    assert (row["figures"]["cpu_watts"], row["figures"]["gpu_watts"]) == ([15.0] * 5, [35.0] * 5)
+    quick, *_ = needs(record)
+    assert quick.joules_per_token == 200 / made
+    assert quick.cost_per_million_tokens == pytest.approx(1.8 / 3600 / tokens * 1e6)
+    alone = recommendations(record)[0]
+    assert alone.joules_per_token == record["points"][2]["rows"][0]["figures"]["joules_per_token"][0]
+    for head in ("J/token", "CPU, W", "GPU, W", "GPU busy, %", "GPU memory, MiB", "cost of 1M tokens"):
+        assert f"<th>{head}</th>" in page and f"| {head} |" in text
+    assert "| 75.0 | 3,072 |" in text
+    assert "the idle machine drew 10 W (processor), which is included" in page and "GPU 0, driver 570.1." in page
+    assert "Cost is at a price of 1.8 an hour." in page
+    assert "Energy and power are not measured" in to_page(record | {"energy": None}).decode()
 
 
 def test_every_latency_has_its_interval_on_the_page(record):
