@@ -45,7 +45,7 @@ def test_a_short_search_finds_what_sorting_all_finds(
     expected = by_sorting_all(line, temperature, top_p, min_p, draw)
     for few in (2, 3, 4):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(candidate_sampling, "FEW", few)
+            patch.setattr(candidate_sampling, "FEW_CANDIDATES", few)
             assert drawn(line, temperature, top_p, min_p, draw) == expected
 
 

@@ -48,7 +48,8 @@ def test_edits_are_the_definitions(rows: list[tuple[list[int], list[int], Sampli
     edited = penalty_state.logits_processor.apply(logits, np.arange(len(rows)))
     for row in range(len(rows)):
         wanted = by_definition(logits[row].tolist(), prompts[row], made[row], params[row])
-        np.testing.assert_allclose(edited[row], wanted, rtol=3e-7)
+        # A penalty may nearly cancel a logit, which leaves the rounding of the logit.
+        np.testing.assert_allclose(edited[row], wanted, rtol=3e-7, atol=1e-6)
         np.testing.assert_array_equal(
             penalty_state.logits_processor.apply(logits[[row]], np.array([row]))[0], edited[row]
         )
