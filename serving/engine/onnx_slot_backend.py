@@ -32,8 +32,8 @@ class OnnxSlotBackend:
         slots, max_length: sizes of the cache; memory is taken as positions are first written, on the processor.
         threads: intra-operator threads; None leaves the choice to ONNX Runtime.
         device: "cpu", "cuda" or "cuda:N"; only the first can copy positions from slot to slot.
-        chooses: whether tokens are chosen by the bundle's graph for it, where the logits are; None is on CUDA alone,
-            if the bundle has that graph.
+        supports_device_sampling: whether to sample on the device, by the bundle's sampling graph; None means on CUDA
+            only, if the bundle has that graph.
 
     Raises InputError for a graph of another kind, RuntimeMissingError for a device that is not there.
     """
