@@ -146,12 +146,12 @@ def test_a_server_that_does_not_start_says_its_last_words_in_one_line(bundle, tm
 def test_a_server_that_never_is_ready_is_ended_at_the_time_limit(bundle, tmp_path, monkeypatch):
     script = "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\ntrap '' TERM\necho loading\nwhile :; do sleep 0.1; done\n"
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", program(tmp_path, script))
-    monkeypatch.setattr(started_tf_serving, "_START", 0.3)
+    monkeypatch.setattr(started_tf_serving, "_START", 2.5)
     monkeypatch.setattr(started_tf_serving, "_STOP", 0.3)
     target = open_target(bundle, "tfserving", batch=1)
 
     async def work():
-        with pytest.raises(ServerError, match=r"no model was AVAILABLE after 0\.3 s: loading"):
+        with pytest.raises(ServerError, match=r"no model was AVAILABLE after 2\.5 s: loading"):
             await target.start()
         process = target._server._process
         await target.stop()

@@ -112,7 +112,7 @@ def test_the_commands_of_the_card_run_in_the_folder_of_the_bundle(
     assert [command[:2] for command in commands] == [["gpt2-bundle", each] for each in ("generate", "serve", "verify")]
     assert all(command[2] == "." for command in commands)
     capsys.readouterr()
-    assert run(commands[0][1:]) == 0 and capsys.readouterr().out.strip()
+    assert run(commands[0][1:]) == 0 and capsys.readouterr().out.endswith("\n")
 
 
 def test_the_last_lines_of_a_build_name_its_reports(tiny: TinyBuild, capsys: pytest.CaptureFixture[str]) -> None:
