@@ -37,7 +37,8 @@ def _inference_service(load: Workload) -> Document:
     options = load.options
     external = {
         "metric": {"backend": "prometheus", "serverAddress": options.prometheus_url, "query": queue_query(load)},
-        "target": {"type": "AverageValue", "averageValue": str(load.queue_target)},
+        # KServe reads `value` alone, as the threshold of a KEDA trigger, which is an average over the pods.
+        "target": {"type": "Value", "value": str(load.queue_target)},
     }
     predictor = {
         "minReplicas": options.replicas,

@@ -82,9 +82,9 @@ def _readme(load: Workload, target: str, start: str) -> str:
     need = load.needed_bytes >> 20
     lines += [
         "",
-        f"Memory: {load.memory_mib} MiB. The bundle needs {need} MiB at most: {load.engine_bytes >> 20} MiB for weights",
-        f"(twice their file, as while it loads), KV cache and logits of {options.max_num_seqs} sequences; the rest for",
-        f"the process and request bodies. Processors: {options.cpus}, one for each thread of the runtime.",
+        f"Memory: {load.memory_mib} MiB. The bundle needs {need} MiB at most: {load.engine_bytes >> 20} MiB for",
+        f"weights (twice their file, as while it loads), KV cache and logits of {options.max_num_seqs} sequences;",
+        f"the rest for the process and request bodies. Processors: {options.cpus}, one for each thread of the runtime.",
         f"A server that is stopped drains for {options.drain_timeout:g} s at most.",
         "",
         markdown_table(),
@@ -112,16 +112,16 @@ def _cluster_lines(load: Workload, target: str, start: str) -> list[str]:
     lines += [f"    {start}", "", f"Apply from `{OPTIONAL}/` what the cluster has operators for:", ""]
     if target == "kubernetes":
         lines += [
-            "- `keda.yaml` scales on the queue by KEDA. `hpa.yaml` is a HorizontalPodAutoscaler that does the same, with",
-            "  the metric from prometheus-adapter (`prometheus-adapter-values.yaml`, for its Helm chart). Apply one of",
+            "- `keda.yaml` scales on the queue by KEDA, and `hpa.yaml` by a HorizontalPodAutoscaler, which takes the",
+            "  metric from prometheus-adapter (`prometheus-adapter-values.yaml`, for its Helm chart). Apply one of",
             "  the two, and remove `replicas` from the Deployment by an overlay: else each apply sets it back.",
         ]
     monitor = "service-monitor" if target == "kubernetes" else "pod-monitor"
     lines += [
         f"- `{monitor}.yaml` has the Prometheus operator scrape the pods; `grafana-dashboard.yaml` is the dashboard.",
         "",
-        "The network policy lets in pods of the same namespace, and the namespace `monitoring` to the HTTP port. Add the",
-        "namespace of your ingress by an overlay. The server itself may reach nothing.",
+        "The network policy lets in pods of the same namespace, and the namespace `monitoring` to the HTTP port. Add",
+        "the namespace of your ingress by an overlay. The server itself may reach nothing.",
     ]
     if source == "pvc":
         lines += ["The claim is ReadWriteMany. Without such storage, deploy with `--bundle-source image` or `init`."]
