@@ -51,7 +51,8 @@ _SERVE = [
     click.option("--memory-limit", type=Size(), help="Memory of a server.  [default: what the bundle needs]"),
     click.option("--drain-timeout", default=30.0, show_default=True, type=Seconds(), metavar="SECONDS",
                  help="Time that accepted requests have to finish when a server is stopped."),
-    click.option("--image", metavar="IMAGE", help="Use this image of the server.  [default: gpt2-bundle-serve]"),
+    click.option("--image", metavar="IMAGE",
+                 help="Use this image of the server.  [default: gpt2-bundle-serve:VERSION-DEVICE]"),
 ]  # fmt: skip
 _PODS = [
     click.option("--replicas", default=2, show_default=True, type=click.IntRange(1, 10_000),
@@ -105,6 +106,9 @@ def deploy(bundle: Path, target: str, output: Path | None, as_json: bool, **opti
 
     A TensorFlow Serving deployment of the same model in the folder gets the SavedModel as its next version, which a
     running server loads. Other targets replace what deploy wrote there. Any other folder with files in it is refused.
+
+    The options from --image-version to --no-copy are for tfserving, those from --graph to --image for compose,
+    kubernetes and kserve, and those from --replicas to --prometheus-url for kubernetes and kserve.
     """
     from serving.bundle import open_bundle
     from serving.deploy.folder import check_target
