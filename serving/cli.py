@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "batch": ("serving.commands.batch:batch", "Answer a file of requests in OpenAI's batch format; resumable."),
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure the perplexity of a bundle on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
-    "deploy": ("serving.commands.deploy:deploy", "Write a folder from which TensorFlow Serving serves a bundle."),
+    "deploy": ("serving.commands.deploy:deploy", "Write a folder that serves a bundle: by containers or in a cluster."),
     "client": ("serving.commands.client:client", "Call a running TensorFlow Serving or 'serve', over REST or gRPC."),
     "bench": (
         "benchmarks.commands.run:bench",

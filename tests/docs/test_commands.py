@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -50,6 +51,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the small files that the pages name."""
     request = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 2}}
     (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
+    (tmp_path / "schema.json").write_text('{"type": "integer", "minimum": 0, "maximum": 9}', encoding="utf-8")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -119,11 +121,25 @@ def test_light_commands_run_as_they_stand(page: Path, at_home: Path) -> None:
         assert run(list(command.words[1:])) == 0, str(command)
 
 
+def with_chat_template(bundle: Path, folder: Path) -> Path:
+    """A copy of `bundle` in `folder`, with a chat template that its manifest names."""
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    shutil.copytree(bundle, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) | {"chat_template": template}
+    data = json.dumps(settings).encode()
+    (folder / "tokenizer_config.json").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (entry,) = (each for each in manifest["artifacts"] if each["path"] == "tokenizer_config.json")
+    entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
-def servers(built: TinyBuild, real_bundle: Path) -> Iterator[dict[int, str]]:
+def servers(built: TinyBuild, real_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, str]]:
     """A server for each port that the pages name: `serve` at 8000, and an emulator of TensorFlow Serving at 8501."""
-    options = ["--port", "0"]
-    command = [sys.executable, "-m", "serving.cli", "serve", str(built.bundle), *options]
+    bundle = with_chat_template(built.bundle, tmp_path_factory.mktemp("served") / "tiny")
+    command = [sys.executable, "-m", "serving.cli", "serve", str(bundle), "--port", "0"]
     with (
         serving(real_bundle / "savedmodel/1", BUNDLE) as emulator,
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server,
