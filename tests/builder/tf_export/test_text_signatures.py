@@ -14,6 +14,7 @@ from builder.progress import Reporter
 from builder.recipe import ExportRecipe
 from builder.stages.export import servable
 from builder.tf_export.graph_tokenizer import GraphTokenizer
+from builder.tf_export.input_checks import PARAMETERS
 from builder.tf_export.text_signatures import TextSignatures
 from tests.builder.tf_export.savedmodel_calls import Call, assert_refused, columns, padded
 from tests.closed_form import byte_tokenizer
@@ -141,7 +142,7 @@ def test_an_empty_text_is_refused_by_the_end_token_of_the_tokenizer() -> None:
     text = TextSignatures(GraphTokenizer(tokenizer, geometry.vocab_size), geometry, lambda *_: pytest.fail("generated"))
     parameters = {name: tf.constant(value) for name, value in columns([{}]).items()}
     with pytest.raises(tf.errors.InvalidArgumentError, match="text may not be empty; </s> alone starts a new text"):
-        text.generate(tf.constant([b""]), **parameters)
+        text.generate(tf.constant([b""]), *(parameters[name] for name in PARAMETERS))
 
 
 def test_the_most_tokens_that_can_be_asked_for(call: Call) -> None:
