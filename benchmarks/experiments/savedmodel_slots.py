@@ -127,7 +127,7 @@ class _Model:
         return seconds
 
     def slots_next_to(self, others: int) -> list[float]:
-        """Seconds a token of a stream while so many whole answers run."""
+        """Seconds per token of a stream while this number of whole answers runs."""
         over = threading.Event()
 
         def answers() -> None:

@@ -28,7 +28,7 @@ def step_bytes(geometry: Geometry, precision: str, batch_size: float, cached: fl
 
 
 def cache_bytes(geometry: Geometry, precision: str, positions: float) -> float:
-    """Bytes of one row's KV cache at so many positions."""
+    """Bytes of one row's KV cache at this number of positions."""
     return 2 * geometry.n_layer * geometry.n_embd * _CACHE_BYTES[precision] * positions
 
 
