@@ -56,6 +56,7 @@ def test_a_run_prepared_anew_is_refused(tmp_path: Path) -> None:
         local_base(str(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", ["run", pytest.param("h5", marks=pytest.mark.slow), pytest.param("openai", marks=pytest.mark.slow)]
 )

@@ -224,6 +224,7 @@ def test_the_certificate_says_what_a_variant_costs(built: TinyBuild) -> None:
     assert set(bundle.manifest.parity["variants"]) == set(certificate["variants"])
 
 
+@pytest.mark.slow
 def test_a_variant_that_misses_its_gate_is_left_out(tiny: TinyBuild, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(tiny.build("verify.int8_perplexity=0")) == 0
     assert "ort/int8: LEFT OUT: its perplexity is" in capfd.readouterr().out

@@ -43,6 +43,7 @@ def built_from(base: Path, corpus: Path, folder: Path, *settings: str) -> TinyBu
     return ours
 
 
+@pytest.mark.slow
 def test_a_chat_model_has_one_end_token_everywhere(
     fresh: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

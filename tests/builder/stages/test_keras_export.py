@@ -24,6 +24,7 @@ from tests.tiny_build import TinyBuild
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "fine-tune.md"
 
 
+@pytest.mark.slow
 def test_the_guide_ends_in_a_bundle_of_the_trained_model(
     built: TinyBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def fresh(built: TinyBuild, tmp_path: Path) -> TinyBuild:
     return TinyBuild(built.corpus, tmp_path / "runs", tmp_path / "dist")
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint_to_the_same_weights(
     built: TinyBuild, fresh: TinyBuild
 ) -> None:
