@@ -95,11 +95,20 @@ def test_many_prompts_come_in_order_and_a_full_queue_is_waited_for(url: str, eng
     assert texts == [expected(prompt) for prompt in prompts]
     engine.queue = 2
     engine.paused.set()
+    # The prompts of one call may all wait where nobody else does, however short the queue is.
+    other = threading.Thread(target=lambda: list(completions(url).stream(["A"], FEW)))
+    other.start()
+    deadline = time.monotonic() + 10
+    while not engine.stats().waiting_requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED"):
         list(completions(url).stream(prompts[:20], FEW))
     threading.Thread(target=lambda: (time.sleep(0.2), engine.paused.clear())).start()
     made = completions(url, retries=20).generate(prompts[:20], FEW)
     assert [each.text for each in made] == texts[:20]
+    other.join(10)
+    assert not other.is_alive()
 
 
 def test_a_stream_that_is_left_frees_its_slot(url: str, engine: DoubleEngine) -> None:
