@@ -110,8 +110,8 @@ def test_lost_answers_lose_and_repeat_no_token(server: Emulator, real_bundle: Pa
     wanted = alone(server, PROMPTS[:3], params)
     server.pad = 2
     # The first prefill, two decodes in a row, and one that comes after the try's deadline.
-    server.lost = ["UNAVAILABLE", 0.0, "DEADLINE_EXCEEDED", "UNAVAILABLE", 0.0, 2.5]
-    client = connect(server, kind, timeout=4, eos_token_id=256)
+    server.lost = ["UNAVAILABLE", 0.0, "DEADLINE_EXCEEDED", "UNAVAILABLE", 0.0, 5.0]
+    client = connect(server, kind, timeout=8, eos_token_id=256)
     pieces = list(client.stream(PROMPTS[:3], params, tokenizer(real_bundle), steps=3))
     assert joined(pieces, 3) == wanted
     assert not server.lost
