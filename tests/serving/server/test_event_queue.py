@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from serving.engine.api import Event, FinishEvent, GenerationRequest, PromptEvent, QueueFullError, TokenEvent
+from serving.engine.api import Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
+from serving.errors import InputError
 from serving.protocols.batch_completion import complete
 from serving.sampling import SamplingParams
 from serving.server.event_queue import EventQueue
@@ -131,8 +132,8 @@ def test_who_goes_away_frees_the_slot(engine: SlotEngine, how: str) -> None:
 
 def test_one_refused_request_leaves_nothing_running(engine: SlotEngine) -> None:
     async def main() -> None:
-        with pytest.raises(QueueFullError):
-            await EventQueue.open(engine, [request([1], 60)] * 17)
+        with pytest.raises(InputError, match="leaves no room"):
+            await EventQueue.open(engine, [request([1], 60)] * 3 + [request([1] * 10_000, 60)])
         await free(engine)
         assert engine.stats().generated_tokens < 60
 
