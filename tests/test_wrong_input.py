@@ -35,9 +35,7 @@ def test_recipes(fails: Fails, built: TinyBuild, tmp_path: Path, command: str) -
     fails([*common, "--set", "model.preset=gpt2-meduim"], 2, "'gpt2-medium'")
     fails([*common, "--set", "seed=abc"], 2, "takes an integer, not 'abc'")
     fails([*common, "--set", "nonsense"], 2, "write it as key=value")
-    fails(
-        [*common, "--base", str(tmp_path / "none")], 2, "no such folder" if command in ("prepare", "build") else "run"
-    )
+    fails([*common, "--base", str(tmp_path / "none")], 2, "no such folder")
     fails([*common, "--nonsense"], 2, "No such option")
     fails([*common, "--set", "corpus.paths=[]", "--corpus", str(tmp_path / "none.txt")], 2, "none.txt")
     assert not (tmp_path / "runs" / "gpt2-docs" / "prepare" / "corpus").exists()

@@ -105,8 +105,9 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.fixture
 def at_home(built: TinyBuild, files: Path) -> Path:
-    """The same folder with a bundle in dist/."""
+    """The same folder with the bundles that the pages name, one of them with a chat template."""
     shutil.copytree(built.bundle, files / "dist" / BUNDLE)
+    with_chat_template(built.bundle, files / "dist" / "gpt2-docstrings")
     return files
 
 
