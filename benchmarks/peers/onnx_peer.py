@@ -25,7 +25,7 @@ class MultiStepRunner:
         self.steps = steps
         self.loop: Any = backend.loop(sampled=False)
         if self.loop is None:
-            raise InputError(f"there is no loop for ort/{request.precision} of {steps} steps a fetch on {device}")
+            raise InputError(f"ort/{request.precision} has no multi-step decode graph of {steps} steps on {device}")
         self.notes = [f"the time of a step is that of its block / {steps}"]
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:

@@ -29,7 +29,7 @@ def _texts(folder: Path, key: str) -> list[str]:
 
 
 def generate_arguments(folder: Path) -> str:
-    """Return what a command `gpt2-bundle generate BUNDLE` goes on with, for the bundle in `folder`."""
+    """Return the arguments that follow `gpt2-bundle generate BUNDLE`, for the bundle in `folder`."""
     messages = example_messages(folder)
     return f"--chat {shell_quoted(messages[0])}" if messages else shell_quoted(example_prompts(folder)[0])
 

@@ -60,7 +60,7 @@ def find_server(gpu: bool = False) -> FoundServer:
         version = _VERSION.search(said or "")
         if version is not None:
             return FoundServer(binary, False, f"tensorflow_model_server {version[1]}")
-        return FoundServer(binary, False, f"{Path(binary).name}, which is no TensorFlow ModelServer", True)
+        return FoundServer(binary, False, f"{Path(binary).name}, which is not TensorFlow ModelServer", True)
     if named:
         raise RuntimeMissingError(f"{VARIABLE} names {named!r}, which is no program; name one, or unset it")
     engines = [engine for engine in ("docker", "podman") if shutil.which(engine) and _ask([engine, "info"]) is not None]
