@@ -26,6 +26,8 @@ ASTRAY = (
     "training.optimizer=adamw", "training.learning_rate=1", "training.max_grad_norm=1e38", "training.weight_decay=10",
     "training.warmup_fraction=0", "training.adam_beta2=0", "training.epochs=1",
 )  # fmt: skip
+# At which step the loss is no number depends on the processor.
+OFTEN = "training.validations=28"
 
 
 def checkpoint(tiny: TinyBuild) -> dict[str, str] | None:
@@ -38,14 +40,14 @@ def checkpoint(tiny: TinyBuild) -> dict[str, str] | None:
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(fails: Fails, fresh: TinyBuild) -> None:
-    line = fails(fresh.build(*ASTRAY), 1, "the loss is not a number at step", "training.learning_rate")
+    line = fails(fresh.build(*ASTRAY, OFTEN), 1, "the loss is not a number at step", "training.learning_rate")
     assert not (fresh.run / "train" / "stage.json").exists() and not fresh.bundle.exists()
     kept = checkpoint(fresh)
     assert kept is not None and 0 < int(kept["step"]) < int(line.partition("at step ")[2].split()[0])
     losses = [row["validation_loss"] for row in json.loads(kept["history"])]
     assert losses and all(loss < 1e9 for loss in losses)
     # And again: it goes on from there, and fails in the same way.
-    assert fails(fresh.build(*ASTRAY), 1) == line
+    assert fails(fresh.build(*ASTRAY, OFTEN), 1) == line
     assert checkpoint(fresh) == kept
 
 
@@ -122,7 +124,7 @@ def test_a_command_without_stages_does_not_promise_to_go_on(fails: Fails, monkey
     def press(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serving.bundle.open_bundle", press)
+    monkeypatch.setattr("serving.model.open_bundle", press)
     assert fails(["generate", "bundle", "x"], 130) == "error: interrupted\n"
 
 

@@ -123,7 +123,7 @@ def test_tensorflow_serving_is_started_driven_and_ended(bundle, schedule, expect
         monkeypatch.setenv("MODEL_SERVER_BEHIND", ",".join(ports))
         agree(asyncio.run(work()), expected)
         assert set(server.run_calls) == {"prefill_slots", "decode_slots", "release_slots"}
-    assert target.emulator and "no TensorFlow ModelServer" in target.label and seen["rss"] > 5 << 20
+    assert target.emulator and "is not TensorFlow ModelServer" in target.label and seen["rss"] > 5 << 20
     assert target.pid() is None and not Path(f"/proc/{seen['pid']}").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["server"]
 

@@ -43,13 +43,13 @@ class Choosing:
         return np.stack([logits_after(row, self.vocab_size) for row in state.rows])
 
     def sample_tokens(self, state: Any, request: SamplingRequest) -> SampledTokens:
-        rows = np.arange(len(state.rows))
+        rows, wanted = np.arange(len(state.rows)), request.sampling
         self.penalised.append(int((request.logits_processor.penalty != 0).any(1).sum()))
         found = [
             int(line.argmax()) if temperature == 0 else sample_row(line, temperature, int(top_k), *rest)
             for line, temperature, top_k, *rest in zip(
-                request.logits_processor.apply(self.logits(state), rows), request.temperature, request.top_k,
-                request.top_p, request.min_p, request.draw, strict=True,
+                request.logits_processor.apply(self.logits(state), rows), wanted.temperature, wanted.top_k,
+                wanted.top_p, wanted.min_p, request.draw, strict=True,
             )
         ]  # fmt: skip
         wrong = np.array([row in self.errs for row in state.rows])
