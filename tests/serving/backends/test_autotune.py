@@ -223,7 +223,8 @@ def test_a_damaged_entry_is_measured_again(bundle: Bundle, cache: Path) -> None:
         if what == "a folder":
             assert "not remembered (Is a directory)" in machine.said[-1]
         else:
-            assert json.loads(entry.read_text()) == json.loads(text), what
+            whole = json.loads(entry.read_text())
+            assert whole["answer"]["rates"] == json.loads(text)["answer"]["rates"], what
     assert list(cache.iterdir()) == [entry], "a draft is left"
 
 
