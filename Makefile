@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-prefill bench-serving \
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-speculation bench-prefill bench-serving \
 	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
 
 help: ## Show this list.
@@ -107,8 +107,17 @@ bench-peers: $(INSTALLED) ## Compare decode and prefill at 124M with other runti
 	cp runs/bench-peers/record.json benchmarks/results/$$(date -u +%Y-%m-%d)-peers-cpu.json
 	$(BIN)/python -m benchmarks.peers.publish
 
-bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 64 tokens, int8 and fp32, at 1, 4 and 16 streams.
+# Drafts that hold depend on the text: take a bundle of a trained model.
+bench-speculation: $(INSTALLED) ## Compare speculative decoding of other runtimes with plain decoding, on a trained bundle (BUNDLE=).
+	for peer in openvino llama; do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
+	test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
+	$(BIN)/python -m benchmarks.peers "$(BUNDLE)" --speculation --new-tokens 96 --work runs/bench-speculation \
+		--output runs/bench-speculation/record.json
+
+bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 64 tokens, and what bounds both, int8 and fp32, at 1, 4 and 16 streams.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.prefill_cost "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
+		--output runs/bench-prefill/$$graph-cost.json || exit; done
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.engine "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph --chunks 2.25x,64 \
 		--new-tokens 32 --repeats 5 --output runs/bench-prefill/$$graph.json || exit; done
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
 
-_TYPES = {
+TYPES = {
     "fp32": gguf.GGMLQuantizationType.F32,
     "int8": gguf.GGMLQuantizationType.Q8_0,
     "int4": gguf.GGMLQuantizationType.Q4_0,
@@ -38,7 +38,7 @@ class LlamaRunner:
         folder = Path(request.work) / f"llama-{request.precision}"
         with converted(folder) as draft:
             if draft is not None:
-                write_gguf(Path(request.bundle), draft / "model.gguf", _TYPES[request.precision])
+                write_gguf(Path(request.bundle), draft / "model.gguf", TYPES[request.precision])
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(str(folder / "model.gguf").encode(), model_params)
