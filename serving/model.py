@@ -184,7 +184,12 @@ class Model:
 
 
 def load(
-    bundle: str | os.PathLike[str], *, graph: str | None = None, runtime: str = "onnx", device: str = "cpu"
+    bundle: str | os.PathLike[str],
+    *,
+    graph: str | None = None,
+    runtime: str = "onnx",
+    device: str = "cpu",
+    speculation: Literal["auto", "off"] = "auto",
 ) -> Model:
     """Load the bundle in a folder and return its Model.
 
@@ -193,12 +198,14 @@ def load(
         graph: an ONNX graph by its name in the manifest, such as "ort/int8"; None is "ort/fp32".
         runtime: "onnx" or "tensorflow". Only this one is imported.
         device: "cpu", "cuda" or "cuda:N", for ONNX Runtime; TensorFlow finds its devices by itself.
+        speculation: "auto" decodes a single prompt speculatively where that is proven to give the same tokens, which
+            is "ort/fp32" on a CPU; "off" never does.
 
     Raises InputError for a folder that does not exist and for an unknown graph, runtime or device, BundleError if the
     folder is not an intact bundle, and RuntimeMissingError if the runtime is not installed.
     """
     opened = open_bundle(Path(bundle), check="sizes")
-    return Model(opened, loader.load_backend(opened, runtime, graph, device))
+    return Model(opened, loader.load_backend(opened, runtime, graph, device, speculation))
 
 
 class _Builder:

@@ -177,6 +177,7 @@ class ClosedFormSlotBackend:
 
     name = "closed-form"
     cache_bytes = 0
+    verify_tolerance: float | None = None
 
     def __init__(
         self,

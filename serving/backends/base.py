@@ -95,6 +95,22 @@ class DeviceSamplingBackend(Backend, Protocol):
         ...
 
 
+class SpeculativeBackend(Backend, Protocol):
+    """A backend that can verify drafted tokens of a single sequence in one step."""
+
+    verify_tolerance: float | None
+    """How far the logits of `verify` may be from those of `decode`, as a share of the greatest one, at least of 1. None
+    where drafts are not to be verified; the methods below may then not be called."""
+
+    def verify(self, state: Any, tokens: IntArray) -> FloatArray:
+        """Append `tokens` (at least 2) to the only row; the logits after each of them, [tokens, vocab_size]."""
+        ...
+
+    def rewind(self, state: Any, length: int) -> None:
+        """Forget all positions of the only row from `length` on."""
+        ...
+
+
 def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
     """Return token ids [rows, longest], padded on the right with id 0, and lengths [rows]."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)

@@ -20,11 +20,13 @@ RUNTIMES = {
 }
 
 
-def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu") -> Backend:
+def load_backend(
+    bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu", speculation: str = "off"
+) -> Backend:
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
     `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it; TensorFlow finds devices by itself. Without
-    `graph`, the runtime's own default is taken. Raises InputError for an unknown runtime, device or
+    `graph`, the runtime's own default is taken. `speculation` is for ONNX Runtime. Raises InputError for an unknown runtime, device or
     graph and for a graph of the other runtime, RuntimeMissingError with the command that installs it if the runtime is
     not there.
     """
@@ -44,6 +46,8 @@ def load_backend(bundle: Bundle, runtime: str, graph: str | None = None, device:
             raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
         if runtime == "onnx":
             arguments["graph_name"] = graph
+    if runtime == "onnx":
+        arguments["speculation"] = speculation
     with runtime_errors(runtime):
         backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
     return backend

@@ -25,6 +25,7 @@ from serving.backends.base import (
 )
 from serving.backends.buffer_pool import SpareMemory
 from serving.backends.devices import parse_device
+from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_multi_step import MultiStepDecoder
 from serving.backends.onnx_session import (
     SAMPLING_GRAPH,
@@ -43,6 +44,12 @@ CUDA_STEPS = 8
 PREFILL_TOKENS = 1024
 """Maximum padded tokens of one prefill pass on a CPU, unless a single row has more. The activations of larger passes do
 not fit the CPU's caches."""
+VERIFY_TOLERANCE = 1e-5
+"""How far the logits of a step over several tokens may be from those of single-token steps in fp32 on a CPU, as a share
+of the greatest one: fifty times the largest difference that was measured (docs/decisions/speculation.md)."""
+VERIFIED_TOKENS = 8
+"""Maximum tokens of a verify step."""
+_LAST = np.zeros(1, np.int64)
 _CACHE_ROOM = 64
 """Granularity of KV cache allocations, in tokens. Untouched pages cost no memory."""
 
@@ -63,6 +70,7 @@ class OnnxState:
     values: dict[str, Any] = field(default_factory=dict)
     logits: FloatArray | None = None
     sampling_binding: Any = None
+    verify_binding: Any = None
     sampled: IntArray | None = None
 
 
@@ -77,6 +85,7 @@ class OnnxBackend:
         steps_per_fetch: decode steps between two fetches of tokens, if the bundle has the graphs for multi-step decode
             and no row has penalties; None means 1 on a CPU and 8 on CUDA.
         cuda_graphs: whether CUDA graphs capture those steps, even with steps_per_fetch 1.
+        speculation: "auto" to verify drafts where that gives the tokens of plain decoding, "off" not to.
     """
 
     def __init__(
@@ -87,6 +96,7 @@ class OnnxBackend:
         device: str = "cpu",
         steps_per_fetch: int | None = None,
         cuda_graphs: bool = True,
+        speculation: str = "off",
     ) -> None:
         geometry = bundle.manifest.model
         graph = bundle.graph(graph_name)
@@ -99,6 +109,8 @@ class OnnxBackend:
         self.steps_per_fetch = device_steps if steps_per_fetch is None else steps_per_fetch
         if self.steps_per_fetch < 1:
             raise InputError(f"steps_per_fetch is {self.steps_per_fetch}; it must be at least 1")
+        if speculation not in ("auto", "off"):
+            raise InputError(f"speculation is {speculation!r}; it must be 'auto' or 'off'")
         self._bundle, self._threads = bundle, threads
         self._capture = cuda_graphs and self.device != "cpu"
         self._loops: dict[bool, MultiStepDecoder | None] = {}
@@ -112,15 +124,21 @@ class OnnxBackend:
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         self._cache_memory, self._logits_memory = SpareMemory(), SpareMemory()
+        proven = self._shared and self.device == "cpu" and graph.precision == "fp32" and self.steps_per_fetch == 1
+        self._offsets = self._speculates = proven and speculation == "auto"
         if self.device == "cpu":
-            self._session  # noqa: B018 - errors of loading are raised now.
+            self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         else:
             check_provider(self.device)
+        self.verify_tolerance: float | None = VERIFY_TOLERANCE if self._offsets else None
+        """See `SpeculativeBackend.verify_tolerance`."""
 
     @cached_property
     def _session(self) -> Any:
         """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
-        return open_graph(self._bundle, self.name, self._device_name, self._threads)
+        width = self._bundle.manifest.model.n_embd
+        edit = (lambda data: with_offsets(data, width)) if self._speculates else None
+        return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit)
 
     @cached_property
     def _sampling_session(self) -> Any:
@@ -163,6 +181,8 @@ class OnnxBackend:
         mask = np.zeros((rows, capacity), np.int64)
         mask[:, :width] = np.arange(width) < lengths[:, None]
         state = OnnxState(lengths, capacity, mask, self._session.io_binding(), [])
+        if self._offsets:
+            state.binding.bind_cpu_input(OFFSETS, _LAST)
         state.cache = self._caches(rows, capacity if self._shared else 0)
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
@@ -197,6 +217,31 @@ class OnnxBackend:
             state.binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, None], np.int64))
         self._run(state, state.lengths[:, None], total)
         state.lengths += 1
+
+    def verify(self, state: OnnxState, tokens: IntArray) -> FloatArray:
+        """See `SpeculativeBackend.verify`."""
+        count, start = len(tokens), int(state.lengths[0])
+        check_room(state.lengths + count - 1, state.capacity)
+        binding = state.verify_binding
+        if binding is None:
+            binding = state.verify_binding = self._session.io_binding()
+            for past, present, value in zip(self._past, self._present, state.cache, strict=True):
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+        logits = np.empty((count, 1, self.vocab_size), np.float32)
+        state.mask[0, start : start + count] = 1
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None], np.int64))
+        binding.bind_cpu_input("position_ids", np.arange(start, start + count)[None])
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[:, : start + count]))
+        binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        state.lengths = state.lengths + count
+        return logits[:, 0]
+
+    def rewind(self, state: OnnxState, length: int) -> None:
+        """See `SpeculativeBackend.rewind`."""
+        state.lengths = np.array([length], np.int64)
 
     def logits(self, state: OnnxState) -> FloatArray:
         """See `DeviceSamplingBackend.logits`."""
@@ -243,6 +288,8 @@ class OnnxBackend:
             tokens = np.ascontiguousarray(token_ids[part, :width])
             positions = np.ascontiguousarray(np.broadcast_to(np.arange(width), tokens.shape), np.int64)
             binding = self._session.io_binding()
+            if self._offsets:
+                binding.bind_cpu_input(OFFSETS, _LAST)
             binding.bind_cpu_input("input_ids", tokens)
             binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[part, :width]))
             binding.bind_cpu_input("position_ids", positions)

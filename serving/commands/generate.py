@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 @click.option(
     "--device", default="cpu", show_default=True, metavar="NAME", help="Run ONNX Runtime on cpu, cuda or cuda:N."
 )
+@click.option(
+    "--speculation",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "off"]),
+    help="Verify several drafted tokens in one step where that gives the same tokens (auto), or never (off).",
+)
 @sampling_options()
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
@@ -60,6 +67,7 @@ def generate(
     runtime: str,
     graph: str | None,
     device: str,
+    speculation: Literal["auto", "off"],
     as_json: bool,
     chat: bool,
     system: str | None,
@@ -84,7 +92,7 @@ def generate(
     # Only now, so that a mistyped option is answered at once.
     from serving.model import load
 
-    model = load(bundle, graph=graph, runtime=runtime, device=device)
+    model = load(bundle, graph=graph, runtime=runtime, device=device, speculation=speculation)
     grammar = None
     if wanted is not None:
         option, structure = wanted

@@ -24,6 +24,7 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.slot_backend import SlotBackend
 from serving.errors import InputError
 from serving.generation import token_budget
+from serving.generation.drafts import NextTokens
 from serving.sampling.detokenizer import TokenBytes, load_tokenizer
 
 _LONGEST_RETRY = 60
@@ -67,6 +68,7 @@ class SlotEngine:
         config: the settings that the backend does not have already.
         observer: called after each step and each request, in the engine's thread.
         start: whether to start the thread; if not, the caller calls `step`, as tests do.
+        table: likely next tokens, for drafts.
     """
 
     unsupported: frozenset[str] = frozenset()
@@ -81,13 +83,15 @@ class SlotEngine:
         *,
         clock: Callable[[], float] = time.monotonic,
         start: bool = True,
+        table: NextTokens | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.vocab_size, self.n_positions = backend.vocab_size, backend.max_length
         self.eos_token_id, self.tokenizer = eos_token_id, tokenizer
         self._token_bytes = TokenBytes(tokenizer)
         self._backend, self._clock = backend, clock
-        self._core = Core(backend, _scheduler(backend, self.config), observer, clock)
+        speculate = self.config.speculation == "auto"
+        self._core = Core(backend, _scheduler(backend, self.config), observer, clock, speculate, table)
         # Guards the attributes below. The thread waits on it for work, and `drain` for the end of all work.
         self._changed = threading.Condition()
         self._inbox: deque[EngineRequest] = deque()

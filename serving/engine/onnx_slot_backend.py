@@ -13,7 +13,7 @@ import numpy as np
 
 from serving.backends.base import FloatArray, IntArray, SampledTokens, SamplingRequest
 from serving.backends.devices import parse_device
-from serving.backends.onnx import DEFAULT_GRAPH
+from serving.backends.onnx import DEFAULT_GRAPH, VERIFY_TOLERANCE
 from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_session import SAMPLING_GRAPH, bind_sampling_request, device_zeros, open_graph
 from serving.bundle import Bundle
@@ -68,6 +68,8 @@ class OnnxSlotBackend:
         )
         self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         self.scored_tokens = scored_tokens(self.vocab_size, max_length) if self._offsets else 0
+        proven = device == "cpu" and graph.precision == "fp32" and self._offsets
+        self.verify_tolerance: float | None = VERIFY_TOLERANCE if proven else None
         self._scored_logits = np.empty((0, 1, self.vocab_size), np.float32)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
@@ -101,7 +103,9 @@ class OnnxSlotBackend:
         """See `SlotBackend.score_chunk`."""
         count = len(tokens)
         if len(self._scored_logits) < count:
-            self._scored_logits = np.empty((self.scored_tokens, 1, self.vocab_size), np.float32)
+            proven = device == "cpu" and graph.precision == "fp32" and self._offsets
+        self.verify_tolerance: float | None = VERIFY_TOLERANCE if proven else None
+        self._scored_logits = np.empty((self.scored_tokens, 1, self.vocab_size), np.float32)
         logits: FloatArray = self._scored_logits[:count]
         if slot not in self._scoring:
             self._scoring[slot] = self._bind(slot, 1, logits)

@@ -1,0 +1,82 @@
+"""Whether a sampled token stays the same if every logit is off by a known tolerance.
+
+Speculative decoding reads logits from a step over several tokens. Their last bits differ from those of single-token
+steps. A token that is certain here is the one that single-token steps sample.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.sampling.candidate_sampling import FEW_CANDIDATES, descending
+from serving.sampling.parameters import SamplingParams
+from serving.sampling.sampler import uniform
+
+
+def absolute_tolerance(line: NDArray[np.float32], params: SamplingParams, share: float) -> float:
+    """The tolerance of `line` [vocab] whose model is off by `share` of its greatest logit, at least of 1."""
+    penalty = max(params.repetition_penalty, 1 / params.repetition_penalty)
+    return share * penalty * max(1.0, abs(float(line.max())))
+
+
+def is_certain(line: NDArray[np.float32], params: SamplingParams, seed: int, step: int, tolerance: float) -> bool:
+    """Whether `sample_tokens` gives the same token for all logits within `tolerance` of `line` [vocab].
+
+    `line` has its bias and penalties. The answer may be False for a token that would stay the same: where the
+    candidates do not decide it, and where a token of nearly the same logit could take its place in the order.
+
+    With d = tolerance / temperature, weights relative to the greatest move by factors within exp(±2 d). Running sums
+    and the kept mass do too, so the target is compared with sums widened by exp(±4 d).
+    """
+    if params.temperature == 0 or params.top_k == 1:
+        second, first = np.partition(line, -2)[-2:].tolist() if len(line) > 1 else (-np.inf, line[0])
+        return bool(first - second > 2 * tolerance)
+    count = min(FEW_CANDIDATES, len(line))
+    ids = descending(line, np.flatnonzero(line >= np.partition(line, -count)[-count]))
+    logits = line[ids].astype(np.float64)
+    temperature, spread = float(params.temperature), 2 * tolerance / float(params.temperature)
+    limited = 0 < params.top_k < len(line)
+    if limited and params.top_k > len(ids):
+        return False
+    with np.errstate(over="ignore", under="ignore"):
+        weights = np.exp((logits[: params.top_k] if limited else logits) / temperature - logits[0] / temperature)
+        mass = float(weights.sum())
+        complete = limited or len(ids) == len(line)
+        if not complete:
+            mass = float(np.exp((line.astype(np.float64) - logits[0]) / temperature).sum())
+    sums = np.cumsum(weights)
+    low = _kept(weights, sums, mass, params, -spread, complete)
+    high = _kept(weights, sums, mass, params, spread, complete)
+    if low is None or high is None:
+        return False
+    draw = float(uniform(seed, step))
+    index, other = np.searchsorted(
+        sums, (draw * low * np.exp(-2 * spread), draw * high * np.exp(2 * spread)), side="right"
+    ).tolist()
+    if index != other or index >= len(weights) - (not complete):
+        return False
+    around = logits[max(index - 1, 0) : index + 2]
+    return bool((around[:-1] - around[1:] > 2 * tolerance).all())
+
+
+def _kept(
+    weights: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    mass: float,
+    params: SamplingParams,
+    spread: float,
+    complete: bool,
+) -> float | None:
+    """The mass of the tokens that top-p and min-p keep, if borders move by exp(`spread`).
+
+    None if that is after the candidates.
+    """
+    if params.top_p == 1 and params.min_p == 0:
+        return mass
+    border = float(params.top_p) * mass * np.exp(2 * spread)
+    kept = 1 + int(np.searchsorted(sums[:-1], border, side="left"))
+    kept = min(kept, max(1, int(np.count_nonzero(weights >= float(params.min_p) * np.exp(-spread)))))
+    if kept == len(weights) and not complete:
+        return None
+    return float(sums[kept - 1])
