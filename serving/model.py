@@ -16,6 +16,8 @@ from serving.bundle import Bundle, open_bundle
 from serving.engine.api import MAX_LOGPROBS, Logprobs
 from serving.engine.sampler import log_probabilities
 from serving.errors import InputError
+from serving.generation.ngram_table import load_ngram_table
+from serving.generation.token_selection import supports_speculation
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import Grammar, StructuredOutput, TokenConstraint, ends_without_text
 from serving.sampling.detokenizer import TextStream, TokenBytes, load_tokenizer
@@ -205,7 +207,10 @@ def load(
     folder is not an intact bundle, and RuntimeMissingError if the runtime is not installed.
     """
     opened = open_bundle(Path(bundle), check="sizes")
-    return Model(opened, loader.load_backend(opened, runtime, graph, device, speculation))
+    backend = loader.load_backend(opened, runtime, graph, device, speculation)
+    if supports_speculation(backend):
+        backend.draft_table = load_ngram_table(opened)
+    return Model(opened, backend)
 
 
 class _Builder:

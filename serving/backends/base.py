@@ -95,12 +95,22 @@ class DeviceSamplingBackend(Backend, Protocol):
         ...
 
 
+class NextTokens(Protocol):
+    """A table of likely next tokens."""
+
+    def continuation(self, tokens: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Up to `count` tokens that follow `tokens`, and the confidence of each given those before it."""
+        ...
+
+
 class SpeculativeBackend(Backend, Protocol):
     """A backend that can verify drafted tokens of a single sequence in one step."""
 
     verify_tolerance: float | None
     """How far the logits of `verify` may be from those of `decode`, as a share of the greatest one, at least of 1. None
     where drafts are not to be verified; the methods below may then not be called."""
+    draft_table: NextTokens | None
+    """Likely next tokens, for drafts; None without such a table."""
 
     def verify(self, state: Any, tokens: IntArray) -> FloatArray:
         """Append `tokens` (at least 2) to the only row; the logits after each of them, [tokens, vocab_size]."""

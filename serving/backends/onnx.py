@@ -17,6 +17,7 @@ import onnxruntime as ort
 from serving.backends.base import (
     FloatArray,
     IntArray,
+    NextTokens,
     SampledTokens,
     SamplingRequest,
     check_capacity,
@@ -132,6 +133,7 @@ class OnnxBackend:
             check_provider(self.device)
         self.verify_tolerance: float | None = VERIFY_TOLERANCE if self._offsets else None
         """See `SpeculativeBackend.verify_tolerance`."""
+        self.draft_table: NextTokens | None = None
 
     @cached_property
     def _session(self) -> Any:

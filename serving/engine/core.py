@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from serving.backends.base import FloatArray
+from serving.backends.base import FloatArray, NextTokens
 from serving.engine.api import (
     EngineStats,
     Event,
@@ -27,7 +27,7 @@ from serving.engine.sampler import Sampled, log_probabilities, sample
 from serving.engine.scheduler import ScheduledPrefill, Scheduler
 from serving.engine.slot_backend import SlotBackend, supports_device_sampling
 from serving.engine.speculation import Speculation
-from serving.generation.drafts import Draft, NextTokens
+from serving.generation.drafts import Draft
 
 _log = logging.getLogger(__name__)
 

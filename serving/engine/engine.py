@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from tokenizers import Tokenizer
 
+from serving.backends.base import NextTokens
 from serving.backends.devices import parse_device
 from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
@@ -24,7 +25,7 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.slot_backend import SlotBackend
 from serving.errors import InputError
 from serving.generation import token_budget
-from serving.generation.drafts import NextTokens
+from serving.generation.ngram_table import load_ngram_table
 from serving.sampling.detokenizer import TokenBytes, load_tokenizer
 
 _LONGEST_RETRY = 60
@@ -57,7 +58,8 @@ def open_engine(
             threads=config.threads,
             device=device,
         )
-    return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer)
+    table = load_ngram_table(bundle) if config.speculation == "auto" else None
+    return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer, table=table)
 
 
 class SlotEngine:

@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serving.backends.base import FloatArray
+from serving.backends.base import FloatArray, NextTokens
 from serving.engine.requests import EngineSequence, SpeculationState
 from serving.engine.scheduler import Scheduler
 from serving.engine.slot_backend import SlotBackend, supports_device_sampling
-from serving.generation.drafts import Draft, Drafter, NextTokens
+from serving.generation.drafts import Draft, Drafter
+from serving.generation.speculative_decode import PATIENCE
 from serving.sampling.certainty import absolute_tolerance, is_certain
 
 MAX_SEQUENCES = 1
 """Speculation runs while at most this many sequences decode: a verify step has one row of the KV cache."""
-_PATIENCE = 16
-"""A sequence stops to speculate once it has repeated this many more positions than drafts have saved it steps."""
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Speculation:
         if state is None:
             state = sequence.speculation = SpeculationState(Drafter(self._table))
             state.drafter.extend(request.prompt)
-        if state.target is not None or state.saved < -_PATIENCE:
+        if state.target is not None or state.saved < -PATIENCE:
             return None
         state.drafter.extend(sequence.tokens[len(state.drafter.tokens) - len(request.prompt) :])
         room = min(

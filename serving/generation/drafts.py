@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from serving.backends.base import NextTokens
 
 MAX_DRAFT = 7
 """Maximum tokens of a draft."""
@@ -31,14 +32,6 @@ class Draft:
     confidence: tuple[float, ...]
     group: int
     """Drafts of one source and group are right equally often."""
-
-
-class NextTokens(Protocol):
-    """A table of likely next tokens."""
-
-    def continuation(self, tokens: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Up to `count` tokens that follow `tokens`, and the confidence of each given those before it."""
-        ...
 
 
 class PromptLookup:

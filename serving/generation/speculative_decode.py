@@ -43,7 +43,7 @@ class SpeculativeSteps:
     ) -> None:
         self._backend, self._sampler, self._params = backend, sampler, params
         self._capacity, self._prompt_length = capacity, len(prompt)
-        self._drafter = Drafter(getattr(backend, "draft_table", None))
+        self._drafter = Drafter(backend.draft_table)
         self._drafter.extend(prompt)
         self._tokens = list(prompt)
         self._state, self._lines = backend.prefill([prompt], capacity)
