@@ -31,6 +31,7 @@ from builder.verification.logit_parity import (
 from builder.verification.paired_loss import relative_difference
 from builder.verification.quantization_loss import distributions, greedy_record, is_certain, problem
 from builder.verification.sampling_parity import compare_sampling
+from builder.verification.speculation_parity import compare_speculation
 from builder.verification.text_parity import compare_text, judge_text
 from builder.verification.transformers_reading import check_reading
 from serving.backends.base import Backend
@@ -90,6 +91,13 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     choices = compare_sampling(optimized, prompts, candidates, batch_size) if optimized.supports_device_sampling else {}
     reporter.line(f"compared {sum(each['draws'] for each in choices.values()):,} choices of ort/choose with the host's")
 
+    speculation = compare_speculation(bundle, _OPTIMISED, prompts, candidates, batch_size)
+    if speculation is not None:
+        reporter.line(
+            f"compared {speculation['verified']['of']:,} tokens of verify steps with single-token steps; their logits "
+            f"are off by up to {speculation['deviation']:.1e}"
+        )
+
     texts = {}
     if "savedmodel/generate_text" in bundle.manifest.graphs:
         texts = compare_text(servable, load_tokenizer(bundle.folder), prompts, candidates, end, batch_size)
@@ -126,6 +134,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "runtimes": {name: report.table() for name, report in reports.items()},
         "greedy": greedy,
         "choices": choices,
+        "speculation": {} if speculation is None else {_OPTIMISED: speculation},
         "text": texts,
         "transformers": reading,
         "variants": variants,

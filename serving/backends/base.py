@@ -107,8 +107,9 @@ class SpeculativeBackend(Backend, Protocol):
     """A backend that can verify drafted tokens of a single sequence in one step."""
 
     verify_tolerance: float | None
-    """How far the logits of `verify` may be from those of `decode`, as a share of the greatest one, at least of 1. None
-    where drafts are not to be verified; the methods below may then not be called."""
+    """How far the logits of `verify` may be from those of `decode`, as a share of their spread
+    (`serving.sampling.certainty.logit_scale`). None where drafts are not to be verified; the methods below may then not
+    be called."""
     draft_table: NextTokens | None
     """Likely next tokens, for drafts; None without such a table."""
 

@@ -45,9 +45,9 @@ CUDA_STEPS = 8
 PREFILL_TOKENS = 1024
 """Maximum padded tokens of one prefill pass on a CPU, unless a single row has more. The activations of larger passes do
 not fit the CPU's caches."""
-VERIFY_TOLERANCE = 1e-5
+VERIFY_TOLERANCE = 5e-5
 """How far the logits of a step over several tokens may be from those of single-token steps in fp32 on a CPU, as a share
-of the greatest one: fifty times the largest difference that was measured (docs/decisions/speculation.md)."""
+of `serving.sampling.certainty.logit_scale`. Several times what was measured (docs/decisions/speculation.md)."""
 VERIFIED_TOKENS = 8
 """Maximum tokens of a verify step."""
 _LAST = np.zeros(1, np.int64)

@@ -37,8 +37,8 @@ class SlotBackend(Protocol):
     scored_tokens: int
     """Tokens that one `score_chunk` may take, at least 3; 0 where it may not be called."""
     verify_tolerance: float | None
-    """How far the logits of a `score_chunk` on top of `decode` steps may be from those of `decode`, as a share of the
-    greatest one, at least of 1; 0 for equal bits, None where that is not known or too far to decode speculatively."""
+    """How far the logits of a `score_chunk` on top of `decode` steps may be from those of `decode`, as a share of their
+    spread (`serving.sampling.certainty.logit_scale`); 0 for equal bits, None where it is too far to speculate."""
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         """Append `tokens` (at least one) after the first `start` positions of `slot`; the logits after the last of

@@ -14,10 +14,23 @@ from serving.sampling.parameters import SamplingParams
 from serving.sampling.sampler import uniform
 
 
+_SAMPLE = 4096
+
+
+def logit_scale(line: NDArray[np.float32]) -> float:
+    """The standard deviation of the finite logits of `line` [vocab], from some 4,096 of them, but at least 1.
+
+    Rounding errors of logits grow with their spread. An offset that all of them share does not count.
+    """
+    some = line[:: max(1, len(line) // _SAMPLE)]
+    some = some[np.isfinite(some)]
+    return max(1.0, float(some.std(dtype=np.float64))) if len(some) else 1.0
+
+
 def absolute_tolerance(line: NDArray[np.float32], params: SamplingParams, share: float) -> float:
-    """The tolerance of `line` [vocab] whose model is off by `share` of its greatest logit, at least of 1."""
+    """The tolerance of `line` [vocab], with bias and penalties, if the model is off by `share` of `logit_scale`."""
     penalty = max(params.repetition_penalty, 1 / params.repetition_penalty)
-    return share * penalty * max(1.0, abs(float(line.max())))
+    return share * penalty * logit_scale(line)
 
 
 def is_certain(line: NDArray[np.float32], params: SamplingParams, seed: int, step: int, tolerance: float) -> bool:
