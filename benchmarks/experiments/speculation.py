@@ -39,8 +39,14 @@ _COUNTS = ("drafted_prompt_tokens", "accepted_prompt_tokens", "drafted_ngram_tok
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--graph", default="ort/fp32", show_default=True)
-@click.option("--prompts", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="A file with one prompt a line. May be repeated.  [default: the bundle's held-out text]")
+@click.option(
+    "--prompts",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file with one prompt a line. May be repeated.  [default: the bundle's held-out text]",
+)
 @click.option("--temperature", "temperatures", multiple=True, type=float, default=(0.0, 0.8), show_default=True)
 @click.option("--most", default=32, show_default=True, help="Prompts of each file, the first ones.")
 @click.option("--prompt-tokens", default=128, show_default=True, help="Tokens of a prompt at most: its last ones.")

@@ -26,9 +26,10 @@ def load_backend(
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
     `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it; TensorFlow finds devices by itself. Without
-    `graph`, the runtime's own default is taken. `speculation` is for ONNX Runtime. Raises InputError for an unknown runtime, device or
-    graph and for a graph of the other runtime, RuntimeMissingError with the command that installs it if the runtime is
-    not there.
+    `graph`, the runtime's own default is taken. `speculation`, "auto" or "off", is for ONNX Runtime.
+
+    Raises InputError for an unknown runtime, device or graph and for a graph of the other runtime, RuntimeMissingError
+    with the command that installs it if the runtime is not there.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"no runtime {runtime!r}{did_you_mean(runtime, RUNTIMES)}")

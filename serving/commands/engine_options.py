@@ -56,8 +56,8 @@ ENGINE_OPTIONS = [
     click.option("--threads", type=click.IntRange(1, 1024),
                  help="Number of ONNX Runtime threads of each replica.  [default: the cores, divided by the replicas]"),
     click.option("--speculation", type=click.Choice(["auto", "off"]),
-                 help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the same "
-                      "tokens (auto), or never (off).  [default: auto]"),
+                 help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the "
+                      "same tokens (auto), or never (off).  [default: auto]"),
     click.option("--served-model-name", type=ModelName(), metavar="NAME",
                  help="Serve the model under this name.  [default: the bundle's name]"),
 ]  # fmt: skip

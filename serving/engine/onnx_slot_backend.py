@@ -103,9 +103,7 @@ class OnnxSlotBackend:
         """See `SlotBackend.score_chunk`."""
         count = len(tokens)
         if len(self._scored_logits) < count:
-            proven = device == "cpu" and graph.precision == "fp32" and self._offsets
-        self.verify_tolerance: float | None = VERIFY_TOLERANCE if proven else None
-        self._scored_logits = np.empty((self.scored_tokens, 1, self.vocab_size), np.float32)
+            self._scored_logits = np.empty((self.scored_tokens, 1, self.vocab_size), np.float32)
         logits: FloatArray = self._scored_logits[:count]
         if slot not in self._scoring:
             self._scoring[slot] = self._bind(slot, 1, logits)

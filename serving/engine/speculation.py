@@ -1,4 +1,4 @@
-"""Speculative decoding of a sequence that runs alone: which tokens to verify, and that none differs from plain decoding.
+"""Speculative decoding of a sequence that runs alone: what to verify, and that no token differs from plain decoding.
 
 One step verifies a draft. Its logits, and the KV cache rows that it writes, may differ in the last bits from those of
 single-token steps. A token that these bits could change is not emitted: the sequence first repeats its inexact

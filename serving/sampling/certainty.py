@@ -13,7 +13,6 @@ from serving.sampling.candidate_sampling import FEW_CANDIDATES, descending
 from serving.sampling.parameters import SamplingParams
 from serving.sampling.sampler import uniform
 
-
 _SAMPLE = 4096
 
 

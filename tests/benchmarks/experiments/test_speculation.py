@@ -18,7 +18,9 @@ def test_a_record_has_rates_acceptance_and_equality(real_bundle: Path, tmp_path:
     output = tmp_path / "deep" / "record.json"
     sizes = ["--new-tokens", "24", "--prompt-tokens", "12", "--rounds", "1", "--threads", "1"]
     files = ["--prompts", str(lines), "--prompts", str(objects)]
-    result = CliRunner().invoke(main, [str(real_bundle), *files, *sizes, "--output", str(output)], standalone_mode=False)
+    result = CliRunner().invoke(
+        main, [str(real_bundle), *files, *sizes, "--output", str(output)], standalone_mode=False
+    )
     assert result.exception is None
     record = json.loads(output.read_text(encoding="utf-8"))
     assert [(Path(row["prompts"]).name, row["temperature"], row["streams"]) for row in record["rows"]] == [

@@ -88,9 +88,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
 @pytest.mark.parametrize("params", SETTINGS)
-def test_tokens_equal_plain_decoding(
-    params: SamplingParams, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_equal_plain_decoding(params: SamplingParams, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
     prompt = [place % LETTERS for place in range(24)]
     for count in (1, 2, 3, 60, 176):
