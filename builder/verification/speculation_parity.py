@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.backends.onnx import VERIFIED_TOKENS, OnnxBackend
+from serving.backends.onnx import OnnxBackend
 from serving.bundle import Bundle
 from serving.errors import ParityError
 from serving.generation import generate
@@ -29,7 +29,7 @@ def compare_speculation(
 ) -> dict[str, Any] | None:
     """The record of the graph `name`; None where it does not decode speculatively.
 
-    Every prompt's greedy tokens, `candidates` [prompts, new tokens], are fed in verify steps of 8 tokens: of `of`
+    Every prompt's greedy tokens, `candidates` [prompts, new tokens], are fed in verify steps: of `of`
     tokens there, `certain` are certain, and `equal` of these are the candidates. The first `alone` prompts are
     generated with and without speculation under each of SETTINGS, and `deviation` is the largest difference between
     their logits in verify steps and in single-token steps, as a share of `logit_scale`.
@@ -37,14 +37,15 @@ def compare_speculation(
     Raises ParityError if a token differs, or if the deviation is over the tolerance that decides what is certain.
     """
     backend = OnnxBackend(bundle, name, speculation="auto")
-    if backend.verify_tolerance is None:
+    step = backend.verify_step
+    if step is None:
         return None
     backend.draft_table = load_ngram_table(bundle)
     verified = {"of": 0, "certain": 0, "equal": 0}
     deviation = 0.0
     for number, (prompt, row) in enumerate(zip(prompts, candidates, strict=True)):
-        logits = _verified(backend, prompt, row)
-        _count(verified, logits, row, backend.verify_tolerance)
+        logits = _verified(backend, prompt, row, step.tokens)
+        _count(verified, logits, row, step.tolerance)
         if number < alone:
             deviation = max(deviation, _deviation(logits, _single(backend, prompt, row)))
     generated = {
@@ -55,18 +56,18 @@ def compare_speculation(
         "verified": verified,
         "generated": generated,
         "deviation": deviation,
-        "tolerance": backend.verify_tolerance,
+        "tolerance": step.tolerance,
     }
     _judge(name, record)
     return record
 
 
-def _verified(backend: OnnxBackend, prompt: Sequence[int], row: NDArray[np.int64]) -> NDArray[np.float32]:
+def _verified(backend: OnnxBackend, prompt: Sequence[int], row: NDArray[np.int64], most: int) -> NDArray[np.float32]:
     """The logits that each token of `row` is sampled from, after the first, from verify steps."""
     state, _ = backend.prefill([prompt], len(prompt) + len(row))
     found = []
-    for start in range(0, len(row) - 1, VERIFIED_TOKENS):
-        chunk = row[start : min(start + VERIFIED_TOKENS, len(row) - 1)]
+    for start in range(0, len(row) - 1, most):
+        chunk = row[start : min(start + most, len(row) - 1)]
         found.append(backend.verify(state, chunk) if len(chunk) > 1 else backend.decode(state, chunk).copy())
     return np.concatenate(found) if found else np.empty((0, backend.vocab_size), np.float32)
 
@@ -81,7 +82,7 @@ def _single(backend: OnnxBackend, prompt: Sequence[int], row: NDArray[np.int64])
 def _count(record: dict[str, int], logits: NDArray[np.float32], row: NDArray[np.int64], share: float) -> None:
     params = SETTINGS["greedy"]
     for line, token in zip(logits, row[1:].tolist(), strict=True):
-        certain = is_certain(line, params, 0, 0, absolute_tolerance(line, params, share))
+        certain = not share or is_certain(line, params, 0, 0, absolute_tolerance(line, params, share))
         record["of"] += 1
         record["certain"] += certain
         record["equal"] += certain and int(line.argmax()) == token
@@ -96,16 +97,16 @@ def _deviation(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
 def _generated(backend: OnnxBackend, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict[str, int]:
     """How many tokens are the same with and without speculation, each prompt alone."""
-    tolerance, equal, total = backend.verify_tolerance, 0, 0
+    step, equal, total = backend.verify_step, 0, 0
     for seed, prompt in enumerate(prompts):
         answers = []
-        for each in (tolerance, None):
-            backend.verify_tolerance = each
+        for each in (step, None):
+            backend.verify_step = each
             (answer,) = generate(backend, [prompt], replace(params, seed=seed), backend.vocab_size - 1)
             answers.append(answer.token_ids)
         equal += sum(one == other for one, other in zip(*answers, strict=False))
         total += len(answers[1])
-    backend.verify_tolerance = tolerance
+    backend.verify_step = step
     return {"equal": equal, "of": total}
 
 

@@ -103,18 +103,31 @@ class NextTokens(Protocol):
         ...
 
 
-class SpeculativeBackend(Backend, Protocol):
-    """A backend that can verify drafted tokens of a single sequence in one step."""
+@dataclass(frozen=True)
+class VerifyStep:
+    """How a backend verifies drafts: a step over several tokens of one sequence that gives the logits after each.
 
-    verify_tolerance: float | None
-    """How far the logits of `verify` may be from those of `decode`, as a share of their spread
-    (`serving.sampling.certainty.logit_scale`). None where drafts are not to be verified; the methods below may then not
-    be called."""
+    `tolerance` is how far these logits may be from those of single-token steps, as a share of their spread
+    (`serving.sampling.certainty.logit_scale`); 0 stands for equal bits. A step takes up to `tokens`, and
+    1 + base_cost + token_cost * drafted tokens times as long as a single-token step.
+    """
+
+    tokens: int
+    tolerance: float
+    base_cost: float
+    token_cost: float
+
+
+class SpeculativeBackend(Backend, Protocol):
+    """A backend that can verify drafted tokens of a single sequence."""
+
+    verify_step: VerifyStep | None
+    """None where drafts are not to be verified; the methods below may then not be called."""
     draft_table: NextTokens | None
     """Likely next tokens, for drafts; None without such a table."""
 
     def verify(self, state: Any, tokens: IntArray) -> FloatArray:
-        """Append `tokens` (at least 2) to the only row; the logits after each of them, [tokens, vocab_size]."""
+        """Append `tokens` (2 to `verify_step.tokens`) to the only row; the logits after each, [tokens, vocab_size]."""
         ...
 
     def rewind(self, state: Any, length: int) -> None:

@@ -36,6 +36,8 @@ from serving.backends.onnx_session import (
     open_graph,
     open_session,
 )
+from serving.backends.onnx_verify import VerifySession, open_verify_session
+from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, wants_verify_session
 from serving.bundle import Bundle
 from serving.errors import InputError
 
@@ -45,11 +47,6 @@ CUDA_STEPS = 8
 PREFILL_TOKENS = 1024
 """Maximum padded tokens of one prefill pass on a CPU, unless a single row has more. The activations of larger passes do
 not fit the CPU's caches."""
-VERIFY_TOLERANCE = 5e-5
-"""How far the logits of a step over several tokens may be from those of single-token steps in fp32 on a CPU, as a share
-of `serving.sampling.certainty.logit_scale`. Several times what was measured (docs/decisions/speculation.md)."""
-VERIFIED_TOKENS = 8
-"""Maximum tokens of a verify step."""
 _LAST = np.zeros(1, np.int64)
 _CACHE_ROOM = 64
 """Granularity of KV cache allocations, in tokens. Untouched pages cost no memory."""
@@ -112,7 +109,7 @@ class OnnxBackend:
             raise InputError(f"steps_per_fetch is {self.steps_per_fetch}; it must be at least 1")
         if speculation not in ("auto", "off"):
             raise InputError(f"speculation is {speculation!r}; it must be 'auto' or 'off'")
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads, self._speculation = bundle, threads, speculation
         self._capture = cuda_graphs and self.device != "cpu"
         self._loops: dict[bool, MultiStepDecoder | None] = {}
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
@@ -131,16 +128,22 @@ class OnnxBackend:
             self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         else:
             check_provider(self.device)
-        self.verify_tolerance: float | None = VERIFY_TOLERANCE if self._offsets else None
-        """See `SpeculativeBackend.verify_tolerance`."""
+        self._verifier: VerifySession | None = None
+        if speculation == "auto" and self.device == "cpu" and self.steps_per_fetch == 1 and not self._offsets:
+            self._verifier = open_verify_session(bundle, graph_name, threads, self._session)
+        self.verify_step = FP32_STEP if self._offsets else CHAIN_STEP if self._verifier else None
+        """See `SpeculativeBackend.verify_step`."""
         self.draft_table: NextTokens | None = None
+        # A chain also writes the positions of its padding.
+        self._spare_positions = CHAIN if self._verifier is not None else 0
 
     @cached_property
     def _session(self) -> Any:
         """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
         width = self._bundle.manifest.model.n_embd
         edit = (lambda data: with_offsets(data, width)) if self._speculates else None
-        return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit)
+        spin = not (self._speculation == "auto" and wants_verify_session(self._bundle, self.name))
+        return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit, spin=spin)
 
     @cached_property
     def _sampling_session(self) -> Any:
@@ -185,7 +188,7 @@ class OnnxBackend:
         state = OnnxState(lengths, capacity, mask, self._session.io_binding(), [])
         if self._offsets:
             state.binding.bind_cpu_input(OFFSETS, _LAST)
-        state.cache = self._caches(rows, capacity if self._shared else 0)
+        state.cache = self._caches(rows, capacity + self._spare_positions if self._shared else 0)
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
         if self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS:
@@ -224,14 +227,21 @@ class OnnxBackend:
         """See `SpeculativeBackend.verify`."""
         count, start = len(tokens), int(state.lengths[0])
         check_room(state.lengths + count - 1, state.capacity)
+        state.mask[0, start : start + count] = 1
         binding = state.verify_binding
+        if self._verifier is not None:
+            if binding is None:
+                addresses = [value.data_ptr() for value in state.cache]
+                binding = state.verify_binding = self._verifier.bind(addresses, state.cache[0].shape()[2])
+            found = self._verifier.run(binding, tokens, start)
+            state.lengths = state.lengths + count
+            return found
         if binding is None:
             binding = state.verify_binding = self._session.io_binding()
             for past, present, value in zip(self._past, self._present, state.cache, strict=True):
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_ortvalue_output(present, value)
         logits = np.empty((count, 1, self.vocab_size), np.float32)
-        state.mask[0, start : start + count] = 1
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None], np.int64))
         binding.bind_cpu_input("position_ids", np.arange(start, start + count)[None])
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[:, : start + count]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from serving.backends.verify_steps import wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
@@ -97,8 +98,9 @@ def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> Me
     geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
     dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]
     length = config.length(geometry.n_positions)
+    sessions = 1 + (config.speculation == "auto" and wants_verify_session(bundle, graph_name))
     return MemoryEstimate(
-        weights=2 * bundle.graph_size(graph_name),
+        weights=2 * bundle.graph_size(graph_name) * sessions,
         cache=cache_bytes(geometry, config.slots, length, dtypes[0] if dtypes else "float32"),
         logits=(config.slots + 1 + scored_tokens(geometry.vocab_size, length)) * geometry.vocab_size * 4,
     )

@@ -180,7 +180,7 @@ class Core:
         assert slot is not None
         fed = (sequence.last_token, *draft.tokens)
         try:
-            logits = self._backend.score_chunk(slot.index, fed, slot.filled)
+            logits = self._backend.verify(slot.index, fed, slot.filled)
         except Exception as error:
             self._fail([sequence.request], error)
             return

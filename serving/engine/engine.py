@@ -57,8 +57,9 @@ def open_engine(
             max_length=config.length(geometry.n_positions),
             threads=config.threads,
             device=device,
+            speculation=config.speculation == "auto",
         )
-    table = load_ngram_table(bundle) if config.speculation == "auto" else None
+    table = load_ngram_table(bundle) if backend.verify_step is not None else None
     return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer, table=table)
 
 

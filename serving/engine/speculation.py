@@ -44,16 +44,14 @@ class Speculation:
         self, backend: SlotBackend, scheduler: Scheduler, enabled: bool, table: NextTokens | None = None
     ) -> None:
         self._backend, self._scheduler, self._table = backend, scheduler, table
-        tolerance = getattr(backend, "verify_tolerance", None)
-        possible = tolerance is not None and backend.scored_tokens > 1 and not supports_device_sampling(backend)
-        self.enabled = enabled and possible
-        self._tolerance: float = tolerance or 0.0
+        self._step = backend.verify_step if enabled and not supports_device_sampling(backend) else None
+        self._tolerance = self._step.tolerance if self._step is not None else 0.0
         self.counts = SpeculationCounts()
 
     def draft(self) -> tuple[EngineSequence, Draft] | None:
         """The sequence that decodes alone, and the draft to verify; None for a plain step."""
         running = self._scheduler.running
-        if not self.enabled or not 0 < len(running) <= MAX_SEQUENCES or self._scheduler.prefilling:
+        if self._step is None or not 0 < len(running) <= MAX_SEQUENCES or self._scheduler.prefilling:
             return None
         (sequence,) = running
         request, slot = sequence.request, sequence.slot
@@ -61,16 +59,12 @@ class Speculation:
             return None
         state = sequence.speculation
         if state is None:
-            state = sequence.speculation = SpeculationState(Drafter(self._table))
+            state = sequence.speculation = SpeculationState(Drafter(self._step, self._table))
             state.drafter.extend(request.prompt)
         if state.target is not None or state.saved < -PATIENCE:
             return None
         state.drafter.extend(sequence.tokens[len(state.drafter.tokens) - len(request.prompt) :])
-        room = min(
-            request.max_new_tokens - sequence.num_generated,
-            self._backend.scored_tokens,
-            self._backend.max_length - slot.filled,
-        )
+        room = min(request.max_new_tokens - sequence.num_generated, self._backend.max_length - slot.filled)
         draft = state.drafter.draft(room - 1)
         return None if draft is None else (sequence, draft)
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.backends.base import NextTokens
+from serving.backends.base import NextTokens, VerifyStep
 
-MAX_DRAFT = 7
-"""Maximum tokens of a draft."""
 _ORDERS = {4: 0.6, 3: 0.4, 2: 0.2}
 """Tokens that prompt lookup matches, and how often the token after such a match is right at first. Estimates; the
 sequence's own figures replace them."""
@@ -79,18 +77,17 @@ class Drafter:
     """Drafts for one sequence, and how often its drafts were right.
 
     Args:
+        step: the most tokens of a verify step, and what it costs.
         table: likely next tokens, or None.
-        cost: how much longer a step takes for each further token, as a share of a single-token step.
 
     A draft is as long as its expected tokens per second are highest. Sources are judged by every token of the
     sequence, drafted or not, so that a source is dropped without loss and taken up again when it has become right.
     """
 
-    def __init__(self, table: NextTokens | None = None, cost: float = 0.05) -> None:
-        self._lookup, self._table, self._cost = PromptLookup(), table, cost
+    def __init__(self, step: VerifyStep, table: NextTokens | None = None) -> None:
+        self._lookup, self._table, self._step = PromptLookup(), table, step
         self._figures: dict[tuple[str, int], tuple[float, float]] = {}
         self._proposals: list[Draft] = []
-        self._place = 0
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -106,7 +103,7 @@ class Drafter:
 
     def draft(self, room: int) -> Draft | None:
         """The draft for the next step, of at most `room` tokens; None if plain decoding is expected to be as fast."""
-        count = min(room, MAX_DRAFT)
+        count = min(room, self._step.tokens - 1)
         if count < 1:
             return None
         self._proposals = self._propose(count)
@@ -139,7 +136,7 @@ class Drafter:
         for length, confidence in enumerate(draft.confidence, 1):
             together *= min(confidence * scale, 0.99)
             number += together
-            rate = number / (1 + self._cost * length)
+            rate = number / (1 + self._step.base_cost + self._step.token_cost * length)
             if rate > gain:
                 best, gain = length, rate
         return best, gain

@@ -43,7 +43,9 @@ class SpeculativeSteps:
     ) -> None:
         self._backend, self._sampler, self._params = backend, sampler, params
         self._capacity, self._prompt_length = capacity, len(prompt)
-        self._drafter = Drafter(backend.draft_table)
+        step = backend.verify_step
+        assert step is not None, "the backend verifies no drafts; check `supports_speculation` first"
+        self._tolerance, self._drafter = step.tolerance, Drafter(step, backend.draft_table)
         self._drafter.extend(prompt)
         self._tokens = list(prompt)
         self._state, self._lines = backend.prefill([prompt], capacity)
@@ -88,12 +90,12 @@ class SpeculativeSteps:
             return
         self.drafted += len(self._draft.tokens)
         self._lines = self._backend.verify(self._state, np.array([token, *self._draft.tokens], np.int64))
-        if self._inexact is None and self._backend.verify_tolerance:
+        if self._inexact is None and self._tolerance:
             self._inexact = place
 
     def _certain(self, rows: IntArray, step: int) -> bool:
         line = self._sampler.edited(self.logits, rows)[0]
-        tolerance = absolute_tolerance(line, self._params, self._backend.verify_tolerance or 0.0)
+        tolerance = absolute_tolerance(line, self._params, self._tolerance)
         return is_certain(line, self._params, self._params.seed, step, tolerance)
 
     def _replay(self) -> None:

@@ -78,7 +78,7 @@ def open_host_steps(
 
 def supports_speculation(backend: Backend) -> TypeGuard[SpeculativeBackend]:
     """Whether `backend` can verify drafts."""
-    return getattr(backend, "verify_tolerance", None) is not None
+    return getattr(backend, "verify_step", None) is not None
 
 
 def supports_device_sampling(backend: Backend) -> TypeGuard[DeviceSamplingBackend]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from serving.backends.base import FloatArray, IntArray
+from serving.backends.verify_steps import FP32_STEP
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.errors import InputError
@@ -37,15 +39,14 @@ class RepetitiveBackend(ClosedFormSlotBackend):
         self.inexact[slot, start : start + len(tokens)] = False
         return super().prefill_chunk(slot, tokens, start)
 
-    def score_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
-        if self._read[slot, :start].all():
-            return super().score_chunk(slot, tokens, start)
-        self._call("score", len(tokens))
-        assert 1 < len(tokens) <= self.scored_tokens and start + len(tokens) <= self.max_length
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        self._call("verify", len(tokens))
+        assert self.verify_step is not None and 1 < len(tokens) <= self.verify_step.tokens
+        assert start + len(tokens) <= self.max_length
         self.verified.append(len(tokens))
         places = slice(start, start + len(tokens))
         self._tokens[slot, places], self._read[slot, places] = tokens, False
-        self.inexact[slot, places] = self.verify_tolerance != 0
+        self.inexact[slot, places] = self.verify_step.tolerance != 0
         return np.stack([self._logits(slot, start + count + 1) for count in range(len(tokens))])
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
@@ -76,7 +77,7 @@ class Speculating(Stepped):
 
     def __init__(self, *, slots: int = 4, speculation: Any = "auto", tolerance: float | None = TOLERANCE) -> None:
         self.backend = RepetitiveBackend(slots, LENGTH, 8)
-        self.backend.verify_tolerance = tolerance
+        self.backend.verify_step = None if tolerance is None else replace(FP32_STEP, tolerance=tolerance)
         self.now = 0.0
         self.observed = Observed()
         settings = EngineConfig(slots=slots, prefill_chunk=8, speculation=speculation)
@@ -220,7 +221,7 @@ def test_a_failing_verify_step_ends_its_request_only() -> None:
     heard, _ = run.submit(PROMPT, max_new_tokens=100)
     while not run.backend.verified:
         assert run.engine.step()
-    run.backend.fails.append("score")
+    run.backend.fails.append("verify")
     run.run()
     run.check_idle()
     assert heard.ends[0].reason == "error"
@@ -244,7 +245,7 @@ def test_a_prompt_of_one_repeated_token_is_indexed_in_time_linear_in_its_length(
     def seconds(length: int) -> float:
         times = []
         for _ in range(3):
-            drafter, began = Drafter(), time.perf_counter()
+            drafter, began = Drafter(FP32_STEP), time.perf_counter()
             drafter.extend([7] * length)
             for _ in range(length):
                 assert drafter.draft(7) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import serving
 from builder.verification.speculation_parity import compare_speculation
 from serving.backends.base import FloatArray, IntArray
 from serving.backends.onnx import OnnxBackend
+from serving.backends.verify_steps import FP32_STEP
 from serving.bundle import Bundle, open_bundle
 from serving.engine.api import GenerationRequest
 from serving.engine.config import EngineConfig
@@ -40,7 +42,7 @@ class RepetitiveBackend(ClosedFormBackend):
 
     def __init__(self, tolerance: float | None) -> None:
         super().__init__(257, 200)
-        self.verify_tolerance = tolerance
+        self.verify_step = None if tolerance is None else replace(FP32_STEP, tolerance=tolerance)
         self.inexact = self.longest = self.verified = 0
 
     def verify(self, state: State, tokens: IntArray) -> FloatArray:
@@ -68,7 +70,7 @@ class RepetitiveBackend(ClosedFormBackend):
         line[:LETTERS] = -((np.arange(LETTERS) - likely) % LETTERS) / 2
         if length % 9 == 0:
             line[(likely + 1) % LETTERS] = -TOLERANCE / 8
-        if self.inexact and self.verify_tolerance:
+        if self.inexact and self.verify_step is not None and self.verify_step.tolerance:
             line += np.sin(np.arange(257) * 7.0 + length).astype(np.float32) * np.float32(TOLERANCE * 0.99)
         return line
 
@@ -132,7 +134,7 @@ def bundle(real_bundle: Path) -> Bundle:
 def test_a_real_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
     plain, ours = OnnxBackend(bundle), OnnxBackend(bundle, speculation="auto")
-    assert plain.verify_tolerance is None and ours.verify_tolerance is not None
+    assert plain.verify_step is None and ours.verify_step is not None
     for seed in range(8):
         for params in SETTINGS:
             each = SamplingParams(**{**vars(params), "max_new_tokens": 40, "seed": seed})
@@ -182,11 +184,8 @@ def _texts(engine: Any) -> list[list[int]]:
     return tokens
 
 
-def test_other_precisions_decode_plainly(bundle: Bundle) -> None:
-    for name, graph in bundle.manifest.graphs.items():
-        if name.startswith("ort/") and graph.cache == "shared-buffer" and graph.precision != "fp32":
-            assert OnnxBackend(bundle, name, speculation="auto").verify_tolerance is None
-    assert OnnxBackend(bundle, "onnx/portable", speculation="auto").verify_tolerance is None
+def test_the_portable_graph_decodes_plainly(bundle: Bundle) -> None:
+    assert OnnxBackend(bundle, "onnx/portable", speculation="auto").verify_step is None
 
 
 def test_the_setting(real_bundle: Path) -> None:
@@ -212,6 +211,6 @@ def test_the_certificate_compares_every_token_and_refuses_another(
     wrong[1, 4] = (wrong[1, 4] + 1) % 257
     with pytest.raises(ParityError, match="certain tokens"):
         compare_speculation(bundle, "ort/fp32", prompts, wrong, 0)
-    monkeypatch.setattr("serving.backends.onnx.VERIFY_TOLERANCE", 1e-12)
+    monkeypatch.setattr("serving.backends.onnx.FP32_STEP", replace(FP32_STEP, tolerance=1e-12))
     with pytest.raises(ParityError, match="are off by"):
         compare_speculation(bundle, "ort/fp32", prompts, candidates, 2)
