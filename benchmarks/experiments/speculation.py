@@ -104,25 +104,25 @@ def _compare(
     rounds: int,
 ) -> dict[str, Any]:
     """One prompt set at one temperature; the first prompt warms both engines up."""
-    rates: dict[str, list[float]] = {engine: [] for engine in engines}
+    rates: dict[str, list[float]] = {way: [] for way in engines}
     equal, total = 0, 0
     for engine in engines.values():
         _stream(engine, prompts[0], temperature, 0, new_tokens)
-    before = {engine: _counts(each) for engine, each in engines.items()}
+    before = _counts(engines["auto"])
     for turn in range(rounds):
         for seed, prompt in enumerate(prompts):
             order = list(engines) if (turn + seed) % 2 else list(engines)[::-1]
-            found = {engine: _stream(engines[engine], prompt, temperature, seed, new_tokens) for engine in order}
-            for engine, (_, rate) in found.items():
-                rates[engine].append(rate)
+            found = {way: _stream(engines[way], prompt, temperature, seed, new_tokens) for way in order}
+            for way, (_, rate) in found.items():
+                rates[way].append(rate)
             equal += sum(one == other for one, other in zip(found["auto"][0], found["off"][0], strict=False))
             total += len(found["off"][0])
-    counts = {key: value - before["auto"][key] for key, value in _counts(engines["auto"]).items()}
+    counts = {key: value - before[key] for key, value in _counts(engines["auto"]).items()}
     row = {
         "prompts": name,
         "temperature": temperature,
         "streams": len(rates["auto"]),
-        "tokens_per_second": {engine: _table(summarise(each)) for engine, each in rates.items()},
+        "tokens_per_second": {way: _table(summarise(each)) for way, each in rates.items()},
         "auto_over_off": asdict(paired(rates["auto"], rates["off"])),
         "tokens": {"equal": equal, "of": total},
         "tokens_per_step": counts["generated_tokens"] / max(1, counts["steps"]),

@@ -87,9 +87,8 @@ def _lengths(graph: Any, last: str, total: str, count: int) -> list[Any]:
     for place in range(count):
         behind = f"chain_behind_{place}"
         graph.initializer.add(name=behind, data_type=INT32, raw_data=struct.pack("<i", count - 1 - place))
-        nodes += [
-            _node("Sub", [name, behind], f"chain_{what}_{place}") for what, name in (("last", last), ("total", total))
-        ]
+        nodes.append(_node("Sub", [last, behind], f"chain_last_{place}"))
+        nodes.append(_node("Sub", [total, behind], f"chain_total_{place}"))
     return nodes
 
 
@@ -235,7 +234,8 @@ class VerifySession:
         binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         session.run_with_iobinding(binding)
-        return logits[0, 0]
+        line: NDArray[np.float32] = logits[0, 0]
+        return line
 
 
 def _edited(data: bytes, width: int) -> bytes:
