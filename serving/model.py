@@ -200,8 +200,8 @@ def load(
         graph: an ONNX graph by its name in the manifest, such as "ort/int8"; None is "ort/fp32".
         runtime: "onnx" or "tensorflow". Only this one is imported.
         device: "cpu", "cuda" or "cuda:N", for ONNX Runtime; TensorFlow finds its devices by itself.
-        speculation: "auto" decodes a single prompt speculatively where that is proven to give the same tokens, which
-            is "ort/fp32" on a CPU; "off" never does.
+        speculation: "auto" decodes a single prompt speculatively where that gives the same tokens, which is on a CPU
+            in fp32, and in int8 with a second copy of the weights; "off" never does.
 
     Raises InputError for a folder that does not exist and for an unknown graph, runtime or device, BundleError if the
     folder is not an intact bundle, and RuntimeMissingError if the runtime is not installed.
