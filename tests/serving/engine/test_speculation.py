@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 
 from serving.backends.base import FloatArray, IntArray
 from serving.backends.verify_steps import FP32_STEP
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.errors import InputError
+from serving.server.metrics import Metrics
 from tests.closed_form import ClosedFormSlotBackend
 from tests.serving.engine.harness import EOS, TOKENIZER, Heard, Observed, Stepped
 
@@ -75,14 +77,16 @@ class RepetitiveBackend(ClosedFormSlotBackend):
 class Speculating(Stepped):
     """The engine over such a model, which speculates unless it is told not to."""
 
-    def __init__(self, *, slots: int = 4, speculation: Any = "auto", tolerance: float | None = TOLERANCE) -> None:
+    def __init__(
+        self, *, slots: int = 4, speculation: Any = "auto", tolerance: float | None = TOLERANCE, table: Any = None
+    ) -> None:
         self.backend = RepetitiveBackend(slots, LENGTH, 8)
         self.backend.verify_step = None if tolerance is None else replace(FP32_STEP, tolerance=tolerance)
         self.now = 0.0
         self.observed = Observed()
         settings = EngineConfig(slots=slots, prefill_chunk=8, speculation=speculation)
         self.engine = SlotEngine(
-            self.backend, TOKENIZER, EOS, settings, self.observed, clock=lambda: self.now, start=False
+            self.backend, TOKENIZER, EOS, settings, self.observed, clock=lambda: self.now, start=False, table=table
         )
 
 
@@ -226,6 +230,37 @@ def test_a_failing_verify_step_ends_its_request_only() -> None:
     run.check_idle()
     assert heard.ends[0].reason == "error"
     assert said(finished(run, max_new_tokens=50)) == said(finished(Speculating(speculation="off"), max_new_tokens=50))
+
+
+def test_metrics_count_drafts_by_source() -> None:
+    run, metrics = Speculating(), Metrics()
+    finished(run, max_new_tokens=20)
+    metrics.model("model", 1).begin(run.engine)
+    before = run.engine.stats()
+    finished(run, max_new_tokens=150)
+    stats = run.engine.stats()
+    text = generate_latest(metrics.registry).decode()
+    drafted = stats.drafted_prompt_tokens - before.drafted_prompt_tokens
+    accepted = stats.accepted_prompt_tokens - before.accepted_prompt_tokens
+    replayed = stats.replayed_tokens - before.replayed_tokens
+    assert 0 < accepted < drafted and replayed > 0
+    prefix = "gpt2_bundle_spec_decode_"
+    for source, values in {"prompt": (drafted, accepted), "ngram": (0, 0)}.items():
+        for name, value in zip(("draft", "accepted"), values, strict=True):
+            labels = f'{{model_name="model",source="{source}",version="1"}}'
+            assert f"{prefix}num_{name}_tokens_total{labels} {float(value)}" in text
+    assert f'{prefix}replayed_tokens_total{{model_name="model",version="1"}} {float(replayed)}' in text
+
+
+def test_a_table_drafts_where_the_text_does_not_repeat() -> None:
+    class Table:
+        def continuation(self, tokens: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+            drafted = [FIRST + (tokens[-1] - FIRST + 1 + place) % LETTERS for place in range(count)]
+            return tuple(drafted), (0.9,) * count
+
+    run, plain = Speculating(tolerance=0.0, table=Table()), Speculating(speculation="off")
+    assert said(finished(run, [FIRST], max_new_tokens=40)) == said(finished(plain, [FIRST], max_new_tokens=40))
+    assert run.engine.stats().accepted_ngram_tokens > 10
 
 
 def test_a_backend_whose_tolerance_is_not_known_does_not_speculate() -> None:
