@@ -82,7 +82,9 @@ def _single(backend: OnnxBackend, prompt: Sequence[int], row: NDArray[np.int64])
 def _count(record: dict[str, int], logits: NDArray[np.float32], row: NDArray[np.int64], share: float) -> None:
     params = SETTINGS["greedy"]
     for line, token in zip(logits, row[1:].tolist(), strict=True):
-        certain = not share or is_certain(line, params, 0, 0, absolute_tolerance(line, params, share))
+        certain = not share or is_certain(
+            line, int(line.argmax()), params, 0, 0, absolute_tolerance(line, params, share)
+        )
         record["of"] += 1
         record["certain"] += certain
         record["equal"] += certain and int(line.argmax()) == token

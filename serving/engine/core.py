@@ -187,7 +187,7 @@ class Core:
         accepted = 0
         for row, drafted in enumerate((*draft.tokens, None)):
             sampled = sample(logits[row : row + 1], [sequence])
-            if not self._speculation.certain(sequence, logits[row]):
+            if not self._speculation.certain(sequence, logits[row], sampled[0].token):
                 break
             self._speculation.on_accepted(sequence, slot.filled)
             slot.filled += 1
@@ -244,7 +244,7 @@ class Core:
             return [
                 each
                 for each in sample(logits, sequences)
-                if not self._speculation.inexact(each.sequence) or self._certain(each.sequence, logits)
+                if not self._speculation.inexact(each.sequence) or self._certain(each, logits)
             ]
         assert self._device_sampling is not None
         try:
@@ -253,9 +253,10 @@ class Core:
             self._fail([sequence.request for sequence in sequences if sequence is not None], error)
             return []
 
-    def _certain(self, sequence: EngineSequence, logits: FloatArray) -> bool:
-        assert sequence.slot is not None
-        return self._speculation.certain(sequence, logits[sequence.slot.index])
+    def _certain(self, sampled: Sampled, logits: FloatArray) -> bool:
+        slot = sampled.sequence.slot
+        assert slot is not None
+        return self._speculation.certain(sampled.sequence, logits[slot.index], sampled.token)
 
     def _begin(self, request: EngineRequest) -> list[Sampled]:
         """Emit the end of the prefill and sample the first tokens, unless the request wants no output."""

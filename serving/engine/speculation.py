@@ -88,8 +88,8 @@ class Speculation:
         named |= {f"accepted_{source}_tokens": count for source, count in counts.accepted.items()}
         return {**named, "replayed_tokens": counts.replayed}
 
-    def certain(self, sequence: EngineSequence, line: FloatArray) -> bool:
-        """Whether plain decoding surely samples the token that `line` [vocab], with bias and penalties, gives.
+    def certain(self, sequence: EngineSequence, line: FloatArray, token: int) -> bool:
+        """Whether plain decoding surely samples `token`, which `line` [vocab], with bias and penalties, gives.
 
         If not, the sequence replays its inexact positions from the next step on.
         """
@@ -97,7 +97,7 @@ class Speculation:
             return True
         params = sequence.params
         tolerance = absolute_tolerance(line, params, self._tolerance)
-        if is_certain(line, params, sequence.seed, sequence.num_generated, tolerance):
+        if is_certain(line, token, params, sequence.seed, sequence.num_generated, tolerance):
             return True
         self._replay(sequence)
         return False

@@ -63,7 +63,7 @@ class SpeculativeSteps:
     def sample_tokens(self, rows: IntArray, step: int) -> IntArray:
         """See `Steps.sample_tokens`."""
         tokens = self._sampler.sample_tokens(self.logits, rows, step)
-        if self._inexact is not None and not self._certain(rows, step):
+        if self._inexact is not None and not self._certain(int(tokens[0]), rows, step):
             self._replay()
             tokens = self._sampler.sample_tokens(self.logits, rows, step)
         self._sampler.add(rows, tokens)
@@ -93,10 +93,10 @@ class SpeculativeSteps:
         if self._inexact is None and self._tolerance:
             self._inexact = place
 
-    def _certain(self, rows: IntArray, step: int) -> bool:
+    def _certain(self, token: int, rows: IntArray, step: int) -> bool:
         line = self._sampler.edited(self.logits, rows)[0]
         tolerance = absolute_tolerance(line, self._params, self._tolerance)
-        return is_certain(line, self._params, self._params.seed, step, tolerance)
+        return is_certain(line, token, self._params, self._params.seed, step, tolerance)
 
     def _replay(self) -> None:
         """Decode all inexact positions again, one token a step."""

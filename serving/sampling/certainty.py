@@ -14,6 +14,7 @@ from serving.sampling.parameters import SamplingParams
 from serving.sampling.sampler import uniform
 
 _SAMPLE = 4096
+_ROUNDING = 1e-6
 
 
 def logit_scale(line: NDArray[np.float32]) -> float:
@@ -32,8 +33,10 @@ def absolute_tolerance(line: NDArray[np.float32], params: SamplingParams, share:
     return share * penalty * logit_scale(line)
 
 
-def is_certain(line: NDArray[np.float32], params: SamplingParams, seed: int, step: int, tolerance: float) -> bool:
-    """Whether `sample_tokens` gives the same token for all logits within `tolerance` of `line` [vocab].
+def is_certain(
+    line: NDArray[np.float32], token: int, params: SamplingParams, seed: int, step: int, tolerance: float
+) -> bool:
+    """Whether `sample_tokens`, which gives `token`, gives it for all logits within `tolerance` of `line` [vocab].
 
     `line` has its bias and penalties. The answer may be False for a token that would stay the same: where the
     candidates do not decide it, and where a token of nearly the same logit could take its place in the order.
@@ -42,12 +45,17 @@ def is_certain(line: NDArray[np.float32], params: SamplingParams, seed: int, ste
     and the kept mass do too, so the target is compared with sums widened by exp(±4 d).
     """
     if params.temperature == 0 or params.top_k == 1:
-        second, first = np.partition(line, -2)[-2:].tolist() if len(line) > 1 else (-np.inf, line[0])
-        return bool(first - second > 2 * tolerance)
+        rest = max(line[:token].max(initial=-np.inf), line[token + 1 :].max(initial=-np.inf))
+        return bool(line[token] - rest > 2 * tolerance)
+    # At least what float32 weights are off by themselves.
+    spread = max(2 * tolerance / float(params.temperature), _ROUNDING)
+    draw = float(uniform(seed, step))
+    if params.top_p == 1 and params.min_p == 0 and not 0 < params.top_k < len(line):
+        return _certain_among_all(line, token, float(params.temperature), draw, spread, tolerance)
     count = min(FEW_CANDIDATES, len(line))
     ids = descending(line, np.flatnonzero(line >= np.partition(line, -count)[-count]))
     logits = line[ids].astype(np.float64)
-    temperature, spread = float(params.temperature), 2 * tolerance / float(params.temperature)
+    temperature = float(params.temperature)
     limited = 0 < params.top_k < len(line)
     if limited and params.top_k > len(ids):
         return False
@@ -56,13 +64,12 @@ def is_certain(line: NDArray[np.float32], params: SamplingParams, seed: int, ste
         mass = float(weights.sum())
         complete = limited or len(ids) == len(line)
         if not complete:
-            mass = float(np.exp((line.astype(np.float64) - logits[0]) / temperature).sum())
+            mass = float(np.exp((line - line.max()) / params.temperature).sum(dtype=np.float64))
     sums = np.cumsum(weights)
     low = _kept(weights, sums, mass, params, -spread, complete)
     high = _kept(weights, sums, mass, params, spread, complete)
     if low is None or high is None:
         return False
-    draw = float(uniform(seed, step))
     index, other = np.searchsorted(
         sums, (draw * low * np.exp(-2 * spread), draw * high * np.exp(2 * spread)), side="right"
     ).tolist()
@@ -70,6 +77,21 @@ def is_certain(line: NDArray[np.float32], params: SamplingParams, seed: int, ste
         return False
     around = logits[max(index - 1, 0) : index + 2]
     return bool((around[:-1] - around[1:] > 2 * tolerance).all())
+
+
+def _certain_among_all(
+    line: NDArray[np.float32], token: int, temperature: float, draw: float, spread: float, tolerance: float
+) -> bool:
+    """The same where every token is kept: without sorting, by the mass of the likelier tokens."""
+    logit = line[token]
+    if np.count_nonzero(line >= logit - 2 * tolerance) - np.count_nonzero(line > logit + 2 * tolerance) != 1:
+        return False
+    with np.errstate(over="ignore", under="ignore"):
+        weights = np.exp((line - line.max()) / np.float32(temperature))
+    target = draw * float(weights.sum(dtype=np.float64))
+    before = float(weights[line > logit].sum(dtype=np.float64))
+    after = before + float(weights[token])
+    return bool(before <= target * np.exp(-2 * spread) and after > target * np.exp(2 * spread))
 
 
 def _kept(

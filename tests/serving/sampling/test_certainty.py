@@ -44,7 +44,7 @@ def test_certain_tokens_do_not_change(parameters: dict[str, Any], vocab: int) ->
             line[rng.integers(0, vocab, 2)] = line.max()
         line += rng.normal(size=vocab).astype(np.float32) * np.float32(TOLERANCE)
         chosen = token(line, params, step)
-        if not is_certain(line, params, params.seed, step, TOLERANCE):
+        if not is_certain(line, chosen, params, params.seed, step, TOLERANCE):
             continue
         certain += 1
         above = line > line[chosen]
@@ -64,13 +64,16 @@ def test_most_tokens_are_certain_at_the_tolerance_of_fp32() -> None:
     rng = np.random.default_rng(0)
     lines = (rng.normal(size=(100, 5000)) * 3).astype(np.float32)
     for parameters in ({}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}):
-        params = SamplingParams(**parameters)
-        count = sum(is_certain(line, params, 1, step, 1e-5) for step, line in enumerate(lines))
+        params = SamplingParams(seed=1, **parameters)
+        count = sum(
+            is_certain(line, token(line, params, step), params, params.seed, step, 1e-5)
+            for step, line in enumerate(lines)
+        )
         assert count >= 90, parameters
 
 
 def test_a_greedy_tie_is_not_certain() -> None:
     line = np.array([1, 3, 3, 0], np.float32)
-    assert not is_certain(line, SamplingParams(), 0, 0, 1e-6)
-    assert is_certain(line[[0, 1, 3]], SamplingParams(), 0, 0, 0.9)
-    assert not is_certain(line[[0, 1, 3]], SamplingParams(), 0, 0, 1.0)
+    assert not is_certain(line, 1, SamplingParams(), 0, 0, 1e-6)
+    assert is_certain(line[[0, 1, 3]], 1, SamplingParams(), 0, 0, 0.9)
+    assert not is_certain(line[[0, 1, 3]], 1, SamplingParams(), 0, 0, 1.0)
