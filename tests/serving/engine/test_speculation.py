@@ -16,6 +16,8 @@ from serving.backends.verify_steps import FP32_STEP
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.errors import InputError
+from serving.sampling.constraints import StructuredOutput
+from serving.sampling.grammars import GrammarCompiler
 from serving.server.metrics import Metrics
 from tests.closed_form import ClosedFormSlotBackend
 from tests.serving.engine.harness import EOS, TOKENIZER, Heard, Observed, Stepped
@@ -230,6 +232,14 @@ def test_a_failing_verify_step_ends_its_request_only() -> None:
     run.check_idle()
     assert heard.ends[0].reason == "error"
     assert said(finished(run, max_new_tokens=50)) == said(finished(Speculating(speculation="off"), max_new_tokens=50))
+
+
+def test_a_sequence_with_a_grammar_decodes_plainly() -> None:
+    grammar = GrammarCompiler(TOKENIZER, 257, EOS).compile(StructuredOutput("regex", "[a-l]{40}"))
+    run, plain = Speculating(), Speculating(speculation="off")
+    ours = finished(run, max_new_tokens=60, grammar=grammar)
+    assert len(ours.text()) == 40 and not run.backend.verified
+    assert said(ours) == said(finished(plain, max_new_tokens=60, grammar=grammar))
 
 
 def test_metrics_count_drafts_by_source() -> None:
