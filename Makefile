@@ -17,7 +17,7 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-prefill bench-serving \
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-prefill bench-speculation bench-serving \
 	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
 
 help: ## Show this list.
@@ -111,6 +111,11 @@ bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.engine "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph --chunks 2.25x,64 \
 		--new-tokens 32 --repeats 5 --output runs/bench-prefill/$$graph.json || exit; done
+
+bench-speculation: $(INSTALLED) ## Compare speculative with plain decoding of single streams on held-out text, fp32 and int8 (BUNDLE=, PROMPTS=).
+	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
+	for graph in fp32 int8; do $(BIN)/python -m benchmarks.experiments.speculation "$(BUNDLE)" --graph ort/$$graph \
+		$(foreach file,$(PROMPTS),--prompts $(file)) --output runs/bench-speculation/$$graph.json || exit; done
 
 bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M, then overload it, leave it and end it under load.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
