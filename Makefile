@@ -108,18 +108,20 @@ bench-peers: $(INSTALLED) ## Compare decode and prefill at 124M with other runti
 	$(BIN)/python -m benchmarks.peers.publish
 
 # Drafts that hold depend on the text: take a bundle of a trained model.
-bench-speculation: $(INSTALLED) ## Compare speculative decoding of other runtimes with plain decoding, on a trained bundle (BUNDLE=).
-	for peer in openvino llama; do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
-	test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
-	$(BIN)/python -m benchmarks.peers "$(BUNDLE)" --speculation --new-tokens 96 --work runs/bench-speculation \
-		--output runs/bench-speculation/record.json
-
 bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 64 tokens, and what bounds both, int8 and fp32, at 1, 4 and 16 streams.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.prefill_cost "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
 		--output runs/bench-prefill/$$graph-cost.json || exit; done
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.engine "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph --chunks 2.25x,64 \
 		--new-tokens 32 --repeats 5 --output runs/bench-prefill/$$graph.json || exit; done
+
+bench-speculation: $(INSTALLED) ## Compare speculative with plain decoding of single streams, fp32 and int8, and with prompt lookup of other runtimes (BUNDLE=, PROMPTS=).
+	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
+	for graph in fp32 int8; do $(BIN)/python -m benchmarks.experiments.speculation "$(BUNDLE)" --graph ort/$$graph \
+		$(foreach file,$(PROMPTS),--prompts $(file)) --output runs/bench-speculation/$$graph.json || exit; done
+	for peer in openvino llama; do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
+	$(BIN)/python -m benchmarks.peers "$(BUNDLE)" --speculation --new-tokens 96 --work runs/bench-speculation \
+		--output runs/bench-speculation/peers.json
 
 bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M, then overload it, leave it and end it under load.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)

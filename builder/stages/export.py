@@ -37,6 +37,7 @@ from builder.verification.golden import GOLDEN, versions, write_golden
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
 from serving.deploy.tf_serving_config import config_files
 from serving.errors import InputError
+from serving.generation.ngram_table import NGRAM_FILE
 
 
 def export(
@@ -53,6 +54,8 @@ def export(
     shutil.copyfile(trained / "config.json", draft / "config.json")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
+    if (prepared / "tokens" / NGRAM_FILE).is_file():
+        shutil.copyfile(prepared / "tokens" / NGRAM_FILE, draft / NGRAM_FILE)
 
     graphs: dict[str, Graph] = {}
     logits: list[str | int] = ["batch_size", "sequence_length", geometry.vocab_size]

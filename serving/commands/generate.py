@@ -8,7 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Number of ONNX Runtime threads.  [default: the physical cores]"
 )
+@click.option(
+    "--speculation",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "off"]),
+    help="Verify several drafted tokens in one step where that gives the same tokens (auto), or never (off).",
+)
 @sampling_options()
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
@@ -66,6 +73,7 @@ def generate(
     graph: str | None,
     device: str,
     threads: int | None,
+    speculation: Literal["auto", "off"],
     as_json: bool,
     chat: bool,
     system: str | None,
@@ -96,7 +104,7 @@ def generate(
     if tuner is not None:
         setting = tuner.choose(open_bundle(bundle, check="sizes"))
         graph, threads = setting.graph, setting.threads
-    model = load(bundle, graph=graph, runtime=runtime, device=device, threads=threads)
+    model = load(bundle, graph=graph, runtime=runtime, device=device, threads=threads, speculation=speculation)
     grammar = None
     if wanted is not None:
         option, structure = wanted
