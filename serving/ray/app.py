@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def build(args: dict[str, Any]) -> Any:
     seqs = asked["max_num_seqs"] or EngineConfig.slots
     deployment = serve.deployment(
         name=REPLICA,
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus, "memory": options.memory},
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus, "memory": memory},
         # Late binding: few requests wait at a replica, the others where the next free replica can take them.
         max_ongoing_requests=seqs + max(1, seqs // 4),
         max_queued_requests=_QUEUED * options.max_replicas,
@@ -162,4 +161,4 @@ def build(args: dict[str, Any]) -> Any:
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=asked["drain_timeout"],
     )(Ingress)
-    return ingress.bind(replace(options, memory=memory), deployment.bind(options))
+    return ingress.bind(options, deployment.bind(options))

@@ -35,7 +35,7 @@ SECONDS = 120
 
 def deploy(port, args, deployments):
     """Deploy as `serve deploy` does. What keeps the application from running, "" if it runs."""
-    client = serve_start(http_options={"host": "127.0.0.1", "port": port})
+    client = serve_start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
     application = {"name": "app", "import_path": "serving.ray.app:build", "args": args, "deployments": deployments}
     client.deploy_apps(ServeDeploySchema(applications=[application]))
     deadline = time.monotonic() + SECONDS

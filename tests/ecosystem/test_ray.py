@@ -343,3 +343,58 @@ def test_the_engine_itself_agrees(running: RayCluster, bundle: Path) -> None:
             tokens.append(event.token)
     engine.close()
     assert answer["choices"][0]["token_ids"] == tokens and len(tokens) == 32
+
+
+def test_a_batch_is_answered_as_the_batch_command_does(bundle: Path, tmp_path: Path) -> None:
+    lines = [
+        {"custom_id": f"c{index}", "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": text, "max_tokens": 8, "temperature": 0}}
+        for index, text in enumerate(prompts(40, words=12))
+    ]  # fmt: skip
+    lines[3]["body"]["max_tokens"] = -1
+    requests = tmp_path / "requests.jsonl"
+    texts = [json.dumps(line) for line in lines]
+    requests.write_text("\n".join([*texts, "no JSON", texts[0]]) + "\n")
+    from serving.cli import run
+
+    plain, ours = tmp_path / "plain.jsonl", tmp_path / "ray.jsonl"
+    assert run(["batch", str(bundle), str(requests), str(plain)]) == 1
+    # A first run that was killed in the middle of an answer.
+    ours.write_bytes(b"".join(plain.read_bytes().splitlines(keepends=True)[:5]) + b'{"id": "half')
+    command = [
+        str(PYTHON),
+        "-m",
+        "serving.ray.batch",
+        str(bundle),
+        str(requests),
+        str(ours),
+        "--actors=2",
+        "--cpus=0.5",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE": "1",
+    }
+    done = subprocess.run(
+        [*command, "--batch-size=4", "--serve=--threads=1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"answers": 42, "new": 37, "errors": 3}
+    kept = [answers_of(path) for path in (plain, ours)]
+    assert kept[0] == kept[1] and len(kept[0]) == 42
+
+
+def answers_of(path: Path) -> list[str]:
+    """What each line was answered, without what differs from run to run."""
+    found = []
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        response = line["response"] and {"status": line["response"]["status_code"], "body": line["response"]["body"]}
+        for changing in ("id", "created", "usage"):
+            response and response["body"].pop(changing, None)
+        found.append(json.dumps([line["custom_id"], response, line["error"]], sort_keys=True))
+    return sorted(found)
