@@ -12,11 +12,10 @@ from typing import Any
 
 import ray
 from ray import serve
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
-from starlette.types import Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.commands.serve import build_server, server_settings
 from serving.engine.api import QueueFullError
@@ -80,7 +79,7 @@ class Ingress:
         self._options = options
         self._method = replicas.options(stream=True).answer
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         asked = self._options.serve_options()
         logging_setup.configure(asked["log_format"], access=not asked["no_access_log"])
         settings = server_settings(asked)
@@ -92,7 +91,7 @@ class Ingress:
             Route("/version", version),
             Mount("/", forwarder),
         ]
-        return gated_app(routes, Server(ModelRegistry(), settings))
+        return _without_request_id(gated_app(routes, Server(ModelRegistry(), settings)))
 
     async def _call(self, request: ForwardedRequest) -> AsyncGenerator[list[Message], None]:
         response = self._method.remote(request)
@@ -108,6 +107,20 @@ class Ingress:
         except (asyncio.CancelledError, GeneratorExit):
             response.cancel()
             raise
+
+
+def _without_request_id(app: ASGIApp) -> ASGIApp:
+    """`app` without the header X-Request-Id in its answers, as Ray's proxy adds the same one."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return wrapped
 
 
 async def _ready(request: Request) -> Response:

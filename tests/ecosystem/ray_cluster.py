@@ -1,6 +1,6 @@
 """A local Ray cluster of two nodes that serves a bundle, for tests that steer it by lines of JSON.
 
-`ray_cluster.py FOLDER PORT` starts a head node and a worker node, of one processor each, with their files in FOLDER.
+`ray_cluster.py PORT` starts a head node and a worker node, of one processor each, with their files in RAY_TMPDIR.
 Then each line on standard input is an order, answered by one line: ["deploy", ARGS, DEPLOYMENTS] deploys as a Serve
 configuration does; ["kill"] kills the worker node with all its processes; ["add"] starts one again; ["replicas"] lists
 the running replicas. The end of the input ends the cluster.
@@ -56,13 +56,12 @@ def replicas():
 
 
 def main():
-    folder, port = sys.argv[1], int(sys.argv[2])
+    port = int(sys.argv[1])
     node = {
         "num_cpus": 1,
         "object_store_memory": 80 * MEBIBYTE,
         "memory": 2048 * MEBIBYTE,
         "include_dashboard": False,
-        "temp_dir": folder,
     }
     cluster = Cluster(initialize_head=True, head_node_args=node)
     worker = cluster.add_node(**node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,10 +94,10 @@ def cluster(bundle: Path) -> Iterator[RayCluster]:
     # Ray's sockets are below it, and the path of a socket has 107 characters at most.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     script = Path(__file__).with_name("ray_cluster.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RAY_TMPDIR": folder}
     log = (Path(folder) / "driver.log").open("w")
     process = subprocess.Popen(
-        [str(PYTHON), str(script), folder, str(port)],
+        [str(PYTHON), str(script), str(port)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
     )  # fmt: skip
     try:
@@ -114,6 +115,7 @@ def cluster(bundle: Path) -> Iterator[RayCluster]:
         process.kill()
         log.close()
         kill_all_of(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def kill_all_of(folder: str) -> None:
