@@ -106,8 +106,9 @@ def main(
     check_bundle(options)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ray.exceptions.RayError) as error:
-        raise GPT2BundleError(f"no Ray cluster answers at {address}: {one_line(error)}") from None
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        where = address or "this machine or RAY_ADDRESS"
+        raise GPT2BundleError(f"no Ray cluster answers at {where}: {one_line(error)}") from None
     check_nodes(options.need(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     ray.data.DataContext.get_current().enable_progress_bars = False
     with AnswerFile(answers) as written:
