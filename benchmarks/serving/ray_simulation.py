@@ -61,6 +61,7 @@ class _Request:
     arrived: float
     group: int
     ingress: int
+    routed: float = 0.0
     first: float = 0.0
     cached: bool = False
 
@@ -115,16 +116,16 @@ class Simulation:
         while self._events:
             self.now, _, act = heapq.heappop(self._events)
             act(self.now)
-        tokens = len(self.done) * traffic.new
+        tokens, end = len(self.done) * traffic.new, max(self.now, *self._free)
         return {
             "replicas": len(self._replicas),
             "ingresses": len(self._free),
             "requests": len(self.done),
-            "tokens_per_second": tokens / self.now,
+            "tokens_per_second": tokens / end,
             "time_to_first_token_s": quantiles([each.first - each.arrived for each in self.done]),
             "latency_s": quantiles(self.times),
             "cached_prefixes": sum(each.cached for each in self.done) / len(self.done),
-            "busiest_ingress": max(self._ingress_busy) / self.now,
+            "busiest_ingress": max(self._ingress_busy) / end,
         }
 
     def _at(self, moment: float, act: Callable[[float], None]) -> None:
@@ -149,6 +150,7 @@ class Simulation:
         return self._free[ingress]
 
     def _route(self, request: _Request, now: float) -> None:
+        request.routed = now
         for name in self._candidates(request):
             if self._replicas[name].in_flight < self._limit:
                 self._send(request, self._replicas[name], now)

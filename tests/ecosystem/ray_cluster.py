@@ -57,6 +57,9 @@ def replicas():
 
 def main():
     port = int(sys.argv[1])
+    # Ray prints what happens to its nodes.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     node = {
         "num_cpus": 1,
         "object_store_memory": 80 * MEBIBYTE,
@@ -67,7 +70,7 @@ def main():
     worker = cluster.add_node(**node)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        print(json.dumps({"head": ray.get_runtime_context().get_node_id()}), flush=True)
+        print(json.dumps({"head": ray.get_runtime_context().get_node_id()}), file=answers, flush=True)
         for line in sys.stdin:
             order, *values = json.loads(line)
             answer = None
@@ -79,7 +82,7 @@ def main():
                 worker = cluster.add_node(**node)
             elif order == "replicas":
                 answer = replicas()
-            print(json.dumps({order: answer}), flush=True)
+            print(json.dumps({order: answer}), file=answers, flush=True)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -202,7 +202,7 @@ def test_a_stream_comes_token_by_token(running: RayCluster, plain: httpx2.Client
 
 
 def test_equal_prefixes_go_to_the_replica_that_has_them(running: RayCluster) -> None:
-    starts = prompts(6)
+    starts = prompts(SLOTS - 1)  # A replica keeps a prefix in each of its slots.
     assert all(len(start) > 256 for start in starts)
     cached = []
     for turn in range(3):
