@@ -18,7 +18,7 @@ MAY_IMPORT = {"builder": {"serving"}, "benchmarks": {"serving"}, "serving": set(
 # do not import each other.
 LAYERS = {
     "serving": (
-        "cli",
+        "cli ray",
         "commands",
         "entrypoints model",
         "protocols",
