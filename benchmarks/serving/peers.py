@@ -208,7 +208,9 @@ def _line(done: dict[str, Any]) -> str:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(list(_OUTTYPES)), default="int8", show_default=True, help="Of the weights.")
+@click.option(
+    "--precision", type=click.Choice(list(_OUTTYPES)), default="int8", show_default=True, help="Of the weights."
+)
 @click.option("--environments", type=click.Path(path_type=Path), default=Path(), help="Where .venv-peer-NAME lie.")
 @click.option("--llama-server", type=click.Path(path_type=Path, exists=True), help="llama.cpp's own server.")
 @click.option("--only", help="Names of servers to compare with ours, with commas; all that are installed by default.")

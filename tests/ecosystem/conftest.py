@@ -74,8 +74,14 @@ def ours(bundle: Bundle, graph: str = "onnx/portable") -> Answers:
 
 
 @pytest.fixture(scope="session")
-def varied(built: TinyBuild, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of large random weights: its greedy tokens vary, where a small trained model repeats one."""
+def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of large random weights: its greedy tokens vary, where a small trained model repeats one.
+
+    ECOSYSTEM_BUNDLE names another bundle to try the tools on.
+    """
+    if "ECOSYSTEM_BUNDLE" in os.environ:
+        return open_bundle(os.environ["ECOSYSTEM_BUNDLE"])
+    built: TinyBuild = request.getfixturevalue("built")
     folder = tmp_path_factory.mktemp("varied")
     base = folder / "base"
     base.mkdir()
