@@ -96,7 +96,7 @@ def test_folders_that_are_no_bundle(fails: Fails, tmp_path: Path) -> None:
 # Every command that opens a bundle, with what it would write.
 OPENING = (
     "inspect B", "generate B x", "verify B", "serve B --port 0", "batch B requests.jsonl answers.jsonl",
-    "evaluate B requests.jsonl", "bench B", "export B --gguf x.gguf",
+    "evaluate B --text requests.jsonl", "bench B", "export B --gguf x.gguf",
     *(f"deploy B --output out --target {each}" for each in ("tfserving", "compose", "kubernetes", "kserve", "triton")),
 )  # fmt: skip
 
