@@ -177,6 +177,33 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 	.venv-ovms/bin/python -m pip install --quiet --disable-pip-version-check ovmsclient==2023.1
 	@touch $@
 
+.venv-genai/installed:
+	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
+	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
+	@touch $@
+
+.venv-onnxruntime/installed:
+	test -x .venv-onnxruntime/bin/python || $(PYTHON) -m venv .venv-onnxruntime
+	.venv-onnxruntime/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==2.4.6 tokenizers==0.23.3
+	@touch $@
+
+.venv-openvino/installed:
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet --disable-pip-version-check openvino==2026.4.1 numpy==2.4.6 tokenizers==0.23.3
+	@touch $@
+
+# optimum-onnx asks for an older transformers than the one of .venv-peer-torch.
+.venv-optimum/installed:
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
+		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
+	@touch $@
+
+# Its install script would fetch libraries for CUDA.
+.node-transformers/installed:
+	ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-fund --no-audit --prefix .node-transformers @huggingface/transformers@4.3.2
+	@touch $@
+
 .venv-ray/installed: pyproject.toml constraints.txt
 	rm -rf .venv-ray
 	$(PYTHON) -m venv .venv-ray
@@ -186,15 +213,21 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of its own, and run the Ray Serve application on a local cluster.
 	RAY_PYTHON=.venv-ray/bin/python $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_ray.py
 
-test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed .venv-clients/installed .venv-ovms/installed .venv-ray/installed ## Install GenAI, Optimum, KerasHub, Ray, Schemathesis and clients in environments of their own, and run them.
-	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
-	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
-	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
-	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
-		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
-	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python \
-		CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python \
-		RAY_PYTHON=.venv-ray/bin/python KERAS_HUB_PYTHON=.venv-peer-keras_hub/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
+# A Triton with its Python backend alone; TensorFlow Serving's and KerasHub's tests share TensorFlow.
+.venv-triton/installed:
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==2.4.6
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	@touch $@
+
+# One environment a tool, 5 GB together; one that does not install here is left out, and its tests say so.
+TOOLS := .venv-onnxruntime .venv-genai .venv-openvino .venv-optimum .venv-triton .node-transformers \
+	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-ray
+
+test-ecosystem: $(INSTALLED) ## Install other tools and clients in environments of their own, and run them on a bundle and a server.
+	for tool in $(TOOLS); do $(MAKE) $$tool/installed || echo "$$tool does not install here: left out" >&2; done
+	CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python RAY_PYTHON=.venv-ray/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st \
+		$(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
@@ -202,4 +235,4 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/mypy
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-clients .venv-ovms .venv-ray .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .node-transformers runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
