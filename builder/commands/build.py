@@ -37,6 +37,8 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     with joined_workers(run.recipe, reporter) as workers:
         if workers is not None and not workers.is_chief:
             follow(run, workers, reporter)
+            if as_json:
+                click.echo(json_line({"bundle": None, "worker": workers.cluster.names[workers.rank]}))
             return
         with locked(run.folder):
             bundle = run_build(run, output, reporter, workers)

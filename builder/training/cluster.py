@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from builder.recipe import TrainingRecipe
-from serving.errors import InputError, cut
+from serving.errors import InputError, TrainingError, cut
 
 _SHAPE = """write it as {"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, "task": {"type": "worker", "index": 0}}"""
 _JOBS = ("chief", "worker")
@@ -94,6 +96,24 @@ def check_batch(recipe: TrainingRecipe, workers: int) -> None:
             f"recipe key 'training.batch_size' is {recipe.batch_size}{parts}, which {workers} workers cannot share "
             "evenly; change it or the number of workers"
         )
+
+
+def listen(cluster: Cluster) -> socket.socket:
+    """Open this worker's port, on loopback alone if its address is there. Raises TrainingError if it is taken."""
+    host, port = cluster.addresses[cluster.rank]
+    try:
+        if host in ("localhost", "127.0.0.1", "::1"):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return socket.create_server((host, port), family=family)
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
+        raise TrainingError(
+            f"port {port} of {cluster.describe(cluster.rank)} {why}; end the process that has it, or name another in "
+            "TF_CONFIG"
+        ) from None
 
 
 def _section(config: Any, name: str) -> dict[str, Any]:

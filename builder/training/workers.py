@@ -7,7 +7,6 @@ process ends or falls silent, the chief tells the others, and the sums that they
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import queue
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from builder.training.cluster import Cluster
+from builder.training.cluster import Cluster, listen
 from builder.training.json_connection import JsonConnection
 from builder.training.ring import Ring, greet, greeting
 from serving.errors import InputError, TrainingError, cut, one_line
@@ -64,7 +63,7 @@ class Workers:
 
     def __enter__(self) -> Workers:
         """Wait for all workers. Raises InputError for one that differs, TrainingError for one that does not come."""
-        self._server = _listen(self.cluster)
+        self._server = listen(self.cluster)
         try:
             if self.is_chief:
                 self._admit_all()
@@ -283,21 +282,3 @@ def _say(peer: JsonConnection, message: dict[str, Any]) -> None:
     """Send; that a worker is gone is found where it is read."""
     with contextlib.suppress(OSError):
         peer.send(message)
-
-
-def _listen(cluster: Cluster) -> socket.socket:
-    """Open this worker's port, on loopback alone if its address is there. Raises TrainingError if it is taken."""
-    host, port = cluster.addresses[cluster.rank]
-    try:
-        if host in ("localhost", "127.0.0.1", "::1"):
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, port), family=family)
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
-        raise TrainingError(
-            f"port {port} of {cluster.describe(cluster.rank)} {why}; end the process that has it, or name another in "
-            "TF_CONFIG"
-        ) from None

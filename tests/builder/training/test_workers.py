@@ -319,7 +319,15 @@ def test_strangers_at_the_chiefs_port_change_nothing() -> None:
     with chief_of(chief, {}) as ended:
         time.sleep(0.2)
         deep = b'{"a":' * 200_000
-        for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"rank": null}\n', b'{"rank": "x"}\n', deep, b"\xff\n"):
+        for words in (
+            b"",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"[]\n",
+            b'{"rank": null}\n',
+            b'{"rank": "x"}\n',
+            deep,
+            b"\xff\n",
+        ):
             with contextlib.suppress(OSError), socket.create_connection(chief.addresses[0]) as stranger:
                 stranger.sendall(words)
                 stranger.shutdown(socket.SHUT_WR)

@@ -23,7 +23,6 @@ from builder.training.workers import Workers
 from tests.builder.data.test_document_batches import TRAIN as DOCUMENTS
 from tests.builder.data.test_document_batches import VALIDATION as HELD_OUT
 from tests.builder.training.test_training_control import ADAM, GEOMETRY, TRAIN, VALIDATION
-from tests.builder.training.two_devices import farthest
 
 RECIPES: dict[str, tuple[TrainingRecipe, Any, Any]] = {
     "fit": (ADAM, TRAIN, VALIDATION),
@@ -63,6 +62,10 @@ def run(folder: Path, recipe: TrainingRecipe, data: tuple[Any, Any], workers: Wo
     return start, weights_of(model), history, losses
 
 
+def farthest(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    return max(float(np.abs(weight - theirs[name]).max()) for name, weight in ours.items())
+
+
 def apart(ours: Any, theirs: Any) -> float:
     """The greatest relative difference of two lists of figures."""
     assert len(ours) == len(theirs), (len(ours), len(theirs))
@@ -95,7 +98,8 @@ def main(folder: Path, rank: int, ports: list[int]) -> None:
             "losses": apart(losses, losses_of_one),
             "figures": max(apart([row[1][key] for row in rows], [row[0][key] for row in rows]) for key in keys),
             "logged": max(
-                apart(*([line[key] for line in log if key in line] for log in logs)) for key in ("loss", "gradient_norm")
+                apart(*([line[key] for line in log if key in line] for log in logs))
+                for key in ("loss", "gradient_norm")
             ),
             "weights": farthest(one, both),
             "moved": farthest(one, start),
