@@ -250,6 +250,10 @@ def chief_of(cluster: Cluster, identity: dict[str, Any], timeout: float = 20.0) 
     thread = threading.Thread(target=run)
     thread.start()
     try:
+        while True:  # A worker that comes before the chief listens tries again a little later.
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(cluster.addresses[0]):
+                break
+            time.sleep(0.01)
         yield ended
     finally:
         thread.join(30)
