@@ -18,7 +18,7 @@ BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(B
 
 .DEFAULT_GOAL := help
 .PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-prefill bench-serving \
-	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
+	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint man clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -166,14 +166,19 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 	.venv-ovms/bin/python -m pip install --quiet --disable-pip-version-check ovmsclient==2023.1
 	@touch $@
 
-test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed .venv-clients/installed .venv-ovms/installed ## Install GenAI, Optimum, KerasHub, Schemathesis and clients in environments of their own, and run them.
+.venv-oras/installed:
+	test -x .venv-oras/bin/python || $(PYTHON) -m venv .venv-oras
+	.venv-oras/bin/python -m pip install --quiet --disable-pip-version-check oras==0.2.43
+	@touch $@
+
+test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed .venv-clients/installed .venv-ovms/installed .venv-oras/installed ## Install GenAI, Optimum, KerasHub, Schemathesis and clients in environments of their own, and run them.
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
 	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
 		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
 	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python \
-		CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python \
+		CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python ORAS_PYTHON=.venv-oras/bin/python \
 		KERAS_HUB_PYTHON=.venv-peer-keras_hub/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
@@ -181,5 +186,8 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+man: $(INSTALLED) ## Write the manual page from the commands.
+	$(BIN)/gpt2-bundle man > docs/gpt2-bundle.1
+
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-clients .venv-ovms .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-clients .venv-ovms .venv-oras .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -26,7 +26,7 @@ LAYERS = {
         "engine",
         "generation clients",
         "backends",
-        "sampling deploy chat",
+        "sampling deploy chat distribution",
         "bundle protobuf",
         "support errors",
     ),

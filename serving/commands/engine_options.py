@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import ModelName, Number
+from serving.commands.param_types import GraphName, ModelName, Number
 from serving.errors import InputError, RuntimeMissingError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ ENGINE_OPTIONS = [
     click.option("--runtime", default="onnx", show_default=True,
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
                  help="Run the model in this process (onnx, tensorflow) or in a remote TensorFlow Serving."),
-    click.option("--graph", metavar="NAME",
+    click.option("--graph", type=GraphName(), metavar="NAME",
                  help="Serve this ONNX graph, by its name in the manifest.  [default: ort/fp32]"),
     click.option("--device", multiple=True, metavar="DEVICE",
                  help="Run ONNX Runtime on cpu, cuda or cuda:N. Several devices, separated by commas or in several "

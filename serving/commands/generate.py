@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.commands.param_types import BundlePath, GraphName
 from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.argument("prompt")
 @click.option(
     "--runtime", default="onnx", show_default=True, metavar="NAME", help="Run the model in onnx or tensorflow."
 )
 @click.option(
     "--graph",
+    type=GraphName(),
     metavar="NAME",
     help="Run this ONNX graph, by its name in the manifest, such as ort/int8.  [default: ort/fp32]",
 )
