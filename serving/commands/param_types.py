@@ -134,8 +134,12 @@ class GraphName(click.ParamType[str]):
         from serving.bundle.folder import open_bundle
         from serving.errors import GPT2BundleError
 
-        try:
-            graphs = open_bundle(ctx.params["bundle"], check="sizes").manifest.graphs
-        except (KeyError, TypeError, OSError, GPT2BundleError):
-            return []
-        return [CompletionItem(name) for name in graphs if name.startswith(incomplete)]
+        # While the option lacks its value, click leaves the words before it in `args`.
+        words = [ctx.params["bundle"]] if ctx.params.get("bundle") else ctx.args
+        for word in words:
+            try:
+                graphs = open_bundle(word, check="sizes").manifest.graphs
+            except (OSError, GPT2BundleError):
+                continue
+            return [CompletionItem(name) for name in graphs if name.startswith(incomplete)]
+        return []
