@@ -58,8 +58,11 @@ def publish_to_hub(
         there = {file.rfilename for file in before.siblings or ()}
         if MANIFEST_NAME not in there and (strange := sorted(there - _OF_THE_HUB)):
             raise PublishError(f"hub:{repository} holds {strange[0]!r} and no bundle; choose another repository")
-        files = {artifact.path: bundle.path(artifact.path) for artifact in bundle.manifest.artifacts}
-        added = [CommitOperationAdd(path, file) for path, file in files.items()]
+        artifacts = bundle.manifest.artifacts
+        added = [CommitOperationAdd(artifact.path, bundle.path(artifact.path)) for artifact in artifacts]
+        # A bundle has the same weights in several files. The client would send each of them.
+        once = {artifact.sha256: operation for artifact, operation in zip(artifacts, added, strict=True)}
+        api.preupload_lfs_files(repository, list(once.values()), free_memory=False)
         added.append(CommitOperationAdd(MANIFEST_NAME, manifest_bytes(bundle)))
         added += [CommitOperationAdd(each.name, each.data) for each in attachments]
         removed = there - {each.path_in_repo for each in added} - {".gitattributes"}

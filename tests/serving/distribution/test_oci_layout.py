@@ -118,7 +118,7 @@ def test_a_damaged_blob_is_written_again_and_whole_ones_are_kept(
 
 
 def test_an_interrupted_publish_is_resumed_and_the_old_tag_stays(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails, capsys: pytest.CaptureFixture[str]
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails, capfd: pytest.CaptureFixture[str]
 ) -> None:
     layout = tmp_path / "layout"
     assert publish(bundle, layout) == 0
@@ -138,9 +138,9 @@ def test_an_interrupted_publish_is_resumed_and_the_old_tag_stays(
         fails(["publish", str(tmp_path / "next"), f"oci:{layout}:v1"], 1, "No space left on device")
     assert read_layout(layout, "v1")[1] == contents(bundle)
     assert not list(layout.rglob(".unfinished*"))
-    capsys.readouterr()
+    capfd.readouterr()
     assert publish(tmp_path / "next", layout, "v1", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["reused"] > 0
+    assert json.loads(capfd.readouterr().out)["reused"] > 0
     assert read_layout(layout, "v1")[1] == contents(tmp_path / "next")
 
 
