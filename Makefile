@@ -18,7 +18,7 @@ BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(B
 
 .DEFAULT_GOAL := help
 .PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-speculation bench-prefill bench-serving \
-	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-ray test-openapi lint clean
+	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-ray test-openapi lint man clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -177,6 +177,11 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 	.venv-ovms/bin/python -m pip install --quiet --disable-pip-version-check ovmsclient==2023.1
 	@touch $@
 
+.venv-oras/installed:
+	test -x .venv-oras/bin/python || $(PYTHON) -m venv .venv-oras
+	.venv-oras/bin/python -m pip install --quiet --disable-pip-version-check oras==0.2.43
+	@touch $@
+
 .venv-genai/installed:
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
@@ -222,17 +227,20 @@ test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of i
 
 # One environment a tool, 5 GB together; one that does not install here is left out, and its tests say so.
 TOOLS := .venv-onnxruntime .venv-genai .venv-openvino .venv-optimum .venv-triton .node-transformers \
-	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-ray
+	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-oras .venv-ray
 
 test-ecosystem: $(INSTALLED) ## Install other tools and clients in environments of their own, and run them on a bundle and a server.
 	for tool in $(TOOLS); do $(MAKE) $$tool/installed || echo "$$tool does not install here: left out" >&2; done
-	CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python RAY_PYTHON=.venv-ray/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st \
+	CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python ORAS_PYTHON=.venv-oras/bin/python RAY_PYTHON=.venv-ray/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st \
 		$(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+man: $(INSTALLED) ## Write the manual page from the commands.
+	$(BIN)/gpt2-bundle man > docs/gpt2-bundle.1
 
 clean: ## Remove what was built and installed (dist/ stays).
 	rm -rf .venv .venv-* .node-transformers runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -26,7 +26,7 @@ LAYERS = {
         "engine",
         "generation clients",
         "backends",
-        "sampling deploy chat gguf",
+        "sampling deploy chat gguf distribution",
         "bundle protobuf",
         "support errors",
     ),

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from serving.commands.engine_options import with_options
-from serving.commands.param_types import Number, Seconds, Size
+from serving.commands.param_types import BundlePath, GraphName, Number, Seconds, Size
 from serving.deploy.targets import TARGETS
 from serving.deploy.tf_serving import IMAGE_VERSION, KEEP, Deployed
 from serving.deploy.tf_serving_config import POLL_SECONDS, THREADS, ServerOptions
@@ -41,7 +41,7 @@ _TF_SERVING = [
     click.option("--no-copy", is_flag=True, help="Mount the SavedModel from the bundle.  [default: copy it]"),
 ]  # fmt: skip
 _SERVE = [
-    click.option("--graph", default="ort/fp32", show_default=True, metavar="NAME",
+    click.option("--graph", type=GraphName(), default="ort/fp32", show_default=True, metavar="NAME",
                  help="Serve this ONNX graph, by its name in the manifest."),
     click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]),
                  help="Run on processors, or on one GPU for each server."),
@@ -89,7 +89,7 @@ _FORMS["bundle_image"] = _FORMS["image"]
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.option("--target", type=click.Choice(["tfserving", *TARGETS]), default="tfserving", show_default=True,
               help="Write a folder for TensorFlow Serving, for this project's server, or for Triton.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import ModelName, Number
+from serving.commands.param_types import GraphName, ModelName, Number
 from serving.errors import InputError, RuntimeMissingError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ ENGINE_OPTIONS = [
     click.option("--runtime", default="onnx", show_default=True,
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
                  help="Run the model in this process (onnx, tensorflow) or in a remote TensorFlow Serving."),
-    click.option("--graph", metavar="NAME",
+    click.option("--graph", type=GraphName(), metavar="NAME",
                  help="Serve this ONNX graph, by its name in the manifest. auto measures once which number of threads "
                       "is the fastest here for --max-num-seqs, and auto:int8 also which precision down to int8.  "
                       "[default: ort/fp32]"),

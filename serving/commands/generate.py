@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from serving.commands.param_types import BundlePath, GraphName
 from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.argument("prompt")
 @click.option(
     "--runtime", default="onnx", show_default=True, metavar="NAME", help="Run the model in onnx or tensorflow."
 )
 @click.option(
     "--graph",
+    type=GraphName(),
     metavar="NAME",
     help="Run this ONNX graph, by its name in the manifest, such as ort/int8. auto measures once which number of "
     "threads is the fastest here, and auto:int8 also which precision down to int8.  [default: ort/fp32]",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serving.commands.engine_options import ENGINE_OPTIONS, check_packages, engine_loader, with_options
-from serving.commands.param_types import Host, Number, Origin, Seconds, Size
+from serving.commands.param_types import BundlePath, Host, Number, Origin, Seconds, Size
 from serving.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ _OPTIONS = [
 
 
 @click.command()
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=BundlePath())
 @with_options(_OPTIONS)
 def serve(bundle: Path, **options: Any) -> None:
     """Serve the bundle in the folder BUNDLE, or the newest of its versions 1, 2, ..., over HTTP and gRPC.
