@@ -17,8 +17,6 @@ from tests.closed_form import write_bundle
 from tests.serving.distribution.keys import key_pair
 from tests.tiny_build import Fails, contents
 
-pytest.importorskip("model_signing")
-
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
