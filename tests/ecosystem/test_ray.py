@@ -123,7 +123,7 @@ def kill_all_of(folder: str) -> None:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and int(entry.name) != os.getpid():
-                files = [os.readlink(file) for file in (entry / "fd").iterdir()]
+                files = [str(file.readlink()) for file in (entry / "fd").iterdir()]
                 if any(file.startswith(f"{folder}/") for file in files):
                     os.kill(int(entry.name), signal.SIGKILL)
 
