@@ -16,7 +16,7 @@ class Runtime:
 
     `cache` is the precision of the KV cache, "" where it follows from the weights'. The process runs in the peer
     environment `environment`, or in this Python if that is empty. `note` goes into the record. `bounded` is False where
-    products do not run on the GPU, so that its rates bound nothing.
+    the device's rates bound nothing: products that do not run on the GPU, or steps that give several tokens.
     """
 
     name: str
@@ -75,7 +75,7 @@ CPU = (
 SPECULATION = (
     *(each for each in CPU if each.name.split("/")[0] in ("ort", "openvino", "llama")),
     *(
-        Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer)
+        Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer, bounded=False)
         for peer in ("openvino", "llama")
         for precision in PRECISIONS
     ),
