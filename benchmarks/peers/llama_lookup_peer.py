@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 import gguf
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-from benchmarks.common.static_batch import GenerateRunner, LoadRequest, converted, serve
-from benchmarks.peers.llama_peer import TYPES, write_gguf
+from benchmarks.common.static_batch import GenerateRunner, LoadRequest, serve
+from benchmarks.peers.llama_peer import model_file
 
 # Its README recommends 2 tokens on a processor without a GPU.
 _DRAFTED = 2
@@ -21,13 +20,9 @@ class PromptLookup:
     """One model. It decodes one prompt at a time."""
 
     def __init__(self, request: LoadRequest) -> None:
-        folder = Path(request.work) / f"llama-{request.precision}"
-        with converted(folder) as draft:
-            if draft is not None:
-                write_gguf(Path(request.bundle), draft / "model.gguf", TYPES[request.precision])
         cache = gguf.GGMLQuantizationType.F32 if request.precision == "fp32" else gguf.GGMLQuantizationType.F16
         self.model = llama_cpp.Llama(
-            str(folder / "model.gguf"),
+            str(model_file(request)),
             n_ctx=-(-request.capacity // 256) * 256,
             n_threads=request.threads,
             n_threads_batch=request.threads,

@@ -21,14 +21,21 @@ RUNTIMES = {
 
 
 def load_backend(
-    bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu", threads: int | None = None
+    bundle: Bundle,
+    runtime: str,
+    graph: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    speculation: str = "off",
 ) -> Backend:
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
     `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it, with `threads` threads; TensorFlow finds both by
-    itself. Without `graph` or `threads`, the runtime's own default is taken. Raises InputError for an unknown runtime,
-    device or graph and for a graph of the other runtime, RuntimeMissingError with the command that installs it if the
-    runtime is not there.
+    itself. Without `graph` or `threads`, the runtime's own default is taken. `speculation`, "auto" or "off", is for
+    ONNX Runtime.
+
+    Raises InputError for an unknown runtime, device or graph and for a graph of the other runtime, RuntimeMissingError
+    with the command that installs it if the runtime is not there.
     """
     if runtime not in RUNTIMES:
         raise InputError(f"no runtime {runtime!r}{did_you_mean(runtime, RUNTIMES)}")
@@ -50,6 +57,8 @@ def load_backend(
             raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
         if runtime == "onnx":
             arguments["graph_name"] = graph
+    if runtime == "onnx":
+        arguments["speculation"] = speculation
     with runtime_errors(runtime):
         backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
     return backend

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from serving.commands.engine_options import ENGINE_OPTIONS, check_packages, engine_loader, with_options
-from serving.commands.param_types import Size
+from serving.commands.param_types import BundlePath, Size
 from serving.errors import InputError
 
 _FILE = click.Path(path_type=Path)
@@ -21,7 +21,7 @@ _PROGRESS_SECONDS = 10.0
 
 
 @click.command()
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=BundlePath())
 @click.argument("requests", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("answers", type=_FILE)
 @with_options(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import ModelName, Number
+from serving.commands.param_types import GraphName, ModelName, Number
 from serving.errors import InputError, RuntimeMissingError
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ _ONNX_OPTIONS = (
     "prefill_slowdown",
     "prefill_chunk",
     "threads",
+    "speculation",
 )
 
 ENGINE_OPTIONS = [
     click.option("--runtime", default="onnx", show_default=True,
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
                  help="Run the model in this process (onnx, tensorflow) or in a remote TensorFlow Serving."),
-    click.option("--graph", metavar="NAME",
+    click.option("--graph", type=GraphName(), metavar="NAME",
                  help="Serve this ONNX graph, by its name in the manifest. auto measures once which number of threads "
                       "is the fastest here for --max-num-seqs, and auto:int8 also which precision down to int8.  "
                       "[default: ort/fp32]"),
@@ -56,6 +57,9 @@ ENGINE_OPTIONS = [
                  help="Reuse the KV cache of prompts that begin alike. With API keys, each key has its own prefixes."),
     click.option("--threads", type=click.IntRange(1, 1024),
                  help="Number of ONNX Runtime threads of each replica.  [default: the cores, divided by the replicas]"),
+    click.option("--speculation", type=click.Choice(["auto", "off"]),
+                 help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the "
+                      "same tokens (auto), or never (off).  [default: auto]"),
     click.option("--served-model-name", type=ModelName(), metavar="NAME",
                  help="Serve the model under this name.  [default: the bundle's name]"),
 ]  # fmt: skip
@@ -116,6 +120,7 @@ def engine_loader(options: dict[str, Any], say: Callable[[str], None] | None = N
         prefill_slowdown=options["prefill_slowdown"] or EngineConfig.prefill_slowdown,
         queue_limit=options["queue"],
         threads=options["threads"],
+        speculation=options["speculation"] or EngineConfig.speculation,
     )
     devices = parse_devices(options["device"] or "cpu")
     tuner = autotuner(

@@ -8,10 +8,11 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from serving.commands.param_types import BundlePath, GraphName
 from serving.commands.sampling_options import sampling_options
 from serving.errors import InputError, cut, printable
 from serving.sampling import SamplingParams
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.argument("prompt")
 @click.option(
     "--runtime", default="onnx", show_default=True, metavar="NAME", help="Run the model in onnx or tensorflow."
 )
 @click.option(
     "--graph",
+    type=GraphName(),
     metavar="NAME",
     help="Run this ONNX graph, by its name in the manifest, such as ort/int8. auto measures once which number of "
     "threads is the fastest here, and auto:int8 also which precision down to int8.  [default: ort/fp32]",
@@ -41,6 +43,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Number of ONNX Runtime threads.  [default: the physical cores]"
+)
+@click.option(
+    "--speculation",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "off"]),
+    help="Verify several drafted tokens in one step where that gives the same tokens (auto), or never (off).",
 )
 @sampling_options()
 @click.option(
@@ -66,6 +75,7 @@ def generate(
     graph: str | None,
     device: str,
     threads: int | None,
+    speculation: Literal["auto", "off"],
     as_json: bool,
     chat: bool,
     system: str | None,
@@ -96,7 +106,7 @@ def generate(
     if tuner is not None:
         setting = tuner.choose(open_bundle(bundle, check="sizes"))
         graph, threads = setting.graph, setting.threads
-    model = load(bundle, graph=graph, runtime=runtime, device=device, threads=threads)
+    model = load(bundle, graph=graph, runtime=runtime, device=device, threads=threads, speculation=speculation)
     grammar = None
     if wanted is not None:
         option, structure = wanted

@@ -92,6 +92,7 @@ def test_smoothed_labels_are_a_mixture_in_training_only() -> None:
     assert float(model.perplexity.result()) == pytest.approx(math.exp(plain), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_accumulated_parts_are_the_big_batch(tmp_path: Path, optimizer: str) -> None:
     recipe = replace(ADAM, optimizer=optimizer)
@@ -105,8 +106,8 @@ def test_accumulated_parts_are_the_big_batch(tmp_path: Path, optimizer: str) -> 
     "changes",
     [
         {},
-        {"accumulation": 2},
-        {"ema": 0.9, "label_smoothing": 0.1},
+        pytest.param({"accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"ema": 0.9, "label_smoothing": 0.1}, marks=pytest.mark.slow),
         pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -146,6 +147,7 @@ def test_the_average_is_what_is_exported(tmp_path: Path) -> None:
 STATEFUL = {"ema": 0.9, "accumulation": 2, "keep": "best", "patience": 2, "checkpoints_kept": 2, "label_smoothing": 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["fit", "custom"])
 def test_a_stopped_run_resumes_bit_for_bit_with_all_that_carries_state(tmp_path: Path, loop: str) -> None:
     recipe = replace(ADAM, loop=loop, **STATEFUL)  # type: ignore[arg-type]
@@ -169,6 +171,7 @@ def test_a_stopped_run_resumes_bit_for_bit_with_all_that_carries_state(tmp_path:
         np.testing.assert_array_equal(array, again[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_dropout_resumes_bit_for_bit(tmp_path: Path) -> None:
     def train(folder: Path, stop_at: int = 0) -> list[Any]:
         keras.utils.set_random_seed(7)
@@ -192,7 +195,7 @@ def test_dropout_resumes_bit_for_bit(tmp_path: Path) -> None:
 OTHER = ((np.cumsum(np.random.default_rng(5).integers(7, 9, 200)) * 3) % 31).astype(np.uint16)
 
 
-@pytest.mark.parametrize("loop", ["fit", "custom"])
+@pytest.mark.parametrize("loop", ["fit", pytest.param("custom", marks=pytest.mark.slow)])
 def test_training_stops_when_validations_bring_nothing_and_keeps_the_best(tmp_path: Path, loop: str) -> None:
     recipe = replace(ADAM, loop=loop, learning_rate=2e-2, epochs=3.0, validations=12, patience=2, keep="best")
     _, history = run(tmp_path, recipe, OTHER)
@@ -217,6 +220,7 @@ def test_stale_counts_validations_since_the_first_of_the_lowest() -> None:
     assert stale(3.0, 1.0, 2.0, 1.5, 1.0) == 3
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_stay_and_an_older_one_serves_when_the_newest_is_broken(tmp_path: Path) -> None:
     recipe = replace(ADAM, checkpoints_kept=3)
     whole, _ = run(tmp_path, recipe)
