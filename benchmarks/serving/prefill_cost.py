@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,11 @@ def main(
 
     tasks: dict[tuple[str, int, int], Callable[[], object]] = {("alone", 0, 0): alone}
     for count in counts:
-        tokens, lengths = np.ones(count, np.int64), np.full(count, prompt_tokens, np.int64)
-        tasks["decode", count, 0] = lambda tokens=tokens, lengths=lengths: backend.decode(tokens, lengths)
+        batch = np.ones(count, np.int64), np.full(count, prompt_tokens, np.int64)
+        tasks["decode", count, 0] = partial(backend.decode, *batch)
     for start in (0, long_prompt // 2, long_prompt):
         for tokens in chunks:
-            tasks["chunk", tokens, start] = lambda some=text[:tokens], at=start: backend.prefill_chunk(slot, some, at)
+            tasks["chunk", tokens, start] = partial(backend.prefill_chunk, slot, text[:tokens], start)
     taken: dict[tuple[str, int, int], list[float]] = {task: [] for task in tasks}
     for repeat in range(repeats + 1):  # The first round warms up.
         for task, call in tasks.items():
