@@ -74,13 +74,18 @@ CPU = (
 
 SPECULATION = (
     *(each for each in CPU if each.name.split("/")[0] in ("ort", "openvino", "llama")),
+    # int4 does not speculate.
+    *(
+        Runtime(f"ort-speculative/{precision}", "onnx_peer", precision, ("--speculation",), bounded=False)
+        for precision in ("fp32", "int8")
+    ),
     *(
         Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer, bounded=False)
         for peer in ("openvino", "llama")
         for precision in PRECISIONS
     ),
 )
-"""On the CPU at batch 1: peers with prompt lookup, and what they and the bundle do without it."""
+"""On the CPU at batch 1: the bundle's speculative decoding, peers' prompt lookup, and each without it."""
 
 GPU = (
     _multi_step("fp16", 8, True),
