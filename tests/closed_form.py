@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from serving.backends.base import FloatArray, IntArray
+from serving.backends.base import FloatArray, IntArray, VerifyStep
 from serving.bundle import Geometry, Graph, Manifest, Provenance, TensorSpec, write_manifest
 from serving.errors import InputError
 
@@ -177,6 +177,7 @@ class ClosedFormSlotBackend:
 
     name = "closed-form"
     cache_bytes = 0
+    verify_step: VerifyStep | None = None
 
     def __init__(
         self,

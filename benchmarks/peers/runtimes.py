@@ -72,6 +72,16 @@ CPU = (
 )
 """On the CPU, all of one precision take turns."""
 
+SPECULATION = (
+    *(each for each in CPU if each.name.split("/")[0] in ("ort", "openvino", "llama")),
+    *(
+        Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer)
+        for peer in ("openvino", "llama")
+        for precision in PRECISIONS
+    ),
+)
+"""On the CPU at batch 1: peers with prompt lookup, and what they and the bundle do without it."""
+
 GPU = (
     _multi_step("fp16", 8, True),
     _SAVEDMODEL,

@@ -37,6 +37,7 @@ from builder.verification.golden import GOLDEN, versions, write_golden
 from serving.bundle import Bundle, Graph, Provenance, TensorSpec, open_bundle, write_manifest
 from serving.deploy.tf_serving_config import config_files
 from serving.errors import InputError
+from serving.generation.ngram_table import NGRAM_FILE
 
 
 def export(
@@ -50,9 +51,11 @@ def export(
     geometry = model.geometry
     for file in tokenizer_folder_files(prepared / "tokenizer"):
         shutil.copyfile(file, draft / file.name)
-    shutil.copyfile(trained / "config.json", draft / "config.json")
+    _write_config(trained / "config.json", draft / "config.json")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
+    if (prepared / "tokens" / NGRAM_FILE).is_file():
+        shutil.copyfile(prepared / "tokens" / NGRAM_FILE, draft / NGRAM_FILE)
 
     graphs: dict[str, Graph] = {}
     logits: list[str | int] = ["batch_size", "sequence_length", geometry.vocab_size]
@@ -117,6 +120,13 @@ def export(
         parity={"verified": False},
     )
     return open_bundle(draft, check="sizes")
+
+
+def _write_config(trained: Path, path: Path) -> None:
+    """Write config.json with what transformers.js must know in a page, where it neither lists nor guesses files."""
+    config = json.loads(trained.read_text(encoding="utf-8"))
+    config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def servable(model: GPT2, folder: Path, recipe: ExportRecipe, reporter: Reporter) -> Servable:

@@ -26,6 +26,7 @@ from builder.data.document_batches import describe_loss
 from builder.data.documents import PROMPT, read_file
 from builder.data.instructions import Template
 from builder.data.masked_shards import open_shard, write_masked_tokens
+from builder.data.ngram_table import write_ngram_table
 from builder.data.text_boundaries import last_boundary
 from builder.data.token_shards import open_tokens, read_tokens, write_tokens
 from builder.data.tokenizer import (
@@ -40,6 +41,7 @@ from builder.recipe import Recipe
 from builder.run_folder import clear, run_stage, stage_key
 from builder.special_tokens import END_TOKEN, read_token_ids
 from serving.errors import InputError
+from serving.generation.ngram_table import NGRAM_FILE
 
 if TYPE_CHECKING:
     from builder.stages.base_check import CheckedBase
@@ -50,7 +52,8 @@ PARTS = ("corpus", "tokenizer", "tokens")
 # What is written into the stage's folder, and into those of its parts.
 WRITES = (SUMMARY, PAGE)
 _CORPUS_FILES = (TRAIN, VALIDATION, REPORT, SCRATCH, "*.part", "train.left?")
-_TOKEN_FILES = tuple(f"{side}.{ending}" for side in ("train", "validation") for ending in ("bin", "json", "mask"))
+_SHARD_FILES = tuple(f"{side}.{ending}" for side in ("train", "validation") for ending in ("bin", "json", "mask"))
+_TOKEN_FILES = (*_SHARD_FILES, NGRAM_FILE)
 
 
 def prepare(
@@ -62,7 +65,9 @@ def prepare(
     workers: int = 1,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write corpus/, tokenizer/, tokens/{train,validation}.bin, report.html and, last, prepare.json under `folder`.
+    """Write corpus/, tokenizer/, tokens/, report.html and, last, prepare.json under `folder`.
+
+    tokens/ has the shards train.bin and validation.bin, and ngrams.bin, counted from the first.
 
     `key` names all that decides the result. Of an earlier call with the same one that was broken off, the corpus, the
     tokenizer and the tokens that it finished are reused; without a key everything is made again. `workers` is that
@@ -160,6 +165,7 @@ def _make_tokens(recipe: Recipe, tokenizer: Tokenizer, end: int, shards: Sequenc
                 f"corpus: every {shard.stem} document is longer than corpus.max_tokens {recipe.corpus.max_tokens}; "
                 "raise it or set corpus.trim"
             )
+    write_ngram_table(shards[0], vocabulary_size(tokenizer), shards[0].with_name(NGRAM_FILE))
     for shard in shards:
         shard.with_suffix(".progress").unlink(missing_ok=True)
 

@@ -31,6 +31,7 @@ from builder.verification.logit_parity import (
 from builder.verification.paired_loss import relative_difference
 from builder.verification.quantization_loss import distributions, greedy_record, is_certain, problem
 from builder.verification.sampling_parity import compare_sampling
+from builder.verification.speculation_parity import compare_speculation
 from builder.verification.text_parity import compare_text, judge_text
 from builder.verification.transformers_reading import check_reading
 from serving.backends.base import Backend
@@ -90,6 +91,10 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
     choices = compare_sampling(optimized, prompts, candidates, batch_size) if optimized.supports_device_sampling else {}
     reporter.line(f"compared {sum(each['draws'] for each in choices.values()):,} choices of ort/choose with the host's")
 
+    speculation = compare_speculation(bundle, _OPTIMISED, prompts, candidates, batch_size)
+    if speculation is not None:
+        reporter.line(f"compared speculative decoding: {_speculation_line(speculation)}")
+
     texts = {}
     if "savedmodel/generate_text" in bundle.manifest.graphs:
         texts = compare_text(servable, load_tokenizer(bundle.folder), prompts, candidates, end, batch_size)
@@ -126,6 +131,7 @@ def verify(bundle: Bundle, batch_size: int, reporter: Reporter) -> tuple[dict[st
         "runtimes": {name: report.table() for name, report in reports.items()},
         "greedy": greedy,
         "choices": choices,
+        "speculation": speculation or {},
         "text": texts,
         "transformers": reading,
         "variants": variants,
@@ -161,11 +167,26 @@ def _certify_variants(
         found = problem(table, table["gate"])
         status = VERIFIED if is_certain(table, table["gate"]) else TOO_FEW
         variants[name] = table | ({"problem": found} if found else {"status": status})
+        speculation = None
+        if not found:
+            rows = batches(len(golden["prompts"]), batch_size)
+            own = [greedy_tokens(backends[name], golden["prompts"][r], candidates.shape[1]) for r in rows]
+            speculation = compare_speculation(bundle, name, golden["prompts"], np.concatenate(own), batch_size)
+            variants[name]["speculation"] = speculation or {}
         verdict = f"LEFT OUT: {found}" if found else f"{status}, perplexity {relative_difference(table)}"
         reporter.line(
             f"{name}: {verdict}; the likeliest token is the same at {table['top1_agreement']:.2%} of the text"
+            + ("" if speculation is None else f"; speculative decoding: {_speculation_line(speculation)}")
         )
     return variants
+
+
+def _speculation_line(record: dict[str, Any]) -> str:
+    verified = record["verified"]
+    return (
+        f"{verified['equal']:,} of {verified['certain']:,} certain tokens are those of single-token steps, "
+        f"{verified['of'] - verified['certain']:,} are not certain, logits are off by up to {record['deviation']:.1e}"
+    )
 
 
 def _status(variants: dict[str, dict[str, Any]], tokens: int, quality: Mapping[str, float]) -> dict[str, Any]:

@@ -95,6 +95,46 @@ class DeviceSamplingBackend(Backend, Protocol):
         ...
 
 
+class NextTokens(Protocol):
+    """A table of likely next tokens."""
+
+    def continuation(self, tokens: Sequence[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Up to `count` tokens that follow `tokens`, and the confidence of each given those before it."""
+        ...
+
+
+@dataclass(frozen=True)
+class VerifyStep:
+    """How a backend verifies drafts: a step over several tokens of one sequence that gives the logits after each.
+
+    `tolerance` is how far these logits may be from those of single-token steps, as a share of their spread
+    (`serving.sampling.certainty.logit_scale`); 0 stands for equal bits. A step takes up to `tokens`, and
+    1 + base_cost + token_cost * drafted tokens times as long as a single-token step.
+    """
+
+    tokens: int
+    tolerance: float
+    base_cost: float
+    token_cost: float
+
+
+class SpeculativeBackend(Backend, Protocol):
+    """A backend that can verify drafted tokens of a single sequence."""
+
+    verify_step: VerifyStep | None
+    """None where drafts are not to be verified; the methods below may then not be called."""
+    draft_table: NextTokens | None
+    """Likely next tokens, for drafts; None without such a table."""
+
+    def verify(self, state: Any, tokens: IntArray) -> FloatArray:
+        """Append `tokens` (2 to `verify_step.tokens`) to the only row; the logits after each, [tokens, vocab_size]."""
+        ...
+
+    def rewind(self, state: Any, length: int) -> None:
+        """Forget all positions of the only row from `length` on."""
+        ...
+
+
 def pad_right(prompts: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
     """Return token ids [rows, longest], padded on the right with id 0, and lengths [rows]."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)

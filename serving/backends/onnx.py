@@ -17,6 +17,7 @@ import onnxruntime as ort
 from serving.backends.base import (
     FloatArray,
     IntArray,
+    NextTokens,
     SampledTokens,
     SamplingRequest,
     check_capacity,
@@ -25,6 +26,7 @@ from serving.backends.base import (
 )
 from serving.backends.buffer_pool import SpareMemory
 from serving.backends.devices import parse_device
+from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_multi_step import MultiStepDecoder
 from serving.backends.onnx_session import (
     SAMPLING_GRAPH,
@@ -34,6 +36,8 @@ from serving.backends.onnx_session import (
     open_graph,
     open_session,
 )
+from serving.backends.onnx_verify import VerifySession, open_verify_session
+from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, wants_verify_session
 from serving.bundle import Bundle
 from serving.errors import InputError
 
@@ -43,6 +47,7 @@ CUDA_STEPS = 8
 PREFILL_TOKENS = 1024
 """Maximum padded tokens of one prefill pass on a CPU, unless a single row has more. The activations of larger passes do
 not fit the CPU's caches."""
+_LAST = np.zeros(1, np.int64)
 _CACHE_ROOM = 64
 """Granularity of KV cache allocations, in tokens. Untouched pages cost no memory."""
 
@@ -63,6 +68,7 @@ class OnnxState:
     values: dict[str, Any] = field(default_factory=dict)
     logits: FloatArray | None = None
     sampling_binding: Any = None
+    verify_binding: Any = None
     sampled: IntArray | None = None
 
 
@@ -77,6 +83,7 @@ class OnnxBackend:
         steps_per_fetch: decode steps between two fetches of tokens, if the bundle has the graphs for multi-step decode
             and no row has penalties; None means 1 on a CPU and 8 on CUDA.
         cuda_graphs: whether CUDA graphs capture those steps, even with steps_per_fetch 1.
+        speculation: "auto" to verify drafts where that gives the tokens of plain decoding, "off" not to.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class OnnxBackend:
         device: str = "cpu",
         steps_per_fetch: int | None = None,
         cuda_graphs: bool = True,
+        speculation: str = "off",
     ) -> None:
         geometry = bundle.manifest.model
         graph = bundle.graph(graph_name)
@@ -99,7 +107,9 @@ class OnnxBackend:
         self.steps_per_fetch = device_steps if steps_per_fetch is None else steps_per_fetch
         if self.steps_per_fetch < 1:
             raise InputError(f"steps_per_fetch is {self.steps_per_fetch}; it must be at least 1")
-        self._bundle, self._threads = bundle, threads
+        if speculation not in ("auto", "off"):
+            raise InputError(f"speculation is {speculation!r}; it must be 'auto' or 'off'")
+        self._bundle, self._threads, self._speculation = bundle, threads, speculation
         self._capture = cuda_graphs and self.device != "cpu"
         self._loops: dict[bool, MultiStepDecoder | None] = {}
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
@@ -112,15 +122,28 @@ class OnnxBackend:
         self._cache_dtype = np.dtype(graph.inputs[self._past[0]].dtype)
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         self._cache_memory, self._logits_memory = SpareMemory(), SpareMemory()
+        proven = self._shared and self.device == "cpu" and graph.precision == "fp32" and self.steps_per_fetch == 1
+        self._offsets = self._speculates = proven and speculation == "auto"
         if self.device == "cpu":
-            self._session  # noqa: B018 - errors of loading are raised now.
+            self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         else:
             check_provider(self.device)
+        self._verifier: VerifySession | None = None
+        if speculation == "auto" and self.device == "cpu" and self.steps_per_fetch == 1 and not self._offsets:
+            self._verifier = open_verify_session(bundle, graph_name, threads, self._session)
+        self.verify_step = FP32_STEP if self._offsets else CHAIN_STEP if self._verifier else None
+        """See `SpeculativeBackend.verify_step`."""
+        self.draft_table: NextTokens | None = None
+        # A chain also writes the positions of its padding.
+        self._spare_positions = CHAIN if self._verifier is not None else 0
 
     @cached_property
     def _session(self) -> Any:
         """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
-        return open_graph(self._bundle, self.name, self._device_name, self._threads)
+        width = self._bundle.manifest.model.n_embd
+        edit = (lambda data: with_offsets(data, width)) if self._speculates else None
+        spin = not (self._speculation == "auto" and wants_verify_session(self._bundle, self.name))
+        return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit, spin=spin)
 
     @cached_property
     def _sampling_session(self) -> Any:
@@ -163,7 +186,9 @@ class OnnxBackend:
         mask = np.zeros((rows, capacity), np.int64)
         mask[:, :width] = np.arange(width) < lengths[:, None]
         state = OnnxState(lengths, capacity, mask, self._session.io_binding(), [])
-        state.cache = self._caches(rows, capacity if self._shared else 0)
+        if self._offsets:
+            state.binding.bind_cpu_input(OFFSETS, _LAST)
+        state.cache = self._caches(rows, capacity + self._spare_positions if self._shared else 0)
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
         if self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS:
@@ -197,6 +222,38 @@ class OnnxBackend:
             state.binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, None], np.int64))
         self._run(state, state.lengths[:, None], total)
         state.lengths += 1
+
+    def verify(self, state: OnnxState, tokens: IntArray) -> FloatArray:
+        """See `SpeculativeBackend.verify`."""
+        count, start = len(tokens), int(state.lengths[0])
+        check_room(state.lengths + count - 1, state.capacity)
+        state.mask[0, start : start + count] = 1
+        binding = state.verify_binding
+        if self._verifier is not None:
+            if binding is None:
+                addresses = [value.data_ptr() for value in state.cache]
+                binding = state.verify_binding = self._verifier.bind(addresses, state.cache[0].shape()[2])
+            found = self._verifier.run(binding, tokens, start)
+            state.lengths = state.lengths + count
+            return found
+        if binding is None:
+            binding = state.verify_binding = self._session.io_binding()
+            for past, present, value in zip(self._past, self._present, state.cache, strict=True):
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+        logits = np.empty((count, 1, self.vocab_size), np.float32)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None], np.int64))
+        binding.bind_cpu_input("position_ids", np.arange(start, start + count)[None])
+        binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[:, : start + count]))
+        binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        state.lengths = state.lengths + count
+        return logits[:, 0]
+
+    def rewind(self, state: OnnxState, length: int) -> None:
+        """See `SpeculativeBackend.rewind`."""
+        state.lengths = np.array([length], np.int64)
 
     def logits(self, state: OnnxState) -> FloatArray:
         """See `DeviceSamplingBackend.logits`."""
@@ -243,6 +300,8 @@ class OnnxBackend:
             tokens = np.ascontiguousarray(token_ids[part, :width])
             positions = np.ascontiguousarray(np.broadcast_to(np.arange(width), tokens.shape), np.int64)
             binding = self._session.io_binding()
+            if self._offsets:
+                binding.bind_cpu_input(OFFSETS, _LAST)
             binding.bind_cpu_input("input_ids", tokens)
             binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[part, :width]))
             binding.bind_cpu_input("position_ids", positions)

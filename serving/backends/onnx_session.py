@@ -29,7 +29,12 @@ def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> A
 
 
 def open_graph(
-    bundle: Bundle, graph_name: str, device: str, threads: int | None, edit: Callable[[bytes], bytes] | None = None
+    bundle: Bundle,
+    graph_name: str,
+    device: str,
+    threads: int | None,
+    edit: Callable[[bytes], bytes] | None = None,
+    spin: bool = True,
 ) -> Any:
     """A session of one of the manifest's graphs, such as "ort/int8"; see `open_session`.
 
@@ -37,7 +42,7 @@ def open_graph(
     Runtime is too old for the graph.
     """
     _check_version(bundle, graph_name)
-    session = open_session(bundle, bundle.graph(graph_name).path, device, threads, edit=edit)
+    session = open_session(bundle, bundle.graph(graph_name).path, device, threads, edit=edit, spin=spin)
     problem = _tensor_problem(bundle, graph_name, session)
     if problem:
         raise BundleError(f"{bundle.folder}: the graph {graph_name!r} {problem}; {ADVICE}")
@@ -66,10 +71,12 @@ def open_session(
     threads: int | None,
     captured: bool = False,
     edit: Callable[[bytes], bytes] | None = None,
+    spin: bool = True,
 ) -> Any:
     """A session of the ONNX file `path` of `bundle` on `device`, "cpu" or "cuda:N"; `captured` by CUDA graphs.
 
-    `edit` changes the model in memory, after its hash was checked.
+    `edit` changes the model in memory, after its hash was checked. Without `spin`, threads sleep as soon as a run ends:
+    two sessions that take turns would otherwise wait on each other's cores.
 
     Raises RuntimeMissingError if ONNX Runtime does not run on the device, BundleError if it cannot load the file.
     """
@@ -80,6 +87,8 @@ def open_session(
     graph, weights = _read_graph(bundle, path)
     graph = graph if edit is None else edit(graph)
     _give_weights(options, weights, bundle.path(path).parent)
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     providers: list[Any] = [PROVIDERS["cpu"]]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
     """
     if answers.exists() and answers.samefile(requests):
         raise InputError(f"{answers}: requests and answers are one file; name another for the answers")
-    loader = engine_loader({**options, "queue": 1_000_000})
+    loader = engine_loader({**options, "queue": 1_000_000}, say=partial(click.echo, err=True))
     check_packages()
     from serving.entrypoints import logging_setup
     from serving.entrypoints.batch_files import AnswerFile

@@ -22,6 +22,7 @@ _ONNX_OPTIONS = (
     "prefill_slowdown",
     "prefill_chunk",
     "threads",
+    "speculation",
 )
 
 ENGINE_OPTIONS = [
@@ -29,7 +30,9 @@ ENGINE_OPTIONS = [
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
                  help="Run the model in this process (onnx, tensorflow) or in a remote TensorFlow Serving."),
     click.option("--graph", type=GraphName(), metavar="NAME",
-                 help="Serve this ONNX graph, by its name in the manifest.  [default: ort/fp32]"),
+                 help="Serve this ONNX graph, by its name in the manifest. auto measures once which number of threads "
+                      "is the fastest here for --max-num-seqs, and auto:int8 also which precision down to int8.  "
+                      "[default: ort/fp32]"),
     click.option("--device", multiple=True, metavar="DEVICE",
                  help="Run ONNX Runtime on cpu, cuda or cuda:N. Several devices, separated by commas or in several "
                       "options, are given to the replicas in turns.  [default: cpu]"),
@@ -54,6 +57,9 @@ ENGINE_OPTIONS = [
                  help="Reuse the KV cache of prompts that begin alike. With API keys, each key has its own prefixes."),
     click.option("--threads", type=click.IntRange(1, 1024),
                  help="Number of ONNX Runtime threads of each replica.  [default: the cores, divided by the replicas]"),
+    click.option("--speculation", type=click.Choice(["auto", "off"]),
+                 help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the "
+                      "same tokens (auto), or never (off).  [default: auto]"),
     click.option("--served-model-name", type=ModelName(), metavar="NAME",
                  help="Serve the model under this name.  [default: the bundle's name]"),
 ]  # fmt: skip
@@ -84,8 +90,12 @@ def check_packages() -> None:
         ) from None
 
 
-def engine_loader(options: dict[str, Any]) -> EngineLoader:
-    """The loader that `options` ask for. Raises InputError for those that exclude each other."""
+def engine_loader(options: dict[str, Any], say: Callable[[str], None] | None = None) -> EngineLoader:
+    """The loader that `options` ask for. Raises InputError for those that exclude each other.
+
+    `say` is called with what `--graph auto` chose; None means the log.
+    """
+    from serving.backends.autotune import autotuner, log
     from serving.backends.devices import parse_devices
     from serving.engine.config import EngineConfig
     from serving.entrypoints.engine_loader import EngineLoader
@@ -110,8 +120,16 @@ def engine_loader(options: dict[str, Any]) -> EngineLoader:
         prefill_slowdown=options["prefill_slowdown"] or EngineConfig.prefill_slowdown,
         queue_limit=options["queue"],
         threads=options["threads"],
+        speculation=options["speculation"] or EngineConfig.speculation,
     )
     devices = parse_devices(options["device"] or "cpu")
-    return EngineLoader(
-        runtime, options["graph"], devices, options["replicas"], options["max_num_seqs"], config, address
+    tuner = autotuner(
+        options["graph"],
+        devices=devices,
+        threads=config.threads,
+        batch_size=config.slots,
+        replicas=options["replicas"],
+        say=say or log.info,
     )
+    graph = options["graph"] if tuner is None else None
+    return EngineLoader(runtime, graph, devices, options["replicas"], options["max_num_seqs"], config, address, tuner)

@@ -142,6 +142,14 @@ class EngineStats:
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
+    drafted_prompt_tokens: int = 0
+    accepted_prompt_tokens: int = 0
+    """Tokens that prompt lookup drafted for verify steps, and those of them that were right."""
+    drafted_ngram_tokens: int = 0
+    accepted_ngram_tokens: int = 0
+    """The same of the bundle's n-gram table."""
+    replayed_tokens: int = 0
+    """Positions that were decoded again because a token was not certain."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from serving.backends.verify_steps import wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
@@ -38,6 +40,8 @@ class EngineConfig:
     """Maximum number of waiting requests; from 0 to 1000000. Further ones are refused."""
     threads: int | None = None
     """Threads of the runtime, from 1 to 1024; None means the runtime's default."""
+    speculation: Literal["auto", "off"] = "auto"
+    """Whether a sequence that runs alone is decoded speculatively, where that gives the tokens of plain decoding."""
     default_timeout: float | None = None
     """Time limit in seconds of a request that sets none, above 0; None means no limit."""
 
@@ -58,6 +62,8 @@ class EngineConfig:
         slowdown = self.prefill_slowdown
         if isinstance(slowdown, bool) or not 1 <= slowdown <= 1000:
             raise InputError(f"prefill_slowdown is {slowdown!r}; it must be a number from 1 to 1000")
+        if self.speculation not in ("auto", "off"):
+            raise InputError(f"speculation is {self.speculation!r}; it must be 'auto' or 'off'")
         timeout = self.default_timeout
         if timeout is not None and (isinstance(timeout, bool) or not timeout > 0):
             raise InputError(f"default_timeout is {timeout!r}; it must be a number of seconds above 0")
@@ -92,8 +98,9 @@ def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> Me
     geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
     dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]
     length = config.length(geometry.n_positions)
+    sessions = 1 + (config.speculation == "auto" and wants_verify_session(bundle, graph_name))
     return MemoryEstimate(
-        weights=2 * bundle.graph_size(graph_name),
+        weights=2 * bundle.graph_size(graph_name) * sessions,
         cache=cache_bytes(geometry, config.slots, length, dtypes[0] if dtypes else "float32"),
         logits=(config.slots + 1 + scored_tokens(geometry.vocab_size, length)) * geometry.vocab_size * 4,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from serving.backends.base import FloatArray
+from serving.backends.base import FloatArray, NextTokens
 from serving.engine.api import (
     EngineStats,
     Event,
@@ -26,6 +26,8 @@ from serving.engine.requests import EngineRequest, EngineSequence
 from serving.engine.sampler import Sampled, log_probabilities, sample
 from serving.engine.scheduler import ScheduledPrefill, Scheduler
 from serving.engine.slot_backend import SlotBackend, supports_device_sampling
+from serving.engine.speculation import Speculation
+from serving.generation.drafts import Draft
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class Core:
         scheduler: Scheduler,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        speculate: bool = False,
+        table: NextTokens | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.requests: dict[EngineRequest, None] = {}
@@ -52,17 +56,28 @@ class Core:
         self._prompt_tokens = self._cached_tokens = self._num_generated = self._steps = 0
         self._inter_token: list[float] = []
         self._constrained = ConstrainedSequences(scheduler)
+        self._speculation = Speculation(backend, scheduler, speculate, table)
 
     def step(self, arrived: Iterable[EngineRequest] = (), cancelled: Iterable[EngineRequest] = ()) -> None:
-        """Add `arrived`, drop `cancelled`, then run a prefill chunk, a token of every running sequence, or both."""
+        """Add `arrived`, drop `cancelled`, then run a prefill chunk, a token of every running sequence, or both.
+
+        A sequence that runs alone may get several tokens, from one step that verifies a draft.
+        """
         began = self._clock()
         self._add(arrived, cancelled, began)
         self._emit_sampled(self._constrained.sample_late())
         num_prefilled, finished = self._prefill(began)
         prefilled_at = self._clock()
-        sequences, logits = self._decode(may_compact=not num_prefilled)
+        if not num_prefilled:
+            self._compact()
+            if (drafted := self._speculation.draft()) is not None:
+                self._verify(*drafted)
+                self._end_step(began, prefilled_at, 0, 1 + len(drafted[1].tokens))
+                return
+        sequences, logits = self._decode()
         if logits is not None:
             self._score(sequences, logits)
+            self._speculation.hold_replaying(sequences)
             self._constrained.hold_late(sequences, logits)
         sampled = self._sample(sequences, logits) + [each for request in finished for each in self._begin(request)]
         self._emit_sampled(sampled)
@@ -98,6 +113,7 @@ class Core:
             self._cached_tokens,
             self._num_generated,
             self._steps,
+            **self._speculation.totals(),
         )
 
     def close(self) -> None:
@@ -140,10 +156,8 @@ class Core:
                 finished.append(prefill.request)
         return num_prefilled, finished
 
-    def _decode(self, may_compact: bool) -> tuple[list[EngineSequence | None], FloatArray | None]:
+    def _decode(self) -> tuple[list[EngineSequence | None], FloatArray | None]:
         """Decode one token of every running sequence; return the sequence of each row, and the logits if fetched."""
-        if may_compact:
-            self._compact()
         sequences, tokens, lengths = self.scheduler.rows()
         if not sequences:
             return [], None
@@ -159,6 +173,29 @@ class Core:
             return [], None
         self.scheduler.on_decode_done()
         return sequences, logits
+
+    def _verify(self, sequence: EngineSequence, draft: Draft) -> None:
+        """Decode the newest token of `sequence` and its `draft` in one step; emit the tokens that it certainly gets."""
+        slot = sequence.slot
+        assert slot is not None
+        fed = (sequence.last_token, *draft.tokens)
+        try:
+            logits = self._backend.verify(slot.index, fed, slot.filled)
+        except Exception as error:
+            self._fail([sequence.request], error)
+            return
+        accepted = 0
+        for row, drafted in enumerate((*draft.tokens, None)):
+            sampled = sample(logits[row : row + 1], [sequence])
+            if not self._speculation.certain(sequence, logits[row], sampled[0].token):
+                break
+            self._speculation.on_accepted(sequence, slot.filled)
+            slot.filled += 1
+            self._emit_sampled(sampled)
+            if sequence.ended or sampled[0].token != drafted:
+                break
+            accepted += 1
+        self._speculation.on_verified(sequence, draft, accepted)
 
     def _compact(self) -> None:
         copies = self.scheduler.compact()
@@ -204,13 +241,22 @@ class Core:
         if not any(sequences):
             return []
         if logits is not None:
-            return sample(logits, sequences)
+            return [
+                each
+                for each in sample(logits, sequences)
+                if not self._speculation.inexact(each.sequence) or self._certain(each, logits)
+            ]
         assert self._device_sampling is not None
         try:
             return sample_on_device(self._device_sampling, sequences)
         except Exception as error:
             self._fail([sequence.request for sequence in sequences if sequence is not None], error)
             return []
+
+    def _certain(self, sampled: Sampled, logits: FloatArray) -> bool:
+        slot = sampled.sequence.slot
+        assert slot is not None
+        return self._speculation.certain(sampled.sequence, logits[slot.index], sampled.token)
 
     def _begin(self, request: EngineRequest) -> list[Sampled]:
         """Emit the end of the prefill and sample the first tokens, unless the request wants no output."""
@@ -248,6 +294,7 @@ class Core:
     def _append_token(self, sequence: EngineSequence, sampled: Sampled, now: float) -> None:
         request, token = sequence.request, sampled.token
         sequence.last_token, sequence.num_generated = token, sequence.num_generated + 1
+        sequence.tokens.append(token)
         request.num_generated += 1
         self._num_generated += 1
         if sequence.penalty_state is not None:

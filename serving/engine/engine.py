@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from tokenizers import Tokenizer
 
+from serving.backends.base import NextTokens
 from serving.backends.devices import parse_device
 from serving.backends.loader import runtime_errors
 from serving.bundle import Bundle
@@ -24,6 +25,7 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.slot_backend import SlotBackend
 from serving.errors import InputError
 from serving.generation import token_budget
+from serving.generation.ngram_table import load_ngram_table
 from serving.sampling.detokenizer import TokenBytes, load_tokenizer
 
 _LONGEST_RETRY = 60
@@ -55,8 +57,10 @@ def open_engine(
             max_length=config.length(geometry.n_positions),
             threads=config.threads,
             device=device,
+            speculation=config.speculation == "auto",
         )
-    return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer)
+    table = load_ngram_table(bundle) if backend.verify_step is not None else None
+    return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer, table=table)
 
 
 class SlotEngine:
@@ -67,6 +71,7 @@ class SlotEngine:
         config: the settings that the backend does not have already.
         observer: called after each step and each request, in the engine's thread.
         start: whether to start the thread; if not, the caller calls `step`, as tests do.
+        table: likely next tokens, for drafts.
     """
 
     unsupported: frozenset[str] = frozenset()
@@ -81,13 +86,15 @@ class SlotEngine:
         *,
         clock: Callable[[], float] = time.monotonic,
         start: bool = True,
+        table: NextTokens | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.vocab_size, self.n_positions = backend.vocab_size, backend.max_length
         self.eos_token_id, self.tokenizer = eos_token_id, tokenizer
         self._token_bytes = TokenBytes(tokenizer)
         self._backend, self._clock = backend, clock
-        self._core = Core(backend, _scheduler(backend, self.config), observer, clock)
+        speculate = self.config.speculation == "auto"
+        self._core = Core(backend, _scheduler(backend, self.config), observer, clock, speculate, table)
         # Guards the attributes below. The thread waits on it for work, and `drain` for the end of all work.
         self._changed = threading.Condition()
         self._inbox: deque[EngineRequest] = deque()

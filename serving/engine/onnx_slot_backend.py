@@ -16,6 +16,8 @@ from serving.backends.devices import parse_device
 from serving.backends.onnx import DEFAULT_GRAPH
 from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_session import SAMPLING_GRAPH, bind_sampling_request, device_zeros, open_graph
+from serving.backends.onnx_verify import open_verify_session
+from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
@@ -34,6 +36,7 @@ class OnnxSlotBackend:
         device: "cpu", "cuda" or "cuda:N"; only the first can copy positions from slot to slot.
         supports_device_sampling: whether to sample on the device, by the bundle's sampling graph; None means on CUDA
             only, if the bundle has that graph.
+        speculation: whether to have `verify` where its tokens are those of `decode`.
 
     Raises InputError for a graph of another kind, RuntimeMissingError for a device that is not there.
     """
@@ -48,6 +51,7 @@ class OnnxSlotBackend:
         threads: int | None = None,
         device: str = "cpu",
         supports_device_sampling: bool | None = None,
+        speculation: bool = False,
     ) -> None:
         geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
         if graph.runtime != "onnx" or graph.cache != "shared-buffer":
@@ -61,13 +65,24 @@ class OnnxSlotBackend:
         self.slots, self.max_length = slots, max_length
         self._past = [name for name in graph.inputs if name.startswith("past_key_values.")]
         dtype = graph.inputs[self._past[0]].dtype
-        self._row = (geometry.n_head, max_length, graph.cache_head_dim(geometry))
-        self.cache_bytes = cache_bytes(geometry, slots, max_length, dtype)
+        # A chain also writes the positions of its padding.
+        self._spare = CHAIN if speculation and device == "cpu" and wants_verify_session(bundle, graph_name) else 0
+        self._row = (geometry.n_head, max_length + self._spare, graph.cache_head_dim(geometry))
+        self.cache_bytes = cache_bytes(geometry, slots, self._row[1], dtype)
         self._session: Any = open_graph(
-            bundle, graph_name, device, threads, edit=lambda data: with_offsets(data, geometry.n_embd)
+            bundle,
+            graph_name,
+            device,
+            threads,
+            edit=lambda data: with_offsets(data, geometry.n_embd),
+            spin=not self._spare,
         )
         self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         self.scored_tokens = scored_tokens(self.vocab_size, max_length) if self._offsets else 0
+        self._verifier = open_verify_session(bundle, graph_name, threads, self._session) if self._spare else None
+        self._verifying: dict[int, Any] = {}
+        in_chunks = speculation and device == "cpu" and graph.precision == "fp32" and self._offsets
+        self.verify_step = FP32_STEP if in_chunks else CHAIN_STEP if self._verifier is not None else None
         self._scored_logits = np.empty((0, 1, self.vocab_size), np.float32)
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
@@ -110,6 +125,15 @@ class OnnxSlotBackend:
         binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
         self._read(binding, tokens, start)
         return logits[:, 0]
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        """See `SlotBackend.verify`."""
+        if self._verifier is None:
+            return self.score_chunk(slot, tokens, start)
+        if slot not in self._verifying:
+            addresses = [buffer.address(slot) for buffer in self._buffers]
+            self._verifying[slot] = self._verifier.bind(addresses, self._row[1])
+        return self._verifier.run(self._verifying[slot], tokens, start)
 
     def _read(self, binding: Any, tokens: Sequence[int], start: int) -> None:
         end = start + len(tokens)
@@ -171,8 +195,9 @@ class OnnxSlotBackend:
         self._leading.clear()
         self._alone.clear()
         self._scoring.clear()
+        self._verifying.clear()
         self._buffers.clear()
-        self._session = None
+        self._session = self._verifier = None
         if self.supports_device_sampling:
             self._staying.clear()
             self._sampling_bindings.clear()

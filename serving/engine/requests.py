@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from serving.backends.base import FloatArray
 from serving.engine.api import GenerationRequest, Listener, Logprobs
+from serving.generation.drafts import Drafter
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import TokenConstraint, ends_without_text
 from serving.sampling.detokenizer import TextStream, TokenBytes
@@ -29,6 +30,20 @@ class Slot:
     """Only requests with this salt may reuse the prefix."""
 
 
+@dataclass
+class SpeculationState:
+    """What speculation knows of one sequence.
+
+    Positions from `inexact` on were written by verify steps, or after them; None where all are exact. During a replay,
+    `target` is the position of the token after which the next one is sampled.
+    """
+
+    drafter: Drafter
+    inexact: int | None = None
+    target: int | None = None
+    saved: int = 0
+
+
 @dataclass(eq=False)
 class EngineSequence:
     """One output sequence of a request."""
@@ -47,6 +62,10 @@ class EngineSequence:
     """The token that the next step feeds."""
     num_generated: int = 0
     """Number of tokens sampled so far."""
+    tokens: list[int] = field(default_factory=list)
+    """The tokens sampled so far."""
+    speculation: SpeculationState | None = None
+    """None until the sequence first runs alone in an engine that speculates."""
     last_time: float | None = None
     ended: bool = False
 

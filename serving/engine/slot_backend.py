@@ -10,7 +10,7 @@ from typing import Protocol, TypeGuard
 
 import numpy as np
 
-from serving.backends.base import FloatArray, IntArray, SampledTokens, SamplingRequest
+from serving.backends.base import FloatArray, IntArray, SampledTokens, SamplingRequest, VerifyStep
 from serving.bundle import Geometry
 
 SCORED_BYTES = 32 << 20
@@ -36,6 +36,8 @@ class SlotBackend(Protocol):
     """Bytes of the whole KV cache."""
     scored_tokens: int
     """Tokens that one `score_chunk` may take, at least 3; 0 where it may not be called."""
+    verify_step: VerifyStep | None
+    """How `verify` compares with `decode`; None where it may not be called."""
 
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         """Append `tokens` (at least one) after the first `start` positions of `slot`; the logits after the last of
@@ -49,6 +51,13 @@ class SlotBackend(Protocol):
     def score_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         """Write what `prefill_chunk` writes, to the bit; the logits after each of the tokens, [tokens, vocab_size]
         float32. The next call may write into the same memory.
+        """
+        ...
+
+    def verify(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        """Append `tokens` (2 to `verify_step.tokens`) after the first `start` positions of `slot`, as `decode` does one
+        by one; the logits after each of them, [tokens, vocab_size] float32, which the caller may change until the next
+        call. `verify_step` says how far logits and KV cache may be from those of `decode`.
         """
         ...
 

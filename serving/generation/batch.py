@@ -11,7 +11,7 @@ import numpy as np
 
 from serving.backends.base import Backend, FloatArray
 from serving.errors import InputError
-from serving.generation.token_selection import BatchSampler, HostSteps, open_steps
+from serving.generation.token_selection import open_host_steps, open_steps
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import TokenConstraint
 
@@ -174,8 +174,8 @@ def _steps(
     """
     capacity = min(backend.n_positions, max(map(len, prompts)) + max(budgets))
     # Only these steps bring logits to the host.
-    sampler = BatchSampler(prompts, params, eos_token_id, constraint)
-    host = HostSteps(backend, sampler, prompts, capacity) if with_logits or constraint is not None else None
+    wanted = with_logits or constraint is not None
+    host = open_host_steps(backend, prompts, params, capacity, eos_token_id, constraint) if wanted else None
     steps = host or open_steps(backend, prompts, params, capacity, eos_token_id)
     for step in itertools.count():
         rows = np.flatnonzero(live)

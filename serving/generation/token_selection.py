@@ -10,8 +10,16 @@ from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
-from serving.backends.base import Backend, DeviceSamplingBackend, FloatArray, IntArray, SamplingRequest
+from serving.backends.base import (
+    Backend,
+    DeviceSamplingBackend,
+    FloatArray,
+    IntArray,
+    SamplingRequest,
+    SpeculativeBackend,
+)
 from serving.generation.multi_step_decode import MultiStepSteps
+from serving.generation.speculative_decode import SpeculativeSteps
 from serving.sampling import SamplingParams, SamplingRows, sample_tokens, uniform
 from serving.sampling.constraints import TokenConstraint, sample_allowed
 from serving.sampling.penalties import PenaltyState
@@ -45,10 +53,32 @@ def open_steps(
     loop = backend.loop(sampler.samples) if hasattr(backend, "loop") and sampler.supports_multi_step else None
     if loop is not None:
         return MultiStepSteps(loop, backend.vocab_size, sampler, prompts, capacity)
+    if supports_speculation(backend) and len(prompts) == 1:
+        return SpeculativeSteps(backend, sampler, prompts[0], params[0], capacity)
     # On a CPU the host reads the logits in place and is faster (docs/decisions/sampling.md).
     if supports_device_sampling(backend) and backend.device != "cpu":
         return DeviceSteps(backend, sampler, prompts, capacity)
     return HostSteps(backend, sampler, prompts, capacity)
+
+
+def open_host_steps(
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    capacity: int,
+    eos_token_id: int | None,
+    constraint: TokenConstraint | None,
+) -> HostSteps | SpeculativeSteps:
+    """Prefill `prompts` and sample on the host, where each step's logits are; no speculation under a `constraint`."""
+    sampler = BatchSampler(prompts, params, eos_token_id, constraint)
+    if constraint is None and supports_speculation(backend) and len(prompts) == 1:
+        return SpeculativeSteps(backend, sampler, prompts[0], params[0], capacity)
+    return HostSteps(backend, sampler, prompts, capacity)
+
+
+def supports_speculation(backend: Backend) -> TypeGuard[SpeculativeBackend]:
+    """Whether `backend` can verify drafts."""
+    return getattr(backend, "verify_step", None) is not None
 
 
 def supports_device_sampling(backend: Backend) -> TypeGuard[DeviceSamplingBackend]:
@@ -82,14 +112,19 @@ class BatchSampler:
 
     def sample_tokens(self, logits: FloatArray, rows: IntArray, step: int) -> IntArray:
         """Sample the next tokens of `rows` on the host from `logits`, [len(rows), vocab_size]."""
-        if not self._penalty_state.empty:
-            logits = self._penalty_state.logits_processor.apply(logits, rows)
+        logits = self.edited(logits, rows)
         if self._constraint is not None:
             params = self._params[0]
             token = sample_allowed(logits[0], self._constraint.allowed(), params, params.seed, step)
             return np.array([token], np.int64)
         sampling = self._sampling.take(rows).arrays()
         return sample_tokens(logits, seed=self._seed[rows], step=np.full(len(rows), step), **sampling)
+
+    def edited(self, logits: FloatArray, rows: IntArray) -> FloatArray:
+        """`logits`, [len(rows), vocab_size], with bias and penalties of `rows`; a copy if they change anything."""
+        if self._penalty_state.empty:
+            return logits
+        return self._penalty_state.logits_processor.apply(logits, rows)
 
     def request(self, step: int, vocab_size: int) -> SamplingRequest:
         """The parameters for a backend that samples."""

@@ -20,7 +20,11 @@ from serving.engine.api import Engine, EngineStats, RequestRecord, StepRecord
 PREFIX = "gpt2_bundle_"
 WARM_UP = "warm-up"
 """The id of requests that are not counted."""
-_TOTALS = ("prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps")
+_DRAFT_SOURCES = ("prompt", "ngram")
+_TOTALS = (
+    "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "steps", "replayed_tokens",
+    *(f"{what}_{source}_tokens" for what in ("drafted", "accepted") for source in _DRAFT_SOURCES),
+)  # fmt: skip
 _MODEL_LABELS = ("model_name", "version")
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -89,6 +93,11 @@ COUNTERS: dict[str, tuple[str, Value]] = {
     "prefix_cache_queries": ("Prompt tokens that might have been in the cache.", lambda stats: stats.prompt_tokens),
     "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens),
     "steps": ("Steps of the engine.", lambda stats: stats.steps),
+    "spec_decode_replayed_tokens": ("Positions decoded again for exact logits.", lambda stats: stats.replayed_tokens),
+}
+DRAFT_COUNTERS = {
+    "spec_decode_num_draft_tokens": ("Tokens drafted for verify steps, by source.", "drafted"),
+    "spec_decode_num_accepted_tokens": ("Drafted tokens that were right, by source.", "accepted"),
 }
 
 
@@ -219,6 +228,12 @@ class Metrics:
             counter = CounterMetricFamily(PREFIX + name, text, labels=_MODEL_LABELS)
             for labels, now in stats:
                 counter.add_metric(labels, value(now))
+            yield counter
+        for name, (text, what) in DRAFT_COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=(*_MODEL_LABELS, "source"))
+            for labels, now in stats:
+                for source in _DRAFT_SOURCES:
+                    counter.add_metric((*labels, source), getattr(now, f"{what}_{source}_tokens"))
             yield counter
         yield self._outcomes(models)
         yield from self._web()

@@ -120,7 +120,7 @@ def test_light_commands_run_as_they_stand(page: Path, at_home: Path) -> None:
         for command in commands_of(page)
         if command.words[0] == "gpt2-bundle"
         and command.words[1:2]
-        and (command.words[1] in LIGHT or any(word.startswith("oci:") for word in command.words))
+        and (command.words[1] in LIGHT or any(word == "--gguf" or word.startswith("oci:") for word in command.words))
     ]
     for command in light:
         assert run(list(command.words[1:])) == 0, str(command)

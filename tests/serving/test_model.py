@@ -129,7 +129,13 @@ def test_load_asks_for_graph_runtime_and_device(bundle_folder: Path, monkeypatch
     load(bundle_folder)
     load(str(bundle_folder), graph="ort/int8", device="cuda:1")
     load(bundle_folder, runtime="tensorflow")
-    assert asked == [("onnx", None, "cpu"), ("onnx", "ort/int8", "cuda:1"), ("tensorflow", None, "cpu")]
+    load(bundle_folder, threads=3)
+    assert asked == [
+        ("onnx", None, "cpu", None),
+        ("onnx", "ort/int8", "cuda:1", None),
+        ("tensorflow", None, "cpu", None),
+        ("onnx", None, "cpu", 3),
+    ]
 
 
 def test_both_runtimes_give_one_text(real_bundle: Path) -> None:

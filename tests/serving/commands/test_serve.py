@@ -51,7 +51,7 @@ def completion(url: str, **body: Any) -> str:
         return str(answer.read().decode())
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("tensorflow", marks=pytest.mark.slow)])
 def test_each_runtime_says_what_generate_says(real_bundle: Path, runtime: str) -> None:
     backend = load_backend(open_bundle(real_bundle), "onnx")
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -128,6 +128,8 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--device", "cpu", "--runtime", "tensorflow"], 2, "--device is for --runtime onnx"),
         (["--prefill-slowdown", "2", "--runtime", "tensorflow"], 2, "--prefill-slowdown is for --runtime onnx"),
         (["--prefill-slowdown", "2", "--prefill-chunk", "16"], 2, "exclude each other"),
+        (["--speculation", "on"], 2, "'on' is not one of"),
+        (["--speculation", "off", "--runtime", "tensorflow"], 2, "--speculation is for --runtime onnx"),
     ],
 )
 def test_refusals(bundle_folder: Path, fails: Fails, options: list[str], code: int, words: str) -> None:

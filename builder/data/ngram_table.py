@@ -1,0 +1,65 @@
+"""Counts the n-gram table of a bundle from the training tokens: which token follows each frequent context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from builder.data.token_shards import open_tokens
+from serving.generation.ngram_table import MAX_CONTEXT, NgramTable, context_keys
+
+MAX_ENTRIES = 200_000
+"""Entries of a table: 13 bytes each."""
+MAX_TOKENS = 8_000_000
+"""Tokens that are counted: the first ones of the shard. Bounds memory to about half a gigabyte."""
+_LEAST_COUNT = 2
+_LEAST_CONFIDENCE = 0.3
+"""Below it, a step that verifies the token costs more than it saves."""
+
+
+def count_ngrams(tokens: NDArray[Any], vocab_size: int, max_entries: int = MAX_ENTRIES) -> NgramTable:
+    """The table of `tokens` [n]: contexts of 1 to 4 tokens, each with its most frequent next token.
+
+    The confidence of a next token that came c times after a context that came t times is (c - 1/2) / (t + 1/2).
+    Contexts whose token came once, or with a confidence below 0.3, are left out. Of the rest, the `max_entries` most
+    frequent (context, token) pairs are kept, longer contexts first among equals.
+    """
+    wide = np.asarray(tokens).astype(np.uint64)
+    found = [_most_frequent(wide, length) for length in range(1, MAX_CONTEXT + 1) if len(wide) > length]
+    if not found:
+        return NgramTable(vocab_size, np.empty(0, np.uint64), np.empty(0, np.uint32), np.empty(0, np.uint8))
+    keys, following, counts, totals, lengths = (np.concatenate(column) for column in zip(*found, strict=True))
+    confidence = (counts - 0.5) / (totals + 0.5)
+    kept = np.flatnonzero((counts >= _LEAST_COUNT) & (confidence >= _LEAST_CONFIDENCE))
+    kept = kept[np.lexsort((keys[kept], -lengths[kept], -counts[kept]))][:max_entries]
+    # Two contexts of one key would be a coincidence of 64 bits; the first one stays.
+    _, unique = np.unique(keys[kept], return_index=True)
+    kept = kept[unique]
+    in_255ths = np.rint(255 * confidence[kept]).astype(np.uint8)
+    return NgramTable(vocab_size, keys[kept], following[kept].astype(np.uint32), in_255ths)
+
+
+def write_ngram_table(shard: Path, vocab_size: int, path: Path) -> int:
+    """Count the shard's tokens, write their table to `path` and return the number of its entries."""
+    table = count_ngrams(open_tokens(shard)[:MAX_TOKENS], vocab_size)
+    path.write_bytes(table.to_bytes())
+    return len(table)
+
+
+def _most_frequent(tokens: NDArray[np.uint64], length: int) -> tuple[NDArray[Any], ...]:
+    """Key, most frequent next token (the lowest among equals), its count, the context's count, `length`; by context."""
+    keys, following = context_keys(tokens[:-1], length), tokens[length:]
+    order = np.lexsort((following, keys))
+    keys, following = keys[order], following[order]
+    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]) | (following[1:] != following[:-1])])
+    counts = np.diff(np.r_[starts, len(keys)])
+    keys, following = keys[starts], following[starts]
+    firsts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    totals = np.add.reduceat(counts, firsts)
+    # Stable, by context and then by count: the last of each context is its most frequent token.
+    groups = np.repeat(np.arange(len(firsts)), np.diff(np.r_[firsts, len(keys)]))
+    best = np.lexsort((-following.astype(np.int64), counts, groups))[np.r_[firsts[1:], len(keys)] - 1]
+    return keys[best], following[best], counts[best], totals, np.full(len(best), length)

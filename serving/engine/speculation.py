@@ -1,0 +1,136 @@
+"""Speculative decoding of a sequence that runs alone: what to verify, and that no token differs from plain decoding.
+
+One step verifies a draft. Its logits, and the KV cache rows that it writes, may differ in the last bits from those of
+single-token steps. A token that these bits could change is not emitted: the sequence first repeats its inexact
+positions in single-token steps, and then samples that token from exact logits (docs/decisions/speculation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from serving.backends.base import FloatArray, NextTokens
+from serving.engine.requests import EngineSequence, SpeculationState
+from serving.engine.scheduler import Scheduler
+from serving.engine.slot_backend import SlotBackend, supports_device_sampling
+from serving.generation.drafts import Draft, Drafter
+from serving.generation.speculative_decode import PATIENCE
+from serving.sampling.certainty import absolute_tolerance, is_certain
+
+MAX_SEQUENCES = 1
+"""Speculation runs while at most this many sequences decode: a verify step has one row of the KV cache."""
+
+
+@dataclass
+class SpeculationCounts:
+    """Tokens that were drafted and accepted, by source, and positions that were repeated."""
+
+    drafted: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "ngram": 0})
+    accepted: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "ngram": 0})
+    replayed: int = 0
+
+
+class Speculation:
+    """Speculation of one engine.
+
+    Args:
+        backend, scheduler: those of the engine.
+        enabled: whether to draft at all.
+        table: likely next tokens, if the bundle has such a table.
+    """
+
+    def __init__(
+        self, backend: SlotBackend, scheduler: Scheduler, enabled: bool, table: NextTokens | None = None
+    ) -> None:
+        self._backend, self._scheduler, self._table = backend, scheduler, table
+        self._step = backend.verify_step if enabled and not supports_device_sampling(backend) else None
+        self._tolerance = self._step.tolerance if self._step is not None else 0.0
+        self.counts = SpeculationCounts()
+
+    def draft(self) -> tuple[EngineSequence, Draft] | None:
+        """The sequence that decodes alone, and the draft to verify; None for a plain step."""
+        running = self._scheduler.running
+        if self._step is None or not 0 < len(running) <= MAX_SEQUENCES or self._scheduler.prefilling:
+            return None
+        (sequence,) = running
+        request, slot = sequence.request, sequence.slot
+        if sequence.constraint is not None or request.scoring or slot is None:
+            return None
+        state = sequence.speculation
+        if state is None:
+            state = sequence.speculation = SpeculationState(Drafter(self._step, self._table))
+            state.drafter.extend(request.prompt)
+        if state.target is not None or state.saved < -PATIENCE:
+            return None
+        state.drafter.extend(sequence.tokens[len(state.drafter.tokens) - len(request.prompt) :])
+        room = min(request.max_new_tokens - sequence.num_generated, self._backend.max_length - slot.filled)
+        draft = state.drafter.draft(room - 1)
+        return None if draft is None else (sequence, draft)
+
+    def on_accepted(self, sequence: EngineSequence, position: int) -> None:
+        """Record that a verify step wrote `position` for good."""
+        state = sequence.speculation
+        if state is not None and state.inexact is None and self._tolerance:
+            state.inexact = position
+
+    def on_verified(self, sequence: EngineSequence, draft: Draft, accepted: int) -> None:
+        """Record that the first `accepted` tokens of `draft` were right."""
+        self.counts.drafted[draft.source] += len(draft.tokens)
+        self.counts.accepted[draft.source] += accepted
+        if sequence.speculation is not None:
+            sequence.speculation.saved += accepted
+
+    def totals(self) -> dict[str, int]:
+        """The counts, by the names of the fields of EngineStats."""
+        counts = self.counts
+        named = {f"drafted_{source}_tokens": count for source, count in counts.drafted.items()}
+        named |= {f"accepted_{source}_tokens": count for source, count in counts.accepted.items()}
+        return {**named, "replayed_tokens": counts.replayed}
+
+    def certain(self, sequence: EngineSequence, line: FloatArray, token: int) -> bool:
+        """Whether plain decoding surely samples `token`, which `line` [vocab], with bias and penalties, gives.
+
+        If not, the sequence replays its inexact positions from the next step on.
+        """
+        if not self._tolerance:
+            return True
+        params = sequence.params
+        tolerance = absolute_tolerance(line, params, self._tolerance)
+        if is_certain(line, token, params, sequence.seed, sequence.num_generated, tolerance):
+            return True
+        self._replay(sequence)
+        return False
+
+    def hold_replaying(self, sequences: list[EngineSequence | None]) -> None:
+        """After a plain step, before its tokens are sampled: remove the rows that are still in a replay."""
+        for row, sequence in enumerate(sequences):
+            state = None if sequence is None else sequence.speculation
+            if sequence is None or state is None or state.target is None or sequence.slot is None:
+                continue
+            filled = sequence.slot.filled
+            if filled <= state.target:
+                sequences[row] = None
+                sequence.last_token = _token(sequence, filled)
+                self.counts.replayed += 1
+                state.saved -= 1
+            else:
+                state.target = state.inexact = None
+
+    def inexact(self, sequence: EngineSequence) -> bool:
+        """Whether the sequence's KV cache has rows whose last bits may differ from those of plain decoding."""
+        return sequence.speculation is not None and sequence.speculation.inexact is not None
+
+    def _replay(self, sequence: EngineSequence) -> None:
+        """Go back to the first inexact position; the token after the newest one is sampled when that is exact."""
+        state, slot = sequence.speculation, sequence.slot
+        assert state is not None and slot is not None
+        newest = len(sequence.request.prompt) + sequence.num_generated - 1
+        first = newest if state.inexact is None else min(state.inexact, newest)
+        state.inexact, state.target = first, newest
+        slot.filled, sequence.last_token = first, _token(sequence, first)
+
+
+def _token(sequence: EngineSequence, position: int) -> int:
+    prompt: Sequence[int] = sequence.request.prompt
+    return prompt[position] if position < len(prompt) else sequence.tokens[position - len(prompt)]
