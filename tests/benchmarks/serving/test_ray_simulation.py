@@ -71,7 +71,7 @@ def test_cores_that_are_shared_bound_all_replicas_together() -> None:
 
 
 def test_past_its_capacity_the_ingress_is_the_limit() -> None:
-    slow = replace(MACHINE, ingress_per_request=0.02)
+    slow = replace(MACHINE, ingress_per_request=0.01)
     one, eight = sweep(slow, [60], 1, 0.7, True, 0.1)[0], sweep(slow, [60], 8, 0.7, True, 0.1)[0]
     passed_on = capacity(slow, Traffic(requests=1, shared=256, own=64, new=96))[1]
     assert one["requests_per_second"] > passed_on
