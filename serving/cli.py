@@ -22,7 +22,10 @@ from serving.support.interrupts import remembered_interrupts
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("builder.commands.prepare:prepare", "Read text, train or load the tokenizer, write token shards."),
     "train": ("builder.commands.train:train", "Train GPT-2 on prepared tokens."),
-    "export": ("builder.commands.export:export", "Export the trained model to SavedModel and ONNX, or a bundle to GGUF."),
+    "export": (
+        "builder.commands.export:export",
+        "Export the trained model to SavedModel and ONNX, or a bundle to GGUF.",
+    ),
     "verify": (
         "builder.commands.verify:verify",
         "Prove that all runtimes give the same results; write the certificate.",
