@@ -112,6 +112,7 @@ def at_home(built: TinyBuild, files: Path) -> Path:
     """The same folder with the bundles that the pages name, one of them with a chat template."""
     shutil.copytree(built.bundle, files / "dist" / BUNDLE)
     with_chat_template(built.bundle, files / "dist" / "gpt2-docstrings")
+    shutil.copytree(built.bundle, files / "dist" / "notes")
     key_pair(files)
     return files
 
