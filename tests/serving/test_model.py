@@ -128,8 +128,12 @@ def test_load_asks_for_graph_runtime_and_device(bundle_folder: Path, monkeypatch
     monkeypatch.setattr(loader, "load_backend", load_backend)
     load(bundle_folder)
     load(str(bundle_folder), graph="ort/int8", device="cuda:1")
-    load(bundle_folder, runtime="tensorflow")
-    assert asked == [("onnx", None, "cpu"), ("onnx", "ort/int8", "cuda:1"), ("tensorflow", None, "cpu")]
+    load(bundle_folder, runtime="tensorflow", speculation="off")
+    assert asked == [
+        ("onnx", None, "cpu", "auto"),
+        ("onnx", "ort/int8", "cuda:1", "auto"),
+        ("tensorflow", None, "cpu", "off"),
+    ]
 
 
 def test_both_runtimes_give_one_text(real_bundle: Path) -> None:
