@@ -341,7 +341,7 @@ def test_the_engine_itself_agrees(running: RayCluster, bundle: Path) -> None:
     tokens = []
     while not isinstance(event := events.get(timeout=60), FinishEvent):
         if isinstance(event, TokenEvent):
-            tokens.append(event.token)
+            tokens.append(event.token_id)
     engine.close()
     assert answer["choices"][0]["token_ids"] == tokens and len(tokens) == 32
 
