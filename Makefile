@@ -17,8 +17,8 @@ INSTALLED := .venv/installed
 BUILD := $(BIN)/gpt2-bundle build --recipe $(RECIPE) --output $(OUTPUT) $(if $(BASE),--base "$(BASE)") $(if $(CORPUS),--corpus "$(CORPUS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-prefill bench-speculation bench-serving \
-	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-openapi lint clean
+.PHONY: help install bundle serve serve-tfserving bench bench-gpt2 bench-prepare bench-training bench-tf-generate bench-peers bench-speculation bench-prefill bench-serving \
+	bench-serving-peers bench-gpu test test-slow test-oracle test-ecosystem test-ray test-openapi lint man clean
 
 help: ## Show this list.
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -107,15 +107,21 @@ bench-peers: $(INSTALLED) ## Compare decode and prefill at 124M with other runti
 	cp runs/bench-peers/record.json benchmarks/results/$$(date -u +%Y-%m-%d)-peers-cpu.json
 	$(BIN)/python -m benchmarks.peers.publish
 
-bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 64 tokens, int8 and fp32, at 1, 4 and 16 streams.
+# Drafts that hold depend on the text: take a bundle of a trained model.
+bench-prefill: $(INSTALLED) ## Compare fitted prefill chunks with fixed ones of 64 tokens, and what bounds both, int8 and fp32, at 1, 4 and 16 streams.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
+	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.prefill_cost "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph \
+		--output runs/bench-prefill/$$graph-cost.json || exit; done
 	for graph in int8 fp32; do $(BIN)/python -m benchmarks.serving.engine "$(OUTPUT)/gpt2-geometry" --graph ort/$$graph --chunks 2.25x,64 \
 		--new-tokens 32 --repeats 5 --output runs/bench-prefill/$$graph.json || exit; done
 
-bench-speculation: $(INSTALLED) ## Compare speculative with plain decoding of single streams on held-out text, fp32 and int8 (BUNDLE=, PROMPTS=).
+bench-speculation: $(INSTALLED) ## Compare speculative with plain decoding of single streams, fp32 and int8, and with prompt lookup of other runtimes (BUNDLE=, PROMPTS=).
 	@test -f "$(BUNDLE)/manifest.json" || $(MAKE) bundle
 	for graph in fp32 int8; do $(BIN)/python -m benchmarks.experiments.speculation "$(BUNDLE)" --graph ort/$$graph \
 		$(foreach file,$(PROMPTS),--prompts $(file)) --output runs/bench-speculation/$$graph.json || exit; done
+	for peer in openvino llama; do $(MAKE) .venv-peer-$$peer/installed || echo "$$peer does not install here: left out" >&2; done
+	$(BIN)/python -m benchmarks.peers "$(BUNDLE)" --speculation --new-tokens 96 --work runs/bench-speculation \
+		--output runs/bench-speculation/peers.json
 
 bench-serving: $(INSTALLED) ## Measure the server beside its bare engine at 124M, then overload it, leave it and end it under load.
 	test -f "$(OUTPUT)/gpt2-geometry/ort/int8/model.onnx" || $(BIN)/gpt2-bundle build --recipe recipes/gpt2-geometry.toml --output $(OUTPUT)
@@ -171,20 +177,70 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 	.venv-ovms/bin/python -m pip install --quiet --disable-pip-version-check ovmsclient==2023.1
 	@touch $@
 
-test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/installed .venv-clients/installed .venv-ovms/installed ## Install GenAI, Optimum, KerasHub, Schemathesis and clients in environments of their own, and run them.
+.venv-oras/installed:
+	test -x .venv-oras/bin/python || $(PYTHON) -m venv .venv-oras
+	.venv-oras/bin/python -m pip install --quiet --disable-pip-version-check oras==0.2.43
+	@touch $@
+
+.venv-genai/installed:
 	test -x .venv-genai/bin/python || $(PYTHON) -m venv .venv-genai
 	.venv-genai/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-genai==0.18.0 onnxruntime==1.32.0
+	@touch $@
+
+.venv-onnxruntime/installed:
+	test -x .venv-onnxruntime/bin/python || $(PYTHON) -m venv .venv-onnxruntime
+	.venv-onnxruntime/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==2.4.6 tokenizers==0.23.3
+	@touch $@
+
+.venv-openvino/installed:
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet --disable-pip-version-check openvino==2026.4.1 numpy==2.4.6 tokenizers==0.23.3
+	@touch $@
+
+# optimum-onnx asks for an older transformers than the one of .venv-peer-torch.
+.venv-optimum/installed:
 	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
 	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check \
 		optimum-onnx==0.1.0 optimum==2.1.0 onnxruntime==1.32.0 onnx==1.23.2 transformers==4.57.6 torch==2.13.0
-	GENAI_PYTHON=.venv-genai/bin/python OPTIMUM_PYTHON=.venv-optimum/bin/python \
-		CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python \
-		KERAS_HUB_PYTHON=.venv-peer-keras_hub/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
+	@touch $@
+
+# Its install script would fetch libraries for CUDA.
+.node-transformers/installed:
+	ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-fund --no-audit --prefix .node-transformers @huggingface/transformers@4.3.2
+	@touch $@
+
+.venv-ray/installed: pyproject.toml constraints.txt
+	rm -rf .venv-ray
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve,onnx,ray]'
+	@touch $@
+
+test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of its own, and run the Ray Serve application on a local cluster.
+	RAY_PYTHON=.venv-ray/bin/python $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_ray.py
+
+# A Triton with its Python backend alone; TensorFlow Serving's and KerasHub's tests share TensorFlow.
+.venv-triton/installed:
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==2.4.6
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	@touch $@
+
+# One environment a tool, 5 GB together; one that does not install here is left out, and its tests say so.
+TOOLS := .venv-onnxruntime .venv-genai .venv-openvino .venv-optimum .venv-triton .node-transformers \
+	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-oras .venv-ray
+
+test-ecosystem: $(INSTALLED) ## Install other tools and clients in environments of their own, and run them on a bundle and a server.
+	for tool in $(TOOLS); do $(MAKE) $$tool/installed || echo "$$tool does not install here: left out" >&2; done
+	CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python ORAS_PYTHON=.venv-oras/bin/python RAY_PYTHON=.venv-ray/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st \
+		$(BIN)/python -m pytest -m ecosystem
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+man: $(INSTALLED) ## Write the manual page from the commands.
+	$(BIN)/gpt2-bundle man > docs/gpt2-bundle.1
+
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-genai .venv-optimum .venv-schemathesis .venv-clients .venv-ovms .venv-peer* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .node-transformers runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -308,6 +308,9 @@ class TrainingRecipe:
     )
     jit_compile: bool = _key(True, "Compile the training step with XLA. Applies to one device only.")
     devices: int = _key(0, "Number of GPUs that share a batch. 0 uses all that are visible.", low=0, high=1024)
+    worker_timeout: float = _key(
+        600.0, "With TF_CONFIG, seconds in which all workers must have started.", low=1.0, high=86_400.0
+    )
 
 
 # Defaults of the training keys of a recipe with `model.base`; the dataclass above has those of training from scratch.
@@ -333,7 +336,15 @@ NO_USE = {
 }
 
 # Training keys that decide what is seen of a run, and by which loop it is made, but not what its weights become.
-OBSERVING = ("log_every", "tensorboard", "sample_prompts", "sample_tokens", "checkpoints_kept", "loop")
+OBSERVING = (
+    "log_every",
+    "tensorboard",
+    "sample_prompts",
+    "sample_tokens",
+    "checkpoints_kept",
+    "loop",
+    "worker_timeout",
+)
 
 
 @dataclass(frozen=True)

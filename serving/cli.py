@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from serving import __version__
 from serving.errors import GPT2BundleError, one_line
@@ -22,7 +23,7 @@ from serving.support.interrupts import remembered_interrupts
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("builder.commands.prepare:prepare", "Read text, train or load the tokenizer, write token shards."),
     "train": ("builder.commands.train:train", "Train GPT-2 on prepared tokens."),
-    "export": ("builder.commands.export:export", "Export the trained model to SavedModel and ONNX."),
+    "export": ("builder.commands.export:export", "Export a trained model to SavedModel and ONNX, or a bundle to GGUF."),
     "verify": (
         "builder.commands.verify:verify",
         "Prove that all runtimes give the same results; write the certificate.",
@@ -39,11 +40,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("builder.commands.evaluate:evaluate", "Measure the perplexity of a bundle on a text."),
     "lint": ("builder.commands.lint:lint", "Check that stock TensorFlow Serving can serve a SavedModel."),
     "deploy": ("serving.commands.deploy:deploy", "Write a folder that serves a bundle: by containers or in a cluster."),
+    "publish": ("serving.commands.publish:publish", "Publish a bundle to the Hugging Face hub or an OCI layout."),
+    "sign": ("serving.commands.sign:sign", "Sign a bundle with a local key (OpenSSF Model Signing)."),
+    "verify-signature": ("serving.commands.sign:verify_signature", "Check a bundle against its signature."),
+    "sbom": ("serving.commands.sbom:sbom", "Write the bill of materials of a bundle (CycloneDX), or check one."),
     "client": ("serving.commands.client:client", "Call a running TensorFlow Serving or 'serve', over REST or gRPC."),
     "bench": (
         "benchmarks.commands.run:bench",
         "Measure latency and throughput of decode steps and of requests.",
     ),
+    "completion": ("serving.commands.completion:completion", "Print the completion script of a shell."),
+    "man": ("serving.commands.man:man", "Print the manual page."),
 }
 # What keeps its work by stages, and takes it up again.
 STAGES = ("prepare", "train", "export", "verify", "build")
@@ -62,6 +69,11 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module_name), attribute)
         _name_ranges(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the subcommands from their names alone; click would import every one of them."""
+        found = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

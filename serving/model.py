@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 from serving import generation
 from serving.backends import loader
+from serving.backends.autotune import autotuner
 from serving.backends.base import Backend, FloatArray
 from serving.bundle import Bundle, open_bundle
 from serving.engine.api import MAX_LOGPROBS, Logprobs
@@ -191,15 +192,20 @@ def load(
     graph: str | None = None,
     runtime: str = "onnx",
     device: str = "cpu",
+    threads: int | None = None,
+    batch_size: int = 1,
     speculation: Literal["auto", "off"] = "auto",
 ) -> Model:
     """Load the bundle in a folder and return its Model.
 
     Args:
         bundle: the bundle's folder.
-        graph: an ONNX graph by its name in the manifest, such as "ort/int8"; None is "ort/fp32".
+        graph: an ONNX graph by its name in the manifest, such as "ort/int8"; None is "ort/fp32". "auto" measures once
+            which number of threads is the fastest on this machine, and "auto:int8" also which precision down to int8.
         runtime: "onnx" or "tensorflow". Only this one is imported.
         device: "cpu", "cuda" or "cuda:N", for ONNX Runtime; TensorFlow finds its devices by itself.
+        threads: threads of ONNX Runtime; None is its default, or what "auto" chooses.
+        batch_size: the number of prompts that "auto" measures with. It does not limit `generate`.
         speculation: "auto" decodes a single prompt speculatively where that gives the same tokens, which is on a CPU
             in fp32, and in int8 with a second copy of the weights; "off" never does.
 
@@ -207,7 +213,11 @@ def load(
     folder is not an intact bundle, and RuntimeMissingError if the runtime is not installed.
     """
     opened = open_bundle(Path(bundle), check="sizes")
-    backend = loader.load_backend(opened, runtime, graph, device, speculation)
+    tuner = autotuner(graph, runtime=runtime, devices=[device], threads=threads, batch_size=batch_size)
+    if tuner is not None:
+        setting = tuner.choose(opened)
+        graph, threads = setting.graph, setting.threads
+    backend = loader.load_backend(opened, runtime, graph, device, threads, speculation)
     if supports_speculation(backend):
         backend.draft_table = load_ngram_table(opened)
     return Model(opened, backend)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,26 @@ def loggers_as_before() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` as `make` filled it: once a run, whichever of pytest-xdist's processes asks first."""
+    base = factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a bundle with real graphs of the fixture "bytes"; nobody may change it."""
     from tests.oracles.tiny_bundle import write_real_bundle
 
-    folder = tmp_path_factory.mktemp("bundles") / "bytes"
-    write_real_bundle(folder)
-    return folder
+    return make_once(tmp_path_factory, "bytes", write_real_bundle)
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +55,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> TinyBuild:
     """A build that ran to its end; work on a copy of it."""
     from serving.cli import run
 
-    folder = tmp_path_factory.mktemp("built")
-    build = TinyBuild(write_corpus(folder / "corpus.txt"), folder / "runs", folder / "dist")
-    assert run(build.build()) == 0
-    return build
+    def tiny_build(folder: Path) -> TinyBuild:
+        return TinyBuild(folder / "corpus.txt", folder / "runs", folder / "dist")
+
+    def make(folder: Path) -> None:
+        write_corpus(folder / "corpus.txt")
+        assert run(tiny_build(folder).build()) == 0
+
+    return tiny_build(make_once(tmp_path_factory, "built", make))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from serving import __version__
 from serving.deploy import endpoints
+from serving.deploy.ray_serve import RAY_VERSION, ray_image
 from serving.deploy.workload import USER, ServeOptions, Workload
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +26,8 @@ def instructions(path: Path) -> list[tuple[str, str]]:
     return [(line.split()[0], " ".join(line.split()[1:])) for line in text.splitlines() if line.strip()]
 
 
-def test_both_devices_have_one() -> None:
-    assert [path.name for path in FILES] == ["cpu.Dockerfile", "cuda.Dockerfile"]
+def test_both_devices_and_ray_have_one() -> None:
+    assert [path.name for path in FILES] == ["cpu.Dockerfile", "cuda.Dockerfile", "ray.Dockerfile"]
 
 
 def test_hadolint_finds_nothing(tmp_path: Path) -> None:
@@ -48,16 +49,21 @@ def test_an_image_is_pinned_rootless_and_what_the_manifests_start(path: Path) ->
     last = found[max(at for at, (name, _) in enumerate(found) if name == "FROM") :]
     values = dict(last)
     assert values["USER"] == f"{USER}:{USER}"
-    assert values["ENTRYPOINT"] == '["gpt2-bundle", "serve"]'
-    assert values["EXPOSE"] == " ".join(str(port.number) for port in endpoints.PORTS)
+    device = path.name.partition(".")[0]
+    if device != "ray":  # KubeRay gives its pods the command.
+        assert values["ENTRYPOINT"] == '["gpt2-bundle", "serve"]'
+        assert values["EXPOSE"] == " ".join(str(port.number) for port in endpoints.PORTS)
     # No package is installed as what it happens to be today, and the last stage has no pip.
     installs = [part for name, value in found if name == "RUN" for part in value.split("&&") if "pip install" in part]
     assert installs and all("--constraint constraints.txt" in part or "--no-deps" in part for part in installs)
     assert not any("pip" in value for name, value in last if name == "RUN")
-    device = path.name.partition(".")[0]
-    options = ServeOptions("ort/fp32", device="cuda" if device == "cuda" else "cpu")
-    assert Workload("a", options, 1, 1, "0" * 64).image == f"gpt2-bundle-serve:{__version__}-{device}"
-    command = f"docker build -f docker/{path.name} -t gpt2-bundle-serve:{__version__}-{device} ."
+    load = Workload("a", ServeOptions("ort/fp32", device="cuda" if device == "cuda" else "cpu"), 1, 1, "0" * 64)
+    image = ray_image(load) if device == "ray" else load.image
+    assert (
+        image
+        == ("gpt2-bundle-ray" if device == "ray" else "gpt2-bundle-serve") + f":{__version__}-{load.options.device}"
+    )
+    command = f"docker build -f docker/{path.name} -t {image} ."
     assert command in path.read_text(encoding="utf-8")
 
 
@@ -77,6 +83,10 @@ def test_extras_and_copied_files_exist_and_reach_the_build(path: Path) -> None:
     assert {source.partition("/")[0] for source in sources} == allowed
     for source in sources:
         assert (ROOT / source).exists()
+
+
+def test_the_manifests_have_rays_pinned_version() -> None:
+    assert f"\nray=={RAY_VERSION}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
 
 
 def test_what_is_copied_is_all_that_serve_imports(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {"builder": {"serving"}, "benchmarks": {"serving"}, "serving": set(
 # do not import each other.
 LAYERS = {
     "serving": (
-        "cli",
+        "cli ray",
         "commands",
         "entrypoints model",
         "protocols",
@@ -26,7 +26,7 @@ LAYERS = {
         "engine",
         "generation clients",
         "backends",
-        "sampling deploy chat",
+        "sampling deploy chat gguf distribution",
         "bundle protobuf",
         "support errors",
     ),

@@ -67,7 +67,9 @@ def test_a_disk_that_is_full_from_the_start(fails: Fails, fresh: TinyBuild, smal
     fails(arguments, 1, "No space left on device", "free some space", str(disk))
 
 
-@pytest.mark.parametrize("kilobytes", [40, 100, 1100, 1400])
+@pytest.mark.parametrize(
+    "kilobytes", [40, pytest.param(100, marks=pytest.mark.slow), 1100, pytest.param(1400, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_fills_up_on_the_way(
     fails: Fails, built: TinyBuild, tmp_path: Path, small_disk: Any, kilobytes: int
 ) -> None:
@@ -84,6 +86,7 @@ def test_a_disk_that_fills_up_on_the_way(
         assert os.listdir(tiny.dist) == ["tiny"]  # noqa: PTH208 (all names, hidden ones too)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_output(fails: Fails, tiny: TinyBuild, small_disk: Any) -> None:
     disk = small_disk(256 * 1024)
     arguments = tiny.build("verify.max_abs=5e-4")

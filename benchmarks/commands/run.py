@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from benchmarks.commands.records import compare_records, gate, selftest
 from benchmarks.commands.scenarios import check_output, run_scenarios
-from serving.commands.param_types import Number
+from serving.commands.param_types import BundlePath, Number
 from serving.errors import InputError
 
 _SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
@@ -48,7 +48,7 @@ def bench() -> None:
 
 # fmt: off
 @bench.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.option("--target", "targets", multiple=True, metavar="NAME",
               help="Measure this target: a graph of the bundle (ort/fp32, onnx/portable), savedmodel, slots, "
               "engine=GRAPH, server=GRAPH (starts gpt2-bundle serve), tfserving (starts TensorFlow Serving), "

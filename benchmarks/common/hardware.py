@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.support.cores import cpu_model
 from serving.support.cores import usable_cores as usable_cores
 
 _PACKAGES = ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "tensorflow", "numpy", "tokenizers", "rensa")
@@ -122,7 +123,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": usable_cores(),
         "memory_bytes": _memory_bytes(),
         "last_level_cache_bytes": last_level_cache_bytes(),
@@ -132,18 +133,6 @@ def environment() -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "versions": versions,
     }
-
-
-def _cpu_model() -> str:
-    """The model's name with family and model numbers, since virtual machines often hide the name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    family, model = fields.get("cpu family"), fields.get("model")
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _clock_mhz() -> list[float] | None:

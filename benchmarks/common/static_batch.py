@@ -97,6 +97,33 @@ class BackendRunner:
         return run
 
 
+class Generates(Protocol):
+    """What continues prompts greedily; rows may be shorter after the end token."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]: ...
+
+
+class GenerateRunner:
+    """The prefill is a call for one token; a step is what a call for many takes longer / the tokens that it adds."""
+
+    def __init__(self, model: Generates, notes: Sequence[str] = (), emulator: bool = False) -> None:
+        self.model, self.emulator = model, emulator
+        self.notes = ["a step is (a whole call - a call of one token) / steps", *notes]
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
+        """See `BatchRunner.run`."""
+        run, watch = BatchRun(), Stopwatch()
+        self.model.generate(prompts, max_new_tokens=1)
+        run.prefill = watch.lap()
+        rows = self.model.generate(prompts, max_new_tokens=1 + new_tokens)
+        whole = watch.lap()
+        steps = max(map(len, rows)) - 1
+        if steps:
+            run.steps = [max(whole - run.prefill, 0.0) / steps] * steps
+        run.tokens = [[row[step] if step < len(row) else -1 for row in rows] for step in range(1 + steps)]
+        return run
+
+
 @contextlib.contextmanager
 def converted(target: Path) -> Iterator[Path | None]:
     """Yield a folder for a conversion, which becomes `target` if nothing fails; yield None if `target` exists."""

@@ -10,7 +10,7 @@ from benchmarks.common.held_out_text import read_text
 from benchmarks.common.standalone import run
 from benchmarks.peers.comparison import Comparison, Settings, new_record
 from benchmarks.peers.gpu_device import describe, measure_rates
-from benchmarks.peers.runtimes import CPU, GPU, PRECISIONS, chosen
+from benchmarks.peers.runtimes import CPU, GPU, PRECISIONS, SPECULATION, chosen
 from benchmarks.suite.machine.meters import open_meters
 from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
 from benchmarks.suite.report.markdown import to_markdown, verdict
@@ -24,6 +24,8 @@ from serving.errors import GPT2BundleError, InputError
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="Measure on the CPU, runtimes in turns, or on a GPU, one runtime after the other.")
 @click.option("--rehearse", is_flag=True, help="Measure the GPU's runtimes on the CPU, one after the other.")
+@click.option("--speculation", is_flag=True,
+              help="Measure speculative and plain decoding of this project and peers at batch 1, on a trained bundle.")
 @click.option("--environments", default=".", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER",
               help="Look for the peer environments .venv-peer-NAME in FOLDER; peers without one are left out.")
 @click.option("--runtime", "names", multiple=True, metavar="NAME",
@@ -49,6 +51,7 @@ def main(
     bundle: Path,
     device: str,
     rehearse: bool,
+    speculation: bool,
     environments: Path,
     names: tuple[str, ...],
     precisions: tuple[str, ...],
@@ -70,7 +73,9 @@ def main(
         )
     on_gpu = device != "cpu"
     alone = on_gpu or rehearse
-    known = GPU if alone else CPU
+    if speculation and (alone or batch_sizes not in ((), (1,))):
+        raise InputError("--speculation measures on the CPU at batch 1; leave the other options out")
+    known = GPU if alone else SPECULATION if speculation else CPU
     runtimes = [each for each in chosen(known, names) if not precisions or each.precision in precisions]
     if not runtimes:
         raise InputError(f"no such runtime; there are {', '.join(each.name for each in known)}")
@@ -101,7 +106,7 @@ def main(
         rates=measure_rates(device) if alone else None, meters=meters, keep=lambda: write_reports(record, output),
         say=lambda line: click.echo(line, err=True),
     )
-    sizes = batch_sizes or ((1, 4, 16, 64, 128, 256) if on_gpu else (1, 4, 16, 64))
+    sizes = batch_sizes or ((1,) if speculation else (1, 4, 16, 64, 128, 256) if on_gpu else (1, 4, 16, 64))
     if alone:
         for runtime in installed:
             if left := [size for size in sizes if (runtime.name, size) not in done]:

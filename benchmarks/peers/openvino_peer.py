@@ -28,7 +28,7 @@ class OpenVINORunner:
         folder = Path(request.work) / f"openvino-{request.precision}"
         with converted(folder) as draft:
             if draft is not None:
-                _export(request, draft)
+                export(request, draft)
         core = openvino.Core()
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": request.threads}
         if request.precision == "fp32":
@@ -70,7 +70,7 @@ class OpenVINORunner:
         return self.request.get_output_tensor(0).data
 
 
-def _export(request: LoadRequest, folder: Path) -> None:
+def export(request: LoadRequest, folder: Path) -> None:
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     settings = _QUANTIZATION.get(request.precision)

@@ -2,15 +2,21 @@
 
 Both get a vocabulary in which every id has a text, so that each token is an event of a stream: a bundle with GPT-2's
 geometry and a tokenizer of its own may have ids without one. Neither has an end of text that random weights would come
-upon. Runs in llama-cpp-python's environment: python -m benchmarks.serving.peer_files BUNDLE --gguf FILE --kind Q8_0.
+upon.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from serving.bundle import open_bundle
+from serving.gguf import vocabulary as gguf_vocabulary
+from serving.gguf import write_gguf
+
+_NORMAL = 1
+"""GGUF's type of a token that is text."""
 
 
 def vocabulary(bundle: Path) -> list[str]:
@@ -41,32 +47,14 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
-def main() -> None:
-    """Write what the command line asks for."""
-    import gguf
-
-    from benchmarks.peers.llama_peer import write_gguf
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--gguf", type=Path, required=True)
-    parser.add_argument("--kind", choices=("Q8_0", "F32"), required=True)
-    options = parser.parse_args()
-
-    def describe(writer: Any) -> None:
-        tokens = vocabulary(options.bundle)
-        merges = (options.bundle / "merges.txt").read_text(encoding="utf-8").splitlines()
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([int(gguf.TokenType.NORMAL)] * len(tokens))
-        writer.add_token_merges([line for line in merges if line and not line.startswith("#version")])
-        writer.add_bos_token_id(len(tokens) - 1)
-        writer.add_eos_token_id(len(tokens) - 1)
-        writer.add_add_bos_token(False)
-
-    write_gguf(options.bundle, options.gguf, gguf.GGMLQuantizationType[options.kind], describe)
-
-
-if __name__ == "__main__":
-    main()
+def write_model(bundle: Path, path: Path, outtype: str) -> None:
+    """A GGUF file with every id a text and the last id as the end."""
+    opened = open_bundle(bundle, check="sizes")
+    entries = gguf_vocabulary(opened)
+    size = opened.manifest.model.vocab_size
+    entries |= {
+        "tokenizer.ggml.token_type": [_NORMAL] * size,
+        "tokenizer.ggml.bos_token_id": size - 1,
+        "tokenizer.ggml.eos_token_id": size - 1,
+    }
+    write_gguf(opened, path, outtype, entries)

@@ -27,13 +27,13 @@ import click
 
 from benchmarks.common.hardware import busy_seconds, environment, usable_cores
 from benchmarks.common.standalone import run
-from benchmarks.serving.peer_files import write_folder
+from benchmarks.serving.peer_files import write_folder, write_model
 from benchmarks.serving.server import SERVE, load
 from serving.errors import GPT2BundleError
 
 _ROOT = Path(__file__).parents[2]
 OWN = "gpt2-bundle"
-_KINDS = {"int8": "Q8_0", "fp32": "F32"}
+_OUTTYPES = {"int8": "q8_0", "fp32": "f32"}
 _POSITIONS, _SLOTS = 1024, 16
 _START = 120.0
 _PAUSE = 0.3
@@ -60,7 +60,7 @@ def peers(bundle: Path, precision: str, environments: Path, llama_server: Path |
     plain, port = ["--text", "--plain"], ["--port", "{port}", "--host", "127.0.0.1"]
     python = _python(environments, "llama")
     if python is not None:
-        model, kind = _gguf(bundle, precision, python, work), _KINDS[precision]
+        model, kind = _gguf(bundle, precision, work), _OUTTYPES[precision].upper()
         options = ["--model", str(model), "--n_ctx", str(_POSITIONS), "--interrupt_requests", "False"]
         options += ["--n_threads", str(usable_cores()), "--n_threads_batch", str(usable_cores()), "--verbose", "False"]
         if precision == "fp32":
@@ -93,14 +93,10 @@ def _python(environments: Path, name: str) -> Path | None:
     return python if python.exists() else None
 
 
-def _gguf(bundle: Path, precision: str, python: Path, work: Path) -> Path:
+def _gguf(bundle: Path, precision: str, work: Path) -> Path:
     path = work.absolute() / f"{precision}.gguf"
     if not path.exists():
-        draft = path.with_suffix(".draft")
-        command = [str(python), "-m", "benchmarks.serving.peer_files", str(bundle.absolute())]
-        command += ["--gguf", str(draft), "--kind", _KINDS[precision]]
-        subprocess.run(command, check=True, cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_ROOT)})
-        draft.rename(path)
+        write_model(bundle, path, _OUTTYPES[precision])
     return path
 
 
@@ -212,7 +208,9 @@ def _line(done: dict[str, Any]) -> str:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(list(_KINDS)), default="int8", show_default=True, help="Of the weights.")
+@click.option(
+    "--precision", type=click.Choice(list(_OUTTYPES)), default="int8", show_default=True, help="Of the weights."
+)
 @click.option("--environments", type=click.Path(path_type=Path), default=Path(), help="Where .venv-peer-NAME lie.")
 @click.option("--llama-server", type=click.Path(path_type=Path, exists=True), help="llama.cpp's own server.")
 @click.option("--only", help="Names of servers to compare with ours, with commas; all that are installed by default.")

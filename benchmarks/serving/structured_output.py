@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+from tokenizers import Tokenizer
 
 from benchmarks.common.hardware import environment
 from benchmarks.common.held_out_text import cut_prompts, read_text
@@ -54,23 +55,33 @@ GRAMMARS = {
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--graph", default="ort/int8", show_default=True)
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE",
+    help="A tokenizer.json of the graph's vocabulary, in place of the bundle's.",
+)
 @click.option("--streams", default=16, show_default=True, help="Streams that run at once; at most the engine's slots.")
 @click.option("--prompt-tokens", default=32, show_default=True)
 @click.option("--new-tokens", default=96, show_default=True, help="Tokens of each stream.")
 @click.option("--repeats", default=9, show_default=True, help="Turns of free and constrained streams.")
 @click.option("--masks", default=4000, show_default=True, help="Masks of each grammar.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
-def main(bundle: Path, graph: str, streams: int, masks: int, output: Path | None, **sizes: int) -> None:
+def main(
+    bundle: Path, graph: str, tokenizer: Path | None, streams: int, masks: int, output: Path | None, **sizes: int
+) -> None:
     """Measure on the folder BUNDLE."""
     opened = open_bundle(bundle, check="sizes")
     geometry = opened.manifest.model
     began = time.perf_counter()
-    compiler = GrammarCompiler(load_tokenizer(opened), geometry.vocab_size, geometry.eos_token_id)
+    chosen = load_tokenizer(opened) if tokenizer is None else Tokenizer.from_file(str(tokenizer))
+    compiler = GrammarCompiler(chosen, geometry.vocab_size, geometry.eos_token_id)
     record: dict[str, Any] = {
         "bundle": opened.manifest.name,
         "environment": environment(),
         "graph": graph,
         "vocab_size": geometry.vocab_size,
+        "tokenizer_entries": chosen.get_vocab_size(),
         "streams": streams,
         **sizes,
         "tokenizer_seconds": time.perf_counter() - began,

@@ -21,6 +21,8 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     """Build a verified bundle from text: prepare, train, export, verify, package.
 
     If a build is interrupted, run the same command again: it resumes after the last completed step.
+
+    With the environment variable TF_CONFIG, this is one worker of several, and the same command runs in each.
     """
     run = make_run(**options)
 
@@ -28,10 +30,18 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     from builder.run_folder import locked
     from builder.stages.pipeline import build as run_build
     from builder.stages.pipeline import report_lines
+    from builder.stages.workers import follow, joined_workers
     from serving.bundle.examples import generate_arguments
 
-    with locked(run.folder):
-        bundle = run_build(run, output, Reporter())
+    reporter = Reporter()
+    with joined_workers(run.recipe, reporter) as workers:
+        if workers is not None and not workers.is_chief:
+            follow(run, workers, reporter)
+            if as_json:
+                click.echo(json_line({"bundle": None, "worker": workers.cluster.names[workers.rank]}))
+            return
+        with locked(run.folder):
+            bundle = run_build(run, output, reporter, workers)
     manifest = bundle.manifest
     if as_json:
         record = {"bundle": str(bundle.folder), "size": manifest.total_size, "quality": manifest.quality,

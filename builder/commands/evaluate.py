@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from serving.commands.param_types import BundlePath, GraphName
 from serving.support.json_line import json_line
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.option("--text", required=True, metavar="PATH", help="File, folder or glob to score.")
 @click.option("--text-field", metavar="NAME",
               help="Field or column that is the text, in .jsonl, .csv and .parquet.  [default: text, or responses for "
@@ -20,7 +21,7 @@ from serving.support.json_line import json_line
               "bundle whose recipe has one.")  # fmt: skip
 @click.option("--window", type=int, metavar="N", help="Tokens read at once; the model's context by default.")
 @click.option("--stride", type=int, metavar="N", help="Tokens between two windows; half a window by default.")
-@click.option("--graph", metavar="NAME",
+@click.option("--graph", type=GraphName(), metavar="NAME",
               help="Graph to measure as it is served, such as ort/int8 or savedmodel, and how far it is from the "
               "Keras weights.  [default: the Keras weights]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")

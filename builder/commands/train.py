@@ -13,7 +13,10 @@ from builder.commands.options import make_run, recipe_options
 @recipe_options
 @click.option("--loop", type=click.Choice(["fit", "custom"]), help="Whose training loop (short for training.loop).")
 def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train GPT-2 on the prepared tokens. An interrupted run resumes from its last checkpoint."""
+    """Train GPT-2 on the prepared tokens. An interrupted run resumes from its last checkpoint.
+
+    With the environment variable TF_CONFIG, this is one worker of several, and the same command runs in each.
+    """
     if loop is not None:
         overrides = (*overrides, f"training.loop={loop}")
     run = make_run(overrides=overrides, **options)
@@ -21,7 +24,12 @@ def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     from builder.progress import Reporter
     from builder.run_folder import locked
     from builder.stages.pipeline import as_prepared, train_stage
+    from builder.stages.workers import follow, joined_workers
 
     reporter = Reporter()
-    with locked(run.folder):
-        train_stage(as_prepared(run, reporter), reporter)
+    with joined_workers(run.recipe, reporter) as workers:
+        if workers is not None and not workers.is_chief:
+            follow(run, workers, reporter)
+            return
+        with locked(run.folder):
+            train_stage(as_prepared(run, reporter), reporter, workers)

@@ -10,12 +10,13 @@ import click
 from click.core import ParameterSource
 
 from builder.commands.options import make_run, recipe_options
+from serving.commands.param_types import BundlePath
 from serving.errors import InputError
 from serving.support.json_line import json_line
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=BundlePath())
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print the certificate as one line of JSON at the end.")
 @click.pass_context

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from builder.data.masked_shards import COUNTED, LAST, Shard
-from builder.data.packed_batches import RowSampler, training_dataset, validation_dataset
+from builder.data.packed_batches import WHOLE, RowSampler, Share, training_dataset, validation_dataset
 from builder.recipe import TrainingRecipe
 from serving.errors import InputError
 
@@ -58,12 +58,15 @@ class DocumentRows:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """Inputs, targets and weights (0 or 1) of these rows, each [rows, sequence]; padded on the right with 0."""
+    def batch(self, rows: NDArray[np.int64], own: Any = slice(None)) -> Batch:
+        """Inputs, targets and weights (0 or 1) of these rows, each [rows, sequence]; padded on the right with 0.
+
+        The inputs and targets are those of the rows `own` among them alone.
+        """
         within = np.arange(self.width)
         inside = within < self.lengths[rows][:, None]
         places = np.where(inside, self.starts[rows][:, None] + within, 0)
-        tokens = np.where(inside, self.shard.ids[places], 0).astype(np.int32)
+        tokens = np.where(inside[own], self.shard.ids[places[own]], 0).astype(np.int32)
         if self.shard.mask is not None:
             inside &= (self.shard.mask[places] & COUNTED).astype(bool)
         return tokens[:, :-1], tokens[:, 1:], inside[:, 1:].astype(np.float32)
@@ -81,9 +84,9 @@ class DocumentSampler:
         self.rows = len(documents)
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def weighted_batch(self, step: int) -> Batch:
-        """Inputs, targets and weights of a step."""
-        return self._documents.batch(self._numbers(step))
+    def weighted_batch(self, step: int, own: Any = slice(None)) -> Batch:
+        """Inputs and targets of the rows `own` of a step, and the weights of all its rows."""
+        return self._documents.batch(self._numbers(step), own)
 
     def starts(self, step: int) -> NDArray[np.int64]:
         """Where a step's rows begin in the token stream, int64 [batch]."""
@@ -108,11 +111,11 @@ class MaskedSampler(RowSampler):
         super().__init__(shard.ids, sequence_length, batch_size, seed)
         self._shard, self._columns = shard, np.arange(sequence_length + 1)
 
-    def weighted_batch(self, step: int) -> Batch:
-        """Inputs, targets and weights of a step."""
+    def weighted_batch(self, step: int, own: Any = slice(None)) -> Batch:
+        """Inputs and targets of the rows `own` of a step, and the weights of all its rows."""
         mask = self._shard.mask
         places = (self.starts(step)[:, None] + self._columns) % len(self._shard.ids)
-        rows = self._shard.ids[places].astype(np.int32)
+        rows = self._shard.ids[places[own]].astype(np.int32)
         counted = np.ones(places.shape, bool) if mask is None else (mask[places] & COUNTED).astype(bool)
         return rows[:, :-1], rows[:, 1:], counted[:, 1:].astype(np.float32)
 
@@ -131,14 +134,14 @@ def make_sampler(shard: Shard, recipe: TrainingRecipe, seed: int) -> RowSampler 
 
 
 def training_batches(
-    shard: Shard, recipe: TrainingRecipe, *, seed: int, steps: int, start_step: int = 0
+    shard: Shard, recipe: TrainingRecipe, *, seed: int, steps: int, start_step: int = 0, share: Share = WHOLE
 ) -> tf.data.Dataset:
     """Return a dataset of the calls of steps `start_step` to `steps` - 1, `recipe.accumulation` of them a step.
 
-    They are (inputs, targets), int32 [part, sequence], or with weights, float32 of the same shape, where not all
-    targets count. A weight is then k / W for a step of k calls and W counted targets in all: the sum of a call's losses
-    by these weights, averaged over the k calls as gradients are accumulated, is the mean over the step's counted
-    targets, however they fall on its parts. Where W is 0, all weights are.
+    They hold the `share` of each part's rows: (inputs, targets), int32 [rows, sequence], or with weights, float32 of
+    the same shape, where not all targets count. A weight is then k / W for a step of k calls and W counted targets in
+    all: the sum of a call's losses by these weights, averaged over the k calls as gradients are accumulated, is the
+    mean over the step's counted targets, however they fall on its parts. Where W is 0, all weights are.
     """
     parts, length = recipe.accumulation, recipe.sequence_length
     size = recipe.batch_size // parts
@@ -151,53 +154,58 @@ def training_batches(
             seed=seed,
             steps=steps * parts,
             start_step=start_step * parts,
+            share=share,
         )
     sampler = make_sampler(shard, recipe, seed)
     assert not isinstance(sampler, RowSampler) or isinstance(sampler, MaskedSampler)
 
+    own = np.arange(recipe.batch_size).reshape(parts, size)[:, share.rows(size)]
+
     def generate() -> Iterator[Batch]:
         for step in range(start_step, steps):
-            inputs, targets, weights = sampler.weighted_batch(step)
+            inputs, targets, weights = sampler.weighted_batch(step, own.ravel())
             weights *= np.float32(parts / max(1.0, float(weights.sum())))
-            for part in range(0, recipe.batch_size, size):
-                rows = slice(part, part + size)
-                yield inputs[rows], targets[rows], weights[rows]
+            shape = (*own.shape, length)
+            yield from zip(inputs.reshape(shape), targets.reshape(shape), weights[own], strict=True)
 
-    return _dataset(generate, (size, length), max(0, steps - start_step) * parts)
+    return _dataset(generate, (own.shape[1], length), max(0, steps - start_step) * parts)
 
 
-def validation_batches(shard: Shard, recipe: TrainingRecipe) -> tf.data.Dataset:
-    """Return a dataset of (inputs, targets, weights of 0 and 1) that has each counted target once.
+def validation_batches(shard: Shard, recipe: TrainingRecipe, share: Share = WHOLE) -> tf.data.Dataset:
+    """Return a dataset of (inputs, targets, weights of 0 and 1) that has each counted target once over all shares.
 
     Packed as a stream, as `packed_batches.validation_dataset`; with one document a row, in the order of the
     documents, each cut as in training.
     """
     length, size = recipe.sequence_length, recipe.batch_size // recipe.accumulation
     if is_plain(shard, recipe):
-        return validation_dataset(shard.ids, sequence_length=length, batch_size=size)
+        return validation_dataset(shard.ids, sequence_length=length, batch_size=size, share=share)
+    own = share.rows(size)
+    shape = (own.stop - own.start, length)
     if recipe.packing == "rows":
         rows = DocumentRows(shard, length)
 
         def documents() -> Iterator[Batch]:
-            for start in range(0, len(rows), size):
-                batch = rows.batch(np.arange(start, min(start + size, len(rows))))
-                padding = ((0, size - len(batch[0])), (0, 0))
+            for start in range(own.start, own.start + len(rows), size):
+                batch = rows.batch(np.arange(min(start, len(rows)), min(start + shape[0], len(rows))))
+                padding = ((0, shape[0] - len(batch[0])), (0, 0))
                 yield np.pad(batch[0], padding), np.pad(batch[1], padding), np.pad(batch[2], padding)
 
-        return _dataset(documents, (size, length), -(-len(rows) // size))
+        return _dataset(documents, shape, -(-len(rows) // size))
 
     mask = shard.mask
     assert mask is not None
 
     def stream() -> Iterator[Batch]:
-        for start in range(0, len(shard.ids) - 1, size * length):
-            ids = shard.ids[start : start + size * length + 1].astype(np.int32)
-            counted = (mask[start : start + size * length + 1] & COUNTED).astype(np.float32)
-            padding, shape = (0, size * length + 1 - len(ids)), (size, length)
+        first, count = own.start * length, shape[0] * length
+        for start in range(first, first + len(shard.ids) - 1, size * length):
+            ids = shard.ids[start : start + count + 1].astype(np.int32)
+            counted = (mask[start : start + count + 1] & COUNTED).astype(np.float32)
+            padding = (0, count + 1 - len(ids))
             ids, counted = np.pad(ids, padding), np.pad(counted, padding)
             yield ids[:-1].reshape(shape), ids[1:].reshape(shape), counted[1:].reshape(shape)
 
-    return _dataset(stream, (size, length), -(-(len(shard.ids) - 1) // (size * length)))
+    return _dataset(stream, shape, -(-(len(shard.ids) - 1) // (size * length)))
 
 
 def counted_targets(shard: Shard, recipe: TrainingRecipe) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,22 @@ from serving.errors import InputError
 
 if TYPE_CHECKING:
     import tensorflow as tf
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of each batch this process reads, where `count` workers share them: as many rows each, in order."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a batch of `batch_size`, which `count` divides."""
+        size = batch_size // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+WHOLE = Share()
 
 
 def rows_per_epoch(tokens: int, sequence_length: int) -> int:
@@ -41,10 +58,10 @@ class RowSampler:
         self._epoch = -1
         self._starts: NDArray[np.int64] = np.empty(0, np.int64)
 
-    def batch(self, step: int) -> NDArray[np.int32]:
-        """Return the rows of a step, int32 [batch, sequence + 1]: inputs are all but the last column, targets all
-        but the first."""
-        places = (self.starts(step)[:, None] + self._within) % len(self._tokens)
+    def batch(self, step: int, own: slice = slice(None)) -> NDArray[np.int32]:
+        """Return the rows `own` of a step, int32 [rows, sequence + 1]: inputs are all but the last column, targets
+        all but the first."""
+        places = (self.starts(step)[own, None] + self._within) % len(self._tokens)
         rows: NDArray[np.int32] = self._tokens[places].astype(np.int32)
         return rows
 
@@ -67,33 +84,43 @@ class RowSampler:
 
 
 def training_dataset(
-    tokens: NDArray[Any], *, sequence_length: int, batch_size: int, seed: int, steps: int, start_step: int = 0
+    tokens: NDArray[Any],
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    start_step: int = 0,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
-    """Return a tf.data.Dataset of (inputs, targets), int32 [batch_size, sequence_length] each, targets one token on.
+    """Return a tf.data.Dataset of (inputs, targets), int32 [rows, sequence_length] each, targets one token on.
 
-    It gives steps `start_step` to `steps` - 1. Step k is a pure function of (seed, k), so a resumed run sees what an
-    unbroken one would have (see `RowSampler`). Raises InputError if there are fewer tokens than one row needs.
+    The rows are the `share` of each batch. It gives steps `start_step` to `steps` - 1. Step k is a pure function of
+    (seed, k), so a resumed run sees what an unbroken one would have (see `RowSampler`). Raises InputError if there are
+    fewer tokens than one row needs.
     """
     from builder.keras_backend import tf
 
-    sampler = RowSampler(tokens, sequence_length, batch_size, seed)
+    sampler, own = RowSampler(tokens, sequence_length, batch_size, seed), share.rows(batch_size)
 
     def generate() -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
         for step in range(start_step, steps):
-            rows = sampler.batch(step)
+            rows = sampler.batch(step, own)
             yield rows[:, :-1], rows[:, 1:]
 
-    spec = tf.TensorSpec((batch_size, sequence_length), tf.int32)
+    spec = tf.TensorSpec((batch_size // share.count, sequence_length), tf.int32)
     dataset = tf.data.Dataset.from_generator(generate, output_signature=(spec, spec))
     return dataset.apply(tf.data.experimental.assert_cardinality(max(0, steps - start_step))).prefetch(2)
 
 
-def validation_dataset(tokens: NDArray[Any], *, sequence_length: int, batch_size: int) -> tf.data.Dataset:
-    """Return a tf.data.Dataset of (inputs, targets, weights), [batch_size, sequence_length], int32, int32, float32.
+def validation_dataset(
+    tokens: NDArray[Any], *, sequence_length: int, batch_size: int, share: Share = WHOLE
+) -> tf.data.Dataset:
+    """Return a tf.data.Dataset of (inputs, targets, weights), [rows, sequence_length], int32, int32, float32.
 
-    Every token but the first, which has no predecessor, is a target of weight 1 exactly once, in the order of the
-    stream; the rest of the last row and batch is padding of id 0 and weight 0. A row sees nothing of the row before.
-    Raises InputError if there are fewer than 2 tokens.
+    The rows are the `share` of each batch. Over all shares, every token but the first, which has no predecessor, is a
+    target of weight 1 exactly once, in the order of the stream; the rest of the last row and batch is padding of id 0
+    and weight 0. A row sees nothing of the row before. Raises InputError if there are fewer than 2 tokens.
     """
     from builder.keras_backend import tf
 
@@ -105,14 +132,17 @@ def validation_dataset(tokens: NDArray[Any], *, sequence_length: int, batch_size
     targets = len(tokens) - 1
     per_batch = batch_size * sequence_length
     batches = -(-targets // per_batch)
-    shape = (batch_size, sequence_length)
+    own = share.rows(batch_size)
+    shape = (own.stop - own.start, sequence_length)
+    first, size = own.start * sequence_length, shape[0] * sequence_length
 
     def generate() -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        for start in range(0, targets, per_batch):
-            piece = tokens[start : start + per_batch + 1].astype(np.int32)
-            padding = (0, per_batch + 1 - len(piece))
-            padded = np.pad(piece, padding)
-            weights = np.pad(np.ones(len(piece) - 1, np.float32), padding)
+        for start in range(first, first + targets, per_batch):
+            # At the end of the stream, a share may have no target or not even a token.
+            piece = tokens[start : start + size + 1].astype(np.int32)
+            padded = np.pad(piece, (0, size + 1 - len(piece)))
+            counted = max(0, len(piece) - 1)
+            weights = np.pad(np.ones(counted, np.float32), (0, size - counted))
             yield padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape)
 
     spec = tf.TensorSpec(shape, tf.int32)

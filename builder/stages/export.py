@@ -51,7 +51,7 @@ def export(
     geometry = model.geometry
     for file in tokenizer_folder_files(prepared / "tokenizer"):
         shutil.copyfile(file, draft / file.name)
-    shutil.copyfile(trained / "config.json", draft / "config.json")
+    _write_config(trained / "config.json", draft / "config.json")
     weights = draft / "model.safetensors"
     clone_or_copy(trained / weights.name, weights)
     if (prepared / "tokens" / NGRAM_FILE).is_file():
@@ -120,6 +120,13 @@ def export(
         parity={"verified": False},
     )
     return open_bundle(draft, check="sizes")
+
+
+def _write_config(trained: Path, path: Path) -> None:
+    """Write config.json with what transformers.js must know in a page, where it neither lists nor guesses files."""
+    config = json.loads(trained.read_text(encoding="utf-8"))
+    config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def servable(model: GPT2, folder: Path, recipe: ExportRecipe, reporter: Reporter) -> Servable:

@@ -17,10 +17,11 @@ from builder.stages.prepare import PAGE as PREPARED_PAGE
 from builder.stages.prepare import PARTS, prepare
 from builder.stages.prepare import WRITES as PREPARE_FILES
 from builder.stages.run_keys import EXPORT_FILES, INPUTS, Run
-from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, train
+from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, tokens_digest, train
 from builder.stages.train import WRITES as TRAIN_FILES
 from builder.training.plan import fine_tuning_line, settled
 from builder.training.training_report import REPORT_PAGE as TRAINED_PAGE
+from builder.training.workers import Workers
 from serving.bundle import MANIFEST_NAME, Bundle, open_bundle, publish, write_manifest
 from serving.bundle.publishing import check_destination
 from serving.errors import BundleError, GPT2BundleError, InputError
@@ -96,19 +97,26 @@ def _refuse_as_base(run: Run, folder: Path, what: str) -> None:
         raise InputError(f"model.base {name!r}: {what}; give the new one another name (--set name=...)")
 
 
-def train_stage(run: Run, reporter: Reporter) -> None:
-    """Tokens to weights. Raises InputError if the tokens of this recipe are not prepared."""
+def train_stage(run: Run, reporter: Reporter, workers: Workers | None = None) -> None:
+    """Tokens to weights, as the chief of `workers` if there are any, which may end when this returns.
+
+    Raises InputError if the tokens of this recipe are not prepared.
+    """
     if not is_done(run.prepared, run.prepare_key()):
         raise InputError(f"{run.prepared}: no tokens of this recipe here; run 'gpt2-bundle prepare' with it first")
     key = run.train_key()
 
     def work(folder: Path) -> None:
-        train(run.recipe, run.prepared, folder, key, reporter)
+        if workers is not None:
+            workers.start_training({"run": key, "tokens": tokens_digest(run.prepared)})
+        train(run.recipe, run.prepared, folder, key, reporter, workers)
 
     # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
     # run that is not resumed are dropped when the new one begins.
     if not run_stage(run.trained, key, work, writes=TRAIN_FILES, keep=KEEPS):
         reporter.line("train: done already")
+    if workers is not None:
+        workers.finish()
 
 
 def check_trained(run: Run) -> None:
@@ -184,8 +192,11 @@ def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], 
     return publish(draft.folder, destination)
 
 
-def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
-    """Run every stage that is not done and publish the bundle to `output`/NAME; return it opened."""
+def build(run: Run, output: Path, reporter: Reporter, workers: Workers | None = None) -> Bundle:
+    """Run every stage that is not done and publish the bundle to `output`/NAME; return it opened.
+
+    With `workers`, this is their chief; the others take part in training alone.
+    """
     destination = output / run.recipe.name
     _refuse_as_base(run, destination, "the bundle that this build would replace")
     done = _published(run, destination)
@@ -197,7 +208,7 @@ def build(run: Run, output: Path, reporter: Reporter) -> Bundle:
     for folder, writes, keeps in run.stage_files():
         refuse_strangers(folder, writes, keeps)
     prepare_stage(run, reporter)
-    train_stage(run, reporter)
+    train_stage(run, reporter, workers)
     check_trained(run)
     draft = export_stage(run, reporter)
     certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from builder.special_tokens import TokenIds, read_token_ids
 from builder.training.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from builder.training.plan import adapter_line, limits, plan_steps, settings_line, settled
 from builder.training.training_report import REPORT_PAGE, write_report
+from builder.training.workers import Workers
 from serving.bundle import Geometry
 from serving.errors import InputError, TrainingError
 
@@ -63,12 +65,29 @@ def hf_config(geometry: Geometry, recipe: ModelRecipe, pad: int | None = None) -
     }
 
 
-def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: Reporter) -> dict[str, Any]:
-    """Train on the tokens in `prepared`; write weights, config.json, training.json, metrics.jsonl and report.html
-    to `folder`.
+def tokens_digest(prepared: Path) -> str:
+    """SHA-256 of the tokens, their masks and the tokenizer in `prepared`. Raises InputError if they are not there."""
+    digest = hashlib.sha256()
+    paths = [*(prepared / "tokens").glob("*.bin"), *(prepared / "tokens").glob("*.mask")]
+    for path in sorted([*paths, *(prepared / "tokenizer").glob("*.json")]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    if not paths:
+        raise InputError(
+            f"{prepared}: no tokens here; share the run's folder with the chief's machine, or copy this one"
+        )
+    return digest.hexdigest()
 
-    Returns the report. A checkpoint of the same `run_id` in `folder` is resumed. Raises InputError for a base
-    checkpoint that does not fit, TrainingError when the loss is not a number.
+
+def train(
+    recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: Reporter, workers: Workers | None = None
+) -> dict[str, Any]:
+    """Train on the tokens in `prepared`; write weights, config.json, training.json, metrics.jsonl and report.html
+    to `folder`. Of several `workers`, the chief alone writes.
+
+    Returns the report; nothing where this worker is not the chief. A checkpoint of the same `run_id` in `folder` is
+    resumed. Raises InputError for a base checkpoint that does not fit, TrainingError when the loss is not a number or
+    another worker has failed.
     """
     recipe = settled(recipe)
     tokenizer = load_tokenizer(prepared / "tokenizer")
@@ -87,9 +106,14 @@ def train(recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: R
     from builder.training.device_strategy import training_devices
 
     with training_devices(recipe.training) as devices:
+        if devices > 1 and workers is not None:
+            raise InputError(
+                f"{workers.cluster.names[workers.rank]} has {devices} devices, and a worker trains on one; start one "
+                "worker a GPU (CUDA_VISIBLE_DEVICES), or set training.devices=1"
+            )
         if devices > 1:
             reporter.line(f"training on {devices} devices")
-        return _train(recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter)
+        return _train(recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter, workers)
 
 
 def _train(
@@ -103,6 +127,7 @@ def _train(
     folder: Path,
     run_id: str,
     reporter: Reporter,
+    workers: Workers | None,
 ) -> dict[str, Any]:
     """Make the model, fit it and write what `train` says, on the devices whose scope is open."""
     from builder.keras_backend import keras
@@ -131,8 +156,15 @@ def _train(
             about.append(adapter_line(settings, trainable, geometry.parameters))
         steps, _ = plan_steps(settings, make_sampler(shard, settings, recipe.seed).rows)
         about.append(settings_line(settings, steps))
+    if workers is not None:
+        about.append(f"workers: {workers.size}, each with {settings.batch_size // workers.size} rows of a batch")
     for line in about:
         reporter.line(line)
+    if workers is not None and not workers.is_chief:
+        if settings.epochs:
+            fit(model, settings, shard, held_out, seed=recipe.seed, folder=folder, run_id=run_id,
+                notify=lambda event: None, workers=workers)  # fmt: skip
+        return {}
     prompts = _prompts(recipe, tokenizer, held_out) if settings.sample_tokens else []
 
     continuations = Continuations(model, prompts, settings.sample_tokens)
@@ -163,6 +195,7 @@ def _train(
             notify=notify,
             log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
             sample=sample,
+            workers=workers,
         )
     exported = exported_row(history, recipe.training)
     report = {

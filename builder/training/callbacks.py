@@ -26,7 +26,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     """Report progress, keep the history, write a checkpoint at each validation, stop on a loss that is not a number.
 
     Args:
-        folder: where checkpoints go.
+        folder: where checkpoints go; None writes none.
         steps: updates of the weights in the whole run.
         interval: updates between two validations.
         start: how far the run has come.
@@ -38,7 +38,7 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(
         self,
         recipe: TrainingRecipe,
-        folder: Path,
+        folder: Path | None,
         run_id: str,
         steps: int,
         interval: int,
@@ -82,11 +82,11 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self.notify({"step": self.step, "steps": self.steps, "loss": loss, "tokens_per_second": self._speed()})
         # At the end of an interval too, so that even a run of one step has a line.
         if self.log is not None and (self.step % self.log.every == 0 or self.step % self.interval == 0):
-            self._log(self.log, loss)
+            self._log(self.log, loss, float(logs.get("tokens", self.model.perplexity.count)))
 
-    def _log(self, log: MetricsLog, mean: float) -> None:
-        """Write the figures since the last line; `mean` is the loss of the targets since the last validation."""
-        count, now = float(self.model.perplexity.count), time.monotonic()
+    def _log(self, log: MetricsLog, mean: float, count: float) -> None:
+        """Write the figures since the last line; `mean` is the loss of `count` targets since the last validation."""
+        now = time.monotonic()
         new = count - self.logged_count
         tokens = (self.step - self.logged_step) * self.recipe.batch_size * self.recipe.sequence_length
         log.write(
@@ -122,20 +122,21 @@ class Watch(keras.callbacks.Callback):  # type: ignore[misc]
         if not math.isfinite(row["validation_loss"]):
             self._stop("the validation loss", "")
         self.history.append(row)
-        progress = Progress(self.step, self.history)
-        if self.recipe.keep == "best" and progress.stale == 0:
-            # Before the checkpoint that speaks of it: a kill between the two only means that both are made again.
-            with averaged(self.model, self.model.optimizer):
-                save_best(self.folder, self.model, self.run_id, self.step)
-        save_checkpoint(
-            self.folder, self.model, self.model.optimizer, self.run_id, progress, self.recipe.checkpoints_kept
-        )
+        if self.folder is not None:
+            self._save(self.folder, Progress(self.step, self.history))
         if self.log is not None:
             self.log.write({"step": self.step, "validation_loss": row["validation_loss"]})
         event = {"step": self.step, "steps": self.steps, "validation": row}
         self.notify(event | {"samples": self.samples, "history": self.history})
         if self.is_stale:
             self.model.stop_training = True
+
+    def _save(self, folder: Path, progress: Progress) -> None:
+        if self.recipe.keep == "best" and progress.stale == 0:
+            # Before the checkpoint that speaks of it: a kill between the two only means that both are made again.
+            with averaged(self.model, self.model.optimizer):
+                save_best(folder, self.model, self.run_id, self.step)
+        save_checkpoint(folder, self.model, self.model.optimizer, self.run_id, progress, self.recipe.checkpoints_kept)
 
     def _stop(self, what: str, where: str) -> None:
         kept = f" (the checkpoint of step {self.history[-1]['step']} is kept)" if self.history else ""

@@ -42,7 +42,8 @@ class Progress:
         return len(self.history) - 1 - self.best if self.history else 0
 
 
-def _state(model: GPT2, optimizer: Any) -> dict[str, Any]:
+def training_state(model: GPT2, optimizer: Any) -> dict[str, Any]:
+    """The variables that a run resumes from, by their names in a checkpoint."""
     state: dict[str, Any] = dict(stored_variables(model))
     state |= {f"random.{index}": variable for index, variable in enumerate(random_states(model))}
     return state | {f"optimizer.{index}": variable for index, variable in enumerate(optimizer.variables)}
@@ -51,7 +52,7 @@ def _state(model: GPT2, optimizer: Any) -> dict[str, Any]:
 def save_checkpoint(folder: Path, model: GPT2, optimizer: Any, run_id: str, progress: Progress, kept: int = 1) -> None:
     """Make the present state the folder's newest checkpoint, atomically, and leave `kept` of them."""
     metadata = {"run_id": run_id, "step": str(progress.step), "history": json.dumps(progress.history)}
-    partial = _write(folder / FILE, _state(model, optimizer), metadata)
+    partial = _write(folder / FILE, training_state(model, optimizer), metadata)
     newest = folder / FILE
     before = _step_of(newest, run_id)
     if kept > 1 and before >= 0:
@@ -71,7 +72,7 @@ def load_checkpoint(
     Returns None, and changes nothing, where there is no checkpoint, or one of another run or shape, or a broken one;
     and, `with_best`, one whose best weights are gone.
     """
-    state = _state(model, optimizer)
+    state = training_state(model, optimizer)
     # An older checkpoint may have newer best weights next to it: what follows it will write those again.
     best = _step_of(folder / BEST, run_id) if with_best else -1
     for path in (folder / FILE, *_older(folder)):

@@ -24,12 +24,15 @@ def run_epochs(
     """
     callbacks = keras.callbacks.CallbackList([watch], model=model)
 
-    @tf.function(jit_compile=xla)  # type: ignore[untyped-decorator]
+    gradients = tf.function(model.gradients, jit_compile=xla)
+
+    # The sum over workers leaves the graph, which XLA cannot.
+    @tf.function(jit_compile=xla and model.workers is None)  # type: ignore[untyped-decorator]
     def train_step(inputs: Any, targets: Any, weights: Any = None) -> None:
-        variables = model.trainable_variables
-        with tf.GradientTape() as tape:
-            loss = model.compute_loss(inputs, targets, model(inputs, training=True), weights, training=True)
-        model.optimizer.apply(tape.gradient(loss, [variable.value for variable in variables]), variables)
+        model.optimizer.apply(gradients(inputs, targets, weights), model.trainable_variables)
+
+    def figures() -> dict[str, float]:
+        return {name: float(value) for name, value in model.get_metrics_result().items()}
 
     @tf.function(jit_compile=xla)  # type: ignore[untyped-decorator]
     def test_step(inputs: Any, targets: Any, weights: Any) -> None:
@@ -42,14 +45,14 @@ def run_epochs(
         model.perplexity.reset_state()
         for call in range(calls):
             train_step(*next(batches))
-            logs = {"perplexity": float(model.perplexity.result())}
+            logs = figures()
             callbacks.on_train_batch_end(call, logs)
         callbacks.on_test_begin()
         model.perplexity.reset_state()
         model.accuracy.reset_state()
         for batch in validation:
             test_step(*batch)
-        logs |= {"val_perplexity": float(model.perplexity.result()), "val_accuracy": float(model.accuracy.result())}
+        logs |= {f"val_{name}": value for name, value in figures().items()}
         callbacks.on_test_end(logs)
         callbacks.on_epoch_end(epoch, logs)
         if model.stop_training:

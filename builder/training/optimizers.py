@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from builder.keras_backend import keras, ops, tf
 from builder.recipe import TrainingRecipe
 from builder.training.plan import warmup_steps
+from builder.training.workers import Workers
 
 
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
@@ -58,20 +60,35 @@ class PerUpdate(keras.optimizers.schedules.LearningRateSchedule):  # type: ignor
         return {"schedule": self.schedule, "parts": self.parts}
 
 
+def summed(tensors: list[Any], workers: Workers) -> list[Any]:
+    """Each tensor summed over all workers, by one all-reduce on the host. The tensors have one type and known shapes.
+
+    The operation has no order among others of a graph: two of them there need a control dependency.
+    """
+    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    flat = tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+    total = tf.ensure_shape(tf.numpy_function(workers.all_reduce, [flat], flat.dtype), [sum(sizes)])
+    parts = tf.split(total, sizes)
+    return [tf.reshape(part, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 class _Measured:
     """Keeps the global norm of the gradients that were applied last, before clipping, in `gradient_norm`.
 
-    On several devices it sums their gradients before all else. Keras would sum them after the clipping, which would
-    then clip the parts of a batch and not the batch.
+    On several devices or workers it sums their gradients before all else. Keras would sum those of devices after the
+    clipping, which would then clip the parts of a batch and not the batch.
     """
 
     gradient_norm: Any
+    workers: Workers | None = None
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         grads = [tf.convert_to_tensor(grad) for grad in grads]
         context = tf.distribute.get_replica_context()
         if context is not None and context.num_replicas_in_sync > 1:
             grads = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+        if self.workers is not None:
+            grads = summed(grads, self.workers)
         self.gradient_norm.assign(tf.linalg.global_norm(grads))
         super().apply(grads, trainable_variables)  # type: ignore[misc]
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from builder.data.document_batches import make_sampler, training_batches, validation_batches
 from builder.data.masked_shards import Shard
+from builder.data.packed_batches import WHOLE, Share
 from builder.keras_backend import keras, tf
-from builder.model.gpt2 import GPT2
+from builder.model.gpt2 import GPT2, random_states
 from builder.recipe import TrainingRecipe
 from builder.training.callbacks import Notify, Watch
-from builder.training.checkpoints import Progress, load_best, load_checkpoint
+from builder.training.checkpoints import Progress, load_best, load_checkpoint, training_state
 from builder.training.custom_loop import run_epochs
 from builder.training.glibc_heap import kept_heap
 from builder.training.metrics_log import MetricsLog
-from builder.training.optimizers import make_optimizer
+from builder.training.optimizers import make_optimizer, summed
 from builder.training.plan import plan_steps
+from builder.training.workers import Workers
 from serving.errors import TrainingError
 
 
@@ -40,6 +44,8 @@ class LanguageModel(GPT2):
         self.perplexity = Perplexity(name="perplexity")
         self.accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
         self.label_smoothing = 0.0
+        self.workers: Workers | None = None
+        self._compiled_gradients: Any = None
 
     def compile(self, *, optimizer: Any = None, jit_compile: Any = "auto", **options: Any) -> None:
         """Set the optimizer. Raises TypeError for a loss or metrics, since this model computes its own."""
@@ -48,7 +54,38 @@ class LanguageModel(GPT2):
                 f"LanguageModel has a loss and metrics of its own, so it takes no {', '.join(options)}; "
                 "compile a builder.model.gpt2.GPT2 for others"
             )
-        super().compile(optimizer=optimizer, jit_compile=jit_compile)
+        self._compiled_gradients = tf.function(self.gradients, jit_compile=jit_compile is True)
+        # The sum over workers leaves the graph, which XLA cannot.
+        super().compile(optimizer=optimizer, jit_compile=jit_compile if self.workers is None else False)
+
+    def gradients(self, inputs: Any, targets: Any, weights: Any = None) -> list[Any]:
+        """The gradient of each trainable variable on this process's rows, as dense tensors."""
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(inputs, targets, self(inputs, training=True), weights, training=True)
+        found = tape.gradient(loss, [variable.value for variable in self.trainable_variables])
+        return [tf.convert_to_tensor(gradient) for gradient in found]
+
+    def train_step(self, data: Any) -> Any:
+        """One call of the optimizer: Keras's own, or with several workers one on the sum of their gradients."""
+        if self.workers is None:
+            return super().train_step(data)
+        gradients = self._compiled_gradients(*keras.utils.unpack_x_y_sample_weight(data))
+        figures = self.get_metrics_result()
+        with tf.control_dependencies([figures["perplexity"]]):
+            self.optimizer.apply(gradients, self.trainable_variables)
+        return figures
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The figures by name; with several workers, of all their rows, and the number of "tokens" in them."""
+        if self.workers is None:
+            return super().get_metrics_result()  # type: ignore[no-any-return]
+        sums = [self.perplexity.total, self.perplexity.count, self.accuracy.total, self.accuracy.count]
+        losses, tokens, correct, judged = summed([tf.convert_to_tensor(sum) for sum in sums], self.workers)
+        return {
+            "perplexity": tf.exp(tf.math.divide_no_nan(losses, tokens)),
+            "accuracy": tf.math.divide_no_nan(correct, judged),
+            "tokens": tokens,
+        }
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -60,8 +97,8 @@ class LanguageModel(GPT2):
         counted outside training only, since the largest logit of each token takes a pass over all of them.
 
         In validation it is the mean by `sample_weight`, 0 where no weight is above 0. In training it is the sum by the
-        weights, which carry what to divide by (see `rows.training_batches`). The perplexity counts each target of a
-        weight above 0 once in both.
+        weights, which carry what to divide by (see `document_batches.training_batches`). The perplexity counts each
+        target of a weight above 0 once in both.
         """
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, y_pred)
         counted = None if sample_weight is None else tf.cast(sample_weight > 0, losses.dtype)
@@ -72,7 +109,8 @@ class LanguageModel(GPT2):
             even = tf.reduce_logsumexp(y_pred, -1) - tf.reduce_mean(y_pred, -1)
             losses = (1.0 - self.label_smoothing) * losses + self.label_smoothing * even
         if sample_weight is None:
-            return tf.reduce_mean(losses) / tf.distribute.get_strategy().num_replicas_in_sync
+            processes = 1 if self.workers is None else self.workers.size
+            return tf.reduce_mean(losses) / (tf.distribute.get_strategy().num_replicas_in_sync * processes)
         total = tf.reduce_sum(losses * sample_weight)
         return total if training else tf.math.divide_no_nan(total, _over_all_devices(tf.reduce_sum(sample_weight)))
 
@@ -108,12 +146,17 @@ def fit(
     notify: Notify,
     log: MetricsLog | None = None,
     sample: Callable[[], list[tuple[str, str]]] | None = None,
+    workers: Workers | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place and return one row a validation (step, losses, perplexity, accuracy, tokens/s).
 
     Resumes the checkpoint in `folder` if it is of the same `run_id`. `notify` gets a dictionary after every step,
     and one with the keys "validation", "samples" (what `sample` gives) and "history" after every validation;
     figures go to `log`. Raises TrainingError when the loss is not a number.
+
+    Each of several `workers` trains on its rows of every batch, and all get the same history. The chief alone resumes,
+    gives its state to the others and writes; in the others `model` ends with the last weights, not the best ones.
+    Raises TrainingError when another worker has failed.
     """
     train, validation = Shard.of(train), Shard.of(validation)
     sampler = make_sampler(train, recipe, seed) if recipe.epochs else None
@@ -127,17 +170,45 @@ def fit(
     model.label_smoothing = recipe.label_smoothing
     optimizer = make_optimizer(recipe, steps)
     optimizer.build(model.trainable_variables)
-    best = recipe.keep == "best"
-    start = load_checkpoint(folder, model, optimizer, run_id, with_best=best) or Progress(0, [])
-    watch = Watch(recipe, folder, run_id, steps, interval, start, notify, log, sample)
+    model.workers = optimizer.workers = workers
+    writes = workers is None or workers.is_chief
+    best = recipe.keep == "best" and writes
+    start = (load_checkpoint(folder, model, optimizer, run_id, with_best=best) if writes else None) or Progress(0, [])
+    if workers is not None:
+        start = _chiefs_state(workers, model, optimizer, start)
+    watch = Watch(recipe, folder if writes else None, run_id, steps, interval, start, notify, log, sample)
     if sampler and start.step < steps and not watch.is_stale:
         watch.rows_of = sampler.starts
-        with kept_heap():
+        with kept_heap(), _failures_of(workers):
             _run(model, optimizer, recipe, train, validation, seed, steps, interval, watch)
+    model.workers = None
     optimizer.finalize_variable_values(model.trainable_variables)
     if best and not load_best(folder, model, run_id, exported_row(watch.history, recipe)["step"]):
         raise TrainingError(f"{folder}: the best weights are gone; run the same command again")
     return watch.history
+
+
+@contextlib.contextmanager
+def _failures_of(workers: Workers | None) -> Iterator[None]:
+    """Raise TrainingError for what TensorFlow wraps when a sum over workers fails."""
+    try:
+        yield
+    except Exception:
+        if workers is not None and workers.failure:
+            raise TrainingError(workers.failure) from None
+        raise
+
+
+def _chiefs_state(workers: Workers, model: LanguageModel, optimizer: Any, start: Progress) -> Progress:
+    """Give every worker the chief's weights, optimizer and progress; only the seeds of dropout differ, by the rank."""
+    for variable in training_state(model, optimizer).values():
+        variable.assign(workers.from_chief(np.asarray(variable)))
+    text = np.frombuffer(json.dumps([start.step, start.history]).encode(), np.uint8)
+    size = int(workers.from_chief(np.array([len(text)]))[0])
+    step, history = json.loads(bytes(workers.from_chief(text if workers.is_chief else np.zeros(size, np.uint8))))
+    for state in random_states(model):
+        state.assign(np.asarray(state) + np.array([workers.rank, 0], np.asarray(state).dtype))
+    return Progress(step, history)
 
 
 def exported_row(history: list[dict[str, Any]], recipe: TrainingRecipe) -> dict[str, Any]:
@@ -161,8 +232,9 @@ def _run(
     one_device = model.distribute_strategy.num_replicas_in_sync == 1
     model.compile(optimizer=optimizer, jit_compile=recipe.jit_compile and one_device)
     parts = recipe.accumulation
-    dataset = training_batches(train, recipe, seed=seed, steps=steps, start_step=watch.step)
-    held_out = validation_batches(validation, recipe)
+    share = WHOLE if model.workers is None else Share(model.workers.rank, model.workers.size)
+    dataset = training_batches(train, recipe, seed=seed, steps=steps, start_step=watch.step, share=share)
+    held_out = validation_batches(validation, recipe, share)
     first, epochs, calls = watch.step // interval, steps // interval, interval * parts
     if recipe.loop == "custom":
         run_epochs(

@@ -21,12 +21,18 @@ RUNTIMES = {
 
 
 def load_backend(
-    bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu", speculation: str = "off"
+    bundle: Bundle,
+    runtime: str,
+    graph: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    speculation: str = "off",
 ) -> Backend:
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
-    `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it; TensorFlow finds devices by itself. Without
-    `graph`, the runtime's own default is taken. `speculation`, "auto" or "off", is for ONNX Runtime.
+    `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it, with `threads` threads; TensorFlow finds both by
+    itself. Without `graph` or `threads`, the runtime's own default is taken. `speculation`, "auto" or "off", is for
+    ONNX Runtime.
 
     Raises InputError for an unknown runtime, device or graph and for a graph of the other runtime, RuntimeMissingError
     with the command that installs it if the runtime is not there.
@@ -39,6 +45,10 @@ def load_backend(
         if runtime != "onnx":
             raise InputError(f"{runtime} finds its devices by itself; ask for {device!r} with '--runtime onnx'")
         arguments["device"] = device
+    if threads is not None:
+        if runtime != "onnx":
+            raise InputError(f"{runtime} finds its threads by itself; ask for {threads} with '--runtime onnx'")
+        arguments["threads"] = threads
     if graph == "savedmodel":
         raise InputError("the SavedModel is not an ONNX graph; leave out '--graph', and ask for '--runtime tensorflow'")
     if graph is not None:

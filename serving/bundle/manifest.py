@@ -217,9 +217,13 @@ def from_json(data: bytes | str, where: str = MANIFEST_NAME) -> Manifest:
     value = loads(data, where)
     version = value.get("schema_version", SCHEMA_VERSION) if isinstance(value, dict) else SCHEMA_VERSION
     if type(version) is not int or version != SCHEMA_VERSION:
+        newer = type(version) is int and version > SCHEMA_VERSION
+        advice = (
+            "install a newer gpt2-bundle" if newer else "build the bundle again, or install the version that wrote it"
+        )
         raise BundleError(
             f"{where}: schema_version is {shown(version)} but this version of gpt2-bundle reads {SCHEMA_VERSION}; "
-            "install the version that wrote the bundle, or build it again"
+            + advice
         )
     manifest = read(Manifest, value, where)
     for problem in (_geometry_problem(manifest.model), _artifact_problem(manifest), _graph_problem(manifest)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serving.bundle import Bundle
-from serving.bundle.strict_json import refuse
+from serving.bundle.model_settings import chat_template_source, end_ids, settings
 from serving.chat.process import RendererBusyError, TemplateError, TemplateProcess
-from serving.errors import BundleError
 
 __all__ = ["ChatTemplate", "Message", "RendererBusyError", "TemplateError", "chat_template"]
 
@@ -22,12 +20,8 @@ Message = dict[str, Any]
 """`role`, `content` (a text or a list of texts) and what else the template may read."""
 PROCESSES = 2
 """For one template: one slow rendering does not hold the others."""
-MAX_TEMPLATE = 65_536
-"""Characters."""
 MAX_INPUT = 1 << 20
 """Characters of the messages of one call."""
-_MAX_SETTINGS = 16 << 20
-_FILE = "chat_template.jinja"
 _PROBE = "\ue000answer\ue001"
 
 
@@ -121,37 +115,17 @@ class ChatTemplate:
 
 
 def chat_template(bundle: Bundle) -> ChatTemplate | None:
-    """The chat template of `bundle`, None where it has none. Raises BundleError for files that are not what they say.
+    """The chat template of `bundle`, None where it has none.
 
-    As transformers does, chat_template.jinja comes before the key in tokenizer_config.json, which may be a list of
-    templates by name, of which "default" is taken.
+    Raises BundleError for files that are not what they say.
     """
-    config = _settings(bundle, "tokenizer_config.json")
-    names = {artifact.path for artifact in bundle.manifest.artifacts}
-    source = config.get("chat_template")
-    if _FILE in names:
-        source = bundle.read(_FILE, 4 * MAX_TEMPLATE).decode("utf-8", "replace")
-    if isinstance(source, list):
-        named = [each for each in source if isinstance(each, dict) and each.get("name") == "default"]
-        source = named[0].get("template") if named else None
-    if not source:
+    source = chat_template_source(bundle)
+    if source is None:
         return None
-    if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
-        raise refuse(str(bundle.folder), f"the chat template is no text of at most {MAX_TEMPLATE} characters")
-    special = _special_tokens({**_settings(bundle, "special_tokens_map.json"), **config})
-    return ChatTemplate(source, special, _end_ids(bundle))
-
-
-def _settings(bundle: Bundle, name: str) -> dict[str, Any]:
-    if all(artifact.path != name for artifact in bundle.manifest.artifacts):
-        return {}
-    try:
-        table = json.loads(bundle.read(name, _MAX_SETTINGS))
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        raise BundleError(f"{bundle.folder}: {name} is not a JSON object; build the bundle again")
-    return table
+    special = _special_tokens(
+        {**settings(bundle, "special_tokens_map.json"), **settings(bundle, "tokenizer_config.json")}
+    )
+    return ChatTemplate(source, special, end_ids(bundle))
 
 
 def _special_tokens(table: Mapping[str, Any]) -> dict[str, str]:
@@ -162,10 +136,3 @@ def _special_tokens(table: Mapping[str, Any]) -> dict[str, str]:
         if role.endswith("_token") and isinstance(text, str):
             found[role] = text
     return found
-
-
-def _end_ids(bundle: Bundle) -> list[int]:
-    ids = _settings(bundle, "generation_config.json").get("eos_token_id")
-    listed = ids if isinstance(ids, list) else [ids]
-    vocabulary = bundle.manifest.model.vocab_size
-    return [id for id in listed[:16] if type(id) is int and 0 <= id < vocabulary]

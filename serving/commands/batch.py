@@ -6,13 +6,14 @@ import asyncio
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from serving.commands.engine_options import ENGINE_OPTIONS, check_packages, engine_loader, with_options
-from serving.commands.param_types import Size
+from serving.commands.param_types import BundlePath, Size
 from serving.errors import InputError
 
 _FILE = click.Path(path_type=Path)
@@ -20,7 +21,7 @@ _PROGRESS_SECONDS = 10.0
 
 
 @click.command()
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=BundlePath())
 @click.argument("requests", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("answers", type=_FILE)
 @with_options(
@@ -42,7 +43,7 @@ def batch(bundle: Path, requests: Path, answers: Path, **options: Any) -> int:
     """
     if answers.exists() and answers.samefile(requests):
         raise InputError(f"{answers}: requests and answers are one file; name another for the answers")
-    loader = engine_loader({**options, "queue": 1_000_000})
+    loader = engine_loader({**options, "queue": 1_000_000}, say=partial(click.echo, err=True))
     check_packages()
     from serving.entrypoints import logging_setup
     from serving.entrypoints.batch_files import AnswerFile

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from serving.commands.engine_options import with_options
-from serving.commands.param_types import Number, Seconds, Size
+from serving.commands.param_types import BundlePath, GraphName, Number, Seconds, Size
 from serving.deploy.targets import TARGETS
 from serving.deploy.tf_serving import IMAGE_VERSION, KEEP, Deployed
 from serving.deploy.tf_serving_config import POLL_SECONDS, THREADS, ServerOptions
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from serving.bundle import Bundle
     from serving.deploy.workload import Workload
 
-_CLUSTER = ("kubernetes", "kserve")
+_PROMETHEUS = ("kubernetes", "kserve")
+_CLUSTER = (*_PROMETHEUS, "ray")
 _SERVED = ("compose", *_CLUSTER)
 _TF_SERVING = [
     click.option("--image-version", default=IMAGE_VERSION, show_default=True, metavar="TAG",
@@ -40,7 +41,7 @@ _TF_SERVING = [
     click.option("--no-copy", is_flag=True, help="Mount the SavedModel from the bundle.  [default: copy it]"),
 ]  # fmt: skip
 _SERVE = [
-    click.option("--graph", default="ort/fp32", show_default=True, metavar="NAME",
+    click.option("--graph", type=GraphName(), default="ort/fp32", show_default=True, metavar="NAME",
                  help="Serve this ONNX graph, by its name in the manifest."),
     click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]),
                  help="Run on processors, or on one GPU for each server."),
@@ -55,8 +56,8 @@ _SERVE = [
                  help="Use this image of the server.  [default: gpt2-bundle-serve:VERSION-DEVICE]"),
 ]  # fmt: skip
 _PODS = [
-    click.option("--replicas", default=2, show_default=True, type=click.IntRange(1, 10_000),
-                 help="Number of servers, and the autoscalers' minimum."),
+    click.option("--replicas", default=2, show_default=True, type=click.IntRange(0, 10_000),
+                 help="Number of servers, and the autoscalers' minimum. Only ray can start from 0."),
     click.option("--max-replicas", default=8, show_default=True, type=click.IntRange(1, 10_000),
                  help="Maximum number of servers of the autoscalers."),
     click.option("--namespace", metavar="NAME", help="Put all objects into this namespace.  [default: kubectl's]"),
@@ -73,7 +74,8 @@ _ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
         "image_version", "rest_timeout", "threads", "keep_versions", "server_batching", "no_copy",
     ),
     _SERVED: ("graph", "device", "cpus", "max_num_seqs", "memory_limit", "drain_timeout", "image"),
-    _CLUSTER: ("replicas", "max_replicas", "namespace", "bundle_source", "bundle_image", "prometheus_url"),
+    _CLUSTER: ("replicas", "max_replicas", "namespace", "bundle_source", "bundle_image"),
+    _PROMETHEUS: ("prometheus_url",),
 }  # fmt: skip
 _FORMS = {
     "image": (
@@ -87,7 +89,7 @@ _FORMS["bundle_image"] = _FORMS["image"]
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.option("--target", type=click.Choice(["tfserving", *TARGETS]), default="tfserving", show_default=True,
               help="Write a folder for TensorFlow Serving, for this project's server, or for Triton.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER",
@@ -102,13 +104,14 @@ def deploy(bundle: Path, target: str, output: Path | None, as_json: bool, **opti
     compose     this project's server in a container of this machine
     kubernetes  this project's server in a cluster, with autoscaling and monitoring
     kserve      this project's server as a KServe InferenceService
+    ray         this project's server as a Ray Serve application, with a RayService for KubeRay
     triton      a model repository of NVIDIA's Triton
 
     A TensorFlow Serving deployment of the same model in the folder gets the SavedModel as its next version, which a
     running server loads. Other targets replace what deploy wrote there. Any other folder with files in it is refused.
 
     The options from --image-version to --no-copy are for tfserving, those from --graph to --image for compose,
-    kubernetes and kserve, and those from --replicas to --prometheus-url for kubernetes and kserve.
+    kubernetes, kserve and ray, and those from --replicas to --bundle-image for kubernetes, kserve and ray.
     """
     from serving.bundle import open_bundle
     from serving.deploy.folder import check_target
@@ -145,6 +148,8 @@ def _check(target: str, options: dict[str, Any]) -> None:
         value = options[name]
         if value is not None and not re.fullmatch(form, value):
             raise InputError(f"--{name.replace('_', '-')} is {value!r}; write {what}")
+    if not options["replicas"] and target != "ray":
+        raise InputError("--replicas is 0, from which only the target ray starts servers; write 1 or more")
     if options["max_replicas"] < options["replicas"]:
         raise InputError(f"--max-replicas is {options['max_replicas']} and --replicas {options['replicas']}; raise it")
 
@@ -171,7 +176,7 @@ def _workload(bundle: Bundle, options: dict[str, Any]) -> Workload:
     graph = bundle.graph(options["graph"])
     if graph.runtime != "onnx" or graph.cache != "shared-buffer":
         raise InputError(f"the server has no engine for the graph {options['graph']!r}; choose one of ort/")
-    served = ServeOptions(**{name: options[name] for names in (_ONLY[_SERVED], _ONLY[_CLUSTER]) for name in names})
+    served = ServeOptions(**{name: options[name] for kind in (_SERVED, _CLUSTER, _PROMETHEUS) for name in _ONLY[kind]})
     memory = estimate_memory(bundle, served.graph, EngineConfig(slots=served.max_num_seqs)).total
     size = sum(artifact.size for artifact in bundle.manifest.artifacts)
     digest = hashlib.sha256((bundle.folder / MANIFEST_NAME).read_bytes()).hexdigest()

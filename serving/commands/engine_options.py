@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from serving.commands.param_types import ModelName, Number
+from serving.commands.param_types import GraphName, ModelName, Number
 from serving.errors import InputError, RuntimeMissingError
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ ENGINE_OPTIONS = [
     click.option("--runtime", default="onnx", show_default=True,
                  type=click.Choice(["onnx", "tensorflow", "tf-serving"]),
                  help="Run the model in this process (onnx, tensorflow) or in a remote TensorFlow Serving."),
-    click.option("--graph", metavar="NAME",
-                 help="Serve this ONNX graph, by its name in the manifest.  [default: ort/fp32]"),
+    click.option("--graph", type=GraphName(), metavar="NAME",
+                 help="Serve this ONNX graph, by its name in the manifest. auto measures once which number of threads "
+                      "is the fastest here for --max-num-seqs, and auto:int8 also which precision down to int8.  "
+                      "[default: ort/fp32]"),
     click.option("--device", multiple=True, metavar="DEVICE",
                  help="Run ONNX Runtime on cpu, cuda or cuda:N. Several devices, separated by commas or in several "
                       "options, are given to the replicas in turns.  [default: cpu]"),
@@ -88,8 +90,12 @@ def check_packages() -> None:
         ) from None
 
 
-def engine_loader(options: dict[str, Any]) -> EngineLoader:
-    """The loader that `options` ask for. Raises InputError for those that exclude each other."""
+def engine_loader(options: dict[str, Any], say: Callable[[str], None] | None = None) -> EngineLoader:
+    """The loader that `options` ask for. Raises InputError for those that exclude each other.
+
+    `say` is called with what `--graph auto` chose; None means the log.
+    """
+    from serving.backends.autotune import autotuner, log
     from serving.backends.devices import parse_devices
     from serving.engine.config import EngineConfig
     from serving.entrypoints.engine_loader import EngineLoader
@@ -117,6 +123,13 @@ def engine_loader(options: dict[str, Any]) -> EngineLoader:
         speculation=options["speculation"] or EngineConfig.speculation,
     )
     devices = parse_devices(options["device"] or "cpu")
-    return EngineLoader(
-        runtime, options["graph"], devices, options["replicas"], options["max_num_seqs"], config, address
+    tuner = autotuner(
+        options["graph"],
+        devices=devices,
+        threads=config.threads,
+        batch_size=config.slots,
+        replicas=options["replicas"],
+        say=say or log.info,
     )
+    graph = options["graph"] if tuner is None else None
+    return EngineLoader(runtime, graph, devices, options["replicas"], options["max_num_seqs"], config, address, tuner)

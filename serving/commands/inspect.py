@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from serving.commands.param_types import BundlePath
 from serving.support.json_line import json_line
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=BundlePath())
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.  [default: tables]")
 @click.option(
     "--no-hashes", is_flag=True, help="Compare the sizes of files, not their hashes.  [default: compare both]"

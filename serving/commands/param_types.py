@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 import secrets
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
+from click.shell_completion import CompletionItem
 
-from serving.bundle.manifest import NAME, NAME_PROBLEM
+from serving.bundle.manifest import MANIFEST_NAME, NAME, NAME_PROBLEM
 
 YEAR = 31_536_000.0
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)?\Z")
@@ -97,3 +99,47 @@ class Seed(click.ParamType[int]):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         seed: int = click.INT.convert(value, param, ctx)  # type: ignore[arg-type]
         return secrets.randbelow(2**63) if seed == -1 else seed
+
+
+class BundlePath(click.Path):
+    """The folder of a bundle. Shells complete it with bundles, of dist/ too, or with folders where there are none."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        above = incomplete.rpartition("/")
+        places = ["".join(above[:2])] if incomplete else ["", "dist/"]
+        try:
+            found = sorted(
+                f"{place}{path.parent.name}"
+                for place in places
+                for path in Path(place or ".").glob(f"*/{MANIFEST_NAME}")
+                if path.parent.name.startswith(above[2])
+            )
+        except OSError:
+            found = []
+        return [CompletionItem(each) for each in found] or [CompletionItem(incomplete, type="dir")]
+
+
+class GraphName(click.ParamType[str]):
+    """A graph of the command's bundle, by its name in the manifest, which shells complete."""
+
+    name = "name"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from serving.bundle.folder import open_bundle
+        from serving.errors import GPT2BundleError
+
+        # While the option lacks its value, click leaves the words before it in `args`.
+        words = [ctx.params["bundle"]] if ctx.params.get("bundle") else ctx.args
+        for word in words:
+            try:
+                graphs = open_bundle(word, check="sizes").manifest.graphs
+            except (OSError, GPT2BundleError):
+                continue
+            return [CompletionItem(name) for name in graphs if name.startswith(incomplete)]
+        return []

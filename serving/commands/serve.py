@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from serving.commands.engine_options import ENGINE_OPTIONS, check_packages, engine_loader, with_options
-from serving.commands.param_types import Host, Number, Origin, Seconds, Size
+from serving.commands.param_types import BundlePath, Host, Number, Origin, Seconds, Size
 from serving.errors import InputError
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from serving.entrypoints.model_manager import ModelManager
     from serving.entrypoints.runner import Companion
     from serving.server.registry import ServedModel
     from serving.server.settings import Settings
@@ -67,7 +70,7 @@ _OPTIONS = [
 
 
 @click.command()
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=BundlePath())
 @with_options(_OPTIONS)
 def serve(bundle: Path, **options: Any) -> None:
     """Serve the bundle in the folder BUNDLE, or the newest of its versions 1, 2, ..., over HTTP and gRPC.
@@ -80,28 +83,10 @@ def serve(bundle: Path, **options: Any) -> None:
         raise InputError("--ssl-certfile and --ssl-keyfile belong together; give both")
     if options["grpc_port"] is not None and options["max_body"] > _GRPC_LIMIT:
         raise InputError("--max-body is over 2 GiB, and gRPC takes at most that; lower it or leave out --grpc-port")
-    loader = engine_loader(options)
-    check_packages()
-    from serving.entrypoints import logging_setup
-    from serving.entrypoints.http_app import build_app
-    from serving.entrypoints.model_manager import ModelManager
+    app, versions = build_server(bundle, options)
     from serving.entrypoints.runner import Address, Runner
-    from serving.entrypoints.version_sources import check_source
-    from serving.protocols.open_inference import http as open_inference_http
-    from serving.protocols.tf_serving import rest as tf_rest
-    from serving.server import tracing
-    from serving.server.registry import ModelRegistry
-    from serving.server.state import Server
 
-    check_source(bundle)
-    settings = _settings(options)
-    logging_setup.configure(options["log_format"], access=not options["no_access_log"])
-    tracing.configure()
-    registry = ModelRegistry()
-    server = Server(registry, settings)
-    app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server)
-    versions = ModelManager(bundle, server, loader, options["served_model_name"], options["memory_budget"])
-    companions = _companions(server, options)
+    companions = _companions(app.state.server, options)
 
     def announce(url: str, model: ServedModel) -> None:
         with contextlib.suppress(OSError):  # A closed standard output does not stop the server.
@@ -111,7 +96,35 @@ def serve(bundle: Path, **options: Any) -> None:
     Runner(app, versions, address, options["watch"], companions).run(announce)
 
 
-def _settings(options: dict[str, Any]) -> Settings:
+def build_server(bundle: Path, options: dict[str, Any]) -> tuple[Starlette, ModelManager]:
+    """The application of `gpt2-bundle serve BUNDLE` with these options, and what loads its versions.
+
+    Raises InputError for options that exclude each other and for a folder without a bundle, and RuntimeMissingError.
+    """
+    loader = engine_loader(options)
+    check_packages()
+    from serving.entrypoints import logging_setup
+    from serving.entrypoints.http_app import build_app
+    from serving.entrypoints.model_manager import ModelManager
+    from serving.entrypoints.version_sources import check_source
+    from serving.protocols.open_inference import http as open_inference_http
+    from serving.protocols.tf_serving import rest as tf_rest
+    from serving.server import tracing
+    from serving.server.registry import ModelRegistry
+    from serving.server.state import Server
+
+    check_source(bundle)
+    settings = server_settings(options)
+    logging_setup.configure(options["log_format"], access=not options["no_access_log"])
+    tracing.configure()
+    registry = ModelRegistry()
+    server = Server(registry, settings)
+    app = build_app(registry, settings, [*tf_rest.routes(registry, settings), *open_inference_http.routes()], server)
+    return app, ModelManager(bundle, server, loader, options["served_model_name"], options["memory_budget"])
+
+
+def server_settings(options: dict[str, Any]) -> Settings:
+    """The server's settings that `options` of `gpt2-bundle serve` ask for. Raises InputError for wrong API keys."""
     from serving.server.auth import KEYS_VARIABLE, read_keys
     from serving.server.settings import Settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from serving.deploy.endpoints import HTTP, KEYS_VARIABLE, markdown_table
 from serving.deploy.folder import bundle_from, write_folder
 from serving.deploy.kserve import kserve_manifests
 from serving.deploy.kubernetes import OPTIONAL, kustomization, manifests
+from serving.deploy.ray_serve import ray_image, ray_manifests, serve_config
 from serving.deploy.triton import repository
 from serving.deploy.workload import BUNDLES, Workload
 from serving.support.yaml_text import yaml_text
 
-TARGETS = ("compose", "kubernetes", "kserve", "triton")
+TARGETS = ("compose", "kubernetes", "kserve", "ray", "triton")
 _HEAD = "Written by gpt2-bundle deploy. Change it by an overlay, or deploy again with other options."
 
 
@@ -42,12 +44,18 @@ def write_target(bundle: Bundle, destination: Path, target: str, load: Workload 
         return Written(folder, "tritonserver --model-repository=models")
     if target == "compose":
         documents, start = {"compose.yaml": compose_file(load, bundle_from(destination, bundle))}, "docker compose up"
+    elif target == "ray":
+        documents = {
+            "serve.yaml": serve_config(load, os.path.realpath(bundle.folder), "127.0.0.1", check_resources=True),
+            **ray_manifests(load),
+        }
+        start = "serve run serve.yaml"
     else:
         documents = kserve_manifests(load) if target == "kserve" else manifests(load)
         documents["kustomization.yaml"] = kustomization(documents)
         start = "kubectl apply -k ."
     texts = {path: yaml_text([each], _HEAD) for path, each in documents.items()}
-    texts["README.md"] = _readme(load, target, start)
+    texts["README.md"] = _ray_readme(load, start) if target == "ray" else _readme(load, target, start)
     if target != "compose" and load.options.bundle_source != "pvc":
         texts["bundle.Dockerfile"] = _bundle_dockerfile(load)
     return Written(write_folder(bundle, destination, target, texts), start)
@@ -96,20 +104,16 @@ def _readme(load: Workload, target: str, start: str) -> str:
 
 def _cluster_lines(load: Workload, target: str, start: str) -> list[str]:
     space = f" -n {load.options.namespace}" if load.options.namespace else ""
-    source, loader = load.options.bundle_source, f"{load.label}-loader"
+    source = load.options.bundle_source
     secret = f"kubectl create secret generic {load.label}-api-keys{space} --from-literal=keys=$(openssl rand -hex 24)"
     lines = ["Push it to a registry that the cluster reads, and name it there by `--image`. Then:", "", f"    {secret}"]
-    if source == "pvc":
-        folder = f"{BUNDLES}/{load.model}"
-        lines += [
-            "    kubectl apply -f bundle-claim.yaml -f optional/bundle-loader.yaml",
-            f"    kubectl cp{space} BUNDLE {loader}:{folder}.new    # BUNDLE is the bundle's folder",
-            f"    kubectl exec{space} {loader} -- mv -T {folder}.new {folder}",
-            f"    kubectl delete pod{space} {loader}",
-        ]
-    else:
-        lines += [f"    docker build -f bundle.Dockerfile -t {load.bundle_image} BUNDLE    # push it too"]
-    lines += [f"    {start}", "", f"Apply from `{OPTIONAL}/` what the cluster has operators for:", ""]
+    lines += [
+        *_bundle_lines(load),
+        f"    {start}",
+        "",
+        f"Apply from `{OPTIONAL}/` what the cluster has operators for:",
+        "",
+    ]
     if target == "kubernetes":
         lines += [
             "- `keda.yaml` scales on the queue by KEDA, and `hpa.yaml` by a HorizontalPodAutoscaler, which takes the",
@@ -128,6 +132,53 @@ def _cluster_lines(load: Workload, target: str, start: str) -> list[str]:
     elif source == "image":
         lines += ["Image volumes need the feature ImageVolume, on by default from Kubernetes 1.35."]
     return lines
+
+
+def _bundle_lines(load: Workload) -> list[str]:
+    """The commands that bring the bundle to where the pods read it."""
+    if load.options.bundle_source != "pvc":
+        return [f"    docker build -f bundle.Dockerfile -t {load.bundle_image} BUNDLE    # push it too"]
+    space = f" -n {load.options.namespace}" if load.options.namespace else ""
+    folder, loader = f"{BUNDLES}/{load.model}", f"{load.label}-loader"
+    return [
+        "    kubectl apply -f bundle-claim.yaml -f optional/bundle-loader.yaml",
+        f"    kubectl cp{space} BUNDLE {loader}:{folder}.new    # BUNDLE is the bundle's folder",
+        f"    kubectl exec{space} {loader} -- mv -T {folder}.new {folder}",
+        f"    kubectl delete pod{space} {loader}",
+    ]
+
+
+def _ray_readme(load: Workload, start: str) -> str:
+    space = f" -n {load.options.namespace}" if load.options.namespace else ""
+    image, manifest = ray_image(load), "ray-service.yaml"
+    keys = f"kubectl create secret generic {load.label}-api-keys{space} --from-literal=keys=$(openssl rand -hex 24)"
+    options = load.options
+    lines = [
+        f"# {load.model} on Ray Serve",
+        "",
+        "On this machine, or on a Ray cluster of which each node has the bundle at the folder that `serve.yaml` names:",
+        "",
+        "    pip install 'gpt2-bundle[serve,onnx,ray]'    # on each node",
+        "    ray start --head",
+        f"    {start}",
+        f"    curl http://127.0.0.1:{HTTP.number}/v1/models",
+        "",
+        f"In Kubernetes, by KubeRay and `{manifest}`. The image is not published. Build it in a checkout of",
+        "the project, push it to a registry that the cluster reads, and name it there by `--image`.",
+        "",
+        f"    docker build -f docker/ray.Dockerfile -t {image} .",
+        f"    {keys}",
+        *_bundle_lines(load),
+        f"    kubectl apply -f {manifest}",
+        "",
+        f"Each replica reserves {options.cpus} processors and {load.memory_mib} MiB. There are {options.replicas} to",
+        f"{options.max_replicas} replicas; with `--replicas 0` the last one stops when it is idle.",
+        "",
+        "The manifest was checked against KubeRay's schema. No Kubernetes cluster has run it.",
+    ]
+    if options.device == "cuda":
+        lines += ["The Dockerfile has ONNX Runtime for processors; build an image of your own for CUDA."]
+    return "\n".join(lines) + "\n"
 
 
 def _triton_readme(name: str) -> str:

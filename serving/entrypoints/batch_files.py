@@ -93,7 +93,7 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         """Raises InputError for a file that is something else, GPT2BundleError if another process writes to it."""
-        self._path = path
+        self._path, self._new = path, not path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         self._size = 0
         self.answered = self.failed = 0
@@ -117,6 +117,9 @@ class AnswerFile:
     ) -> None:
         with contextlib.suppress(OSError):
             os.fsync(self._file)
+            # Whatever failed before the first answer leaves no file behind.
+            if error is not None and self._new and os.fstat(self._file).st_size == 0:
+                self._path.unlink(missing_ok=True)
         os.close(self._file)
 
     def has_id(self, custom_id: str) -> bool:

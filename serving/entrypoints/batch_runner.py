@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -54,19 +54,25 @@ async def _run(
             finally:
                 room.release()
 
-        for number, line in request_lines(requests, max_body):
-            try:
-                if line is None:
-                    raise LineError("too_long", f"the line is over {max_body} bytes; split it, or raise --max-body")
-                request = parse_line(line)
-                if answers.has_id(request.custom_id):
-                    continue
-            except LineError as error:
-                if not answers.has_line(number):
-                    answers.add_error(number, error)
-                continue
+        for request in unanswered(requests, answers, max_body):
             await room.acquire()
             group.create_task(answer(request))
+
+
+def unanswered(requests: Path, answers: AnswerFile, max_body: int) -> Iterator[BatchRequest]:
+    """The requests of the file that `answers` has no answer of; wrong lines become lines of errors there."""
+    for number, line in request_lines(requests, max_body):
+        try:
+            if line is None:
+                raise LineError("too_long", f"the line is over {max_body} bytes; split it, or raise --max-body")
+            request = parse_line(line)
+            if answers.has_id(request.custom_id):
+                continue
+        except LineError as error:
+            if not answers.has_line(number):
+                answers.add_error(number, error)
+            continue
+        yield request
 
 
 async def call(app: ASGIApp, url: str, body: bytes) -> tuple[int, str, bytes]:

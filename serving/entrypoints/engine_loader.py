@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from serving.backends.autotune import Autotuner
 from serving.bundle import Bundle
 from serving.clients.session_transport import load_slot_transport
 from serving.engine.api import Engine, Observer
@@ -40,6 +41,8 @@ class EngineLoader:
     config: EngineConfig = field(default_factory=EngineConfig)
     tf_serving: str | None = None
     """A TensorFlow Serving's address: a URL for REST, or grpc:HOST:PORT."""
+    tuner: Autotuner | None = None
+    """Chooses `graph` and the threads of `config` when a bundle is opened."""
 
     def __post_init__(self) -> None:
         if self.runtime not in RUNTIMES:
@@ -59,7 +62,10 @@ class EngineLoader:
         if self.runtime == "tf-serving":
             return 0
         if self.runtime == "onnx":
-            return self.replicas * estimate_memory(bundle, self.graph or DEFAULT_GRAPH, self._onnx_config()).total
+            # While it chooses, there is one engine at a time, of at most the largest graph.
+            graphs = [self.graph or DEFAULT_GRAPH] if self.tuner is None else self.tuner.options(bundle)["graph"]
+            config = self._onnx_config()
+            return self.replicas * max(estimate_memory(bundle, graph, config).total for graph in graphs)
         geometry = bundle.manifest.model
         exported = bundle.manifest.provenance.recipe.get("export")
         slots = exported.get("slots", 0) if isinstance(exported, dict) else 0
@@ -68,6 +74,10 @@ class EngineLoader:
 
     def open(self, bundle: Bundle, observer: Observer) -> Engine:
         """An engine, or several as one. Raises GPT2BundleError; then nothing is left open."""
+        if self.tuner is not None:
+            setting = self.tuner.choose(bundle)
+            config = replace(self.config, threads=setting.threads)
+            return replace(self, graph=setting.graph, config=config, tuner=None).open(bundle, observer)
         engines: list[Engine] = []
         try:
             for index in range(self.replicas):

@@ -31,30 +31,31 @@ def build_app(
     Handlers find the `Server` as `request.app.state.server` and the request's id as `request.state.request_id`. Errors
     that a handler raises become answers by `serving.server.errors`.
     """
-    server = server or Server(registry, settings)
+    routes = [
+        *playground_routes(),
+        *operations_routes(),
+        *extra_routes,
+        *openai.routes(),
+        *tokenizer_info_routes(),
+        *chat_routes(),
+        *token_routes(),
+        *openapi_routes(),
+    ]
+    return gated_app(routes, server or Server(registry, settings))
+
+
+def gated_app(routes: Sequence[BaseRoute], server: Server) -> Starlette:
+    """`routes` behind the middleware: API keys, limits, request ids, error answers, log and, if asked for, CORS."""
     middleware = [Middleware(Gate, server=server)]
-    if settings.cors_origins:
+    if server.settings.cors_origins:
         cors = Middleware(
             CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
+            allow_origins=list(server.settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After", "Inference-Header-Content-Length"],
         )
         middleware.insert(0, cors)
-    app = Starlette(
-        routes=[
-            *playground_routes(),
-            *operations_routes(),
-            *extra_routes,
-            *openai.routes(),
-            *tokenizer_info_routes(),
-            *chat_routes(),
-            *token_routes(),
-            *openapi_routes(),
-        ],
-        middleware=middleware,
-        exception_handlers={HTTPException: on_http_exception},
-    )
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: on_http_exception})
     app.state.server = server
     return app

@@ -64,6 +64,10 @@ class UnsupportedCallError(GPT2BundleError):
     """A call of a protocol that this server does not offer."""
 
 
+class ReplicaLostError(GPT2BundleError):
+    """The replica that answered a request is gone; the same request may be sent again."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a type of error is in each protocol. `openai_type` and `openai_code` are OpenAI's error fields."""
@@ -129,6 +133,7 @@ TABLE: dict[type[BaseException], Kind] = {
     BodiesFullError: Kind(503, "UNAVAILABLE", "server_error", "overloaded"),
     DrainingError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     ModelNotReadyError: Kind(503, "UNAVAILABLE", "server_error", "model_not_ready"),
+    ReplicaLostError: Kind(503, "UNAVAILABLE", "server_error", "replica_lost"),
     GenerationEndedError: Kind(503, "UNAVAILABLE", "server_error", "draining"),
     DeadlineExceededError: Kind(504, "DEADLINE_EXCEEDED", "server_error", "timeout"),
 }

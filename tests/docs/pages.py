@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
 # A command of each of these is checked in some way by a test of this folder.
 CHECKED = ("gpt2-bundle", "make", "curl", "python")
-# What a reader does around them: it changes the shell, installs, or needs a Docker engine.
-AROUND = ("source", "cd", "pip", "docker", "export", "ulimit", "lm_eval")
+# What a reader does around them: it changes the shell, installs, or needs a Docker engine or a Ray cluster.
+AROUND = (
+    "source", "cd", "pip", "docker", "export", "ulimit", "lm_eval", "ray", "serve", "hf", "rm", "oras", "openssl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import pytest
 
 from serving.cli import cli, run
 from tests.docs.pages import AROUND, CHECKED, PAGES, ROOT, ShellCommand, commands_of, every_command
+from tests.serving.distribution.keys import key_pair
 from tests.serving.tf_serving_emulator import serving
 from tests.tiny_build import TinyBuild
 
-LIGHT = ("generate", "inspect", "deploy", "lint", "recipe", "batch")
+LIGHT = ("generate", "inspect", "deploy", "lint", "recipe", "batch", "sbom", "sign", "verify-signature", "completion")
 BUNDLE = "gpt2-docs"
 
 
@@ -52,6 +53,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     request = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 2}}
     (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
     (tmp_path / "schema.json").write_text('{"type": "integer", "minimum": 0, "maximum": 9}', encoding="utf-8")
+    for name in ("signer.pem", "signer.pub", "dist/gpt2-docs.cdx.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -108,6 +112,7 @@ def at_home(built: TinyBuild, files: Path) -> Path:
     """The same folder with the bundles that the pages name, one of them with a chat template."""
     shutil.copytree(built.bundle, files / "dist" / BUNDLE)
     with_chat_template(built.bundle, files / "dist" / "gpt2-docstrings")
+    key_pair(files)
     return files
 
 
@@ -116,7 +121,9 @@ def test_light_commands_run_as_they_stand(page: Path, at_home: Path) -> None:
     light = [
         command
         for command in commands_of(page)
-        if command.words[0] == "gpt2-bundle" and command.words[1:2] and command.words[1] in LIGHT
+        if command.words[0] == "gpt2-bundle"
+        and command.words[1:2]
+        and (command.words[1] in LIGHT or any(word == "--gguf" or word.startswith("oci:") for word in command.words))
     ]
     for command in light:
         assert run(list(command.words[1:])) == 0, str(command)

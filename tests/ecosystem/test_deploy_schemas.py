@@ -1,8 +1,8 @@
 """Deployments against the operators' own schemas, from a folder of files that CRDS names.
 
 The files are those of the operators' repositories: `serving.kserve.io_inferenceservices.yaml`,
-`keda.sh_scaledobjects.yaml`, `monitoring.coreos.com_servicemonitors.yaml`, `monitoring.coreos.com_podmonitors.yaml`
-and Compose's `compose-spec.json`.
+`keda.sh_scaledobjects.yaml`, `ray.io_rayservices.yaml`, `monitoring.coreos.com_servicemonitors.yaml`,
+`monitoring.coreos.com_podmonitors.yaml` and Compose's `compose-spec.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _DOCUMENTS = [
     ("kserve", "optional/pod-monitor.yaml", "monitoring.coreos.com_podmonitors.yaml"),
     ("kubernetes", "optional/keda.yaml", "keda.sh_scaledobjects.yaml"),
     ("kubernetes", "optional/service-monitor.yaml", "monitoring.coreos.com_servicemonitors.yaml"),
+    ("ray", "ray-service.yaml", "ray.io_rayservices.yaml"),
     ("compose", "compose.yaml", "compose-spec.json"),
 ]
 

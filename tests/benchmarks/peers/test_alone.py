@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.common import hardware
+from benchmarks.common import hardware, static_batch
 from benchmarks.peers import comparison
 from benchmarks.peers.__main__ import main
 from benchmarks.peers.gpu_device import MemoryWatch
@@ -68,6 +68,39 @@ def test_runtimes_are_kept_continued_and_a_missing_one_is_said(built, tmp_path):
             assert "peak_gpu_memory_bytes" not in row["figures"]
     again = rows_of(measure(built.bundle, output, "onnx/portable"))
     assert again == rows
+
+
+def test_speculation_is_compared_at_batch_one(built, tmp_path):
+    output = tmp_path / "record.json"
+    command = [str(built.bundle), "--speculation", "--environments", str(tmp_path), "--work", str(tmp_path), "--output"]
+    command += [str(output), "--repeats", "1", "--prompt-tokens", "16", "--new-tokens", "8", "--precision", "fp32"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    record = json.loads(output.read_text())
+    (point,) = record["points"]
+    plain, speculative = point["rows"]
+    assert [point["point"], plain["target"], speculative["target"]] == [
+        "fp32, batch 1", "ort/fp32", "ort-speculative/fp32"
+    ]  # fmt: skip
+    assert speculative["errors"] == [] and speculative["outputs_sha256"] == plain["outputs_sha256"]
+    assert speculative["bound_inter_token_ms"] is None and plain["bound_inter_token_ms"] > 0
+    assert set(record["not_measured"]) == {"openvino/fp32", "llama/fp32", "openvino-lookup/fp32", "llama-lookup/fp32"}
+    for more in (["--batch-size", "4"], ["--rehearse"]):
+        with pytest.raises(InputError, match="leave the other options out"):
+            CliRunner().invoke(main, [*command, *more], catch_exceptions=False)
+
+
+def test_a_whole_call_is_shared_among_the_tokens_that_it_adds(monkeypatch):
+    class Slow:
+        def generate(self, prompts, *, max_new_tokens):
+            now[0] += 1.0 + 0.25 * max_new_tokens
+            return [[7] * max_new_tokens, [8] * min(2, max_new_tokens)]
+
+    now = [0.0]
+    monkeypatch.setattr(static_batch.time, "perf_counter", lambda: now[0])
+    found = static_batch.GenerateRunner(Slow(), ["a note"]).run([[1], [2]], 4)
+    assert (found.prefill, found.steps) == (1.25, [0.25] * 4)
+    assert found.tokens == [[7, 8], [7, 8], [7, -1], [7, -1], [7, -1]]
 
 
 @pytest.mark.slow

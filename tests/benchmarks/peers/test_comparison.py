@@ -18,7 +18,7 @@ from benchmarks.common.static_batch import BatchRun, LoadRequest, converted
 from benchmarks.peers import comparison
 from benchmarks.peers.comparison import Comparison, Settings, new_record
 from benchmarks.peers.gpu_device import MemoryWatch
-from benchmarks.peers.runtimes import CPU, GPU, Runtime, chosen
+from benchmarks.peers.runtimes import CPU, GPU, SPECULATION, Runtime, chosen
 from benchmarks.suite import static_batches
 from benchmarks.suite.machine.meters import Meters
 from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
@@ -68,7 +68,7 @@ def test_gpu_memory_is_a_figure_of_the_row(built, tmp_path, monkeypatch):
 
 
 def test_ours_and_a_peer_take_turns_and_the_record_is_one_of_the_suite(built, tmp_path):
-    record = compare(built.bundle, tmp_path, "int8", Fake("fake/int8", "fake", "int8"))
+    record = compare(built.bundle, tmp_path, "int8", Fake("fake/int8", "fake", "int8", bounded=False))
     (point,) = record["points"]
     ours, fake = point["rows"]
     assert (point["point"], ours["target"], fake["target"]) == ("int8, batch 3", "ort/int8", "fake/int8")
@@ -77,6 +77,7 @@ def test_ours_and_a_peer_take_turns_and_the_record_is_one_of_the_suite(built, tm
         "step_ms": [250.0] * 2,
         "step_tokens_per_second": [12.0] * 2,
     }
+    assert fake["bound_inter_token_ms"] is None and ours["bound_inter_token_ms"] > 0
     assert fake["intervals_ms"]["step_ms"] == [250.0, 250.0] and fake["notes"] == ["made up"] and fake["emulator"]
     assert fake["differing_requests"] == {"ort/int8": [0, 1, 2]} and ours["differing_requests"] == {
         "fake/int8": [0, 1, 2]
@@ -164,13 +165,12 @@ def test_a_runtime_takes_part_if_its_environment_is_there(tmp_path):
 
 def test_every_peer_has_a_module_that_imports_only_the_protocol_and_exact_versions():
     folder = ROOT / "benchmarks" / "peers"
-    for name in {each.environment for each in CPU if each.environment}:
-        tree = ast.parse((folder / f"{name}_peer.py").read_text(encoding="utf-8"))
+    for name, module in {(each.environment, each.module) for each in (*CPU, *SPECULATION) if each.environment}:
+        tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
         froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        own = {
-            module for module in froms if module and module.partition(".")[0] in ("benchmarks", "serving", "builder")
-        }
-        assert own == {"benchmarks.common.static_batch"}
+        own = {each for each in froms if each and each.partition(".")[0] in ("benchmarks", "serving", "builder")}
+        # One with speculation converts the weights as the one without.
+        assert own - {f"benchmarks.peers.{name}_peer"} == {"benchmarks.common.static_batch"}
         lines = (folder / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         assert lines and all("==" in line or line.startswith("#") for line in lines)
     tree = ast.parse((ROOT / "benchmarks" / "common" / "static_batch.py").read_text(encoding="utf-8"))

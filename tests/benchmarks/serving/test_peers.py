@@ -6,10 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 
-from benchmarks.serving.peer_files import vocabulary, write_folder
+from benchmarks.serving.peer_files import vocabulary, write_folder, write_model
 from benchmarks.serving.peers import Peer, compare, peers
+from tests.tiny_build import TinyBuild
 
 # Answers everything with three plain events, whose text is no error although it says so, and no [DONE].
 _SERVER = """
@@ -46,6 +48,13 @@ def test_servers_take_turns_and_one_that_does_not_start_is_named(tmp_path: Path)
         assert done["tokens"] == pytest.approx(6 * complete)
     assert list(record["failed"]) == ["gone"]
     assert "no such model" in (tmp_path / "gone.log").read_text(encoding="utf-8")
+
+
+def test_the_gguf_file_has_no_end_and_a_text_for_each_id(built: TinyBuild, tmp_path: Path) -> None:
+    write_model(built.bundle, tmp_path / "model.gguf", "q8_0")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert set(fields["tokenizer.ggml.token_type"].contents()) == {gguf.TokenType.NORMAL}
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
 
 
 def test_every_id_of_the_model_has_a_text(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def agree(found, expected):
     assert all(each.tokens is not None for each in found) and differing(found, expected) == []
 
 
+@pytest.mark.slow
 def test_a_tensorflow_serving_elsewhere_gives_the_same_tokens_by_every_way(bundle, schedule, expected):
     with serving(bundle.folder / "savedmodel/1", bundle.manifest.name) as server:
         for kind in ("tfserving", "tfserving-rest", "tfserving-predict", "tfserving-rest-predict"):
@@ -73,6 +74,7 @@ def test_a_tensorflow_serving_elsewhere_gives_the_same_tokens_by_every_way(bundl
                 assert sum(len(set(each.token_times)) for each in found) == len(server.run_calls)
 
 
+@pytest.mark.slow
 def test_slots_that_the_server_lacks_are_whole_answers_and_past_the_end_token_another_call(bundle, schedule, expected):
     with serving(bundle.folder / "savedmodel/1", bundle.manifest.name) as server:
         for name in ("prefill_slots", "decode_slots", "release_slots"):

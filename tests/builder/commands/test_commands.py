@@ -112,6 +112,7 @@ def test_a_default_build_reads_pythons_own_docstrings(monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_train_takes_the_loop_that_was_asked_for(fresh: TinyBuild, monkeypatch: pytest.MonkeyPatch) -> None:
     from builder.training import trainer
 

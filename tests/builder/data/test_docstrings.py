@@ -39,6 +39,7 @@ def test_docstrings_by_qualified_name_in_source_order_without_running_anything(t
     ]
 
 
+@pytest.mark.slow
 def test_the_standard_library_has_over_a_million_characters() -> None:
     documents = list(read_docstrings())
     assert sum(len(document.text) for document in documents) > 1_000_000

@@ -132,7 +132,7 @@ def reference_loss(weights: dict[str, Any], recipe: TrainingRecipe) -> tuple[flo
     return float(np.mean(losses)), len(losses)
 
 
-@pytest.mark.parametrize("packing", ["stream", "rows"])
+@pytest.mark.parametrize("packing", [pytest.param("stream", marks=pytest.mark.slow), "rows"])
 def test_both_loops_and_any_parts_give_the_same_weights(tmp_path: Path, packing: str) -> None:
     recipe = replace(ADAM, packing=packing, label_smoothing=0.1)
     weights, history = train(tmp_path / "a", recipe)

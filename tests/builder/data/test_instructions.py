@@ -346,6 +346,7 @@ def test_preparation_counts_what_the_loss_counts(tmp_path: Path) -> None:
     assert messages and all(re.fullmatch(r"Count to \d+ please\.", message) for message in messages)
 
 
+@pytest.mark.slow
 def test_functions_of_the_standard_library() -> None:
     recipe = InstructionRecipe(prompt_field="signature", response_field="docstring", user_template="Doc:\n{content}\n")
     found = {document.name: document for document in read_documents(CorpusRecipe(), recipe)}

@@ -89,6 +89,7 @@ def test_a_chat_model_has_one_end_token_everywhere(
         np.testing.assert_array_equal(weights[f"transformer.{name}"][..., 32:], stored[name][..., 32:])
 
 
+@pytest.mark.slow
 def test_a_word_piece_tokenizer_is_built_but_for_text_in_the_graph(
     fresh: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

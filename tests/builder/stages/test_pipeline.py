@@ -180,6 +180,7 @@ def test_inspect_finds_it_whole(built: TinyBuild, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["parameters"] == 36608
 
 
+@pytest.mark.slow
 def test_verify_repeats_the_certificate_of_a_bundle_and_writes_nothing(
     built: TinyBuild, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +222,7 @@ def test_another_tolerance_exports_anew_but_does_not_train(tiny: TinyBuild, capf
     assert (tiny.run / "train" / "training.json").stat().st_mtime_ns == trained
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_built_anew_from_the_trained_weights(
     built: TinyBuild, tiny: TinyBuild, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +246,7 @@ def test_a_damaged_bundle_is_built_anew_from_the_trained_weights(
     assert [path.name for path in tiny.dist.iterdir()] == ["tiny"]
 
 
+@pytest.mark.slow
 def test_a_damaged_draft_is_thrown_away(tiny: TinyBuild, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["export", *tiny.options()]) == 0
     assert run(["export", *tiny.options()]) == 0

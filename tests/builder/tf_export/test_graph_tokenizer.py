@@ -122,6 +122,7 @@ def test_rows_of_nothing_and_no_rows(pair: tuple[Tokenizer, Encode]) -> None:
     assert encode([]) == [] and encode([b""]) == [[]] and encode([b"", b"", b""]) == [[], [], []]
 
 
+@pytest.mark.slow
 def test_the_whole_default_corpus(corpus: list[str], trained: tuple[Tokenizer, Encode]) -> None:
     tokenizer, encode = trained
     texts = [text.encode() for text in corpus]

@@ -187,6 +187,7 @@ def test_a_deployment_is_known_by_its_folder(
     fails(["lint", str(folder)], 1, "deploy the bundle again")
 
 
+@pytest.mark.slow
 def test_batching_by_the_server_is_a_warning(real_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     command = ["deploy", str(real_bundle), "--target", "tfserving", "--output", str(folder)]
@@ -234,6 +235,7 @@ def test_what_is_no_savedmodel(tmp_path: Path, fails: Fails, real_bundle: Path) 
     assert find_target(tmp_path / "models").version.name == "10"
 
 
+@pytest.mark.slow
 def test_a_build_ends_on_an_error(tmp_path: Path, fresh: Any, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     from builder.tf_export import lint_graph
 

@@ -25,6 +25,7 @@ def test_a_build(built: TinyBuild) -> None:
     assert [*find_problems(built.bundle / "savedmodel/1")] == [], ADVICE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"matmul_parts": 2}, {"slots": 0}])
 def test_other_exports(changes: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_str(), encoding="utf-8")

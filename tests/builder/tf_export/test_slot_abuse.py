@@ -148,6 +148,7 @@ def tokens_of(outputs: dict[str, Any]) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(outputs["token_ids"], outputs["lengths"], strict=True)]
 
 
+@pytest.mark.slow
 def test_callers_that_give_up_cost_others_nothing(tmp_path: Path) -> None:
     abuse = Abuse(save(tmp_path, slots=SLOTS, slot_lease=3600.0), context=48, seconds=4.0)
     abuse.run()

@@ -26,6 +26,7 @@ def read(version: Path) -> list[PredictionLog]:
     return [PredictionLog.FromString(record) for record in records]
 
 
+@pytest.mark.slow
 def test_every_record_of_a_build_runs_as_the_server_would_run_it(built: TinyBuild) -> None:
     version = built.bundle / "savedmodel" / "1"
     servable = SessionServable(version)

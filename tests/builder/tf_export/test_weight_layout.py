@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from builder.keras_backend import tf
@@ -17,6 +18,7 @@ from tests.builder.tf_export.test_servable import expected, random_rows
 from tests.oracles.fixtures import keras_model
 
 
+@pytest.mark.slow
 def test_answers_and_bytes_are_those_of_whole_matrices(tmp_path: Path, real_bundle: Path) -> None:
     # No size of the model is a multiple of it.
     model, parts = keras_model("bytes"), 5

@@ -93,6 +93,7 @@ def test_adapters_alone_are_trained_and_merged_at_export(tmp_path: Path, loop: s
     np.testing.assert_allclose(plain(ids).numpy(), model(ids).numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_resume_bit_for_bit(tmp_path: Path) -> None:
     whole, _ = make(LORA)
     train(whole, LORA, tmp_path / "whole")
@@ -105,6 +106,7 @@ def test_adapters_resume_bit_for_bit(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.array(ours), np.array(theirs), err_msg=name)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_so_and_keeps_float32_weights(tmp_path: Path) -> None:
     recipe = replace(SHORT, precision="bfloat16", epochs=3.0)
     model, _ = make(recipe)

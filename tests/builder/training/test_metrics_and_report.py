@@ -38,7 +38,9 @@ def train(folder: Path, log: MetricsLog, recipe: TrainingRecipe = SHORT, stop_at
     return losses
 
 
-@pytest.mark.parametrize("changes", [{}, {"loop": "custom", "accumulation": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"loop": "custom", "accumulation": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_metrics_have_a_line_an_interval_and_survive_a_stop(tmp_path: Path, changes: dict[str, Any]) -> None:
     recipe = replace(SHORT, **changes)
     losses = train(tmp_path, MetricsLog(tmp_path, every=2), recipe)

@@ -69,7 +69,13 @@ def test_a_loss_that_is_not_used_is_refused():
             model.compile(optimizer="adam", **options)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 5e-3), ("muon", 1e-2), ("adam", 5e-3), ("sgd", 1.0)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [
+        ("adamw", 5e-3),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("muon", 1e-2), ("adam", 5e-3), ("sgd", 1.0))),
+    ],
+)
 def test_training_learns_what_context_tells(tmp_path, optimizer, rate):
     _, history = train(tmp_path, replace(RECIPE, optimizer=optimizer, learning_rate=rate, epochs=12.0))
     last = history[-1]
@@ -119,6 +125,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
         assert ours["validation_loss"] == theirs["validation_loss"]
 
 
+@pytest.mark.slow
 def test_another_run_does_not_take_up_the_checkpoint(tmp_path):
     train(tmp_path)
     seen = []

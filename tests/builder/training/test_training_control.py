@@ -26,11 +26,15 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
 
 def run(
-    folder: Path, recipe: TrainingRecipe = ADAM, validation: Any = VALIDATION, notify: Any = lambda event: None
+    folder: Path,
+    recipe: TrainingRecipe = ADAM,
+    validation: Any = VALIDATION,
+    notify: Any = lambda event: None,
+    workers: Any = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     keras.utils.set_random_seed(7)
     model = LanguageModel.create(GEOMETRY)
-    history = fit(model, recipe, TRAIN, validation, seed=1, folder=folder, run_id="run", notify=notify)
+    history = fit(model, recipe, TRAIN, validation, seed=1, folder=folder, run_id="run", notify=notify, workers=workers)
     row = exported_row(history, recipe)
     measured = evaluate(model, validation, recipe)
     assert measured["validation_loss"] == pytest.approx(row["validation_loss"], rel=1e-4), "exports other weights"
@@ -92,6 +96,7 @@ def test_smoothed_labels_are_a_mixture_in_training_only() -> None:
     assert float(model.perplexity.result()) == pytest.approx(math.exp(plain), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_accumulated_parts_are_the_big_batch(tmp_path: Path, optimizer: str) -> None:
     recipe = replace(ADAM, optimizer=optimizer)
@@ -105,8 +110,8 @@ def test_accumulated_parts_are_the_big_batch(tmp_path: Path, optimizer: str) -> 
     "changes",
     [
         {},
-        {"accumulation": 2},
-        {"ema": 0.9, "label_smoothing": 0.1},
+        pytest.param({"accumulation": 2}, marks=pytest.mark.slow),
+        pytest.param({"ema": 0.9, "label_smoothing": 0.1}, marks=pytest.mark.slow),
         pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -121,6 +126,31 @@ def test_the_custom_loop_gives_the_weights_of_fit(tmp_path: Path, changes: dict[
         assert {key: value for key, value in row.items() if key != "tokens_per_second"} == pytest.approx(
             {key: value for key, value in other.items() if key != "tokens_per_second"}, rel=1e-3
         )
+
+
+class Alone:
+    """The only worker of a cluster, whose sums over all workers are its own."""
+
+    rank, size, is_chief, failure = 0, 1, True, ""
+    sums = 0
+
+    def all_reduce(self, values: Any) -> Any:
+        self.sums += 1
+        return np.array(values)
+
+    from_chief = all_reduce
+
+
+@pytest.mark.parametrize("loop", ["fit", "custom"])
+def test_sums_over_one_worker_change_nothing(tmp_path: Path, loop: str) -> None:
+    recipe, alone = replace(ADAM, loop=loop, epochs=0.3, validations=2), Alone()
+    one, history = run(tmp_path / "one", recipe)
+    ours, of_ours = run(tmp_path / "ours", recipe, workers=alone)
+    assert alone.sums > 2 * history[-1]["step"] >= 16
+    close(ours, one)
+    for row, other in zip(of_ours, history, strict=True):
+        for key in ("train_loss", "validation_loss", "validation_accuracy", "learning_rate"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), key
 
 
 def test_the_average_is_what_is_exported(tmp_path: Path) -> None:
@@ -146,6 +176,7 @@ def test_the_average_is_what_is_exported(tmp_path: Path) -> None:
 STATEFUL = {"ema": 0.9, "accumulation": 2, "keep": "best", "patience": 2, "checkpoints_kept": 2, "label_smoothing": 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["fit", "custom"])
 def test_a_stopped_run_resumes_bit_for_bit_with_all_that_carries_state(tmp_path: Path, loop: str) -> None:
     recipe = replace(ADAM, loop=loop, **STATEFUL)  # type: ignore[arg-type]
@@ -169,6 +200,7 @@ def test_a_stopped_run_resumes_bit_for_bit_with_all_that_carries_state(tmp_path:
         np.testing.assert_array_equal(array, again[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_dropout_resumes_bit_for_bit(tmp_path: Path) -> None:
     def train(folder: Path, stop_at: int = 0) -> list[Any]:
         keras.utils.set_random_seed(7)
@@ -192,7 +224,7 @@ def test_dropout_resumes_bit_for_bit(tmp_path: Path) -> None:
 OTHER = ((np.cumsum(np.random.default_rng(5).integers(7, 9, 200)) * 3) % 31).astype(np.uint16)
 
 
-@pytest.mark.parametrize("loop", ["fit", "custom"])
+@pytest.mark.parametrize("loop", ["fit", pytest.param("custom", marks=pytest.mark.slow)])
 def test_training_stops_when_validations_bring_nothing_and_keeps_the_best(tmp_path: Path, loop: str) -> None:
     recipe = replace(ADAM, loop=loop, learning_rate=2e-2, epochs=3.0, validations=12, patience=2, keep="best")
     _, history = run(tmp_path, recipe, OTHER)
@@ -217,6 +249,7 @@ def test_stale_counts_validations_since_the_first_of_the_lowest() -> None:
     assert stale(3.0, 1.0, 2.0, 1.5, 1.0) == 3
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_stay_and_an_older_one_serves_when_the_newest_is_broken(tmp_path: Path) -> None:
     recipe = replace(ADAM, checkpoints_kept=3)
     whole, _ = run(tmp_path, recipe)

@@ -85,13 +85,16 @@ def resave(folder: Path, change: Callable[[Any], None]) -> None:
 # One artifact says something else than the others.
 
 
-@pytest.mark.parametrize(("path", "name"), [("ort/fp32", "ort/fp32"), ("onnx", "onnx/portable")])
+@pytest.mark.parametrize(
+    ("path", "name"), [("ort/fp32", "ort/fp32"), pytest.param("onnx", "onnx/portable", marks=pytest.mark.slow)]
+)
 def test_another_weight_in_one_graph_is_found_there(bundle: Path, path: str, name: str) -> None:
     add_to_tensor(bundle / path / "model.onnx_data", "transformer.h.1.mlp.c_fc.weight", (3, 5), 1.0)
     sign(bundle)
     assert f"parity failed in {name} at prefill: logits differ by" in failure(bundle)
 
 
+@pytest.mark.slow
 def test_a_position_that_only_decoding_reaches_is_found_in_decoding(bundle: Path) -> None:
     longest = max(map(len, json.loads((bundle / "golden.json").read_text())["prompts"]))
     add_to_tensor(bundle / "onnx" / "model.onnx_data", "transformer.wpe.weight", (longest, 0), 3.0)
@@ -99,6 +102,7 @@ def test_a_position_that_only_decoding_reaches_is_found_in_decoding(bundle: Path
     assert "parity failed in onnx/portable at first_decode: logits differ by" in failure(bundle)
 
 
+@pytest.mark.slow
 def test_another_weight_in_the_savedmodel_is_found_there(bundle: Path) -> None:
     def change(model: Any) -> None:
         variable = model.trainable_variables[0]
@@ -116,6 +120,7 @@ def test_the_same_savedmodel_again_is_no_failure(bundle: Path) -> None:
     check(bundle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name"),
     [
@@ -143,6 +148,7 @@ def test_a_loop_in_the_graph_that_chooses_otherwise_is_found(
     assert f"parity failed in {name}: only 22 of 24 greedy tokens are those of Keras" in failure(bundle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "words"),
     [
@@ -165,6 +171,7 @@ def test_a_tokenizer_in_the_graph_that_is_another_is_found(
     assert re.search(f"parity failed in {words} by the bundle's tokenizer", failure(bundle))
 
 
+@pytest.mark.slow
 def test_a_score_that_is_off_is_found_in_the_perplexity(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from serving.backends.tensorflow import TensorFlowBackend
 
@@ -173,6 +180,7 @@ def test_a_score_that_is_off_is_found_in_the_perplexity(bundle: Path, monkeypatc
     assert "parity failed in savedmodel at perplexity: " in failure(bundle)
 
 
+@pytest.mark.slow
 def test_a_draft_is_verified_and_a_wrong_one_is_never_published(
     built: TinyBuild, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,6 +313,7 @@ def test_the_summary_is_the_worst_of_the_certificate(built: TinyBuild) -> None:
     assert dataclasses.asdict(open_bundle(built.bundle).manifest)["parity"]["certificate"] == "verification.json"
 
 
+@pytest.mark.slow
 def test_a_graph_that_chooses_another_token_is_found(bundle: Path) -> None:
     import onnx
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -73,6 +75,7 @@ assert not list(Path(os.environ["TMPDIR"]).glob("gpt2-bundle-*")), "copies stay"
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_what_was_hashed(real_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(real_bundle, folder)

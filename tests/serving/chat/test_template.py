@@ -17,8 +17,9 @@ import pytest
 from builder.data.instructions import Template
 from builder.recipe import InstructionRecipe
 from serving.bundle import open_bundle
+from serving.bundle.model_settings import MAX_TEMPLATE
 from serving.chat import ChatTemplate, RendererBusyError, TemplateError, chat_template, process, worker
-from serving.chat.template import MAX_INPUT, MAX_TEMPLATE
+from serving.chat.template import MAX_INPUT
 from serving.errors import BundleError
 from tests.closed_form import END, byte_tokenizer, chat_files, write_bundle
 

@@ -27,9 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     """Replace the loader; the list fills with what was asked for."""
     calls: list[tuple[str, str | None]] = []
 
-    def load(
-        bundle: Bundle, runtime: str, graph: str | None = None, device: str = "cpu", speculation: str = "off"
-    ) -> ClosedFormBackend:
+    def load(bundle: Bundle, runtime: str, graph: str | None, *rest: object) -> ClosedFormBackend:
         calls.append((runtime, graph))
         return ClosedFormBackend()
 
@@ -227,6 +225,8 @@ def test_loader_asks_for_what_the_graph_needs(bundle_folder: Path, monkeypatch: 
             loader.load_backend(bundle, runtime, graph)
     options = loader.load_backend(bundle, "onnx", None, "cuda")
     assert options.options == {"device": "cuda"}
+    options = loader.load_backend(bundle, "onnx", threads=3)
+    assert options.options == {"threads": 3}
     options = loader.load_backend(bundle, "onnx", speculation="auto")
     assert options.options == {"speculation": "auto"}
     options = loader.load_backend(bundle, "tensorflow", speculation="auto")

@@ -51,7 +51,7 @@ def completion(url: str, **body: Any) -> str:
         return str(answer.read().decode())
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "tensorflow"])
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("tensorflow", marks=pytest.mark.slow)])
 def test_each_runtime_says_what_generate_says(real_bundle: Path, runtime: str) -> None:
     backend = load_backend(open_bundle(real_bundle), "onnx")
     params = SamplingParams(max_new_tokens=6, ignore_eos=True)

@@ -340,7 +340,7 @@ def test_a_folder_of_another_target_or_of_strangers_is_left_alone(
         (["--target", "kubernetes", "--memory-limit", "64MiB"], "needs about"),
         (["--target", "compose", "--graph", "ort/int9"], "no graph 'ort/int9'"),
         (["--target", "compose", "--graph", "savedmodel/prefill"], "choose one of ort/"),
-        (["--target", "compose", "--replicas", "3"], "--replicas is for the target kubernetes and kserve"),
+        (["--target", "compose", "--replicas", "3"], "--replicas is for the target kubernetes, kserve and ray"),
         (["--target", "triton", "--cpus", "3"], "--cpus is for the target"),
         (["--cpus", "3"], "--cpus is for the target"),
         (["--target", "kubernetes", "--threads", "3"], "--threads is for the target tfserving"),

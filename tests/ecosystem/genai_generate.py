@@ -1,12 +1,14 @@
-"""Continue prompts greedily in ONNX Runtime GenAI: folder and JSON in, JSON out. Runs in GenAI's own environment."""
+"""Continue texts greedily in ONNX Runtime GenAI: a folder below ort/, texts and a number in, JSON out."""
 
 import json
 import sys
 
 import onnxruntime_genai as og
 
-folder, prompts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+folder, texts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 model = og.Model(folder)
+tokenizer = og.Tokenizer(model)
+prompts = [[int(token) for token in tokenizer.encode(text)] for text in texts]
 answers = []
 for prompt in prompts:
     parameters = og.GeneratorParams(model)
@@ -16,6 +18,4 @@ for prompt in prompts:
     while not generator.is_done():
         generator.generate_next_token()
     answers.append([int(token) for token in generator.get_sequence(0)][len(prompt) :])
-text = "naïve 'quotes' and 東京\n\n    indented"
-tokens = [int(token) for token in og.Tokenizer(model).encode(text)]
-print(json.dumps({"answers": answers, "tokens": tokens, "text": text}))
+print(json.dumps({"tokens": prompts, "answers": answers}))
