@@ -27,7 +27,7 @@ from serving.protocols.health_and_metrics import live, version
 from serving.ray.forwarding import ForwardedRequest, Forwarder, answer
 from serving.ray.options import RayOptions, check_bundle, check_nodes, read_options
 from serving.ray.request_router import class_path
-from serving.server.errors import ReplicaLostError
+from serving.server.errors import RETRY_SECONDS, ReplicaLostError
 from serving.server.registry import ModelNotReadyError, ModelRegistry
 from serving.server.state import Server
 
@@ -99,7 +99,7 @@ class Ingress:
             async for batch in response:
                 yield batch
         except serve.exceptions.BackPressureError:
-            raise QueueFullError("too many requests wait for a replica; try again") from None
+            raise QueueFullError("too many requests wait for a replica; try again", RETRY_SECONDS) from None
         except serve.exceptions.DeploymentUnavailableError:
             raise ModelNotReadyError("no replica of the model can start; the Ray cluster's status says why") from None
         except _LOST:
