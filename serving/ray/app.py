@@ -51,13 +51,14 @@ class Replica:
         # The ingress limits rates and answers other sites' pages; a replica would do so a second time.
         asked = {**options.serve_options(), "rate_limit": None, "cors_origin": ()}
         self._app, self._versions = build_server(Path(options.bundle), asked)
+        self._interval = options.stream_interval
         self._versions.start()
         if asked["watch"]:
             self._versions.watch(asked["watch"])
 
     async def answer(self, request: ForwardedRequest) -> AsyncGenerator[list[Message], None]:
         """The ASGI messages of the answer."""
-        async for batch in answer(self._app, request):
+        async for batch in answer(self._app, request, self._interval):
             yield batch
 
     def check_health(self) -> None:
