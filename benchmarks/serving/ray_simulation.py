@@ -277,7 +277,7 @@ def sweep(
     for size in sizes:
         traffic = Traffic(requests=1, shared=256, own=64, new=96, groups=8 * size)
         rate = share * size * capacity(machine, traffic)[0]
-        traffic = replace(traffic, rate=rate, requests=min(40_000, max(1_000, 60 * size)))
+        traffic = replace(traffic, rate=rate, requests=min(12_000, max(600, 20 * size)))
         row = Simulation(replace(machine, cores=None), traffic, size, ingresses, by_prefix, seed).run()
         row["requests_per_second"] = rate
         row["price_per_million_tokens"] = price * size / (row["tokens_per_second"] * 3600) * 1e6

@@ -27,7 +27,7 @@ from serving.protocols.health_and_metrics import live, version
 from serving.ray.forwarding import ForwardedRequest, Forwarder, answer
 from serving.ray.options import RayOptions, check_bundle, check_nodes, read_options
 from serving.ray.request_router import class_path
-from serving.server.errors import ReplicaLostError
+from serving.server.errors import RETRY_SECONDS, ReplicaLostError
 from serving.server.registry import ModelNotReadyError, ModelRegistry
 from serving.server.state import Server
 
@@ -51,13 +51,14 @@ class Replica:
         # The ingress limits rates and answers other sites' pages; a replica would do so a second time.
         asked = {**options.serve_options(), "rate_limit": None, "cors_origin": ()}
         self._app, self._versions = build_server(Path(options.bundle), asked)
+        self._interval = options.stream_interval
         self._versions.start()
         if asked["watch"]:
             self._versions.watch(asked["watch"])
 
     async def answer(self, request: ForwardedRequest) -> AsyncGenerator[list[Message], None]:
         """The ASGI messages of the answer."""
-        async for batch in answer(self._app, request):
+        async for batch in answer(self._app, request, self._interval):
             yield batch
 
     def check_health(self) -> None:
@@ -99,7 +100,7 @@ class Ingress:
             async for batch in response:
                 yield batch
         except serve.exceptions.BackPressureError:
-            raise QueueFullError("too many requests wait for a replica; try again", 1) from None
+            raise QueueFullError("too many requests wait for a replica; try again", RETRY_SECONDS) from None
         except serve.exceptions.DeploymentUnavailableError:
             raise ModelNotReadyError("no replica of the model can start; the Ray cluster's status says why") from None
         except _LOST:

@@ -52,8 +52,8 @@ class ForwardedRequest:
         }
 
 
-async def answer(app: ASGIApp, request: ForwardedRequest) -> AsyncGenerator[list[Message], None]:
-    """The messages that `app` sends, those that wait together in one list.
+async def answer(app: ASGIApp, request: ForwardedRequest, interval: float = 0.0) -> AsyncGenerator[list[Message], None]:
+    """The messages that `app` sends, those that wait together in one list, at most one list in `interval` seconds.
 
     Closing the generator ends the handler, as a client does that goes away. Raises what the handler raises.
     """
@@ -82,13 +82,27 @@ async def answer(app: ASGIApp, request: ForwardedRequest) -> AsyncGenerator[list
             while not messages.empty():
                 batch.append(messages.get_nowait())
             ended = batch[-1] is None
-            if found := [each for each in batch if each is not None]:
+            if found := _joined([each for each in batch if each is not None]):
                 yield found
+            if not ended:
+                await asyncio.sleep(interval)
         await task
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await task
+
+
+def _joined(messages: list[Message]) -> list[Message]:
+    """`messages` with neighbouring parts of a body as one."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1]["type"] == message["type"] == "http.response.body":
+            body = joined[-1].get("body", b"") + message.get("body", b"")
+            message = {**message, "body": body}
+            joined.pop()
+        joined.append(message)
+    return joined
 
 
 class Forwarder:

@@ -22,6 +22,7 @@ class RayOptions:
 
     `serve` has options of `gpt2-bundle serve`, such as "--graph=ort/int8"; those about ports are ignored. `cpus`,
     `memory` (bytes) and `gpus` are reserved for each replica. `prefix_characters` of a prompt choose its replica.
+    A stream leaves its replica in parts, at most one in `stream_interval` seconds after the first.
     `check_resources` refuses to start where no node could hold a replica; false where a cluster autoscaler adds nodes.
     """
 
@@ -33,6 +34,7 @@ class RayOptions:
     min_replicas: int = 1
     max_replicas: int = 8
     prefix_characters: int = 256
+    stream_interval: float = 0.02
     check_resources: bool = True
 
     def __post_init__(self) -> None:
@@ -43,8 +45,8 @@ class RayOptions:
             )
         if self.prefix_characters < 1:
             raise InputError(f"prefix_characters is {self.prefix_characters}; write 1 or more")
-        if min(self.cpus, self.memory, self.gpus) < 0:
-            raise InputError("cpus, memory and gpus are amounts for each replica; write 0 or more")
+        if min(self.cpus, self.memory, self.gpus, self.stream_interval) < 0:
+            raise InputError("cpus, memory and gpus are amounts, and stream_interval seconds; write 0 or more")
 
     def need(self) -> dict[str, float]:
         """Amounts that a replica reserves, by Ray's names of resources."""
@@ -64,7 +66,7 @@ class RayOptions:
 
 def read_options(args: Mapping[str, Any]) -> RayOptions:
     """`args` as RayOptions. Raises InputError for an unknown, missing or wrong one."""
-    values = {name: float(value) if name in ("cpus", "gpus") and type(value) is int else value
+    values = {name: float(value) if name in ("cpus", "gpus", "stream_interval") and type(value) is int else value
               for name, value in args.items()}  # fmt: skip
     try:
         return read(RayOptions, values, "args")

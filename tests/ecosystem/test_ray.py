@@ -216,6 +216,24 @@ def test_equal_prefixes_go_to_the_replica_that_has_them(running: RayCluster) -> 
     assert len(cached) == 12 and min(cached) > 0.5, cached
 
 
+def test_a_full_queue_is_a_429(running: RayCluster) -> None:
+    limits = {"name": "Replica", "max_ongoing_requests": 1, "max_queued_requests": 1}
+    assert running.deploy([limits]) == ""
+    running.wait_for(lambda nodes: len(nodes) == 2)
+    body = {"prompt": "a", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(
+            pool.map(lambda _: httpx2.post(f"{running.url}/v1/completions", json=body, timeout=90), range(12))
+        )
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    for answer in refused:
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full", answer.text
+        assert int(answer.headers["retry-after"]) >= 1
+    assert running.deploy() == ""
+    running.wait_for(lambda nodes: len(nodes) == 2)
+
+
 @dataclass
 class Outcome:
     """What a client saw: its text, its status, and the error event of a stream that broke off."""

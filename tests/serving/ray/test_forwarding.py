@@ -108,6 +108,16 @@ def test_a_stream_leaves_event_by_event() -> None:
     assert ingress(call).post("/v1/stream").text == "".join(f"data: {index}\n\n" for index in range(5))
 
 
+def test_an_interval_joins_the_parts_of_a_stream() -> None:
+    async def run(interval: float) -> tuple[int, bytes]:
+        batches = [batch async for batch in answer(APP, forwarded("/v1/stream"), interval)]
+        return len(batches), b"".join(each.get("body", b"") for batch in batches for each in batch)
+
+    many, whole = asyncio.run(run(0.0))
+    few, joined = asyncio.run(run(0.05))
+    assert joined == whole and few <= 3 < many
+
+
 def forwarded(path: str, body: bytes = b"") -> ForwardedRequest:
     return ForwardedRequest("POST", path, path.encode(), b"", (), ("127.0.0.1", 1), body)
 
