@@ -203,10 +203,10 @@ test-ecosystem: $(INSTALLED) .venv-schemathesis/installed .venv-peer-keras_hub/i
 		CLIENTS_PYTHON=.venv-clients/bin/python OVMS_PYTHON=.venv-ovms/bin/python \
 		KERAS_HUB_PYTHON=.venv-peer-keras_hub/bin/python SCHEMATHESIS=.venv-schemathesis/bin/st $(BIN)/python -m pytest -m ecosystem
 
-# A Triton with its Python backend alone; TensorFlow Serving's and KerasHub's tests share TensorFlow.
+# A Triton with its Python backend alone, which loses the data of a newer numpy's arrays.
 .venv-triton/installed:
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==2.4.6
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==1.26.4
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	@touch $@
 
