@@ -218,10 +218,10 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of its own, and run the Ray Serve application on a local cluster.
 	RAY_PYTHON=.venv-ray/bin/python $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_ray.py
 
-# A Triton with its Python backend alone; TensorFlow Serving's and KerasHub's tests share TensorFlow.
+# A Triton with its Python backend alone, which loses the data of a newer numpy's arrays.
 .venv-triton/installed:
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==2.4.6
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.32.0 numpy==1.26.4
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	@touch $@
 

@@ -53,11 +53,15 @@ def check(command: list[str], home: Path, varied: Bundle, expected: Answers) -> 
     env = os.environ | {"KERAS_BACKEND": "tensorflow", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    if done.stdout.strip().isdecimal():
+        assert int(done.stdout) == expected.answers[0][0]
+        return
     whole = load_tokenizer(varied).decode(expected.tokens[0] + expected.answers[0], skip_special_tokens=False)
     # Random tokens end in half characters, which each tool shows in its own way. The text may hold line breaks.
     said, whole = (text.replace("\ufffd", "").rstrip("\n") for text in (done.stdout, whole))
     said = said[said.index("Return the") :]
-    assert whole.startswith(said) and len(said) > len("Return the"), (said, whole)
+    # GenAI's decoder gives nothing after the first half character.
+    assert whole.startswith(said) and (len(said) > len("Return the") or "\ufffd" in done.stdout), (said, whole)
 
 
 @pytest.mark.parametrize("tool", ENVIRONMENTS)

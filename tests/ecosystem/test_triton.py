@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tritonclient import http
+from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
 from serving.bundle import Bundle
@@ -63,26 +63,29 @@ def serving(command: tuple[list[str], dict[str, str]], repository: Path, log: Pa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words, paths = command
-    words = [*words, f"--model-repository={repository}", "--http-address=127.0.0.1", f"--http-port={port}"]
-    words += ["--allow-grpc=false", "--allow-metrics=false", "--model-control-mode=explicit", "--strict-readiness=true"]
+    words = [*words, f"--model-repository={repository}", "--grpc-address=127.0.0.1", f"--grpc-port={port}"]
+    words += ["--allow-http=false", "--allow-metrics=false", "--model-control-mode=explicit", "--exit-timeout-secs=2"]
     words += [f"--load-model={model}" for model in models]
     with log.open("w") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=os.environ | paths)
     try:
-        client, deadline = http.InferenceServerClient(f"127.0.0.1:{port}"), time.monotonic() + START
+        client, deadline = grpc.InferenceServerClient(f"127.0.0.1:{port}"), time.monotonic() + START
         while not ready(client):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
             time.sleep(0.1)
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+        process.wait()
 
 
-def ready(client: http.InferenceServerClient) -> bool:
+def ready(client: grpc.InferenceServerClient) -> bool:
     try:
         return bool(client.is_server_ready())
-    except (OSError, InferenceServerException):
+    except InferenceServerException:
         return False
 
 
@@ -91,17 +94,17 @@ def test_the_onnx_model_gives_our_tokens(
 ) -> None:
     model = f"{varied.manifest.name}_onnx"
     with serving(command, repository, tmp_path / "log", model) as url:
-        client = http.InferenceServerClient(url)
+        client = grpc.InferenceServerClient(url)
         assert client.is_model_ready(model)
         tokenizer = load_tokenizer(varied)
         assert [greedy(client, varied, tokenizer.encode(text).ids) for text in TEXTS] == expected.answers
-        tensor = http.InferInput("input_ids", [1, 1], "INT32")
+        tensor = grpc.InferInput("input_ids", [1, 1], "INT32")
         tensor.set_data_from_numpy(np.zeros((1, 1), np.int32))
         with pytest.raises(InferenceServerException, match="input"):
             client.infer(model, [tensor])
 
 
-def greedy(client: http.InferenceServerClient, bundle: Bundle, prompt: list[int]) -> list[int]:
+def greedy(client: grpc.InferenceServerClient, bundle: Bundle, prompt: list[int]) -> list[int]:
     """The tokens after `prompt`; each call sends the KV cache that the last one gave."""
     graph, model = bundle.graph("onnx/portable"), bundle.manifest.model
     names = [name for name in graph.inputs if name.startswith("past_key_values")]
@@ -114,9 +117,9 @@ def greedy(client: http.InferenceServerClient, bundle: Bundle, prompt: list[int]
         inputs = []
         for name, value in (feeds | {"position_ids": positions}).items():
             kind = "INT64" if value.dtype == np.int64 else "FP32"
-            inputs.append(http.InferInput(name, list(value.shape), kind).set_data_from_numpy(value))
+            inputs.append(grpc.InferInput(name, list(value.shape), kind).set_data_from_numpy(value))
         answer = client.infer(
-            f"{bundle.manifest.name}_onnx", inputs, outputs=[http.InferRequestedOutput(name) for name in graph.outputs]
+            f"{bundle.manifest.name}_onnx", inputs, outputs=[grpc.InferRequestedOutput(name) for name in graph.outputs]
         )
         cache = {name: answer.as_numpy(name.replace("past_key_values", "present")) for name in names}
         ids = [int(answer.as_numpy("logits")[0, -1].argmax())]
@@ -130,7 +133,7 @@ def test_the_savedmodels_configuration_lacks_nothing_but_a_backend(
     """Triton reads it and then looks for the TensorFlow backend, which not every Triton has."""
     name = varied.manifest.name
     with serving(command, repository, tmp_path / "log", f"{name}_onnx") as url:
-        client = http.InferenceServerClient(url)
+        client = grpc.InferenceServerClient(url)
         try:
             client.load_model(name)
         except InferenceServerException as error:
