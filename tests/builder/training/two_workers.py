@@ -1,6 +1,7 @@
 """Run by test_worker_processes as each of two workers: several recipes by two, and in the chief by one as well.
 
-The chief prints, for each recipe that is named, how far two workers end from one with the same batches, and how far one moved.
+The chief prints, for each recipe that is named, how far two workers end from one with the same batches, and how far
+one moved.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main(folder: Path, rank: int, ports: list[int], names: list[str]) -> None:
             continue
         start, one, of_one, losses_of_one = run(folder / f"{name}-one", recipe, (data[0], data[1]), None)
         rows = list(zip(of_one, history, strict=True))
-        keys = ("train_loss", "validation_loss", "validation_accuracy")
+        keys = ("train_loss", "validation_loss")
         logs = [read_metrics(folder / f"{name}-{which}") for which in (0, "one")]
         found = {
             "steps": len(losses),
