@@ -120,12 +120,17 @@ def history(tiny: TinyBuild) -> list[dict[str, Any]]:
     return found
 
 
-def test_each_kind_of_step_gives_the_curve_of_one_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipes", ["fit custom", "XLA muon", "accumulation masked", "rows best"])
+def test_each_kind_of_step_gives_the_curve_of_one_worker(tmp_path: Path, recipes: str) -> None:
     places = ",".join(map(str, ports()))
     command = [sys.executable, "-m", "tests.builder.training.two_workers", str(tmp_path)]
     started = [
         subprocess.Popen(
-            [*command, str(rank), places], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), places, *recipes.split()],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
     ]
@@ -135,7 +140,9 @@ def test_each_kind_of_step_gives_the_curve_of_one_worker(tmp_path: Path) -> None
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], [error[-2000:] for _, error in ends]
-    for name, figures in json.loads(ends[0][0].splitlines()[-1]).items():
+    found = {name: figures for line in ends[0][0].splitlines() for name, figures in json.loads(line).items()}
+    assert list(found) == recipes.split()
+    for name, figures in found.items():
         assert figures["steps"] >= 8, name
         assert figures["losses"] < 1e-5 and figures["figures"] < 1e-5 and figures["logged"] < 1e-3, (name, figures)
         assert figures["weights"] < 2e-4 < 5e-3 < figures["moved"], (name, figures)
