@@ -25,7 +25,7 @@ from serving.errors import GPT2BundleError, InputError
               help="Measure on the CPU, runtimes in turns, or on a GPU, one runtime after the other.")
 @click.option("--rehearse", is_flag=True, help="Measure the GPU's runtimes on the CPU, one after the other.")
 @click.option("--speculation", is_flag=True,
-              help="Measure peers with prompt lookup, and without it, at batch 1. Texts of a trained model decide.")
+              help="Measure speculative and plain decoding of this project and peers at batch 1, on a trained bundle.")
 @click.option("--environments", default=".", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER",
               help="Look for the peer environments .venv-peer-NAME in FOLDER; peers without one are left out.")
 @click.option("--runtime", "names", multiple=True, metavar="NAME",

@@ -188,7 +188,8 @@ class Comparison:
             if watch.peak is not None:
                 row["figures"]["peak_gpu_memory_bytes"] = [float(watch.peak)] * len(row["figures"]["prefill_ms"])
                 row["notes"] += ["GPU memory is all that is in use since the start, by any program"] * watch.whole
-            if settings.device != "cpu" and not runtime.bounded:
+            # A GPU's runtimes that are rehearsed on the CPU are bounded by it.
+            if not runtime.bounded and (settings.device != "cpu" or not settings.alone):
                 row |= {"bound_ttft_ms": None, "bound_inter_token_ms": None}
         point["session"] = session(about, machine.rates(), others.share())
         self._add(schedule, point, in_turns=not alone)

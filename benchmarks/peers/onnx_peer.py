@@ -1,4 +1,4 @@
-"""ONNX Runtime through `serving`: a graph of the bundle step by step, multi-step decode, or the portable graph."""
+"""ONNX Runtime through `serving`: a graph step by step, multi-step or speculative, or the portable graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.common.static_batch import BackendRunner, BatchRun, LoadRequest, NotedRunner, Stopwatch, serve
+from benchmarks.common.static_batch import (
+    BackendRunner,
+    BatchRun,
+    GenerateRunner,
+    LoadRequest,
+    NotedRunner,
+    Stopwatch,
+    serve,
+)
+from serving import SamplingParams, generation
+from serving import load as load_model
 from serving.backends.devices import parse_device
 from serving.backends.onnx import OnnxBackend
 from serving.backends.onnx_session import open_session
@@ -96,6 +106,18 @@ class PortableRunner:
         return logits, present
 
 
+class Speculative:
+    """`ort/PRECISION` with the drafts of `serving.load`, which decodes one prompt at a time so."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self.model = load_model(request.bundle, graph=f"ort/{request.precision}", speculation="auto")
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy tokens of each row."""
+        params, eos = SamplingParams(max_new_tokens, ignore_eos=True), self.model.bundle.manifest.model.eos_token_id
+        return [list(each.token_ids) for each in generation.generate(self.model.backend, prompts, params, eos)]
+
+
 def main() -> None:
     """Answer the parent until the input ends."""
     parser = argparse.ArgumentParser()
@@ -103,11 +125,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="steps a fetch; 0 fetches the logits of each step")
     parser.add_argument("--graphs", action="store_true", help="by CUDA graphs")
     parser.add_argument("--portable", action="store_true")
+    parser.add_argument("--speculation", action="store_true")
     given = parser.parse_args()
 
     def load(request: LoadRequest) -> NotedRunner:
         if given.portable:
             return PortableRunner(request, given.device)
+        if given.speculation:
+            return GenerateRunner(Speculative(request), ("drafts from the prompt and the bundle's n-gram table",))
         bundle, graph = open_bundle(Path(request.bundle), check="sizes"), f"ort/{request.precision}"
         options: dict[str, Any] = {"steps_per_fetch": given.steps, "cuda_graphs": given.graphs} if given.steps else {}
         # On the CPU the runtime's own default is measured, as `gpt2-bundle serve` uses it.

@@ -16,7 +16,7 @@ class Runtime:
 
     `cache` is the precision of the KV cache, "" where it follows from the weights'. The process runs in the peer
     environment `environment`, or in this Python if that is empty. `note` goes into the record. `bounded` is False where
-    products do not run on the GPU, so that its rates bound nothing.
+    the device's rates bound nothing: products that do not run on the GPU, or steps that give several tokens.
     """
 
     name: str
@@ -74,13 +74,18 @@ CPU = (
 
 SPECULATION = (
     *(each for each in CPU if each.name.split("/")[0] in ("ort", "openvino", "llama")),
+    # int4 does not speculate.
     *(
-        Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer)
+        Runtime(f"ort-speculative/{precision}", "onnx_peer", precision, ("--speculation",), bounded=False)
+        for precision in ("fp32", "int8")
+    ),
+    *(
+        Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer, bounded=False)
         for peer in ("openvino", "llama")
         for precision in PRECISIONS
     ),
 )
-"""On the CPU at batch 1: peers with prompt lookup, and what they and the bundle do without it."""
+"""On the CPU at batch 1: the bundle's speculative decoding, peers' prompt lookup, and each without it."""
 
 GPU = (
     _multi_step("fp16", 8, True),

@@ -155,12 +155,12 @@ class Autotuner:
 
     def _question(self, bundle: Bundle, options: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         with loader.runtime_errors("onnx"):
-            import onnxruntime
+            from serving.backends.onnx_session import runtime_version
         return {
             "schema": 1,
             "cpu": cpu_model(),
             "cores": usable_cores(),
-            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime": runtime_version(),
             "manifest_sha256": hashlib.sha256(to_json(bundle.manifest).encode()).hexdigest(),
             "batch_size": self._batch_size,
             "replicas": self._replicas,

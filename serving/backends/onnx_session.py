@@ -28,6 +28,11 @@ def device_zeros(shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> A
     return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), *parse_device(device))
 
 
+def runtime_version() -> str:
+    """The version of ONNX Runtime."""
+    return str(ort.__version__)
+
+
 def open_graph(
     bundle: Bundle,
     graph_name: str,

@@ -14,6 +14,7 @@ CHECKED = ("gpt2-bundle", "make", "curl", "python")
 # What a reader does around them: it changes the shell, installs, or needs a Docker engine or a Ray cluster.
 AROUND = (
     "source", "cd", "pip", "docker", "export", "ulimit", "lm_eval", "ray", "serve", "hf", "rm", "oras", "openssl",
+    "kubectl",
 )  # fmt: skip
 
 

@@ -315,10 +315,7 @@ def test_replicas_stop_when_idle_and_come_back(running: RayCluster, plain: httpx
     [
         ({"cpus": 64.0}, ["a replica takes 64 CPU", "no node of the Ray cluster has that", "check_resources"]),
         ({"memory": 1 << 40}, ["1048576 MiB of memory", "no node of the Ray cluster has that"]),
-        ({"memory": 1 << 20}, ["needs about", "memory is 1 MiB"]),
         ({"bundle": "/nowhere/at-all"}, ["/nowhere/at-all", "there is no such folder"]),
-        ({"serve": ["--max-num-seqs=0"]}, ["max-num-seqs"]),
-        ({"replicas": 3}, ["replicas"]),
     ],
 )
 def test_what_cannot_run_says_so_in_one_line(cluster: RayCluster, args: dict[str, Any], words: list[str]) -> None:
@@ -344,7 +341,7 @@ def test_the_engine_itself_agrees(running: RayCluster, bundle: Path) -> None:
     tokens = []
     while not isinstance(event := events.get(timeout=60), FinishEvent):
         if isinstance(event, TokenEvent):
-            tokens.append(event.token)
+            tokens.append(event.token_id)
     engine.close()
     assert answer["choices"][0]["token_ids"] == tokens and len(tokens) == 32
 

@@ -77,9 +77,13 @@ def test_speculation_is_compared_at_batch_one(built, tmp_path):
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     record = json.loads(output.read_text())
-    assert [(each["point"], [row["target"] for row in each["rows"]]) for each in record["points"]] == [
-        ("fp32, batch 1", ["ort/fp32"])
-    ]
+    (point,) = record["points"]
+    plain, speculative = point["rows"]
+    assert [point["point"], plain["target"], speculative["target"]] == [
+        "fp32, batch 1", "ort/fp32", "ort-speculative/fp32"
+    ]  # fmt: skip
+    assert speculative["errors"] == [] and speculative["outputs_sha256"] == plain["outputs_sha256"]
+    assert speculative["bound_inter_token_ms"] is None and plain["bound_inter_token_ms"] > 0
     assert set(record["not_measured"]) == {"openvino/fp32", "llama/fp32", "openvino-lookup/fp32", "llama-lookup/fp32"}
     for more in (["--batch-size", "4"], ["--rehearse"]):
         with pytest.raises(InputError, match="leave the other options out"):

@@ -27,8 +27,8 @@ from tests.tiny_build import TinyBuild, contents, write_corpus
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
-# Four checkpoints of 30 steps.
-LONGER = ("training.epochs=7", "training.sample_tokens=0", "training.log_every=1")
+# Four checkpoints of 28 steps.
+LONGER = ("training.epochs=2", "training.sample_tokens=0", "training.log_every=1")
 
 
 def ports(count: int = 2) -> list[int]:
