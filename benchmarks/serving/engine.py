@@ -105,7 +105,8 @@ def main(
 def _open(bundle: Bundle, graph: str, max_length: int | None, chunk: str, observer: Observer) -> SlotEngine:
     pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
     pace = pace or {"prefill_slowdown": float(chunk.removesuffix("x"))}
-    return open_engine(bundle, graph, "cpu", EngineConfig(max_length=max_length, **pace), observer)
+    # Chunks are compared next to plain decode steps.
+    return open_engine(bundle, graph, "cpu", EngineConfig(max_length=max_length, speculation="off", **pace), observer)
 
 
 def table(record: dict[str, Any]) -> str:

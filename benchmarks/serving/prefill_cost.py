@@ -127,8 +127,8 @@ def main(
 
     tasks: dict[tuple[str, int, int], Callable[[], object]] = {("alone", 0, 0): alone}
     for count in counts:
-        batch = np.ones(count, np.int64), np.full(count, prompt_tokens, np.int64)
-        tasks["decode", count, 0] = partial(backend.decode, *batch)
+        tokens_and_lengths = np.ones(count, np.int64), np.full(count, prompt_tokens, np.int64)
+        tasks["decode", count, 0] = partial(backend.decode, *tokens_and_lengths)
     for start in (0, long_prompt // 2, long_prompt):
         for tokens in chunks:
             tasks["chunk", tokens, start] = partial(backend.prefill_chunk, slot, text[:tokens], start)

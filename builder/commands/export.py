@@ -21,7 +21,7 @@ _OF_A_BUNDLE = ("bundle", "gguf", "outtype")
               help="Encode the matrices of the GGUF file in this type; the last two are quantized.")  # fmt: skip
 @recipe_options
 @click.pass_context
-def export(context: click.Context, bundle: Path | None, gguf: Path | None, outtype: str, **options: Any) -> None:
+def export(context: click.Context, /, bundle: Path | None, gguf: Path | None, outtype: str, **options: Any) -> None:
     """Export the trained model to a draft bundle: SavedModel, portable and optimized ONNX.
 
     With BUNDLE and --gguf, write a finished bundle to one file for llama.cpp: weights, tokenizer and chat template.

@@ -91,7 +91,7 @@ class Ring:
 
     def _exchange(self, out: NDArray[Any], into: NDArray[Any]) -> None:
         """Send one array to the right while the other fills from the left."""
-        sending, filling = memoryview(out.view(np.uint8)), memoryview(into.view(np.uint8))
+        sending, filling = out.view(np.uint8).data, into.view(np.uint8).data
         while len(sending) or len(filling):
             readable, writable, _ = select.select(
                 [self._left] if len(filling) else [], [self._right] if len(sending) else [], [], _POLL_S

@@ -80,7 +80,7 @@ class LanguageModel(GPT2):
         if self.workers is None:
             return super().get_metrics_result()  # type: ignore[no-any-return]
         sums = [self.perplexity.total, self.perplexity.count, self.accuracy.total, self.accuracy.count]
-        [[losses, tokens, correct, judged]] = [tf.unstack(sum) for sum in summed([tf.stack(sums)], self.workers)]
+        losses, tokens, correct, judged = summed([tf.convert_to_tensor(sum) for sum in sums], self.workers)
         return {
             "perplexity": tf.exp(tf.math.divide_no_nan(losses, tokens)),
             "accuracy": tf.math.divide_no_nan(correct, judged),

@@ -57,7 +57,7 @@ def load_backend(
             raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
         if runtime == "onnx":
             arguments["graph_name"] = graph
-    if runtime == "onnx":
+    if runtime == "onnx" and speculation != "off":
         arguments["speculation"] = speculation
     with runtime_errors(runtime):
         backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)

@@ -51,7 +51,8 @@ def _commands(group: click.Command, parent: click.Context) -> Iterator[str]:
         context = click.Context(command, info_name=name, parent=parent)
         usage = " ".join(command.collect_usage_pieces(context))
         yield f'.SS "{_text(context.command_path)} {_text(usage)}"'
-        yield from _paragraphs(inspect.cleandoc(command.help or ""))
+        # The first paragraph follows its heading without a request of its own.
+        yield "\n".join(_paragraphs(inspect.cleandoc(command.help or ""))).removeprefix(".PP\n")
         for option in command.params:
             record = option.get_help_record(context)
             if isinstance(option, click.Option) and record and "--help" not in option.opts:

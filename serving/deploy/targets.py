@@ -45,8 +45,10 @@ def write_target(bundle: Bundle, destination: Path, target: str, load: Workload 
     if target == "compose":
         documents, start = {"compose.yaml": compose_file(load, bundle_from(destination, bundle))}, "docker compose up"
     elif target == "ray":
-        folder = os.path.realpath(bundle.folder)
-        documents = {"serve.yaml": serve_config(load, folder, "127.0.0.1", check_resources=True), **ray_manifests(load)}
+        documents = {
+            "serve.yaml": serve_config(load, os.path.realpath(bundle.folder), "127.0.0.1", check_resources=True),
+            **ray_manifests(load),
+        }
         start = "serve run serve.yaml"
     else:
         documents = kserve_manifests(load) if target == "kserve" else manifests(load)

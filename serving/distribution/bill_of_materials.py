@@ -56,7 +56,7 @@ def bill_of_materials(bundle: Bundle) -> str:
 
 def _model(manifest: Manifest, digest: str, base: dict[str, Any] | None, *, trained: bool) -> dict[str, Any]:
     model = manifest.model
-    facts = {"parameters": model.parameters, "seed": manifest.provenance.seed}
+    facts: dict[str, Any] = {"parameters": model.parameters, "seed": manifest.provenance.seed}
     facts |= {name: getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
     facts |= {"tokenizer": manifest.tokenizer.id, "graphs": " ".join(manifest.graphs)}
     parameters: dict[str, Any] = {

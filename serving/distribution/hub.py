@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.bundle import Bundle
-from serving.bundle.manifest import MANIFEST_NAME
+from serving.bundle.manifest import MANIFEST_NAME, Artifact
 from serving.distribution.destination import Attachment, manifest_bytes
 from serving.errors import GPT2BundleError, RuntimeMissingError, cut
 
@@ -63,7 +63,8 @@ def publish_to_hub(
         # A bundle has the same weights in several files. The client would send each of them.
         once = {artifact.sha256: operation for artifact, operation in zip(artifacts, added, strict=True)}
         api.preupload_lfs_files(repository, list(once.values()), free_memory=False)
-        added.append(CommitOperationAdd(MANIFEST_NAME, manifest_bytes(bundle)))
+        manifest = manifest_bytes(bundle)
+        added.append(CommitOperationAdd(MANIFEST_NAME, manifest))
         added += [CommitOperationAdd(each.name, each.data) for each in attachments]
         removed = there - {each.path_in_repo for each in added} - {".gitattributes"}
         commit = api.create_commit(
@@ -73,13 +74,14 @@ def publish_to_hub(
             parent_commit=before.sha,
         )
         tree = list(api.list_repo_tree(repository, recursive=True, revision=commit.oid))
-    _compare(bundle, repository, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")})
+    _compare(bundle, manifest, repository, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")})
     return HubCommit(str(url), commit.oid, commit.oid != before.sha)
 
 
-def _compare(bundle: Bundle, repository: str, there: dict[str, Any]) -> None:
+def _compare(bundle: Bundle, manifest: bytes, repository: str, there: dict[str, Any]) -> None:
     """Raise PublishError unless each file of the bundle is in the hub's listing with its hash."""
-    for artifact in bundle.manifest.artifacts:
+    itself = Artifact(MANIFEST_NAME, len(manifest), hashlib.sha256(manifest).hexdigest())
+    for artifact in (*bundle.manifest.artifacts, itself):
         entry = there.get(artifact.path)
         lfs = getattr(entry, "lfs", None)
         if entry is None:
@@ -87,7 +89,7 @@ def _compare(bundle: Bundle, repository: str, there: dict[str, Any]) -> None:
         elif lfs:
             same = (lfs.size, lfs.sha256) == (artifact.size, artifact.sha256)
         else:
-            data = bundle.read(artifact.path)
+            data = manifest if artifact is itself else bundle.read(artifact.path)
             same = entry.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
         if not same:
             raise PublishError(

@@ -65,7 +65,7 @@ class NgramTable:
     ) -> None:
         self.vocab_size, self._keys, self._tokens, self._confidence = vocab_size, keys, tokens, confidence
         # Several times as fast as numpy's search for one key.
-        self._sorted: Sequence[int] = memoryview(np.ascontiguousarray(keys))  # type: ignore[assignment]
+        self._sorted: Sequence[int] = np.ascontiguousarray(keys).data
 
     def __len__(self) -> int:
         return len(self._keys)

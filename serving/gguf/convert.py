@@ -176,7 +176,7 @@ def _rows(
 def _read(weights: BinaryIO, offset: int, count: int) -> NDArray[np.float32]:
     values = np.empty(count, "<f4")
     weights.seek(offset)
-    view = memoryview(values).cast("B")
+    view = values.data.cast("B")
     place = 0
     while place < len(view):
         got = weights.readinto(view[place:])  # type: ignore[attr-defined]

@@ -99,7 +99,7 @@ class Ingress:
             async for batch in response:
                 yield batch
         except serve.exceptions.BackPressureError:
-            raise QueueFullError("too many requests wait for a replica; try again") from None
+            raise QueueFullError("too many requests wait for a replica; try again", 1) from None
         except serve.exceptions.DeploymentUnavailableError:
             raise ModelNotReadyError("no replica of the model can start; the Ray cluster's status says why") from None
         except _LOST:

@@ -126,7 +126,7 @@ class Forwarder:
     async def _relay(self, batches: AsyncGenerator[list[Message], None], answered: _Answer) -> None:
         try:
             async with asyncio.timeout(None if self._timeout is None else self._timeout + _GRACE_SECONDS):
-                first = await anext(batches, [])
+                first: list[Message] = await anext(batches, [])
         except TimeoutError:
             raise ModelNotReadyError(f"no replica took the request within {self._timeout:g} s; try again") from None
         await answered.take(first)

@@ -53,6 +53,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     request = {"custom_id": "one", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 2}}
     (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n", encoding="utf-8")
     (tmp_path / "schema.json").write_text('{"type": "integer", "minimum": 0, "maximum": 9}', encoding="utf-8")
+    for name in ("signer.pem", "signer.pub", "dist/gpt2-docs.cdx.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -119,12 +119,12 @@ def cluster(bundle: Path) -> Iterator[RayCluster]:
 
 
 def kill_all_of(folder: str) -> None:
-    """Kill what is left of the cluster whose files are in `folder`."""
+    """Kill what is left of the cluster whose files are in `folder`. Ray's processes overwrite their command lines."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and int(entry.name) != os.getpid():
-                files = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                if folder.encode() in files:
+                files = [str(file.readlink()) for file in (entry / "fd").iterdir()]
+                if any(file.startswith(f"{folder}/") for file in files):
                     os.kill(int(entry.name), signal.SIGKILL)
 
 
@@ -202,16 +202,18 @@ def test_a_stream_comes_token_by_token(running: RayCluster, plain: httpx2.Client
 
 
 def test_equal_prefixes_go_to_the_replica_that_has_them(running: RayCluster) -> None:
-    starts = prompts(SLOTS - 1)  # A replica keeps a prefix in each of its slots.
+    starts = prompts(12)
     assert all(len(start) > 256 for start in starts)
     cached = []
-    for turn in range(3):
-        for start in starts:
-            body = {"prompt": f"{start} {turn}", "max_tokens": 1}
-            usage = httpx2.post(f"{running.url}/v1/completions", json=body, timeout=60).json()["usage"]
-            if turn:
-                cached.append(usage["prompt_tokens_details"]["cached_tokens"] / usage["prompt_tokens"])
-    assert min(cached) > 0.5, cached
+    # Three at a time, as a replica keeps few prefixes. Random routing would find all with a chance of 1 in 4096.
+    for first in range(0, len(starts), SLOTS - 1):
+        for turn in range(2):
+            for start in starts[first : first + SLOTS - 1]:
+                body = {"prompt": f"{start} {turn}", "max_tokens": 1}
+                usage = httpx2.post(f"{running.url}/v1/completions", json=body, timeout=60).json()["usage"]
+                if turn:
+                    cached.append(usage["prompt_tokens_details"]["cached_tokens"] / usage["prompt_tokens"])
+    assert len(cached) == 12 and min(cached) > 0.5, cached
 
 
 @dataclass
@@ -313,10 +315,7 @@ def test_replicas_stop_when_idle_and_come_back(running: RayCluster, plain: httpx
     [
         ({"cpus": 64.0}, ["a replica takes 64 CPU", "no node of the Ray cluster has that", "check_resources"]),
         ({"memory": 1 << 40}, ["1048576 MiB of memory", "no node of the Ray cluster has that"]),
-        ({"memory": 1 << 20}, ["needs about", "memory is 1 MiB"]),
         ({"bundle": "/nowhere/at-all"}, ["/nowhere/at-all", "there is no such folder"]),
-        ({"serve": ["--max-num-seqs=0"]}, ["max-num-seqs"]),
-        ({"replicas": 3}, ["replicas"]),
     ],
 )
 def test_what_cannot_run_says_so_in_one_line(cluster: RayCluster, args: dict[str, Any], words: list[str]) -> None:

@@ -72,7 +72,9 @@ def test_llama_cpp_by_gguf(varied: Bundle, expected: Answers, tmp_path: Path) ->
     compare(answer, expected)
     model = varied.manifest.model
     assert answer["texts"] == list(TEXTS)
-    assert (answer["bos"], answer["eos"], answer["name"]) == (model.bos_token_id, model.eos_token_id, "tiny")
+    assert (answer["bos"], answer["eos"], answer["name"]) == (
+        model.bos_token_id, model.eos_token_id, varied.manifest.name,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("outtype", ["f16", "q8_0", "q4_0"])

@@ -89,15 +89,16 @@ def ready(client: http.InferenceServerClient) -> bool:
 def test_the_onnx_model_gives_our_tokens(
     command: Any, repository: Path, varied: Bundle, expected: Answers, tmp_path: Path
 ) -> None:
-    with serving(command, repository, tmp_path / "log", "tiny_onnx") as url:
+    model = f"{varied.manifest.name}_onnx"
+    with serving(command, repository, tmp_path / "log", model) as url:
         client = http.InferenceServerClient(url)
-        assert client.is_model_ready("tiny_onnx")
+        assert client.is_model_ready(model)
         tokenizer = load_tokenizer(varied)
         assert [greedy(client, varied, tokenizer.encode(text).ids) for text in TEXTS] == expected.answers
         tensor = http.InferInput("input_ids", [1, 1], "INT32")
         tensor.set_data_from_numpy(np.zeros((1, 1), np.int32))
         with pytest.raises(InferenceServerException, match="input"):
-            client.infer("tiny_onnx", [tensor])
+            client.infer(model, [tensor])
 
 
 def greedy(client: http.InferenceServerClient, bundle: Bundle, prompt: list[int]) -> list[int]:
@@ -114,7 +115,9 @@ def greedy(client: http.InferenceServerClient, bundle: Bundle, prompt: list[int]
         for name, value in (feeds | {"position_ids": positions}).items():
             kind = "INT64" if value.dtype == np.int64 else "FP32"
             inputs.append(http.InferInput(name, list(value.shape), kind).set_data_from_numpy(value))
-        answer = client.infer("tiny_onnx", inputs, outputs=[http.InferRequestedOutput(name) for name in graph.outputs])
+        answer = client.infer(
+            f"{bundle.manifest.name}_onnx", inputs, outputs=[http.InferRequestedOutput(name) for name in graph.outputs]
+        )
         cache = {name: answer.as_numpy(name.replace("past_key_values", "present")) for name in names}
         ids = [int(answer.as_numpy("logits")[0, -1].argmax())]
         made += ids
@@ -122,14 +125,15 @@ def greedy(client: http.InferenceServerClient, bundle: Bundle, prompt: list[int]
 
 
 def test_the_savedmodels_configuration_lacks_nothing_but_a_backend(
-    command: Any, repository: Path, tmp_path: Path
+    command: Any, repository: Path, varied: Bundle, tmp_path: Path
 ) -> None:
     """Triton reads it and then looks for the TensorFlow backend, which not every Triton has."""
-    with serving(command, repository, tmp_path / "log", "tiny_onnx") as url:
+    name = varied.manifest.name
+    with serving(command, repository, tmp_path / "log", f"{name}_onnx") as url:
         client = http.InferenceServerClient(url)
         try:
-            client.load_model("tiny")
+            client.load_model(name)
         except InferenceServerException as error:
             assert "backend" in str(error) and "tensorflow" in str(error), str(error)
         else:
-            assert client.is_model_ready("tiny")
+            assert client.is_model_ready(name)

@@ -131,10 +131,10 @@ def test_load_asks_for_graph_runtime_and_device(bundle_folder: Path, monkeypatch
     load(bundle_folder, runtime="tensorflow")
     load(bundle_folder, threads=3)
     assert asked == [
-        ("onnx", None, "cpu", None),
-        ("onnx", "ort/int8", "cuda:1", None),
-        ("tensorflow", None, "cpu", None),
-        ("onnx", None, "cpu", 3),
+        ("onnx", None, "cpu", None, "auto"),
+        ("onnx", "ort/int8", "cuda:1", None, "auto"),
+        ("tensorflow", None, "cpu", None, "auto"),
+        ("onnx", None, "cpu", 3, "auto"),
     ]
 
 

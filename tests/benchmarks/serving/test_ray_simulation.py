@@ -39,10 +39,10 @@ def test_an_ingress_waits_as_pollaczek_and_khinchine_say() -> None:
     """M/D/1: the mean wait is rho * service / (2 * (1 - rho))."""
     service, rho = 0.001, 0.7
     machine = replace(FREE, step=0.0, step_per_sequence=0.0, prefill_per_token=0.0, ingress_per_request=service)
-    simulation = Simulation(machine, Traffic(requests=60_000, own=1, new=1, rate=rho / service), replicas=64, seed=1)
+    simulation = Simulation(machine, Traffic(requests=30_000, own=1, new=1, rate=rho / service), replicas=64, seed=1)
     found = simulation.run()
     waits = [each.routed - each.arrived - service for each in simulation.done]
-    assert sum(waits) / len(waits) == pytest.approx(rho * service / (2 * (1 - rho)), rel=0.08)
+    assert sum(waits) / len(waits) == pytest.approx(rho * service / (2 * (1 - rho)), rel=0.1)
     assert found["busiest_ingress"] == pytest.approx(rho, rel=0.03)
 
 
@@ -71,7 +71,7 @@ def test_cores_that_are_shared_bound_all_replicas_together() -> None:
 
 
 def test_past_its_capacity_the_ingress_is_the_limit() -> None:
-    slow = replace(MACHINE, ingress_per_request=0.02)
+    slow = replace(MACHINE, ingress_per_request=0.01)
     one, eight = sweep(slow, [60], 1, 0.7, True, 0.1)[0], sweep(slow, [60], 8, 0.7, True, 0.1)[0]
     passed_on = capacity(slow, Traffic(requests=1, shared=256, own=64, new=96))[1]
     assert one["requests_per_second"] > passed_on

@@ -26,11 +26,15 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
 
 def run(
-    folder: Path, recipe: TrainingRecipe = ADAM, validation: Any = VALIDATION, notify: Any = lambda event: None
+    folder: Path,
+    recipe: TrainingRecipe = ADAM,
+    validation: Any = VALIDATION,
+    notify: Any = lambda event: None,
+    workers: Any = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     keras.utils.set_random_seed(7)
     model = LanguageModel.create(GEOMETRY)
-    history = fit(model, recipe, TRAIN, validation, seed=1, folder=folder, run_id="run", notify=notify)
+    history = fit(model, recipe, TRAIN, validation, seed=1, folder=folder, run_id="run", notify=notify, workers=workers)
     row = exported_row(history, recipe)
     measured = evaluate(model, validation, recipe)
     assert measured["validation_loss"] == pytest.approx(row["validation_loss"], rel=1e-4), "exports other weights"
@@ -122,6 +126,31 @@ def test_the_custom_loop_gives_the_weights_of_fit(tmp_path: Path, changes: dict[
         assert {key: value for key, value in row.items() if key != "tokens_per_second"} == pytest.approx(
             {key: value for key, value in other.items() if key != "tokens_per_second"}, rel=1e-3
         )
+
+
+class Alone:
+    """The only worker of a cluster, whose sums over all workers are its own."""
+
+    rank, size, is_chief, failure = 0, 1, True, ""
+    sums = 0
+
+    def all_reduce(self, values: Any) -> Any:
+        self.sums += 1
+        return np.array(values)
+
+    from_chief = all_reduce
+
+
+@pytest.mark.parametrize("loop", ["fit", "custom"])
+def test_sums_over_one_worker_change_nothing(tmp_path: Path, loop: str) -> None:
+    recipe, alone = replace(ADAM, loop=loop, epochs=0.3, validations=2), Alone()
+    one, history = run(tmp_path / "one", recipe)
+    ours, of_ours = run(tmp_path / "ours", recipe, workers=alone)
+    assert alone.sums > 2 * history[-1]["step"] >= 16
+    close(ours, one)
+    for row, other in zip(of_ours, history, strict=True):
+        for key in ("train_loss", "validation_loss", "validation_accuracy", "learning_rate"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), key
 
 
 def test_the_average_is_what_is_exported(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class FakeHub:
     requests: list[str] = field(default_factory=list)
     uploads: list[str] = field(default_factory=list)
     fail: dict[str, int | str] = field(default_factory=dict)
-    corrupt: bool = False
+    corrupt: str = ""
 
     def head(self, name: str) -> str:
         return self.oid(name, len(self.repositories[name]) - 1)
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         if hub.corrupt:
-            files["tokenizer.json"] = files["tokenizer.json"][:-1] + b"?"
+            files[hub.corrupt] = files[hub.corrupt][:-1] + b"?"
         hub.repositories[name].append(files)
         url = f"{hub.url}/{name}/commit/{hub.head(name)}"
         self.answer(200, {"success": True, "commitOid": hub.head(name), "commitUrl": url})

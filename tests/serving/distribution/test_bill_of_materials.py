@@ -45,10 +45,10 @@ def written(folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 def validate(document: dict[str, Any]) -> str | None:
     """What CycloneDX's strict schema, as its own library ships it, has against a document."""
-    validation = pytest.importorskip("cyclonedx.validation.json")
     from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
 
-    problem = validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(document))
+    problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(document))
     return None if problem is None else str(problem)
 
 
@@ -118,7 +118,7 @@ def test_a_flipped_byte_fails_the_check(bundle: Path, tmp_path: Path, fails: Fai
     check = ["sbom", str(bundle), "--check", str(path)]
     assert run(["sbom", str(bundle), "--output", str(path)]) == 0 and run(check) == 0
     data = path.read_bytes()
-    for at in range(0, len(data), 37):
+    for at in range(0, len(data), len(data) // 30):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         fails(check, 1, "is not what gpt2-bundle", "one was changed")
     path.write_bytes(data)

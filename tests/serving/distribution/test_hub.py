@@ -168,9 +168,10 @@ def test_each_refusal_is_one_line(
     assert all(len(commits) == 1 for commits in hub.repositories.values())
 
 
-def test_a_hub_that_keeps_other_bytes_is_found(hub: FakeHub, bundle: Path, fails: Fails) -> None:
-    hub.corrupt = True
-    fails(publish(bundle), 1, "does not hold 'tokenizer.json' as it is in the bundle")
+@pytest.mark.parametrize("path", ["tokenizer.json", "manifest.json", "savedmodel/1/saved_model.pb"])
+def test_a_hub_that_keeps_other_bytes_is_found(hub: FakeHub, bundle: Path, fails: Fails, path: str) -> None:
+    hub.corrupt = path
+    fails(publish(bundle), 1, f"does not hold '{path}' as it is in the bundle")
 
 
 @pytest.mark.parametrize("place", ["hub:", "hub:a/b/c", "hub:a b", "oci:", "oci:x:a b", "s3:x", "org/tiny"])
