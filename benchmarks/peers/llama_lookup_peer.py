@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-import gguf
 import llama_cpp
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
@@ -20,14 +19,14 @@ class PromptLookup:
     """One model. It decodes one prompt at a time."""
 
     def __init__(self, request: LoadRequest) -> None:
-        cache = gguf.GGMLQuantizationType.F32 if request.precision == "fp32" else gguf.GGMLQuantizationType.F16
+        cache = llama_cpp.GGML_TYPE_F32 if request.precision == "fp32" else llama_cpp.GGML_TYPE_F16
         self.model = llama_cpp.Llama(
             str(model_file(request)),
             n_ctx=-(-request.capacity // 256) * 256,
             n_threads=request.threads,
             n_threads_batch=request.threads,
-            type_k=int(cache),
-            type_v=int(cache),
+            type_k=cache,
+            type_v=cache,
             draft_model=LlamaPromptLookupDecoding(num_pred_tokens=_DRAFTED),
             verbose=False,
         )
@@ -43,7 +42,7 @@ class PromptLookup:
 def main() -> None:
     """Answer the parent until the input ends."""
     note = f"prompt lookup of {_DRAFTED} tokens, in llama-cpp-python's own loop, sampling included"
-    serve(lambda request: GenerateRunner(PromptLookup(request), (note,)), ("llama_cpp_python", "gguf", "numpy"))
+    serve(lambda request: GenerateRunner(PromptLookup(request), (note,)), ("llama_cpp_python", "numpy"))
 
 
 if __name__ == "__main__":
