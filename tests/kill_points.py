@@ -58,7 +58,7 @@ def play_stages(folder: Path) -> None:
         (target / "tokens").mkdir(exist_ok=True)
         (target / "tokens" / "train.bin").write_bytes(b"tokens")
 
-    def train(recipe: Recipe, prepared: Path, target: Path, run_id: str, reporter: Reporter) -> None:
+    def train(recipe: Recipe, prepared: Path, target: Path, run_id: str, reporter: Reporter, workers: Any) -> None:
         assert (prepared / "tokens" / "train.bin").read_bytes() == b"tokens"
         with (folder / "trained").open("ab") as file:
             file.write(b".")

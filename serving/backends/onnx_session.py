@@ -47,7 +47,14 @@ def open_graph(
     Runtime is too old for the graph.
     """
     _check_version(bundle, graph_name)
-    session = open_session(bundle, bundle.graph(graph_name).path, device, threads, edit=edit, spin=spin)
+    path = bundle.graph(graph_name).path
+    try:
+        session = open_session(bundle, path, device, threads, edit=edit, spin=spin)
+    except BundleError:
+        if edit is None:
+            raise
+        # An edit goes by the manifest. Where that is wrong, the graph as it is says what is wrong.
+        session = open_session(bundle, path, device, threads, spin=spin)
     problem = _tensor_problem(bundle, graph_name, session)
     if problem:
         raise BundleError(f"{bundle.folder}: the graph {graph_name!r} {problem}; {ADVICE}")
