@@ -194,7 +194,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     batch_size: int = 1,
-    speculation: Literal["auto", "off"] = "auto",
+    speculation: Literal["auto", "off"] = "off",
 ) -> Model:
     """Load the bundle in a folder and return its Model.
 

@@ -59,7 +59,7 @@ ENGINE_OPTIONS = [
                  help="Number of ONNX Runtime threads of each replica.  [default: the cores, divided by the replicas]"),
     click.option("--speculation", type=click.Choice(["auto", "off"]),
                  help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the "
-                      "same tokens (auto), or never (off).  [default: auto]"),
+                      "same tokens (auto), or never (off).  [default: off]"),
     click.option("--served-model-name", type=ModelName(), metavar="NAME",
                  help="Serve the model under this name.  [default: the bundle's name]"),
 ]  # fmt: skip

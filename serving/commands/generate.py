@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--speculation",
-    default="auto",
+    default="off",
     show_default=True,
     type=click.Choice(["auto", "off"]),
     help="Verify several drafted tokens in one step where that gives the same tokens (auto), or never (off).",

@@ -40,7 +40,7 @@ class EngineConfig:
     """Maximum number of waiting requests; from 0 to 1000000. Further ones are refused."""
     threads: int | None = None
     """Threads of the runtime, from 1 to 1024; None means the runtime's default."""
-    speculation: Literal["auto", "off"] = "auto"
+    speculation: Literal["auto", "off"] = "off"
     """Whether a sequence that runs alone is decoded speculatively, where that gives the tokens of plain decoding."""
     default_timeout: float | None = None
     """Time limit in seconds of a request that sets none, above 0; None means no limit."""
