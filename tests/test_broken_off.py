@@ -26,7 +26,7 @@ ASTRAY = (
     "training.optimizer=adamw", "training.learning_rate=1", "training.max_grad_norm=1e38", "training.weight_decay=10",
     "training.warmup_fraction=0", "training.adam_beta2=0", "training.epochs=1",
 )  # fmt: skip
-# At which step the loss is no number depends on the processor.
+# The step at which the loss stops being a number depends on the processor.
 OFTEN = "training.validations=28"
 
 

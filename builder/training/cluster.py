@@ -126,7 +126,7 @@ def _section(config: Any, name: str) -> dict[str, Any]:
 def _addresses(jobs: dict[str, Any], job: str) -> list[tuple[str, int]]:
     listed = jobs.get(job, [])
     if not isinstance(listed, list):
-        raise InputError(f"TF_CONFIG: cluster.{job} is no list of addresses; {_SHAPE}")
+        raise InputError(f"TF_CONFIG: cluster.{job} is not a list of addresses; {_SHAPE}")
     found = []
     for address in listed:
         host, _, port = str(address).rpartition(":")
@@ -138,6 +138,6 @@ def _addresses(jobs: dict[str, Any], job: str) -> list[tuple[str, int]]:
             or not port.isdigit()
             or not 0 < int(port[:6]) < 65536
         ):
-            raise InputError(f"TF_CONFIG: {cut(repr(address))} in cluster.{job} is no HOST:PORT; {_SHAPE}")
+            raise InputError(f"TF_CONFIG: {cut(repr(address))} in cluster.{job} is not HOST:PORT; {_SHAPE}")
         found.append((host, int(port)))
     return found

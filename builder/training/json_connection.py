@@ -37,7 +37,7 @@ class JsonConnection:
         """Return the next message.
 
         Raises ConnectionError at the end, TimeoutError after `timeout` (by default the silence), and ValueError for
-        what is no message.
+        what is not a message.
         """
         self.socket.settimeout(self._silence if timeout is None else timeout)
         while b"\n" not in self._pending:

@@ -123,7 +123,7 @@ class Workers:
         self._close_ring()
 
     def finish(self) -> None:
-        """As the chief, let the other workers end; from now on their end is no failure."""
+        """As the chief, let the other workers end; from now on their end is not a failure."""
         if not self._ended.is_set():
             self._ended.set()
             self._tell({"done": True})

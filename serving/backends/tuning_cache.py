@@ -1,6 +1,6 @@
 """Remembers small results of measurements in the user's cache folder, one file for each question.
 
-An entry that cannot be read, or answers another question, is no error: the caller measures again.
+An entry that cannot be read, or answers another question, is not an error: the caller measures again.
 """
 
 from __future__ import annotations

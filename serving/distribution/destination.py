@@ -58,7 +58,7 @@ def destination_of(text: str) -> HubDestination | LayoutDestination:
         if folder and re.fullmatch(TAG, tag):
             return LayoutDestination(Path(folder), tag)
         raise InputError(f"{text!r} has no folder or no tag of letters, digits, '.', '_' and '-'; write oci:FOLDER:TAG")
-    raise InputError(f"{text!r} is no destination; write hub:ORGANIZATION/NAME or oci:FOLDER:TAG")
+    raise InputError(f"{text!r} is not a destination; write hub:ORGANIZATION/NAME or oci:FOLDER:TAG")
 
 
 def attachment(bundle: Bundle, path: Path) -> Attachment:

@@ -60,10 +60,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "chat": {
         "model": {"base": "openai-community/gpt2"}, "training": {"epochs": 1.0},
-        "corpus": {"paths": ["/home/me/notes", "b.jsonl"], "builtin": "docstrings"},
+        "corpus": {"paths": ["/srv/notes", "b.jsonl"], "builtin": "docstrings"},
         "instruction": {"prompt_field": "", "messages_field": "messages"},
     },
-    "as it is": {"model": {"base": "/home/me/gpt2/"}, "training": {"epochs": 0}, "corpus": {"paths": []}},
+    "as it is": {"model": {"base": "/srv/gpt2/"}, "training": {"epochs": 0}, "corpus": {"paths": []}},
     "odd": {"model": 7, "training": [], "corpus": "x", "instruction": None},
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_it_says_what_the_manifest_says(tmp_path: Path) -> None:
     assert corpus["name"] == "notes, b.jsonl" and corpus["hashes"][0]["content"] == "ab" * 32
     # No license is recorded in a manifest, and no path of the machine that built the bundle leaves it.
     text = json.dumps(document)
-    assert '"licenses"' not in text and "/home/me" not in text
+    assert '"licenses"' not in text and "/srv" not in text
 
 
 def test_weights_as_they_are_name_their_base_and_no_corpus(tmp_path: Path) -> None:
