@@ -13,8 +13,8 @@ from serving.generation.ngram_table import MAX_CONTEXT, NgramTable, context_keys
 
 MAX_ENTRIES = 200_000
 """Entries of a table: 13 bytes each."""
-MAX_TOKENS = 8_000_000
-"""Tokens that are counted: the first ones of the shard. Bounds memory to about half a gigabyte."""
+MAX_TOKENS = 2_000_000
+"""Tokens that are counted: the first ones of the shard. Bounds memory to about 150 MB."""
 _LEAST_COUNT = 2
 _LEAST_CONFIDENCE = 0.3
 """Below it, a step that verifies the token costs more than it saves."""
@@ -28,13 +28,11 @@ def count_ngrams(tokens: NDArray[Any], vocab_size: int, max_entries: int = MAX_E
     frequent (context, token) pairs are kept, longer contexts first among equals.
     """
     wide = np.asarray(tokens).astype(np.uint64)
-    found = [_most_frequent(wide, length) for length in range(1, MAX_CONTEXT + 1) if len(wide) > length]
+    found = [_frequent(wide, length) for length in range(1, MAX_CONTEXT + 1) if len(wide) > length]
     if not found:
         return NgramTable(vocab_size, np.empty(0, np.uint64), np.empty(0, np.uint32), np.empty(0, np.uint8))
-    keys, following, counts, totals, lengths = (np.concatenate(column) for column in zip(*found, strict=True))
-    confidence = (counts - 0.5) / (totals + 0.5)
-    kept = np.flatnonzero((counts >= _LEAST_COUNT) & (confidence >= _LEAST_CONFIDENCE))
-    kept = kept[np.lexsort((keys[kept], -lengths[kept], -counts[kept]))][:max_entries]
+    keys, following, counts, confidence, lengths = (np.concatenate(column) for column in zip(*found, strict=True))
+    kept = np.lexsort((keys, -lengths, -counts))[:max_entries]
     # Two contexts of one key would be a coincidence of 64 bits; the first one stays.
     _, unique = np.unique(keys[kept], return_index=True)
     kept = kept[unique]
@@ -49,8 +47,16 @@ def write_ngram_table(shard: Path, vocab_size: int, path: Path) -> int:
     return len(table)
 
 
+def _frequent(tokens: NDArray[np.uint64], length: int) -> tuple[NDArray[Any], ...]:
+    """Key, next token, its count, its confidence and `length` of the contexts that are frequent and certain enough."""
+    keys, following, counts, totals = _most_frequent(tokens, length)
+    confidence = (counts - 0.5) / (totals + 0.5)
+    kept = (counts >= _LEAST_COUNT) & (confidence >= _LEAST_CONFIDENCE)
+    return keys[kept], following[kept], counts[kept], confidence[kept], np.full(int(kept.sum()), length)
+
+
 def _most_frequent(tokens: NDArray[np.uint64], length: int) -> tuple[NDArray[Any], ...]:
-    """Key, most frequent next token (the lowest among equals), its count, the context's count, `length`; by context."""
+    """Key, most frequent next token (the lowest among equals), its count and the context's count; by context."""
     keys, following = context_keys(tokens[:-1], length), tokens[length:]
     order = np.lexsort((following, keys))
     keys, following = keys[order], following[order]
@@ -62,4 +68,4 @@ def _most_frequent(tokens: NDArray[np.uint64], length: int) -> tuple[NDArray[Any
     # Stable, by context and then by count: the last of each context is its most frequent token.
     groups = np.repeat(np.arange(len(firsts)), np.diff(np.r_[firsts, len(keys)]))
     best = np.lexsort((-following.astype(np.int64), counts, groups))[np.r_[firsts[1:], len(keys)] - 1]
-    return keys[best], following[best], counts[best], totals, np.full(len(best), length)
+    return keys[best], following[best], counts[best], totals
