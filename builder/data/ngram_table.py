@@ -16,6 +16,7 @@ MAX_ENTRIES = 200_000
 MAX_TOKENS = 2_000_000
 """Tokens that are counted: the first ones of the shard. Bounds memory to about 150 MB."""
 _LEAST_COUNT = 2
+_PAIR_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _LEAST_CONFIDENCE = 0.3
 """Below it, a step that verifies the token costs more than it saves."""
 
@@ -48,24 +49,26 @@ def write_ngram_table(shard: Path, vocab_size: int, path: Path) -> int:
 
 
 def _frequent(tokens: NDArray[np.uint64], length: int) -> tuple[NDArray[Any], ...]:
-    """Key, next token, its count, its confidence and `length` of the contexts that are frequent and certain enough."""
-    keys, following, counts, totals = _most_frequent(tokens, length)
-    confidence = (counts - 0.5) / (totals + 0.5)
-    kept = (counts >= _LEAST_COUNT) & (confidence >= _LEAST_CONFIDENCE)
-    return keys[kept], following[kept], counts[kept], confidence[kept], np.full(int(kept.sum()), length)
+    """Key, most frequent next token (the lowest among equals), its count, its confidence and `length`, by context.
 
-
-def _most_frequent(tokens: NDArray[np.uint64], length: int) -> tuple[NDArray[Any], ...]:
-    """Key, most frequent next token (the lowest among equals), its count and the context's count; by context."""
+    Only of contexts whose token is frequent and certain enough. Sorting one 64-bit key takes a fraction of the time of
+    sorting by two, so a pair of context and token has a key too.
+    """
     keys, following = context_keys(tokens[:-1], length), tokens[length:]
-    order = np.lexsort((following, keys))
-    keys, following = keys[order], following[order]
-    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]) | (following[1:] != following[:-1])])
-    counts = np.diff(np.r_[starts, len(keys)])
-    keys, following = keys[starts], following[starts]
-    firsts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
-    totals = np.add.reduceat(counts, firsts)
-    # Stable, by context and then by count: the last of each context is its most frequent token.
-    groups = np.repeat(np.arange(len(firsts)), np.diff(np.r_[firsts, len(keys)]))
-    best = np.lexsort((-following.astype(np.int64), counts, groups))[np.r_[firsts[1:], len(keys)] - 1]
-    return keys[best], following[best], counts[best], totals
+    pairs = keys * _PAIR_MULTIPLIER + following
+    order = np.argsort(pairs)
+    pairs = pairs[order]
+    starts = np.flatnonzero(np.r_[True, pairs[1:] != pairs[:-1]])
+    counts = np.diff(np.r_[starts, len(pairs)])
+    often = counts >= _LEAST_COUNT
+    some, counts = order[starts[often]], counts[often]
+    found, following = keys[some], following[some]
+    # By context and then by count: the last of each context is its most frequent token.
+    order = np.lexsort((-following.astype(np.int64), counts, found))
+    order = order[np.flatnonzero(np.r_[found[order][1:] != found[order][:-1], np.ones(min(1, len(order)), np.bool_)])]
+    found, following, counts = found[order], following[order], counts[order]
+    keys.sort()
+    totals = np.searchsorted(keys, found, "right") - np.searchsorted(keys, found, "left")
+    confidence = (counts - 0.5) / (totals + 0.5)
+    kept = confidence >= _LEAST_CONFIDENCE
+    return found[kept], following[kept], counts[kept], confidence[kept], np.full(int(kept.sum()), length)
