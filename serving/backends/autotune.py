@@ -226,7 +226,7 @@ def search(
 ) -> dict[Setting, float]:
     """Vary one field after the other from the best setting so far, until nothing is better; the rates on the way.
 
-    `rate` is called once for each setting, and returns None where there is no time for it.
+    `rate` is called once for each setting, and returns None if no time is left.
     """
     rates: dict[Setting, float] = {first: rate(first) or 0.0}
     chosen, moved = first, True

@@ -187,7 +187,7 @@ class VerifySession:
         fed[0, : len(tokens)] = tokens
         logits = np.empty((CHAIN, 1, self._vocab_size), np.float32)
         binding.bind_cpu_input("input_ids", fed)
-        # Padding may stand after the context, for whose positions there is no embedding.
+        # Padding may lie beyond the context, whose positions have no embedding.
         positions = np.minimum(np.arange(start, start + CHAIN), self._last_position)
         binding.bind_cpu_input("position_ids", positions[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, start + CHAIN), np.int64))

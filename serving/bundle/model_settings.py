@@ -35,7 +35,7 @@ def chat_template_source(bundle: Bundle) -> str | None:
     """The Jinja source of the chat template, None where there is none.
 
     As transformers does, chat_template.jinja comes before the key in tokenizer_config.json, which may be a list of
-    templates by name, of which "default" is taken. Raises BundleError for a source that is no text or too long.
+    templates by name, of which "default" is taken. Raises BundleError for a source that is not text or is too long.
     """
     source = settings(bundle, "tokenizer_config.json").get("chat_template")
     if any(artifact.path == _FILE for artifact in bundle.manifest.artifacts):
@@ -46,7 +46,7 @@ def chat_template_source(bundle: Bundle) -> str | None:
     if not source:
         return None
     if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
-        raise refuse(str(bundle.folder), f"the chat template is no text of at most {MAX_TEMPLATE} characters")
+        raise refuse(str(bundle.folder), f"the chat template is not a text of at most {MAX_TEMPLATE} characters")
     return source
 
 
