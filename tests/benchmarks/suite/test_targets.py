@@ -28,6 +28,7 @@ from serving.errors import InputError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.closed_form import ClosedFormBackend
+from tests.serving.raw_server import read_request
 
 
 async def _play(schedule, target):
@@ -150,7 +151,7 @@ def answering(data):
             with contextlib.suppress(OSError):
                 while True:
                     with listener.accept()[0] as connection:
-                        connection.recv(1 << 16)
+                        read_request(connection)
                         connection.sendall(data)
 
         threading.Thread(target=serve, daemon=True).start()

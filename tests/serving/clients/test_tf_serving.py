@@ -25,6 +25,7 @@ from serving.clients.tf_serving import TFServingClient
 from serving.errors import InputError, ServerError
 from serving.sampling import SamplingParams
 from tests.oracles.fixtures import keras_model
+from tests.serving.raw_server import read_request
 from tests.serving.tf_serving_emulator import Emulator, serving
 from tests.tiny_build import Fails
 
@@ -222,7 +223,7 @@ def _answer(listening: socket.socket, answer: bytes) -> None:
     """Read one request and send `answer` for it, whatever it is."""
     connection, _ = listening.accept()
     with connection:
-        connection.recv(1 << 16)
+        read_request(connection)
         connection.sendall(answer)
 
 

@@ -20,6 +20,7 @@ from serving.clients.rest_transport import RestTransport
 from serving.clients.tf_serving import TFServingClient
 from serving.errors import ServerError
 from serving.protobuf.tf_serving import MESSAGES
+from tests.serving.raw_server import read_request
 
 SPECS = {"inputs": {"text": {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": "-1"}]}}},
          "outputs": {"text": {"dtype": "DT_STRING", "tensor_shape": {"dim": [{"size": "-1"}]}},
@@ -40,9 +41,7 @@ def rest(get: Answer, post: Answer | None = None) -> Iterator[str]:
 
     def one(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            head = b""
-            while b"\r\n\r\n" not in head and (piece := connection.recv(65536)):
-                head += piece
+            head = read_request(connection)
             (post if post and head.startswith(b"POST") else get)(connection)
 
     def accept() -> None:
