@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -16,9 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
-from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
+from benchmarks.suite.targets.tf_serving import connect
 from serving.bundle import Bundle
 from serving.clients.transport import Transport
 from serving.deploy.tf_serving import IMAGE_VERSION, write_tf_serving
@@ -205,47 +202,6 @@ class TFServingProcess:
         pid = int(said) if said and said.strip().isdecimal() else 0
         # With --init a small process is first, and the server is its child; an engine in a virtual machine shows none.
         return _child(pid) if pid and Path(f"/proc/{pid}").exists() else None
-
-
-class StartedTFServing:
-    """The target: a `TFServingProcess`, driven as `TFServingTarget` is.
-
-    Args:
-        how: "grpc" or "rest".
-        whole: as of `TFServingTarget`.
-    """
-
-    precision: str | None = "fp32"
-    starts_in = "own"
-
-    def __init__(self, name: str, bundle: Bundle, found: FoundServer, how: str, *, whole: bool, emulator: bool) -> None:
-        self.name, self.label, self.emulator = name, found.label, emulator or found.emulator
-        self._bundle, self._how, self._whole = bundle, how, whole
-        self._server = TFServingProcess(name, bundle, found, how)
-        self._inner: TFServingTarget | None = None
-
-    async def start(self) -> None:
-        address = await asyncio.to_thread(self._server.start)
-        self._inner = TFServingTarget(
-            self.name, self.label, self._bundle, lambda: self._server.connect(address),
-            {"grpc": "gRPC", "rest": "REST"}[self._how], whole=self._whole, emulator=self.emulator,
-        )  # fmt: skip
-        await self._inner.start()
-        self.label = self._inner.label
-
-    async def send(self, request: Planned) -> Completion:
-        if self._inner is None:
-            raise TargetError(f"{self.name} is not started")
-        return await self._inner.send(request)
-
-    async def stop(self) -> None:
-        inner, self._inner = self._inner, None
-        if inner is not None:
-            await inner.stop()
-        await asyncio.to_thread(self._server.stop)
-
-    def pid(self) -> int | None:
-        return self._server.pid
 
 
 def deployment_flags(deployment: Path) -> list[str]:
