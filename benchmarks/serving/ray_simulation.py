@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from benchmarks.common.standalone import OUTPUT, finish, numbers_of
 from benchmarks.serving.load import quantiles
 from serving.ray.prefix_routing import HashRing, preferred
 
@@ -292,13 +293,13 @@ def sweep(
 @click.option("--share", default=0.7, show_default=True, help="Load, as a share of what the replicas can answer.")
 @click.option("--price", default=0.10, show_default=True, help="Price of one replica for one hour.")
 @click.option("--random-routing", is_flag=True, help="Route to the less busy of two replicas, whatever the prefix.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON.")
+@OUTPUT
 def main(
     record: Path, replicas: str, ingresses: str, share: float, price: float, random_routing: bool, output: Path | None
 ) -> None:
     """Repeat the measured points of RECORD, then simulate larger clusters."""
     measured = json.loads(record.read_text(encoding="utf-8"))
-    machine, sizes = machine_of(measured), [int(each) for each in replicas.split(",")]
+    machine, sizes = machine_of(measured), numbers_of(replicas)
     checked = check(measured)
     for row in checked:
         click.echo("{replicas} replicas, {clients} clients: {measured:.0f} tokens/s measured, {simulated:.0f} simulated"
@@ -308,7 +309,7 @@ def main(
         f"one ingress passes on {passed_on:.0f} requests/s, as many as {passed_on / one:.0f} replicas can answer"
     )
     rows = []
-    for count in (int(each) for each in ingresses.split(",")):
+    for count in numbers_of(ingresses):
         rows += sweep(machine, sizes, count, share, not random_routing, price)
     for row in rows:
         click.echo(
@@ -318,8 +319,7 @@ def main(
             f"{row['price_per_million_tokens']:.3f} per million tokens"
         )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"machine": asdict(machine), "checked": checked, "rows": rows}, indent=1) + "\n")
+        finish({"machine": asdict(machine), "checked": checked, "rows": rows}, output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from benchmarks.serving.server import ServerProcess
+from benchmarks.common.own_server import OwnServer
 from benchmarks.serving.soak import SHARES, Call, ask, draw_call, slope, soak
 from serving.entrypoints.http_app import build_app
 from serving.server.settings import Settings
@@ -62,7 +62,7 @@ def test_a_soak_names_what_is_not_given_back(tmp_path: Path, monkeypatch: pytest
     engine = DoubleEngine(pace=0.0001)
     with running(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as url:
         server = _Leaking(url)
-        result = soak(cast(ServerProcess, server), "somebody else", 64, 0.02, 40, bound_mib_an_hour=1e9)
+        result = soak(cast(OwnServer, server), "somebody else", 64, 0.02, 40, bound_mib_an_hour=1e9)
         for descriptor in server.leaked:
             os.close(descriptor)
     engine.close()
