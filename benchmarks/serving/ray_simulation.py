@@ -57,6 +57,10 @@ class Traffic:
     rate: float = 0.0
 
 
+_MANY = Traffic(requests=1, shared=256, own=64, new=96)
+"""What larger clusters are asked, but for the rate."""
+
+
 @dataclass
 class _Request:
     arrived: float
@@ -235,29 +239,18 @@ class Simulation:
             self._at(left, self._arrive)
 
 
-def machine_of(record: dict[str, Any]) -> Machine:
-    """The times that `ray_scaling` measured."""
-    return Machine(**record["machine"])
-
-
 def check(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Each measured point next to its simulation."""
-    found = []
+    machine, found = Machine(**record["machine"]), []
     for point in record["points"]:
         traffic = Traffic(
             requests=max(200, 20 * point["clients"]), own=point["prompt_tokens"], new=point["new_tokens"],
             groups=10_000, clients=point["clients"],
         )  # fmt: skip
-        simulated = Simulation(machine_of(record), traffic, point["replicas"]).run()
-        found.append(
-            {
-                "replicas": point["replicas"],
-                "clients": point["clients"],
-                "measured": point["tokens_per_second"],
-                "simulated": simulated["tokens_per_second"],
-                "ratio": simulated["tokens_per_second"] / point["tokens_per_second"],
-            }
-        )
+        measured = point["tokens_per_second"]
+        simulated = Simulation(machine, traffic, point["replicas"]).run()["tokens_per_second"]
+        row = {"replicas": point["replicas"], "clients": point["clients"], "measured": measured}
+        found.append(row | {"simulated": simulated, "ratio": simulated / measured})
     return found
 
 
@@ -276,9 +269,8 @@ def sweep(
     """Each size under an open load of `share` of what its replicas can answer; `price` is of a replica's hour."""
     rows = []
     for size in sizes:
-        traffic = Traffic(requests=1, shared=256, own=64, new=96, groups=8 * size)
-        rate = share * size * capacity(machine, traffic)[0]
-        traffic = replace(traffic, rate=rate, requests=min(12_000, max(600, 20 * size)))
+        rate = share * size * capacity(machine, _MANY)[0]
+        traffic = replace(_MANY, groups=8 * size, rate=rate, requests=min(12_000, max(600, 20 * size)))
         row = Simulation(replace(machine, cores=None), traffic, size, ingresses, by_prefix, seed).run()
         row["requests_per_second"] = rate
         row["price_per_million_tokens"] = price * size / (row["tokens_per_second"] * 3600) * 1e6
@@ -299,12 +291,12 @@ def main(
 ) -> None:
     """Repeat the measured points of RECORD, then simulate larger clusters."""
     measured = json.loads(record.read_text(encoding="utf-8"))
-    machine, sizes = machine_of(measured), numbers_of(replicas)
+    machine, sizes = Machine(**measured["machine"]), numbers_of(replicas)
     checked = check(measured)
     for row in checked:
         click.echo("{replicas} replicas, {clients} clients: {measured:.0f} tokens/s measured, {simulated:.0f} simulated"
                    .format(**row))  # fmt: skip
-    one, passed_on = capacity(machine, Traffic(requests=1, shared=256, own=64, new=96))
+    one, passed_on = capacity(machine, _MANY)
     click.echo(
         f"one ingress passes on {passed_on:.0f} requests/s, as many as {passed_on / one:.0f} replicas can answer"
     )
