@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import threading
@@ -138,10 +139,9 @@ def environment() -> dict[str, Any]:
             continue
     lines = _read(Path("/proc/cpuinfo")).splitlines()
     clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    try:
+    memory: int | None = None
+    with contextlib.suppress(ValueError, OSError):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        memory = None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "cpu": cpu_model(),

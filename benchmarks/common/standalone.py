@@ -62,15 +62,18 @@ def measurement(
             record = {"bundle": opened.manifest.name, "environment": environment(), **given}
             finish(record | dict(measure(opened, **given)), output, table)
 
+        command: Any = main
         for decorator in reversed(options):
-            main = decorator(main)
+            command = decorator(command)
         for name, default in reversed(numbers.items()):
             flag = f"--{name.replace('_', '-')}"
-            main = click.option(flag, default=default, show_default=True, help=_HELP[name])(main)
+            command = click.option(flag, default=default, show_default=True, help=_HELP[name])(command)
         if graph is not None:
-            main = click.option("--graph", default=graph, show_default=True, help="Graph of the bundle to run.")(main)
+            command = click.option("--graph", default=graph, show_default=True, help="Graph of the bundle to run.")(
+                command
+            )
         bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
-        return click.command(help=measure.__doc__)(bundle_argument(OUTPUT(main)))
+        return click.command(help=measure.__doc__)(bundle_argument(OUTPUT(command)))
 
     return decorate
 

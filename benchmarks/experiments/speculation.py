@@ -52,7 +52,7 @@ def main(
     sets = {str(file): _read_prompts(bundle, file, most, prompt_tokens) for file in files}
     sets = sets or {HELD_OUT: cut_prompts(read_text(bundle), most, prompt_tokens)}
     with contextlib.ExitStack() as stack:
-        engines = {}
+        engines: dict[str, SlotEngine] = {}
         for name in ("auto", "off"):
             config = EngineConfig(slots=1, threads=threads, speculation=name)
             engines[name] = stack.enter_context(contextlib.closing(open_engine(bundle, graph, config=config)))

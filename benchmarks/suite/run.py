@@ -230,7 +230,8 @@ async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
 
 def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
     """One batch size, for those targets that are a graph in this process."""
-    runners = {target.name: target.runner for target in run.targets if getattr(target, "runner", None) is not None}
+    known = {target.name: getattr(target, "runner", None) for target in run.targets}
+    runners = {name: runner for name, runner in known.items() if runner is not None}
     if not runners:
         run.say(f"{schedule.scenario}, {schedule.point}: left out, no target is a graph in this process")
         return

@@ -78,6 +78,7 @@ def is_good(response: Response, objectives: Objectives) -> bool:
 
 def samples(responses: Sequence[Response], name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Every value of the latency `name` and the place of its response in `responses`, which is its cluster."""
+    found: list[list[float]]
     if name == "inter_token":
         found = [inter_token(response) for response in responses]
     else:

@@ -76,7 +76,7 @@ def rank(point: Point, figure: str, question: str) -> Ranking | None:
         rows,
         [(name_of(row), median_of(row, figure) or 0.0) for row in rows],
         next((name_of(row) for row in rows if row["target"] == winner), None),
-        None if second["call"] == UNKNOWN else tuple(second[name] for name in ("ratio", "low", "high", "noise")),
+        None if second["call"] == UNKNOWN else (second["ratio"], second["low"], second["high"], second["noise"]),
         tuple(name_of(row) for row in (rows[0], *alike)),
         UNKNOWN if any(verdict["call"] == UNKNOWN for verdict in verdicts.values()) else SAME,
     )

@@ -65,9 +65,10 @@ def open_target(bundle: Bundle, text: str, *, batch: int, emulator: bool = False
         place, model = split_model(address)
         if kind == "triton":
             return GenerateTarget(text, "Triton", place, bundle, model=model, emulator=emulator)
-        family = OpenInferenceGrpcTarget if kind.endswith("grpc") else GenerateTarget
-        named = model or bundle.manifest.name
-        return family(text, "Open Inference server", place, bundle, model=named, emulator=emulator)
+        server, named = "Open Inference server", model or bundle.manifest.name
+        if kind == "openinference":
+            return GenerateTarget(text, server, place, bundle, model=named, emulator=emulator)
+        return OpenInferenceGrpcTarget(text, server, place, bundle, model=named, emulator=emulator)
     if is_address and kind in OWN:
         return _own(bundle, text, kind, address, batch)
     return _in_process(bundle, text, batch)

@@ -120,7 +120,8 @@ class TFServingProcess:
             )
         address = f"127.0.0.1:{grpc_port if self._how == 'grpc' else rest_port}"
         self._wait(process, address)
-        self.pid = self._container_pid() if self._found.container else process.pid
+        # A container's first process is no server's, or is in a virtual machine.
+        self.pid = None if self._found.container else process.pid
         return address
 
     def stop(self) -> None:
@@ -197,12 +198,6 @@ class TFServingProcess:
         told = [line.strip() for line in lines if line.strip()][-3:]
         return " / ".join(told)[-600:] or "it said nothing"
 
-    def _container_pid(self) -> int | None:
-        said = _ask([self._found.command, "inspect", "--format", "{{.State.Pid}}", self._container])
-        pid = int(said) if said and said.strip().isdecimal() else 0
-        # With --init a small process is first, and the server is its child; an engine in a virtual machine shows none.
-        return _child(pid) if pid and Path(f"/proc/{pid}").exists() else None
-
 
 def deployment_flags(deployment: Path) -> list[str]:
     """The flags of the deployment's compose file after those of ports and model, as its container takes them."""
@@ -231,14 +226,6 @@ def _free_ports() -> tuple[int, int]:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
         return first.getsockname()[1], second.getsockname()[1]
-
-
-def _child(pid: int) -> int:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-    except OSError:
-        return pid
-    return int(children[0]) if children else pid
 
 
 def _ask(command: list[str]) -> str | None:
