@@ -9,321 +9,159 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from builder.data_recipe import CleaningRecipe as CleaningRecipe
+from builder.data_recipe import CorpusRecipe as CorpusRecipe
+from builder.data_recipe import InstructionRecipe as InstructionRecipe
+from builder.data_recipe import TokenizerRecipe as TokenizerRecipe
+from builder.data_recipe import key
 from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
-
-
-def _key(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
-) -> Any:
-    """A dataclass field with its sentence and its inclusive bounds."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: tuple(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class CorpusRecipe:
-    """Where the text comes from and how it is split."""
-
-    paths: tuple[str, ...] = _key((), "Files, folders or globs to read. Empty reads the builtin text.")
-    builtin: str = _key(
-        "docstrings",
-        "Text to read without paths: the docstrings of the running Python, or generated Chinese sentences.",
-        choices=("docstrings", "chinese"),
-    )
-    document: str = _key(
-        "file", "What one document is in .txt and .md files: the whole file, or each line.", choices=("file", "line")
-    )
-    encoding: str = _key(
-        "utf-8",
-        "Encoding of files without a byte-order mark, such as gb18030 or cp1252. A byte-order mark takes precedence.",
-    )
-    transform: str = _key(
-        "",
-        "Function that each text passes through before cleaning, as FILE.py:FUNCTION or MODULE:FUNCTION. It "
-        "maps text to text.",
-    )
-    text_field: str = _key(
-        "text", "Field of a .json or .jsonl record, or column of a table, that holds the text. a.b is the field b in a."
-    )
-    bad_records: str = _key(
-        "skip",
-        "What to do with records that hold null or a number instead of text: skip and count them, or stop "
-        "with an error.",
-        choices=("skip", "error"),
-    )
-    label_field: str = _key("", "Field or column that holds the label of a document. Empty reads no labels.")
-    balance: str = _key(
-        "none",
-        "Label balancing of the training side: cap each label at label_cap, sample down to the rarest, or up "
-        "to the most frequent.",
-        choices=("none", "cap", "down", "up"),
-    )
-    label_cap: int = _key(0, 'Maximum number of documents per label with balance = "cap". 0 means no limit.', low=0)
-    validation_fraction: float = _key(
-        0.05,
-        "Share of the text to hold out: documents selected by hash, or the ends of long ones where that "
-        "misses the share.",
-        low=0.001,
-        high=0.5,
-    )
-    deduplicate: bool = _key(True, "Drop documents that repeat an earlier text, regardless of white space.")
-    near_duplicates: bool = _key(False, "Drop documents that are similar to an earlier one, by MinHash.")
-    near_threshold: float = _key(
-        0.8, "Jaccard similarity of shingles from which two documents count as near-duplicates.", low=0.3, high=1.0
-    )
-    near_num_perm: int = _key(
-        128, "Permutations of a MinHash signature. More permutations estimate the similarity better.", low=16, high=1024
-    )
-    near_shingle_words: int = _key(5, "Words per shingle.", low=1, high=50)
-    min_characters: int = _key(
-        0,
-        "Drop shorter documents, by their text or by their responses alone. 0 means 20, or 1 for instructions "
-        "and for one document per line.",
-        low=0,
-    )
-    max_characters: int = _key(0, "Drop longer documents, or cut them with trim. 0 means no limit.", low=0)
-    max_tokens: int = _key(
-        0,
-        "Drop documents of more tokens, or cut them with trim. The end token does not count. 0 means no limit.",
-        low=0,
-    )
-    trim: bool = _key(
-        False, "Cut documents that are too long at the end of a line, a sentence or a word, instead of dropping them."
-    )
-
-
-@dataclass(frozen=True)
-class InstructionRecipe:
-    """Prompts and responses instead of plain text: where they stand in a record, and the template around them."""
-
-    prompt_field: str = _key("", "Field or column that holds the prompt. Requires response_field.")
-    response_field: str = _key("", "Field or column that holds the response. The loss counts the response alone.")
-    input_field: str = _key(
-        "", "Field or column with additional input for the prompt, such as a context. It may be empty in a record."
-    )
-    messages_field: str = _key(
-        "",
-        "Field with a list of chat turns, {role, content} or ShareGPT's {from, value}. Replaces the three "
-        "fields above.",
-    )
-    template: str = _key(
-        "instruction",
-        'Template around prompts and responses: "### " headings as in Alpaca, or names of the roles. The keys '
-        "below replace parts of it.",
-        choices=("instruction", "chat"),
-    )
-    system_template: str = _key("", "Template of a system turn, with {content} in it. Empty uses the one of template.")
-    user_template: str = _key(
-        "", "Template of a user turn or a prompt, with {content} in it. Empty uses the one of template."
-    )
-    input_template: str = _key(
-        "", "Template of the text in input_field, with {content} in it. Empty uses the one of template."
-    )
-    tool_template: str = _key("", "Template of a tool's result, with {content} in it. Empty uses the one of template.")
-    assistant_template: str = _key(
-        "",
-        "Template of a response. It must end in {content}, because the end token follows. Empty uses the one "
-        "of template.",
-    )
-
-    @property
-    def is_set(self) -> bool:
-        """Whether records are read as instructions."""
-        return bool(self.prompt_field or self.response_field or self.messages_field)
-
-
-@dataclass(frozen=True)
-class CleaningRecipe:
-    """What is done to each document's text before anything else; all off unless switched on, in the order they run."""
-
-    html: bool = _key(False, "Remove HTML tags, scripts and styles, and decode entities.")
-    invisible: bool = _key(False, "Remove control characters, terminal escape sequences and zero-width characters.")
-    unicode: str = _key("none", "Unicode normalization form.", choices=("none", "NFC", "NFKC"))
-    symbols: str = _key(
-        "keep",
-        "Runs of four or more equal symbols, and of box-drawing characters: keep, shorten (collapse) or "
-        "remove (drop) them.",
-        choices=("keep", "collapse", "drop"),
-    )
-    boilerplate_documents: int = _key(
-        0, "Remove lines that occur in at least this many documents, such as license headers. 0 keeps all.", low=0
-    )
-    boilerplate_characters: int = _key(20, "Minimum length of a boilerplate line, in characters.", low=1)
-    white_space: str = _key(
-        "keep",
-        "lines: unify line ends, remove blanks at line ends and repeated empty lines. words: also collapse "
-        "blanks within lines.",
-        choices=("keep", "lines", "words"),
-    )
-
-
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    """The byte-level BPE trained on the corpus; a base checkpoint brings its own instead."""
-
-    vocab_size: int = _key(2048, "Vocabulary size, with the 256 bytes and the end token.", low=257, high=1_000_000)
-    min_frequency: int = _key(2, "Minimum number of occurrences of a pair before it is merged.", low=1)
-    unbroken_characters: int = _key(
-        1_500_000,
-        "Characters of scripts without spaces, such as Chinese, to train on, sampled evenly from the text. "
-        "Each takes about 250 bytes of memory.",
-        low=1000,
-    )
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
     """Geometry and dropouts of GPT-2 trained from scratch, or the base checkpoint to start from."""
 
-    base: str = _key(
+    base: str = key(
         "",
         "Checkpoint to fine-tune: the folder of a model, a bundle or a run, or a name on the Hugging Face "
         "hub. Empty trains from scratch.",
     )
-    end_token: str = _key(
+    end_token: str = key(
         "", "Token that ends a text, such as <|im_end|>, if the base's files name two. Empty uses the base's."
     )
-    preset: str = _key("", "Named geometry (PRESETS). Empty uses the four sizes below.")
-    vocab_size: int = _key(
+    preset: str = key("", "Named geometry (PRESETS). Empty uses the four sizes below.")
+    vocab_size: int = key(
         0,
         "Rows of the token embedding when training from scratch. 0 uses the tokenizer's size; a larger value pads it.",
         low=0,
         high=10_000_000,
     )
-    n_positions: int = _key(128, "Context length in tokens.", low=8, high=65_536)
-    n_embd: int = _key(192, "Width of the residual stream.", low=8, high=16_384)
-    n_layer: int = _key(4, "Number of transformer blocks.", low=1, high=256)
-    n_head: int = _key(6, "Number of attention heads. Must divide n_embd.", low=1, high=256)
-    embd_pdrop: float = _key(0.0, "Dropout after the embeddings.", low=0.0, high=0.9)
-    attn_pdrop: float = _key(0.0, "Dropout on attention probabilities.", low=0.0, high=0.9)
-    resid_pdrop: float = _key(0.0, "Dropout on the two outputs of each block.", low=0.0, high=0.9)
+    n_positions: int = key(128, "Context length in tokens.", low=8, high=65_536)
+    n_embd: int = key(192, "Width of the residual stream.", low=8, high=16_384)
+    n_layer: int = key(4, "Number of transformer blocks.", low=1, high=256)
+    n_head: int = key(6, "Number of attention heads. Must divide n_embd.", low=1, high=256)
+    embd_pdrop: float = key(0.0, "Dropout after the embeddings.", low=0.0, high=0.9)
+    attn_pdrop: float = key(0.0, "Dropout on attention probabilities.", low=0.0, high=0.9)
+    resid_pdrop: float = key(0.0, "Dropout on the two outputs of each block.", low=0.0, high=0.9)
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
     """How the weights are fitted."""
 
-    epochs: float = _key(
+    epochs: float = key(
         4.0,
         "Passes over the training tokens. Fractions are allowed; 0 exports the initial weights.",
         low=0.0,
         high=10_000,
     )
-    batch_size: int = _key(16, "Sequences per training step.", low=1, high=65_536)
-    sequence_length: int = _key(
+    batch_size: int = key(16, "Sequences per training step.", low=1, high=65_536)
+    sequence_length: int = key(
         128, "Tokens per sequence, from 8 to n_positions. 0 uses n_positions, but at most 512.", low=0, high=65_536
     )
-    packing: str = _key(
+    packing: str = key(
         "stream",
         "stream: join documents by the end token and cut the stream into sequences. rows: one document per "
         "sequence, cut or padded.",
         choices=("stream", "rows"),
     )
-    optimizer: str = _key(
+    optimizer: str = key(
         "muon",
         "muon uses Muon for the matrices of the blocks and AdamW for the rest. The others apply to all weights.",
         choices=("adamw", "muon", "adam", "sgd"),
     )
-    learning_rate: float = _key(1e-2, "Peak learning rate.", low=0.0, high=1.0)
-    adam_rate_ratio: float = _key(
+    learning_rate: float = key(1e-2, "Peak learning rate.", low=0.0, high=1.0)
+    adam_rate_ratio: float = key(
         1.5,
         "With muon, the AdamW learning rate (embeddings, biases, norms) divided by learning_rate.",
         low=0.0,
         high=100.0,
     )
-    schedule: str = _key(
+    schedule: str = key(
         "cosine",
         "Learning-rate decay after the warm-up. constant and inverse_sqrt have no end point.",
         choices=("constant", "linear", "cosine", "inverse_sqrt"),
     )
-    warmup_fraction: float = _key(
+    warmup_fraction: float = key(
         0.05, "Share of the steps during which the learning rate rises from 0.", low=0.0, high=1.0
     )
-    final_learning_rate_fraction: float = _key(
+    final_learning_rate_fraction: float = key(
         0.05, "Final learning rate of cosine and linear, as a share of the peak.", low=0.0, high=1.0
     )
-    weight_decay: float = _key(
+    weight_decay: float = key(
         0.25,
         "Weight decay of matrices with muon and adamw. Biases, norms and embeddings have none.",
         low=0.0,
         high=10.0,
     )
-    momentum: float = _key(0.9, "With sgd, the momentum of the gradients. 0 means none.", low=0.0, high=0.9999)
-    adam_beta1: float = _key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
-    adam_beta2: float = _key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
-    max_grad_norm: float = _key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
-    precision: str = _key(
+    momentum: float = key(0.9, "With sgd, the momentum of the gradients. 0 means none.", low=0.0, high=0.9999)
+    adam_beta1: float = key(0.9, "Decay of the first moment.", low=0.0, high=0.9999)
+    adam_beta2: float = key(0.98, "Decay of the second moment.", low=0.0, high=0.99999)
+    max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm.", low=1e-6)
+    precision: str = key(
         "float32", "Precision of the layers. The weights are float32 in both.", choices=("float32", "bfloat16")
     )
-    freeze: tuple[str, ...] = _key(
+    freeze: tuple[str, ...] = key(
         (), "Weights that are not trained, as patterns of Hugging Face names: wte.weight, h.0.*, *.bias."
     )
-    lora_rank: int = _key(
+    lora_rank: int = key(
         0,
         "Rank of the LoRA adapters. Only the adapters are trained, and the export merges them. 0 means no LoRA.",
         low=0,
         high=1024,
     )
-    lora_alpha: float = _key(
+    lora_alpha: float = key(
         0.0, "The adapters are scaled by lora_alpha / lora_rank. 0 uses the rank.", low=0.0, high=1e4
     )
-    lora_targets: tuple[str, ...] = _key(
+    lora_targets: tuple[str, ...] = key(
         ("attn.c_attn", "mlp.c_fc"),
         "Matrices that get LoRA adapters.",
         choices=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     )
-    accumulation: int = _key(
+    accumulation: int = key(
         1, "Gradient accumulation: micro-batches per batch, to save memory. Must divide batch_size.", low=1, high=65_536
     )
-    label_smoothing: float = _key(
+    label_smoothing: float = key(
         0.0, "Share of each target that is spread evenly over the vocabulary, in training only.", low=0.0, high=0.9
     )
-    ema: float = _key(
+    ema: float = key(
         0.0, "Momentum of the exponential moving average of the weights, which is validated and exported. 0 means "
 "none.",
         low=0.0, high=0.99999,
     )  # fmt: skip
-    validations: int = _key(4, "Number of validations and checkpoints, spread evenly over the run.", low=1, high=1000)
-    patience: int = _key(
+    validations: int = key(4, "Number of validations and checkpoints, spread evenly over the run.", low=1, high=1000)
+    patience: int = key(
         0,
         "Early stopping: stop after this many validations without a lower loss. 0 never stops early.",
         low=0,
         high=1000,
     )
-    keep: str = _key("last", "Validation whose weights are exported.", choices=("best", "last"))
-    checkpoints_kept: int = _key(1, "Number of checkpoints to keep, the newest ones.", low=1, high=1000)
-    log_every: int = _key(10, "Steps between two lines of metrics.jsonl.", low=1, high=1_000_000)
-    tensorboard: bool = _key(False, "Write TensorBoard event files too.")
-    sample_prompts: tuple[str, ...] = _key(
+    keep: str = key("last", "Validation whose weights are exported.", choices=("best", "last"))
+    checkpoints_kept: int = key(1, "Number of checkpoints to keep, the newest ones.", low=1, high=1000)
+    log_every: int = key(10, "Steps between two lines of metrics.jsonl.", low=1, high=1_000_000)
+    tensorboard: bool = key(False, "Write TensorBoard event files too.")
+    sample_prompts: tuple[str, ...] = key(
         (), "Prompts that are continued at each validation. Empty uses two places of the validation text."
     )
-    sample_tokens: int = _key(16, "Tokens to generate per sample prompt. 0 generates no samples.", low=0, high=1024)
-    loop: str = _key(
+    sample_tokens: int = key(16, "Tokens to generate per sample prompt. 0 generates no samples.", low=0, high=1024)
+    loop: str = key(
         "fit",
         "fit is the training loop of Keras. custom is a loop of this project with the same steps.",
         choices=("fit", "custom"),
     )
-    jit_compile: bool = _key(True, "Compile the training step with XLA. Applies to one device only.")
-    devices: int = _key(0, "Number of GPUs that share a batch. 0 uses all that are visible.", low=0, high=1024)
-    worker_timeout: float = _key(
+    jit_compile: bool = key(True, "Compile the training step with XLA. Applies to one device only.")
+    devices: int = key(0, "Number of GPUs that share a batch. 0 uses all that are visible.", low=0, high=1024)
+    worker_timeout: float = key(
         600.0, "With TF_CONFIG, seconds in which all workers must have started.", low=1.0, high=86_400.0
     )
 
 
 # Defaults of the training keys of a recipe with `model.base`; the dataclass above has those of training from scratch.
 FINE_TUNING: dict[str, Any] = {
-    "epochs": 3.0,
-    "batch_size": 4,
-    "sequence_length": 0,
-    "optimizer": "adamw",
-    "learning_rate": 5e-5,
-    "warmup_fraction": 0.1,
-    "weight_decay": 0.01,
-    "adam_beta2": 0.999,
-}
+    "epochs": 3.0, "batch_size": 4, "sequence_length": 0, "optimizer": "adamw", "learning_rate": 5e-5,
+    "warmup_fraction": 0.1, "weight_decay": 0.01, "adam_beta2": 0.999,
+}  # fmt: skip
 LONGEST_ROW = 512
 """Tokens of a row where `training.sequence_length` is 0 and the context is longer."""
 
@@ -337,36 +175,28 @@ NO_USE = {
 
 # Training keys that decide what is seen of a run, and by which loop it is made, but not what its weights become.
 OBSERVING = (
-    "log_every",
-    "tensorboard",
-    "sample_prompts",
-    "sample_tokens",
-    "checkpoints_kept",
-    "loop",
-    "worker_timeout",
-)
+    "log_every", "tensorboard", "sample_prompts", "sample_tokens", "checkpoints_kept", "loop", "worker_timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ExportRecipe:
     """What a bundle holds beside the float32 graphs, which are always there."""
 
-    variants: tuple[str, ...] = _key(
+    variants: tuple[str, ...] = key(
         ("int8", "int4"), "Additional precisions of the optimized graph, under ort/.", choices=("fp16", "int8", "int4")
     )
-    int8_kv_cache: tuple[str, ...] = _key(
-        ("int8", "int4"),
-        "Variants that store the KV cache in int8, a quarter of the memory.",
-        choices=("int8", "int4"),
+    int8_kv_cache: tuple[str, ...] = key(
+        ("int8", "int4"), "Variants that store the KV cache in int8, a quarter of the memory.", choices=("int8", "int4")
     )
-    slots: int = _key(
+    slots: int = key(
         8,
         "Slots of the SavedModel: sequences that decode_slots runs concurrently. 0 leaves slots out.",
         low=0,
         high=256,
     )
-    slot_lease: int = _key(60, "Seconds without a call after which a slot may be reassigned.", low=1, high=86_400)
-    matmul_parts: int = _key(
+    slot_lease: int = key(60, "Seconds without a call after which a slot may be reassigned.", low=1, high=86_400)
+    matmul_parts: int = key(
         1,
         "Parts that each matrix of the SavedModel is split into: the number of cores of the server, or 1 for "
         "whole matrices.",
@@ -379,21 +209,21 @@ class ExportRecipe:
 class VerifyRecipe:
     """What the parity certificate runs, and how far two runtimes may differ."""
 
-    prompts: int = _key(64, "Number of prompts from the validation text for greedy parity.", low=1, high=100_000)
-    new_tokens: int = _key(64, "Tokens to generate per prompt.", low=1, high=65_536)
-    batch_size: int = _key(16, "Sequences of different lengths per batch.", low=1, high=4096)
-    max_abs: float = _key(1e-3, "Maximum difference of a logit in fp32.", low=0.0, high=1.0)
-    perplexity_tokens: int = _key(8192, "Validation tokens to score in each runtime.", low=64)
-    perplexity_relative: float = _key(1e-4, "Maximum relative difference of perplexity in fp32.", low=0.0, high=1.0)
-    fp16_perplexity: float = _key(
+    prompts: int = key(64, "Number of prompts from the validation text for greedy parity.", low=1, high=100_000)
+    new_tokens: int = key(64, "Tokens to generate per prompt.", low=1, high=65_536)
+    batch_size: int = key(16, "Sequences of different lengths per batch.", low=1, high=4096)
+    max_abs: float = key(1e-3, "Maximum difference of a logit in fp32.", low=0.0, high=1.0)
+    perplexity_tokens: int = key(8192, "Validation tokens to score in each runtime.", low=64)
+    perplexity_relative: float = key(1e-4, "Maximum relative difference of perplexity in fp32.", low=0.0, high=1.0)
+    fp16_perplexity: float = key(
         1e-3,
         "Maximum relative increase of perplexity of ort/fp16. A variant above its limit is left out of the bundle.",
         low=0.0,
         high=10,
     )
-    int8_perplexity: float = _key(0.01, "Maximum relative increase of perplexity of ort/int8.", low=0.0, high=10)
-    int4_perplexity: float = _key(0.03, "Maximum relative increase of perplexity of ort/int4.", low=0.0, high=10)
-    better_than: str = _key(
+    int8_perplexity: float = key(0.01, "Maximum relative increase of perplexity of ort/int8.", low=0.0, high=10)
+    int4_perplexity: float = key(0.03, "Maximum relative increase of perplexity of ort/int4.", low=0.0, high=10)
+    better_than: str = key(
         "",
         "Baseline whose perplexity on the validation text the model must beat, or the build fails. Empty means none.",
         choices=("", "unigram", "trigram"),
@@ -404,8 +234,8 @@ class VerifyRecipe:
 class Recipe:
     """One bundle's whole recipe."""
 
-    name: str = _key("gpt2-docs", "Name of the bundle, and of its folders under dist/ and runs/.")
-    seed: int = _key(
+    name: str = key("gpt2-docs", "Name of the bundle, and of its folders under dist/ and runs/.")
+    seed: int = key(
         1234,
         "Seed of the split, the initial weights, the dropout and the order of the sequences.",
         low=0,

@@ -37,7 +37,7 @@ LAYERS = {
         "training onnx_export tf_export recipe_reader recipe_reference",
         "data model",
         "recipe run_folder progress keras_backend special_tokens",
-        "plain_files",
+        "plain_files data_recipe",
     ),
     "benchmarks": ("commands", "serving training experiments", "peers", "suite", "common"),
 }

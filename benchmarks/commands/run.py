@@ -13,8 +13,8 @@ from benchmarks.commands.scenarios import check_output, run_scenarios
 from serving.commands.param_types import BundlePath, Number
 from serving.errors import InputError
 
-_SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
-_COUNTED = ("single", "offline", "server", "concurrency", "grid")
+_SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "cold-start")
+_COUNTED = ("single", "offline", "server", "concurrency")
 # Which scenarios read an option, where not all do.
 _READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("batch_sizes", "prompt_tokens", "new_tokens"), ("steps",)),
@@ -22,11 +22,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     **{"requests": _COUNTED, "rates": ("server",), "arrivals": ("server", "saturation")},
     **{"clients": ("concurrency",), "cold_starts": ("cold-start",), "trace": ("server",)},
     "price_per_hour": (*_COUNTED, "saturation"),
-    **dict.fromkeys(("grid_prompts", "grid_outputs"), ("grid",)),
     **dict.fromkeys(("sweep_from", "sweep_factor", "sweep_seconds", "sweep_limit"), ("saturation",)),
 }
-# A schedule file says all that these would: they draw one.
-_DRAWING = (set(_READ_BY) - {"cold_starts", "sweep_limit", "price_per_hour"}) | {"scenarios", "seed"}
 # What a trace says for the scenario server.
 _TRACED = ("requests", "rates", "arrivals")
 _POSITIVE = Number(0, min_open=True)
@@ -65,9 +62,6 @@ def bench() -> None:
               help="Length of each prompt in steps.  [default: 128, or what fits]")
 @click.option("--new-tokens", type=click.IntRange(1),
               help="Number of decode steps of a repeat in steps.  [default: 32, or what fits]")
-@click.option("--schedule", type=click.Path(path_type=Path), metavar="FILE",
-              help="Play the schedules in FILE instead of drawing them.")
-@click.option("--save-schedule", type=click.Path(path_type=Path), metavar="FILE", help="Save the schedules to FILE.")
 @click.option("--requests", type=click.IntRange(1, 1_000_000), default=16, show_default=True,
               help="Number of requests of each schedule.")
 @click.option("--prompt-lengths", metavar="LENGTH",
@@ -89,10 +83,6 @@ def bench() -> None:
               help="Duration of each request rate.")
 @click.option("--sweep-limit", type=_POSITIVE, default=120.0, show_default=True, metavar="SECONDS",
               help="Start no further request rate after this time.")
-@click.option("--grid-prompt", "grid_prompts", multiple=True, type=click.IntRange(1), metavar="TOKENS",
-              help="Prompt length in grid; repeatable.")
-@click.option("--grid-output", "grid_outputs", multiple=True, type=click.IntRange(1), metavar="TOKENS",
-              help="Output length in grid; repeatable.")
 @click.option("--cold-starts", type=click.IntRange(1, 100), default=5, show_default=True,
               help="Number of fresh processes of each target in cold-start.")
 @click.option("--max-batch", type=click.IntRange(1, 4096), default=16, show_default=True,
@@ -119,38 +109,35 @@ def run(
     output: Path | None,
     as_json: bool,
     scenarios: tuple[str, ...],
-    schedule: Path | None,
     **asked: Any,
 ) -> None:
     """Measure prefill and decode latency of BUNDLE in each runtime, with the roofline bound of this machine.
 
-    With --scenario or --schedule: play requests against targets, and measure what a client sees.
+    With --scenario: play requests against targets, and measure what a client sees.
     """
     named = _SCENARIOS if "all" in scenarios else scenarios or ("steps",)
-    _refuse_unread(context, named, schedule)
+    _refuse_unread(context, named)
     # Before the measuring, so that no result is lost.
     check_output(output)
     from serving.bundle import open_bundle
 
     # The record names the bundle by its manifest, so its files must be those: every hash is compared.
-    run_scenarios(open_bundle(bundle), targets, output, as_json, scenarios=named, schedule=schedule, **asked)
+    run_scenarios(open_bundle(bundle), targets, output, as_json, scenarios=named, **asked)
 
 
 # fmt: on
 
 
-def _refuse_unread(context: click.Context, scenarios: tuple[str, ...], schedule: Path | None) -> None:
+def _refuse_unread(context: click.Context, scenarios: tuple[str, ...]) -> None:
     """Raise InputError for an option that was given and would do nothing in this run."""
     for option in context.command.params:
         name, flag = str(option.name), option.opts[0]
         if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
-        if schedule is not None and name in _DRAWING:
-            raise InputError(f"{flag} draws a schedule, and --schedule reads drawn ones; leave one of them out")
         readers = _READ_BY.get(name, scenarios)
         if context.params["trace"] and name in _TRACED and set(scenarios) & set(readers) <= {"server"}:
             raise InputError(f"--trace says how many requests arrive and when; leave out {flag}")
-        if schedule is None and not set(scenarios) & set(readers):
+        if not set(scenarios) & set(readers):
             raise InputError(f"{flag} is read with --scenario {' or '.join(readers)}; add that, or leave it out")
 
 

@@ -26,12 +26,11 @@ _SWEEP_RATES = 16
 
 
 def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, as_json: bool, **asked: Any) -> None:
-    """Draw or read schedules, play them against the targets, print tables and verdict, and write the record."""
+    """Draw schedules, play them against the targets, print tables and verdict, and write the record."""
     from benchmarks.common.hardware import BandwidthProbe, ComputeProbe
     from benchmarks.suite.cold_start import ColdStart, cold_start
     from benchmarks.suite.figures.latency_metrics import Objectives
     from benchmarks.suite.load.clock import WallClock
-    from benchmarks.suite.load.schedule import save_schedules
     from benchmarks.suite.machine.contention import Machine
     from benchmarks.suite.machine.meters import open_meters
     from benchmarks.suite.record import about, keep, write_reports
@@ -41,8 +40,6 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     from serving.sampling.detokenizer import load_tokenizer
 
     schedules = _schedules(bundle, asked)
-    if asked["save_schedule"] is not None:
-        save_schedules(asked["save_schedule"], schedules)
     opened, missing = _targets(bundle, targets, asked, {schedule.scenario for schedule in schedules} == {"steps"})
     limits = {name: asked[f"slo_{name}"] for name in ("ttft", "tpot", "e2e")}
     objectives = Objectives(**{name: None if value is None else value / 1e3 for name, value in limits.items()})
@@ -54,18 +51,17 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
     header = about(bundle)
     unfinished = output.with_name(f"{output.name}.unfinished") if output is not None else None
     earlier = _unfinished(unfinished, header) if asked["resume"] else None
-
-    is_kept = False
+    kept: list[Path] = []
 
     def keep_so_far(record: dict[str, Any]) -> None:
-        nonlocal is_kept
         if unfinished is not None:
             keep(header | record, unfinished)
-            is_kept = True
+            kept[:] = [unfinished]
 
     async def work() -> dict[str, Any]:
         clock = WallClock()
-        overhead = await client_overhead(clock) if _has_server([target.name for target in opened]) else None
+        has_server = any("=" in target.name or target.name.startswith("tfserving") for target in opened)
+        overhead = await client_overhead(clock) if has_server else None
         record = await measure(
             opened,
             schedules,
@@ -83,20 +79,19 @@ def run_scenarios(bundle: Bundle, targets: Sequence[str], output: Path | None, a
             keep=keep_so_far,
             say=lambda line: click.echo(line, err=True),
         )
-        return record | {"client_overhead_ms": overhead}
+        return header | record | {"client_overhead_ms": overhead}
 
     try:
-        record = header | asyncio.run(work())
+        record = asyncio.run(work())
     except BaseException:
-        if is_kept:
+        if kept:
             click.echo(f"{unfinished} keeps what was measured; the same command with --resume continues", err=True)
         raise
     click.echo(to_markdown(record))
     click.echo("\n".join(["Verdict", *(f"  {line}" for line in verdict(record))]))
     if output is not None:
         write_reports(record, output)
-    if unfinished is not None:
-        unfinished.unlink(missing_ok=True)
+        output.with_name(f"{output.name}.unfinished").unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps(record))
 
@@ -105,7 +100,6 @@ def _targets(
     bundle: Bundle, asked_for: Sequence[str], asked: Mapping[str, Any], only_steps: bool
 ) -> tuple[list[Target], dict[str, str] | None]:
     """Open the targets; what was not named and is not on this machine comes back with the reason."""
-    from benchmarks.suite.static_batches import is_static
     from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 
     emulators, batch = asked["emulators"], asked["max_batch"]
@@ -121,7 +115,7 @@ def _targets(
     unmarked = [target.name for target in opened if target.name in emulators and not target.emulator]
     if unmarked:
         raise InputError(f"--emulator {unmarked[0]!r}: this target cannot be an emulator; leave the option out")
-    if only_steps and not any(is_static(each) for each in opened):
+    if only_steps and not any(hasattr(each, "runner") for each in opened):
         raise InputError("steps measure graphs in this process; name one, such as ort/fp32 or savedmodel")
     return opened, missing
 
@@ -141,48 +135,37 @@ def _unfinished(path: Path | None, about: Mapping[str, str]) -> Earlier | None:
     return Earlier(record)
 
 
-def _has_server(names: Sequence[str]) -> bool:
-    return any("=" in name or name.startswith("tfserving") for name in names)
-
-
 def _schedules(bundle: Bundle, asked: Mapping[str, Any]) -> list[Schedule]:
     from benchmarks.common.held_out_text import read_text
-    from benchmarks.suite.load.schedule import Lengths, Planner, read_schedules
+    from benchmarks.suite.load.schedule import Lengths, Planner
 
-    model = bundle.manifest.model
-    if asked["schedule"] is not None:
-        return read_schedules(asked["schedule"], model.n_positions, model.vocab_size)
-    planner = Planner(read_text(bundle), model.n_positions, asked["seed"])
+    context = bundle.manifest.model.n_positions
+    planner = Planner(read_text(bundle), context, asked["seed"])
     # Half the context for the prompt and a quarter for the output, or what is usual if that is less.
-    prompt = Lengths.parse(asked["prompt_lengths"] or str(min(128, model.n_positions // 2)))
-    made = Lengths.parse(asked["output_lengths"] or str(min(32, model.n_positions // 4)))
-    count, found = asked["requests"], []
+    prompt = Lengths.parse(asked["prompt_lengths"] or str(min(128, context // 2)))
+    made = Lengths.parse(asked["output_lengths"] or str(min(32, context // 4)))
+    count, arrivals = asked["requests"], asked["arrivals"]
+    found: list[Schedule] = []
     for scenario in asked["scenarios"]:
         if scenario == "steps":
-            new = asked["new_tokens"] or min(32, model.n_positions - 1)
-            tokens = asked["prompt_tokens"] or max(1, min(128, model.n_positions - new))
+            new = asked["new_tokens"] or min(32, context - 1)
+            tokens = asked["prompt_tokens"] or max(1, min(128, context - new))
             found += [planner.steps(batch, tokens, new) for batch in asked["batch_sizes"]]
         elif scenario == "single":
             found.append(planner.single(count, prompt, made))
         elif scenario == "offline":
             found.append(planner.offline(count, prompt, made))
+        elif scenario == "server" and asked["trace"] is not None:
+            found.append(planner.trace(_recorded(asked["trace"]), prompt, made))
         elif scenario == "server":
-            how = {"arrivals": asked["arrivals"]}
-            if asked["trace"] is not None:
-                found.append(planner.trace(_recorded(asked["trace"]), prompt, made))
-            else:
-                found += [planner.server(count, prompt, made, rate=rate, **how) for rate in asked["rates"]]
+            found += [planner.server(count, prompt, made, rate=rate, arrivals=arrivals) for rate in asked["rates"]]
         elif scenario == "concurrency":
             found += [planner.concurrency(clients, count, prompt, made) for clients in asked["clients"]]
         elif scenario == "saturation":
             steps = {"start": asked["sweep_from"], "factor": asked["sweep_factor"], "seconds": asked["sweep_seconds"]}
-            found += planner.saturation(prompt, made, **steps, rates=_SWEEP_RATES, arrivals=asked["arrivals"])
-        elif scenario == "cold-start":
-            found.append(planner.cold_start(prompt, made))
+            found += planner.saturation(prompt, made, **steps, rates=_SWEEP_RATES, arrivals=arrivals)
         else:
-            prompts = asked["grid_prompts"] or sorted({max(1, prompt.high // part) for part in (4, 2, 1)})
-            outputs = asked["grid_outputs"] or sorted({max(1, made.high // part) for part in (4, 2, 1)})
-            found += [planner.grid(count, size, length) for size in prompts for length in outputs]
+            found.append(planner.cold_start(prompt, made))
     return found
 
 

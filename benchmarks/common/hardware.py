@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import threading
@@ -25,54 +26,55 @@ _BYTES = 512 << 20
 _SIDE = 2048
 
 
-class BandwidthProbe:
-    """Measures read bandwidth; one probe is kept for a whole benchmark, so that samples lie between its runs.
+class _Probe:
+    """A rate of the machine; one probe is kept for a whole benchmark, so that samples lie between its runs."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+
+    def sample(self, passes: int = 10) -> float:
+        """Return the best of a few passes in units a second, and keep it in `samples`."""
+        # A runtime's threads go on spinning for a while after its last call, and would take a core from the probe.
+        time.sleep(0.1)
+        self.samples.append(max(self._rate() for _ in range(passes)))
+        return self.samples[-1]
+
+    def _rate(self) -> float:
+        raise NotImplementedError
+
+
+class BandwidthProbe(_Probe):
+    """Bytes a second of reading memory.
 
     A pass reads 512 MiB once, split over the usable cores, by a dot product of each part with itself (one load for
     each 4 bytes, no store).
     """
 
     def __init__(self) -> None:
-        self.cores = usable_cores()
-        self._parts = np.array_split(np.ones(_BYTES // 4, np.float32), self.cores)
-        self.samples: list[float] = []
+        super().__init__()
+        self._parts = np.array_split(np.ones(_BYTES // 4, np.float32), usable_cores())
 
-    def sample(self, passes: int = 10) -> float:
-        """Return the bandwidth of the best of a few passes in bytes/s, and keep it in `samples`."""
-        # A runtime's threads go on spinning for a while after its last call, and would take a core from the probe.
-        time.sleep(0.1)
-        best = 0.0
-        for _ in range(passes):
-            began = time.perf_counter()
-            threads = [threading.Thread(target=np.dot, args=(part, part)) for part in self._parts]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            best = max(best, _BYTES / (time.perf_counter() - began))
-        self.samples.append(best)
-        return best
+    def _rate(self) -> float:
+        began = time.perf_counter()
+        threads = [threading.Thread(target=np.dot, args=(part, part)) for part in self._parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return _BYTES / (time.perf_counter() - began)
 
 
-class ComputeProbe:
-    """Measures float32 arithmetic by numpy's product of two square matrices, on as many cores as its library takes."""
+class ComputeProbe(_Probe):
+    """Float32 multiplications and additions a second of numpy's product of two matrices, on the cores it takes."""
 
     def __init__(self) -> None:
-        random = np.random.default_rng(0)
-        self._matrices = random.standard_normal((2, _SIDE, _SIDE), np.float32)
-        self.samples: list[float] = []
+        super().__init__()
+        self._matrices = np.random.default_rng(0).standard_normal((2, _SIDE, _SIDE), np.float32)
 
-    def sample(self, passes: int = 5) -> float:
-        """Return the multiplications and additions a second of the best of a few passes, and keep it in `samples`."""
-        time.sleep(0.1)
-        left, right = self._matrices
-        best = 0.0
-        for _ in range(passes):
-            began = time.perf_counter()
-            np.dot(left, right)
-            best = max(best, 2 * _SIDE**3 / (time.perf_counter() - began))
-        self.samples.append(best)
-        return best
+    def _rate(self) -> float:
+        began = time.perf_counter()
+        np.dot(*self._matrices)
+        return 2 * _SIDE**3 / (time.perf_counter() - began)
 
 
 def busy_seconds() -> float:
@@ -80,81 +82,83 @@ def busy_seconds() -> float:
 
     Zero where the system does not say (/proc/stat).
     """
-    try:
-        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
-    except OSError:
+    fields = _read(Path("/proc/stat")).split("\n", 1)[0].split()[1:9]
+    if not fields:
         return 0.0
-    user, nice, system, _idle, _waiting, *others = (int(field) for field in fields[:8])
+    user, nice, system, _idle, _waiting, *others = map(int, fields)
     return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
 
 
 def own_seconds(processes: Iterable[int] = ()) -> float:
     """CPU seconds of this process, of those that it has waited for, and of these others so far (Linux)."""
     times = os.times()
-    found = times.user + times.system + times.children_user + times.children_system
-    for process in processes:
-        try:
-            # The name, in brackets, may hold anything; after it user and system time are fields 14 and 15 of all.
-            fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        except OSError:
-            continue
-        found += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    own = times.user + times.system + times.children_user + times.children_system
+    return own + sum(map(cpu_seconds, processes))
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU seconds of a process so far; zero if there is none."""
+    # The name, in brackets, may hold anything; after it user and system time are fields 14 and 15 of all.
+    fields = _read(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def process_memory(process: int) -> dict[str, int]:
+    """The memory fields of /proc/PID/status in bytes, such as VmRSS and VmHWM; none if the process has ended."""
+    lines = (line.split() for line in _read(Path(f"/proc/{process}/status")).splitlines())
+    return {fields[0].rstrip(":"): int(fields[1]) << 10 for fields in lines if fields[-1:] == ["kB"]}
+
+
+def process_tree(root: int) -> list[int]:
+    """A process and all that it started, by number."""
+    found = [root]
+    for process in found:
+        for path in Path(f"/proc/{process}/task").glob("*/children"):
+            found += map(int, _read(path).split())
     return found
 
 
 def last_level_cache_bytes() -> int | None:
     """Size of the largest cache that the first core sees, or None where the system does not say."""
-    sizes = []
-    for path in (_CORES / "cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="utf-8").strip()
-        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:])
-        if unit and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) * unit)
+    units = {"K": 1 << 10, "M": 1 << 20}
+    texts = [_read(path).strip() for path in (_CORES / "cpu0/cache").glob("index*/size")]
+    sizes = [int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units and text[:-1].isdigit()]
     return max(sizes, default=None)
 
 
 def environment() -> dict[str, Any]:
-    """Date, processor, cores, memory, clocks, load, and versions of what runs; GPUs are told by `Meters.describe`."""
+    """Date, processor, cores, memory, clocks, load, and versions of what runs; GPUs are told by `Meters.describe`.
+
+    `clock_mhz` is the lowest and highest clock of the cores now. What the system does not say is None.
+    """
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    memory: int | None = None
+    with contextlib.suppress(ValueError, OSError):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "cpu": cpu_model(),
         "cores": usable_cores(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory,
         "last_level_cache_bytes": last_level_cache_bytes(),
         "kernel": platform.release(),
-        "clock_mhz": _clock_mhz(),
-        "governor": _governor(),
+        "clock_mhz": [min(clocks), max(clocks)] if clocks else None,
+        "governor": _read(_CORES / "cpu0/cpufreq/scaling_governor").strip() or None,
         "load_average": list(os.getloadavg()),
         "versions": versions,
     }
 
 
-def _clock_mhz() -> list[float] | None:
-    """Lowest and highest clock of the cores now, in MHz, or None where the system does not say."""
+def _read(path: Path) -> str:
+    """What a file of the system says; nothing where it is not there."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    return [min(clocks), max(clocks)] if clocks else None
-
-
-def _governor() -> str | None:
-    """What decides on the first core's clock; None where that is not told, as in most virtual machines."""
-    try:
-        return (_CORES / "cpu0/cpufreq/scaling_governor").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
+        return ""

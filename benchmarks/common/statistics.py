@@ -40,6 +40,11 @@ def summarise(samples: Sequence[float], resamples: int = 1000, seed: int = 0) ->
     return Summary(float(np.median(values)), float(low), float(high), len(values))
 
 
+def percentiles(samples: Sequence[float]) -> dict[str, float]:
+    """The 50th and 99th percentile and the maximum of `samples`."""
+    return {name: float(np.percentile(samples, share)) for name, share in (("p50", 50), ("p99", 99), ("max", 100))}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the repeats say of one figure of a contender compared with that of a reference.

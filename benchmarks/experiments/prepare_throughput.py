@@ -16,7 +16,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.common.hardware import environment
+from benchmarks.common.hardware import environment, process_memory, process_tree
+from benchmarks.common.standalone import OUTPUT, finish, run, say
 from benchmarks.experiments.synthetic_corpus import write_corpus, write_novel
+from serving.errors import GPT2BundleError
 
 SETTINGS = (
     "cleaning.html=true",
@@ -60,7 +61,7 @@ print(time.perf_counter() - began)
 @click.option("--memory", "sizes", multiple=True, type=int, metavar="MEGABYTES", help="A size to measure memory at.")
 @click.option("--novel", "novels", multiple=True, type=float, metavar="MEGABYTES",
               help="A size to measure memory at with one Chinese text and a tokenizer of its own.")  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@OUTPUT
 def main(
     work: Path, megabytes: int, rounds: int, sizes: tuple[int, ...], novels: tuple[float, ...], output: Path | None
 ) -> None:
@@ -73,10 +74,8 @@ def main(
     if sizes:
         record["memory"] = [_memory(work, base, size) for size in sizes]
     if novels:
-        record["novels"] = [_novel(work, size) for size in novels]
-    click.echo(json.dumps(record))
-    if output is not None:
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record["novels"] = [_memory(work, None, size) for size in novels]
+    finish(record, output, json.dumps)
 
 
 def _time(work: Path, base: Path, megabytes: int, rounds: int) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def _time(work: Path, base: Path, megabytes: int, rounds: int) -> dict[str, Any]
             began = time.perf_counter()
             subprocess.run(_command(work, base, corpus, *more), check=True, capture_output=True)
             rows[name].append(time.perf_counter() - began)
-        click.echo(", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in rows.items()), err=True)
+        say(", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in rows.items()))
     medians = {name: statistics.median(seconds) for name, seconds in rows.items()}
     return {
         "megabytes": megabytes,
@@ -101,22 +100,20 @@ def _time(work: Path, base: Path, megabytes: int, rounds: int) -> dict[str, Any]
     }
 
 
-def _memory(work: Path, base: Path, megabytes: int) -> dict[str, Any]:
-    """Peaks in bytes, of all processes together: resident, and the part of it that no file backs."""
-    corpus, documents = _corpus(work, megabytes)
-    row = {"megabytes": megabytes, "documents": documents, **_peaks(work, _command(work, base, corpus))}
-    corpus.unlink()
-    click.echo(json.dumps(row), err=True)
-    return row
+def _memory(work: Path, base: Path | None, megabytes: float) -> dict[str, Any]:
+    """Peaks in bytes, of all processes together: resident, and the part of it that no file backs.
 
-
-def _novel(work: Path, megabytes: float) -> dict[str, Any]:
-    """The same of one text, with the default recipe."""
-    corpus = work / "novel.txt"
-    characters = write_novel(corpus, megabytes)
-    row = {"megabytes": megabytes, "characters": characters, **_peaks(work, _command(work, None, corpus))}
+    Without a base it is one Chinese text, with the default recipe.
+    """
+    if base is None:
+        corpus = work / "novel.txt"
+        about = {"characters": write_novel(corpus, megabytes)}
+    else:
+        corpus, documents = _corpus(work, round(megabytes))
+        about = {"documents": documents}
+    row = {"megabytes": megabytes, **about, **_peaks(work, _command(work, base, corpus))}
     corpus.unlink()
-    click.echo(json.dumps(row), err=True)
+    say(row)
     return row
 
 
@@ -125,51 +122,20 @@ def _peaks(work: Path, command: list[str]) -> dict[str, Any]:
     peaks = {"resident": 0, "anonymous": 0, "largest_process": 0}
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        ended = threading.Event()
-        poll = threading.Thread(target=_poll, args=(process.pid, peaks, ended))
-        poll.start()
-        code = process.wait()
-        ended.set()
-        poll.join()
-    if code:
-        raise SystemExit(f"prepare ended with {code}")
-    disk = sum(path.stat().st_size for path in (work / "runs").rglob("*") if path.is_file())
+        while process.poll() is None:
+            rows = [fields for pid in process_tree(process.pid) if "VmHWM" in (fields := process_memory(pid))]
+            now = {
+                "resident": sum(fields["VmRSS"] for fields in rows),
+                "anonymous": sum(fields["RssAnon"] for fields in rows),
+                "largest_process": max((fields["VmHWM"] for fields in rows), default=0),
+            }
+            peaks = {name: max(value, now[name]) for name, value in peaks.items()}
+            time.sleep(_POLL_SECONDS)
+    if process.returncode:
+        raise GPT2BundleError(f"prepare ended with {process.returncode}")
     seconds = round(time.perf_counter() - began, 1)
+    disk = sum(path.stat().st_size for path in (work / "runs").rglob("*") if path.is_file())
     return {"peak_bytes": peaks, "run_bytes_on_disk": disk, "seconds": seconds}
-
-
-def _poll(root: int, peaks: dict[str, int], ended: threading.Event) -> None:
-    while not ended.wait(_POLL_SECONDS):
-        rows = [fields for pid in _tree(root) if (fields := _status(pid))]
-        now = {
-            "resident": sum(fields["VmRSS"] for fields in rows),
-            "anonymous": sum(fields["RssAnon"] for fields in rows),
-            "largest_process": max((fields["VmHWM"] for fields in rows), default=0),
-        }
-        for name, value in now.items():
-            peaks[name] = max(peaks[name], value)
-
-
-def _tree(root: int) -> list[int]:
-    """A process and all that it started, by number."""
-    found = [root]
-    for pid in found:
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                found += map(int, path.read_text(encoding="ascii").split())
-            except OSError:
-                continue
-    return found
-
-
-def _status(pid: int) -> dict[str, int]:
-    """The memory fields of a process in bytes; none if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon", "VmHWM")))
-    return {name.rstrip(":"): int(value) << 10 for name, value, _ in pairs}
 
 
 def _command(work: Path, base: Path | None, corpus: Path, *more: str) -> list[str]:
@@ -216,4 +182,4 @@ def zero_weights(vocab_size: int, n_positions: int, width: int) -> dict[str, NDA
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,22 +10,20 @@ on its own thread, as `one request` has rows. `next to others` is a stream while
 
 from __future__ import annotations
 
-import json
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from benchmarks.common.hardware import environment
-from benchmarks.common.standalone import run
+from benchmarks.common.standalone import measurement, numbers_of, run
 from benchmarks.suite.targets.tf_serving import greedy_inputs
-from serving.bundle import open_bundle
+from serving.bundle import Bundle
 from serving.clients.session_transport import SessionTransport
 from serving.errors import GPT2BundleError
 
@@ -33,19 +31,16 @@ TOKENS = 32
 _CALL_SECONDS = 600.0
 
 
-@click.command()
-@click.argument("folder", metavar="BUNDLE", type=click.Path(path_type=Path))
-@click.option("--rows", default="1,4,8,16", show_default=True, help="Numbers of active slots, and of requests at once.")
-@click.option("--others", default=4, show_default=True, help="Number of whole answers next to a stream.")
-@click.option("--prompt", default=128, show_default=True, help="Length of each prompt in tokens.")
-@click.option("--rounds", default=3, show_default=True, help="Number of rounds after one that is not counted.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON to FILE.")
-def main(folder: Path, rows: str, others: int, prompt: int, rounds: int, output: Path | None) -> None:
-    """Measure milliseconds a token, and tokens a second of concurrent requests."""
-    model = _Model(SessionTransport(open_bundle(folder, check="sizes")), prompt)
-    record: dict[str, Any] = {"environment": environment(), "prompt": prompt, "rounds": rounds}
-    record |= {"ms_a_token": {}, "tokens_per_second": {}}
-    for count in [int(number) for number in rows.split(",")]:
+@measurement(
+    click.option("--rows", default="1,4,8,16", show_default=True, help="Numbers of active slots, and of requests."),
+    click.option("--others", default=4, show_default=True, help="Number of whole answers next to a stream."),
+    graph=None, prompt_tokens=128, repeats=3,
+)  # fmt: skip
+def main(bundle: Bundle, rows: str, others: int, prompt_tokens: int, repeats: int) -> dict[str, Any]:
+    """Measure milliseconds a token, and tokens a second of concurrent requests; a round before is not counted."""
+    model = _Model(SessionTransport(bundle), prompt_tokens)
+    record: dict[str, Any] = {"ms_a_token": {}, "tokens_per_second": {}}
+    for count in numbers_of(rows):
         ways: dict[str, Callable[[], list[float]]] = {
             "serving_default": partial(model.loop, count),
             "decode_slots, 1 token a call": partial(model.slots, count, 1),
@@ -53,13 +48,11 @@ def main(folder: Path, rows: str, others: int, prompt: int, rounds: int, output:
         }
         if count > 1:
             ways["decode_slots, 1 token a call, highest slot only"] = partial(model.slots, count, 1, highest=True)
-        times = _rounds(ways, rounds)
+        times = _rounds(ways, repeats)
         record["ms_a_token"][str(count)] = {name: statistics.median(some) * 1e3 for name, some in times.items()}
-        requests: dict[str, Callable[[], list[float]]] = {
-            "one request": partial(model.whole, count),
-            "concurrent": partial(model.concurrent, count),
-        }
-        times = _rounds(requests, rounds)
+        times = _rounds(
+            {"one request": partial(model.whole, count), "concurrent": partial(model.concurrent, count)}, repeats
+        )
         rates = {name: count * TOKENS / statistics.median(some) for name, some in times.items()}
         record["tokens_per_second"][str(count)] = rates
     alone, crowded = model.slots(1, 1), model.slots_next_to(others)
@@ -67,10 +60,7 @@ def main(folder: Path, rows: str, others: int, prompt: int, rounds: int, output:
         name: {"median": statistics.median(some) * 1e3, "longest": max(some) * 1e3}
         for name, some in (("alone", alone), (f"next to {others} others", crowded))
     }
-    text = json.dumps(record, indent=2)
-    click.echo(text)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
+    return record
 
 
 def _rounds(ways: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
@@ -101,12 +91,9 @@ class _Model:
         """Seconds until the last of `count` requests of one row has its answer."""
         inputs = self._inputs(count, TOKENS)
         single = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(count)]
-        threads = [threading.Thread(target=self._call, args=("serving_default", each)) for each in single]
         start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(partial(self._call, "serving_default"), single))
         return [time.perf_counter() - start]
 
     def slots(self, rows: int, steps: int, highest: bool = False) -> list[float]:
@@ -134,15 +121,13 @@ class _Model:
             while not over.is_set():
                 self.whole(1)
 
-        threads = [threading.Thread(target=answers) for _ in range(others)]
-        for thread in threads:
-            thread.start()
-        try:
-            return self.slots(1, 1)
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
+        with ThreadPoolExecutor(others) as pool:
+            for _ in range(others):
+                pool.submit(answers)
+            try:
+                return self.slots(1, 1)
+            finally:
+                over.set()
 
     def _inputs(self, rows: int, tokens: int) -> dict[str, Any]:
         ids = np.random.default_rng(0).integers(0, 250, (rows, self._prompt))

@@ -9,25 +9,25 @@ prompt in turns. A stream's rate counts from its first token to its last, so pre
 
 from __future__ import annotations
 
+import contextlib
 import json
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.common.hardware import environment
+from benchmarks.common.engine_stream import Stream
 from benchmarks.common.held_out_text import cut_prompts, read_text
-from benchmarks.common.standalone import run
+from benchmarks.common.standalone import measurement, run, say
 from benchmarks.common.statistics import paired, summarise
-from serving.bundle import Bundle, open_bundle
-from serving.engine.api import Event, FinishEvent, GenerationRequest, TokenEvent
+from serving.bundle import Bundle
+from serving.engine.api import GenerationRequest
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine, open_engine
-from serving.errors import GPT2BundleError, InputError
+from serving.errors import InputError
 from serving.sampling import SamplingParams
 from serving.sampling.detokenizer import load_tokenizer
 
@@ -36,55 +36,37 @@ _COUNTS = ("drafted_prompt_tokens", "accepted_prompt_tokens", "drafted_ngram_tok
            "replayed_tokens", "steps", "generated_tokens")  # fmt: skip
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/fp32", show_default=True)
-@click.option(
-    "--prompts",
-    "files",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A file with one prompt a line. May be repeated.  [default: the bundle's held-out text]",
-)
-@click.option("--temperature", "temperatures", multiple=True, type=float, default=(0.0, 0.8), show_default=True)
-@click.option("--most", default=32, show_default=True, help="Prompts of each file, the first ones.")
-@click.option("--prompt-tokens", default=128, show_default=True, help="Tokens of a prompt at most: its last ones.")
-@click.option("--new-tokens", default=128, show_default=True, help="Tokens that each prompt is continued by.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds in which each prompt runs both ways.")
-@click.option("--threads", type=int, help="Threads of ONNX Runtime.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@measurement(
+    click.option("--prompts", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+                 help="A file with one prompt a line. May be repeated.  [default: the bundle's held-out text]"),
+    click.option("--temperature", "temperatures", multiple=True, type=float, default=(0.0, 0.8), show_default=True),
+    click.option("--rounds", default=3, show_default=True, help="Rounds in which each prompt runs both ways."),
+    click.option("--threads", type=int, help="Threads of ONNX Runtime."),
+    graph="ort/fp32", table=partial(json.dumps, indent=1), most=32, prompt_tokens=128, new_tokens=128,
+)  # fmt: skip
 def main(
-    bundle: Path, graph: str, files: tuple[Path, ...], temperatures: tuple[float, ...], threads: int | None,
-    output: Path | None, **sizes: int,
-) -> None:  # fmt: skip
-    """Measure on the folder BUNDLE."""
-    opened = open_bundle(bundle, check="sizes")
-    sets = {str(file): _read_prompts(opened, file, sizes) for file in files}
-    sets = sets or {HELD_OUT: cut_prompts(read_text(opened), sizes["most"], sizes["prompt_tokens"])}
-    engines = {
-        name: open_engine(opened, graph, config=EngineConfig(slots=1, threads=threads, speculation=name))
-        for name in ("auto", "off")
-    }
-    try:
+    bundle: Bundle, graph: str, files: tuple[Path, ...], temperatures: tuple[float, ...], rounds: int,
+    threads: int | None, most: int, prompt_tokens: int, new_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on the folder BUNDLE; a prompt is its last --prompt-tokens at most."""
+    sets = {str(file): _read_prompts(bundle, file, most, prompt_tokens) for file in files}
+    sets = sets or {HELD_OUT: cut_prompts(read_text(bundle), most, prompt_tokens)}
+    with contextlib.ExitStack() as stack:
+        engines: dict[str, SlotEngine] = {}
+        for name in ("auto", "off"):
+            config = EngineConfig(slots=1, threads=threads, speculation=name)
+            engines[name] = stack.enter_context(contextlib.closing(open_engine(bundle, graph, config=config)))
         rows = [
-            _compare(engines, name, prompts, temperature, sizes["new_tokens"], sizes["rounds"])
+            _compare(engines, name, prompts, temperature, new_tokens, rounds)
             for name, prompts in sets.items()
             for temperature in temperatures
         ]
-    finally:
-        for engine in engines.values():
-            engine.close()
-    record = {"bundle": opened.manifest.name, "environment": environment(), "graph": graph, **sizes, "rows": rows}
-    click.echo(json.dumps(record, indent=2))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return {"files": list(map(str, files)), "rows": rows}
 
 
-def _read_prompts(bundle: Bundle, file: Path, sizes: dict[str, int]) -> list[list[int]]:
+def _read_prompts(bundle: Bundle, file: Path, most: int, prompt_tokens: int) -> list[list[int]]:
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][: sizes["most"]]
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:most]
         texts = [json.loads(line)["prompt"] for line in lines] if file.suffix == ".jsonl" else lines
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("no prompts")
@@ -92,7 +74,7 @@ def _read_prompts(bundle: Bundle, file: Path, sizes: dict[str, int]) -> list[lis
         raise InputError(f"{file}: no prompts to read ({error}); write one on each line") from None
     tokenizer = load_tokenizer(bundle)
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    return [each[-sizes["prompt_tokens"] :] for each in ids if each]
+    return [each[-prompt_tokens:] for each in ids if each]
 
 
 def _compare(
@@ -122,13 +104,13 @@ def _compare(
         "prompts": name,
         "temperature": temperature,
         "streams": len(rates["auto"]),
-        "tokens_per_second": {way: _table(summarise(each)) for way, each in rates.items()},
+        "tokens_per_second": {way: asdict(found) for way, each in rates.items() if (found := summarise(each))},
         "auto_over_off": asdict(paired(rates["auto"], rates["off"])),
         "tokens": {"equal": equal, "of": total},
         "tokens_per_step": counts["generated_tokens"] / max(1, counts["steps"]),
         **counts,
     }
-    click.echo(json.dumps(row), err=True)
+    say(row)
     return row
 
 
@@ -136,32 +118,13 @@ def _counts(engine: SlotEngine) -> dict[str, int]:
     return {name: getattr(engine.stats(), name) for name in _COUNTS}
 
 
-def _table(summary: Any) -> dict[str, float] | None:
-    return None if summary is None else asdict(summary)
-
-
 def _stream(
     engine: SlotEngine, prompt: Sequence[int], temperature: float, seed: int, new_tokens: int
 ) -> tuple[list[int], float]:
     """The tokens of one stream, and their rate after the first one."""
-    tokens: list[int] = []
-    times: list[float] = []
-    reasons: list[str] = []
-    ended = threading.Event()
-
-    def listen(event: Event) -> None:
-        if isinstance(event, TokenEvent):
-            tokens.append(event.token_id)
-            times.append(time.perf_counter())
-        elif isinstance(event, FinishEvent):
-            reasons.append(event.reason)
-            ended.set()
-
     params = SamplingParams(max_new_tokens=new_tokens, temperature=temperature, seed=seed, ignore_eos=True)
-    engine.submit(GenerationRequest(tuple(prompt), params), listen)
-    ended.wait()
-    if reasons != ["length"] or len(tokens) < 2:
-        raise GPT2BundleError(f"a stream ended with {reasons[0]} after {len(tokens)} tokens; its rate means nothing")
+    stream = Stream(engine, GenerationRequest(tuple(prompt), params)).whole()
+    (times,), (tokens,) = stream.times, stream.tokens
     return tokens, (len(times) - 1) / max(times[-1] - times[0], 1e-9)
 
 

@@ -9,7 +9,7 @@ import click
 from benchmarks.common.held_out_text import read_text
 from benchmarks.common.standalone import run
 from benchmarks.peers.comparison import Comparison, Settings, new_record
-from benchmarks.peers.gpu_device import describe, measure_rates
+from benchmarks.peers.device_rates import measure_rates
 from benchmarks.peers.runtimes import CPU, GPU, PRECISIONS, SPECULATION, chosen
 from benchmarks.suite.machine.meters import open_meters
 from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
@@ -48,21 +48,9 @@ from serving.errors import GPT2BundleError, InputError
               help="Write the record to FILE; its points of other batch sizes and precisions stay.")
 @click.option("--resume", is_flag=True, help="Leave out what the record in --output already has.")
 def main(
-    bundle: Path,
-    device: str,
-    rehearse: bool,
-    speculation: bool,
-    environments: Path,
-    names: tuple[str, ...],
-    precisions: tuple[str, ...],
-    batch_sizes: tuple[int, ...],
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    seconds: float | None,
-    work: Path,
-    output: Path,
-    resume: bool,
+    bundle: Path, device: str, rehearse: bool, speculation: bool, environments: Path, names: tuple[str, ...],
+    precisions: tuple[str, ...], batch_sizes: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int,
+    seconds: float | None, work: Path, output: Path, resume: bool,
 ) -> None:
     """Measure prefill and decode of static batches of BUNDLE and of other runtimes."""
     opened = open_bundle(bundle, check="sizes")
@@ -94,17 +82,14 @@ def main(
         each.name: f"its environment .venv-peer-{each.environment} is not in {environments}"
         for each in runtimes if each not in installed
     }
-    meters = open_meters()
-    record["energy"] = meters.describe()
-    if on_gpu:
-        record["gpu"] = describe(device)
+    meters, rates = open_meters(), measure_rates(device) if alone else None
+    record |= {"energy": meters.describe(), "gpu": (rates or {}).get("gpu")}
     output.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["target"], point["settings"]["requests"]) for point in record["points"] for row in point["rows"]
             if not row["errors"]} if resume else set()
     comparison = Comparison(
-        opened, read_text(opened), settings, record, environments=environments, work=work,
-        rates=measure_rates(device) if alone else None, meters=meters, keep=lambda: write_reports(record, output),
-        say=lambda line: click.echo(line, err=True),
+        opened, read_text(opened), settings, record, environments=environments, work=work, rates=rates, meters=meters,
+        keep=lambda: write_reports(record, output), say=lambda line: click.echo(line, err=True),
     )
     sizes = batch_sizes or ((1,) if speculation else (1, 4, 16, 64, 128, 256) if on_gpu else (1, 4, 16, 64))
     if alone:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from benchmarks.common.hardware import BandwidthProbe, ComputeProbe, environment
 from benchmarks.common.held_out_text import cut_prompts
 from benchmarks.common.runtime_process import RuntimeProcess
 from benchmarks.common.static_batch import LoadRequest
-from benchmarks.peers.gpu_device import MemoryWatch
 from benchmarks.peers.runtimes import Runtime
-from benchmarks.suite.figures.record_rows import STEPS, blank_row, point_of
+from benchmarks.suite.figures.record_rows import STEPS, add_bounds, blank_row, point_of
 from benchmarks.suite.load.schedule import Planned, Schedule
 from benchmarks.suite.machine.contention import Machine, Others
 from benchmarks.suite.machine.meters import Meters
-from benchmarks.suite.resume import most_of, session
-from benchmarks.suite.static_batches import add_bounds, play_batches, steps_point
+from benchmarks.suite.resume import RATES, most_of, session
+from benchmarks.suite.static_batches import play_batches, steps_point
 from serving.bundle import Bundle
 from serving.errors import GPT2BundleError
 
@@ -44,10 +43,11 @@ class Settings:
     seconds: float | None = None
 
 
+@dataclass
 class Comparison:
     """Runs runtimes on a bundle, and adds to `record`.
 
-    Args:
+    Attributes:
         text: token ids that prompts are cut from.
         environments: the folder of the peer environments.
         work: the folder for conversions and logs.
@@ -57,24 +57,17 @@ class Comparison:
         say: gets a line of progress.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        text: Sequence[int],
-        settings: Settings,
-        record: dict[str, Any],
-        *,
-        environments: Path,
-        work: Path,
-        rates: dict[str, Any] | None,
-        meters: Meters,
-        keep: Callable[[], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self.bundle, self.text, self.settings, self.record = bundle, text, settings, record
-        self.environments, self.work, self.rates, self.keep, self.say = environments, work, rates, keep, say
-        self.meters = meters
-        self._deadline = None if settings.seconds is None else time.monotonic() + settings.seconds
+    bundle: Bundle
+    text: Sequence[int]
+    settings: Settings
+    record: dict[str, Any]
+    environments: Path
+    work: Path
+    rates: dict[str, Any] | None
+    meters: Meters
+    keep: Callable[[], None]
+    say: Callable[[str], None]
+    began: float = field(default_factory=time.monotonic)
 
     def run(self, runtimes: Sequence[Runtime], batch_sizes: Sequence[int]) -> None:
         """Measure all runtimes of a precision in turns, or one after the other, batch by batch.
@@ -91,32 +84,32 @@ class Comparison:
 
     def _group(self, runtimes: Sequence[Runtime], sizes: Sequence[int]) -> None:
         """Processes that take turns at each batch size, until their share of the time is used up."""
-        left = None if self._deadline is None else self._deadline - time.monotonic()
-        if left is not None and left <= 0:
-            self._skip(runtimes, sizes)
-            return
-        share = None if left is None else _SHARE * left
-        pending, end = list(sizes), time.monotonic() + (share or 0.0)
+        limit, pending, end = self.settings.seconds, list(sizes), float("inf")
         failed: dict[str, str] = {}
         with ExitStack() as stack:
-            watch = stack.enter_context(MemoryWatch(self.settings.device))
-            processes = [stack.enter_context(self._start(each, sizes[0])) for each in runtimes]
-            if share is not None:
-                # A runtime that compiles for long leaves time to the others.
-                timer = threading.Timer(share, processes[0].kill)
-                timer.daemon = True
-                timer.start()
-                stack.callback(timer.cancel)
-            for process in processes:
-                self._load(process, max(sizes), failed)
-            while pending and (share is None or time.monotonic() < end):
-                watch.follow(processes[0].pid)
-                out_of_time = self._measure(runtimes, processes, pending[0], failed, watch, end if share else None)
-                if out_of_time:
+            if limit is not None:
+                left = limit - (time.monotonic() - self.began)
+                end = time.monotonic() + _SHARE * left
+            if time.monotonic() < end:
+                processes = [stack.enter_context(self._start(each, sizes[0])) for each in runtimes]
+                if limit is not None:
+                    # A runtime that compiles for long leaves time to the others.
+                    timer = threading.Timer(end - time.monotonic(), processes[0].kill)
+                    timer.daemon = True
+                    timer.start()
+                    stack.callback(timer.cancel)
+                for process in processes:
+                    self._load(process, max(sizes), failed)
+            while pending and time.monotonic() < end:
+                if not self._measure(runtimes, processes, pending[0], failed, end):
                     break
                 pending.pop(0)
+        for size in pending:
+            for runtime in runtimes:
+                self.say(f"{runtime.name}, batch {size}: skipped, its time is used up")
+                self.record["not_measured"][f"{runtime.name}, batch {size}"] = "no time was left"
         if pending:
-            self._skip(runtimes, pending)
+            self.keep()
 
     def _start(self, runtime: Runtime, size: int) -> RuntimeProcess:
         log = self.work / "logs" / f"{runtime.name.replace('/', '-')}-{size}.log"
@@ -125,6 +118,7 @@ class Comparison:
         return RuntimeProcess(runtime.name, runtime.precision, command, log, usable_cores(), gpu)
 
     def _load(self, process: RuntimeProcess, rows: int, failed: dict[str, str]) -> None:
+        """Load a runtime, and describe it in the record."""
         self.say(f"{process.name} loads")
         request = LoadRequest(
             bundle=str(self.bundle.folder.absolute()),
@@ -140,7 +134,11 @@ class Comparison:
         except GPT2BundleError as error:
             failed[process.name] = str(error)
             self.say(f"{process.name} is left out: {error}")
-        self._describe(process, time.monotonic() - started)
+        told = ", ".join(f"{name} {version}" for name, version in process.versions.items())
+        entry: dict[str, Any] = {"name": process.name, "label": told or "did not load", "precision": process.precision}
+        entry |= {"emulator": process.emulator, "load_seconds": time.monotonic() - started, "warm_after": 1}
+        others = [each for each in self.record["targets"] if each["name"] != process.name]
+        self.record["targets"] = [*others, {**entry, "warm": True, "versions": process.versions}]
 
     def _measure(
         self,
@@ -148,15 +146,13 @@ class Comparison:
         processes: Sequence[RuntimeProcess],
         size: int,
         failed: dict[str, str],
-        watch: MemoryWatch,
-        end: float | None,
+        end: float,
     ) -> bool:
-        """Add the point of one batch size; return True if the runtime was killed because its time was used up."""
-        settings, geometry = self.settings, self.bundle.manifest.model
-        alone = settings.alone
+        """Add the point of one batch size; False if the runtime was killed because its time was used up."""
+        settings, alone = self.settings, self.settings.alone
         schedule = self._schedule("" if alone else runtimes[0].precision, size)
-        bandwidth_probe, compute_probe = (None, None) if alone else (BandwidthProbe(), ComputeProbe())
-        machine = Machine(bandwidth_probe, compute_probe, self.meters)
+        probes = (None, None) if alone else (BandwidthProbe(), ComputeProbe())
+        machine = Machine(*probes, self.meters)
         others, about = Others([process.pid for process in processes]), environment()
         played = play_batches(
             {process.name: process for process in processes if process.name not in failed},
@@ -168,16 +164,16 @@ class Comparison:
             say=self.say,
             failed=failed,
         )
-        if end is not None and failed and time.monotonic() >= end:
-            return True
+        if failed and time.monotonic() >= end:
+            return False
         point = steps_point(schedule, played, processes)
         bandwidth, rate = machine.rates()
         rates: Any = rate
         if self.rates is not None:
-            bandwidth = self.rates["read_bytes_per_second"]
-            flops = {name: value for name, value in self.rates.items() if name.endswith("_flops_per_second")}
-            rates = {name.removesuffix("_flops_per_second"): value for name, value in flops.items()}
-        add_bounds(point, schedule, geometry, bandwidth, rates, {each.name: each.cache for each in runtimes})
+            bandwidth, suffix = self.rates["read_bytes_per_second"], "_flops_per_second"
+            rates = {name.removesuffix(suffix): each for name, each in self.rates.items() if name.endswith(suffix)}
+        caches = {each.name: each.cache for each in runtimes}
+        add_bounds(point, schedule, self.bundle.manifest.model, bandwidth, rates, caches)
         for runtime, process in zip(runtimes, processes, strict=True):
             row = next((each for each in point["rows"] if each["target"] == runtime.name), None)
             if row is None:
@@ -185,15 +181,12 @@ class Comparison:
                 row["errors"] = [failed[runtime.name].replace(str(process.log), process.log.name)]
                 point["rows"].append(row)
             row["notes"] = [*row["notes"], *filter(None, [runtime.note]), *process.notes]
-            if watch.peak is not None:
-                row["figures"]["peak_gpu_memory_bytes"] = [float(watch.peak)] * len(row["figures"]["prefill_ms"])
-                row["notes"] += ["GPU memory is all that is in use since the start, by any program"] * watch.whole
             # A GPU's runtimes that are rehearsed on the CPU are bounded by it.
-            if not runtime.bounded and (settings.device != "cpu" or not settings.alone):
+            if not runtime.bounded and (settings.device != "cpu" or not alone):
                 row |= {"bound_ttft_ms": None, "bound_inter_token_ms": None}
         point["session"] = session(about, machine.rates(), others.share())
-        self._add(schedule, point, in_turns=not alone)
-        return False
+        self._add(schedule, point)
+        return True
 
     def _schedule(self, precision: str, size: int) -> Schedule:
         """The prompts of a batch size; a precision is a point of its own, as its runtimes take turns."""
@@ -203,52 +196,38 @@ class Comparison:
         settings = {"requests": size, "prompt": lengths, **({"precision": precision} if precision else {})}
         return Schedule("steps", f"{f'{precision}, ' if precision else ''}batch {size}", settings, tuple(requests))
 
-    def _add(self, schedule: Schedule, point: dict[str, Any], in_turns: bool) -> None:
-        """Put a point into the record: instead of an older one, or, one runtime after the other, its rows only."""
+    def _add(self, schedule: Schedule, point: dict[str, Any]) -> None:
+        """Put a point into the record, instead of an older one; one runtime after the other, with its other rows.
+
+        Those that did not take turns are not compared: a drift of the device would be in their ratios.
+        """
         points: list[dict[str, Any]] = self.record["points"]
-        place = next((number for number, each in enumerate(points) if each["point"] == point["point"]), None)
-        if place is None:
-            points.append(point)
-        elif in_turns:
-            points[place] = point
-        else:
+        older = next((each for each in points if each["point"] == point["point"]), None)
+        if self.settings.alone:
             names = {row["target"] for row in point["rows"]}
-            rows = [row for row in points[place]["rows"] if row["target"] not in names]
+            rows = [row for row in (older["rows"] if older else ()) if row["target"] not in names]
             _mark_other_outputs(rows, point["rows"], schedule)
-            points[place] = point_of(schedule, [*rows, *point["rows"]], ()) | {"session": point["session"]}
-        if not in_turns:
-            # Those that did not take turns are not compared: a drift of the device would be in their ratios.
-            last = points[len(points) - 1 if place is None else place]
-            last |= {"winners": dict.fromkeys(STEPS), "comparisons": dict.fromkeys(STEPS)}
-        points.sort(key=lambda each: each["settings"]["requests"])
+            nothing = {"winners": dict.fromkeys(STEPS), "comparisons": dict.fromkeys(STEPS)}
+            point = point_of(schedule, [*rows, *point["rows"]], ()) | {"session": point["session"], **nothing}
+        points[:] = sorted([*(each for each in points if each is not older), point], key=_place)
         self.record["sessions"].append(point["session"])
         self.record |= most_of(self.record["sessions"])
         if self.rates is not None:
-            self.record["read_bandwidth_bytes_per_second"] = self.rates["read_bytes_per_second"]
-            self.record["fp32_flops_per_second"] = self.rates.get("fp32_flops_per_second")
+            self.record[RATES[0]] = self.rates["read_bytes_per_second"]
+            self.record[RATES[1]] = self.rates.get(RATES[1])
         self.keep()
 
-    def _describe(self, process: RuntimeProcess, seconds: float) -> None:
-        told = ", ".join(f"{name} {version}" for name, version in process.versions.items())
-        entry: dict[str, Any] = {"name": process.name, "label": told or "did not load", "precision": process.precision}
-        entry |= {"emulator": process.emulator, "load_seconds": seconds, "warm_after": 1, "warm": True}
-        others = [each for each in self.record["targets"] if each["name"] != process.name]
-        self.record["targets"] = [*others, {**entry, "versions": process.versions}]
 
-    def _skip(self, runtimes: Sequence[Runtime], sizes: Sequence[int]) -> None:
-        for runtime in runtimes:
-            for size in sizes:
-                self.say(f"{runtime.name}, batch {size}: skipped, its time is used up")
-                self.record["not_measured"][f"{runtime.name}, batch {size}"] = "no time was left"
-        self.keep()
+def _place(point: dict[str, Any]) -> int:
+    size: int = point["settings"]["requests"]
+    return size
 
 
 def new_record(header: dict[str, str], settings: Settings, schema: str) -> dict[str, Any]:
     """Return a record without points."""
-    about = asdict(settings) | {"objectives": {}}
-    rates = dict.fromkeys(("read_bandwidth_bytes_per_second", "fp32_flops_per_second", "others_cpu_share"))
-    record: dict[str, Any] = {"schema": schema, **header, "environment": environment(), "settings": about}
-    return record | {"sessions": [], **rates, "targets": [], "not_measured": {}, "points": []}
+    record: dict[str, Any] = {"schema": schema, **header, "environment": environment()}
+    record |= {"settings": asdict(settings) | {"objectives": {}}, "sessions": []}
+    return record | most_of([]) | {"targets": [], "not_measured": {}, "points": []}
 
 
 def _mark_other_outputs(rows: list[dict[str, Any]], added: list[dict[str, Any]], schedule: Schedule) -> None:

@@ -1,20 +1,27 @@
-"""llama.cpp through llama-cpp-python's C interface, on the GGUF file that `gpt2-bundle export --gguf` writes."""
+"""llama.cpp through llama-cpp-python's C interface, on the GGUF file that `gpt2-bundle export --gguf` writes.
+
+With `--lookup`: llama-cpp-python's own loop with its prompt lookup, speculative decoding without a second model.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from ctypes import c_int32
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
+from benchmarks.common.static_batch import BatchRun, GenerateRunner, LoadRequest, Stopwatch, converted, serve
 from serving.bundle import open_bundle
 from serving.gguf import write_gguf
 
 _TYPES = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
+# Its README recommends 2 drafted tokens on a processor without a GPU.
+_DRAFTED = 2
 
 
 def model_file(request: LoadRequest) -> Path:
@@ -83,5 +90,36 @@ class LlamaRunner:
         return [np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)) for pointer in pointers]
 
 
+class PromptLookup:
+    """One model. It decodes one prompt at a time."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        cache = llama_cpp.GGML_TYPE_F32 if request.precision == "fp32" else llama_cpp.GGML_TYPE_F16
+        self.model = llama_cpp.Llama(
+            str(model_file(request)),
+            n_ctx=-(-request.capacity // 256) * 256,
+            n_threads=request.threads,
+            n_threads_batch=request.threads,
+            type_k=cache,
+            type_v=cache,
+            draft_model=LlamaPromptLookupDecoding(num_pred_tokens=_DRAFTED),
+            verbose=False,
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy tokens of the one row."""
+        (prompt,) = prompts
+        # Else what it kept of the prompt in the call before would not be read again.
+        self.model.reset()
+        return [list(islice(self.model.generate(list(prompt), temp=0.0), max_new_tokens))]
+
+
+def _lookup(request: LoadRequest) -> GenerateRunner:
+    note = f"prompt lookup of {_DRAFTED} tokens, in llama-cpp-python's own loop, sampling included"
+    return GenerateRunner(PromptLookup(request), (note,))
+
+
 if __name__ == "__main__":
-    serve(LlamaRunner, ("llama_cpp_python", "numpy"))
+    serve(_lookup if "--lookup" in sys.argv else LlamaRunner, ("llama_cpp_python", "numpy"))

@@ -1,10 +1,12 @@
 """OpenVINO's runtime on the stateful graph that optimum-intel exports, weights compressed by nncf.
 
 The head is cut to the last position before it is compiled, as OpenVINO GenAI does; optimum's graph gives all of them.
+With `--lookup`: OpenVINO GenAI's pipeline with prompt lookup, speculative decoding without a second model.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ import numpy as np
 import openvino
 from openvino import opset13
 
-from benchmarks.common.static_batch import BatchRun, LoadRequest, Stopwatch, converted, serve
+from benchmarks.common.static_batch import BatchRun, GenerateRunner, LoadRequest, Stopwatch, converted, serve
 
 _QUANTIZATION: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "sym": False},
     "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0},
 }
+# As in OpenVINO GenAI's example of prompt lookup.
+_DRAFTED, _NGRAM = 5, 3
+_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 class OpenVINORunner:
@@ -31,8 +36,7 @@ class OpenVINORunner:
                 export(request, draft)
         core = openvino.Core()
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": request.threads}
-        if request.precision == "fp32":
-            options |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+        options |= _FP32 if request.precision == "fp32" else {}
         model = core.read_model(folder / "openvino_model.xml")
         _keep_last_position(model)
         compiled = core.compile_model(model, "CPU", options)
@@ -95,5 +99,42 @@ def _told(value: Any) -> str:
     return value.to_string() if hasattr(value, "to_string") else str(value)
 
 
+class PromptLookup:
+    """One pipeline. It decodes one prompt at a time."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        import openvino_genai
+        import openvino_tokenizers
+        from transformers import AutoTokenizer
+
+        folder = Path(request.work) / f"openvino-genai-{request.precision}"
+        with converted(folder) as draft:
+            if draft is not None:
+                export(request, draft)
+                # The pipeline does not open without a tokenizer, though it gets and gives ids here.
+                parts = openvino_tokenizers.convert_tokenizer(
+                    AutoTokenizer.from_pretrained(request.bundle), with_detokenizer=True
+                )
+                for part, name in zip(parts, ("tokenizer", "detokenizer"), strict=True):
+                    openvino.save_model(part, draft / f"openvino_{name}.xml")
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": request.threads}
+        options |= _FP32 if request.precision == "fp32" else {}
+        self.pipeline = openvino_genai.LLMPipeline(str(folder), "CPU", prompt_lookup=True, **options)
+        self.config = openvino_genai.GenerationConfig()
+        self.config.ignore_eos, self.config.do_sample = True, False
+        self.config.num_assistant_tokens, self.config.max_ngram_size = _DRAFTED, _NGRAM
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy tokens of each row."""
+        self.config.max_new_tokens = max_new_tokens
+        result = self.pipeline.generate(openvino.Tensor(np.array(prompts, np.int64)), self.config)
+        return [list(row) for row in result.tokens]
+
+
+def _lookup(request: LoadRequest) -> GenerateRunner:
+    return GenerateRunner(PromptLookup(request), (f"prompt lookup of {_DRAFTED} tokens by {_NGRAM}-grams",))
+
+
 if __name__ == "__main__":
-    serve(OpenVINORunner, ("openvino", "optimum-intel", "nncf", "transformers", "torch"))
+    packages = ("openvino", "openvino-genai", "openvino-tokenizers", "optimum-intel", "nncf", "transformers", "torch")
+    serve(_lookup if "--lookup" in sys.argv else OpenVINORunner, packages)

@@ -21,6 +21,7 @@ from benchmarks.common.statistics import SAME
 from benchmarks.peers.runtimes import PRECISIONS, own
 from benchmarks.suite.record import read_record
 from benchmarks.suite.report.tables import median_of
+from benchmarks.suite.resume import RATES
 from serving.errors import GPT2BundleError, InputError
 
 PAGES = ("README.md", "README.zh-CN.md", "docs/benchmarks.md")
@@ -35,21 +36,36 @@ NAMES = {
     "keras_hub": "KerasHub",
     "savedmodel": "gpt2-bundle, TensorFlow",
 }
+_PICTURE = (
+    '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/images/peers-dark.svg">\n'
+    '  <img alt="{alt}" src="docs/images/peers-light.svg">\n</picture>\n'
+)
+# By what ends the names of a language's blocks.
+_WORDS = {
+    "": {
+        "alt": "Decode speed of each runtime relative to the fastest",
+        "batch": "batch",
+        "machine": "Milliseconds of a decode step for all rows; {cpu}, {cores} cores, {date}, "
+        "prompts of {tokens} tokens. Bold: {bold}.",
+        "judged": "no other runtime is faster beyond the noise",
+        "not_judged": "the fastest median, too few rounds for a verdict",
+    },
+    "_zh": {
+        "alt": "各运行时相对于最快者的 decode 速度",
+        "batch": "批大小",
+        "machine": "整个批次一个 decode 步的毫秒数；{cpu}，{cores} 核，{date}，提示 {tokens} 个 token。粗体：{bold}。",
+        "judged": "没有其他运行时的优势超出噪声",
+        "not_judged": "中位数最快，轮数不足以下结论",
+    },
+}
 _SUMMARY = ("ort", "openvino", "llama", "torch")
 # Share of the cores that other programs may take during a point; a system at rest takes less.
 _TOLERATED = 0.05
 _BLOCK = re.compile(r"(<!-- peers:(\w+) -->\n).*?(<!-- /peers:\2 -->)", re.DOTALL)
-_THEMES = {
-    "light": (
-        "#1b1f24",
-        "#d5dae0",
-        ("#0b62c4", "#8a94a3", "#c2410c", "#15803d", "#9333ea", "#b3005e", "#a16207", "#0e7490"),
-    ),
-    "dark": (
-        "#e4e8ee",
-        "#3a414b",
-        ("#6cb0ff", "#7d8794", "#ff9e64", "#6ee7a0", "#c9a2ff", "#ff8ac4", "#facc15", "#67e8f9"),
-    ),
+_INK = {"light": ("#1b1f24", "#d5dae0"), "dark": ("#e4e8ee", "#3a414b")}
+_COLOURS = {
+    "light": ("#0b62c4", "#8a94a3", "#c2410c", "#15803d", "#9333ea", "#b3005e", "#a16207", "#0e7490"),
+    "dark": ("#6cb0ff", "#7d8794", "#ff9e64", "#6ee7a0", "#c9a2ff", "#ff8ac4", "#facc15", "#67e8f9"),
 }
 Row = Mapping[str, Any]
 
@@ -64,21 +80,11 @@ def newest_record(folder: Path) -> Path:
 
 def rendered(record: Mapping[str, Any], name: str) -> dict[str, str]:
     """Return the text of every block by its name."""
-    chart = (
-        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="docs/images/peers-dark.svg">\n'
-        '  <img alt="Decode speed of each runtime relative to the fastest" src="docs/images/peers-light.svg">\n'
-        "</picture>\n"
-    )
-    chinese = chart.replace(
-        "Decode speed of each runtime relative to the fastest", "各运行时相对于最快者的 decode 速度"
-    )
-    return {
-        "chart": chart,
-        "summary": f"{summary(record)}\n\n{_machine(record)}\n",
-        "chart_zh": chinese,
-        "summary_zh": f"{summary(record, '批大小')}\n\n{_machine_zh(record)}\n",
-        "table": table(record, name),
-    }
+    blocks = {"table": table(record, name)}
+    for language, words in _WORDS.items():
+        blocks[f"chart{language}"] = _PICTURE.format(alt=words["alt"])
+        blocks[f"summary{language}"] = f"{summary(record, words['batch'])}\n\n{_machine(record, words)}\n"
+    return blocks
 
 
 def summary(record: Mapping[str, Any], first: str = "batch") -> str:
@@ -134,12 +140,10 @@ def conditions(record: Mapping[str, Any]) -> Iterator[str]:
     """Give a sentence for each point: which runtime is ahead, what the machine reached, what disturbed it."""
     for point in _ordered(record):
         session = point["session"]
-        ahead = [
-            f"{phase} {_ahead(point, figure)}" for phase, figure in (("prefill", "prefill_ms"), ("decode", "step_ms"))
-        ]
+        bandwidth, rate = (session[name] / 1e9 for name in RATES)
         line = (
-            f"{point['point']}: {', '.join(ahead)}; {session['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"{session['fp32_flops_per_second'] / 1e9:.0f} GFLOP/s by numpy"
+            f"{point['point']}: prefill {_ahead(point, 'prefill_ms')}, decode {_ahead(point, 'step_ms')}; "
+            f"{bandwidth:.1f} GB/s, {rate:.0f} GFLOP/s by numpy"
         )
         if (session["others_cpu_share"] or 0.0) > _TOLERATED:
             line += f"; DISTURBED: other programs took {session['others_cpu_share']:.0%} of the cores, repeat it"
@@ -149,7 +153,7 @@ def conditions(record: Mapping[str, Any]) -> Iterator[str]:
 
 def chart(record: Mapping[str, Any], theme: str) -> str:
     """Return an SVG: tokens a second of each runtime relative to the fastest, a panel for each precision."""
-    ink, faint, colours = _THEMES[theme]
+    (ink, faint), colours = _INK[theme], _COLOURS[theme]
     runtimes = [name for name in NAMES if any(_row(point, name) for point in record["points"])]
     width, height, left, top = 860, 300, 44, 56
     panel, base = (width - left - 8) / len(PRECISIONS), height - 40
@@ -258,23 +262,11 @@ def _agreement(row: Row, precision: str, size: int) -> str:
     return "the same" if not differing else f"{size - len(differing)} of {size} rows the same"
 
 
-def _machine(record: Mapping[str, Any]) -> str:
-    about = record["environment"]
-    bold = "no other runtime is faster beyond the noise"
-    return (
-        f"Milliseconds of a decode step for all rows; {about['cpu']}, {about['cores']} cores, {about['date'][:10]}, "
-        f"prompts of {record['settings']['prompt_tokens']} tokens. Bold: "
-        f"{bold if _has_verdicts(record) else 'the fastest median, too few rounds for a verdict'}."
-    )
-
-
-def _machine_zh(record: Mapping[str, Any]) -> str:
-    about = record["environment"]
-    return (
-        f"整个批次一个 decode 步的毫秒数；{about['cpu']}，{about['cores']} 核，{about['date'][:10]}，"
-        f"提示 {record['settings']['prompt_tokens']} 个 token。"
-        f"粗体：{'没有其他运行时的优势超出噪声' if _has_verdicts(record) else '中位数最快，轮数不足以下结论'}。"
-    )
+def _machine(record: Mapping[str, Any], words: Mapping[str, str]) -> str:
+    about, tokens = record["environment"], record["settings"]["prompt_tokens"]
+    bold = words["judged" if _has_verdicts(record) else "not_judged"]
+    place = {"cpu": about["cpu"], "cores": about["cores"], "date": about["date"][:10]}
+    return words["machine"].format(bold=bold, tokens=tokens, **place)
 
 
 def _has_verdicts(record: Mapping[str, Any]) -> bool:
@@ -283,15 +275,13 @@ def _has_verdicts(record: Mapping[str, Any]) -> bool:
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; exit with code 1 if a page or chart is not up to date.")
-@click.option(
-    "--root", default=ROOT, type=click.Path(path_type=Path), metavar="FOLDER", help="Read and write in FOLDER."
-)
+@click.option("--root", default=ROOT, type=click.Path(path_type=Path), metavar="FOLDER", help="Work in FOLDER.")
 def main(check: bool, root: Path) -> None:
     """Draw the charts and tables of the newest peers record into README.md and docs/."""
     path = newest_record(root / "benchmarks" / "results")
     record = read_record(path)
     blocks = rendered(record, path.name)
-    wanted = {root / CHARTS.format(theme=theme): chart(record, theme) for theme in _THEMES}
+    wanted = {root / CHARTS.format(theme=theme): chart(record, theme) for theme in _INK}
     for page in (root / name for name in PAGES if (root / name).exists()):
         text = page.read_text(encoding="utf-8")
         wanted[page] = _BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}{match[3]}", text)

@@ -80,7 +80,7 @@ SPECULATION = (
         for precision in ("fp32", "int8")
     ),
     *(
-        Runtime(f"{peer}-lookup/{precision}", f"{peer}_lookup_peer", precision, environment=peer, bounded=False)
+        Runtime(f"{peer}-lookup/{precision}", f"{peer}_peer", precision, ("--lookup",), environment=peer, bounded=False)
         for peer in ("openvino", "llama")
         for precision in PRECISIONS
     ),

@@ -9,104 +9,67 @@ that grows.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.common.hardware import environment
-from benchmarks.common.standalone import run
-from benchmarks.serving.bare import bare
+from benchmarks.common.own_server import OwnServer
+from benchmarks.common.standalone import measurement, numbers_of, run, say
+from benchmarks.serving.engine import Observer, bare
 from benchmarks.serving.faults import disconnects, overload, termination
-from benchmarks.serving.server import load, serving
+from benchmarks.serving.load import load
 from benchmarks.serving.soak import soak
-from serving.bundle import open_bundle
-from serving.engine.api import RequestRecord, StepRecord
+from serving.bundle import Bundle
 from serving.engine.config import EngineConfig
 from serving.engine.engine import open_engine
+from serving.errors import GPT2BundleError
 
 
-class _Silent:
-    """An `Observer` of nothing."""
-
-    def on_step(self, record: StepRecord) -> None:
-        """Nothing."""
-
-    def on_finish(self, record: RequestRecord) -> None:
-        """Nothing."""
-
-
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/int8", show_default=True, help="Graph that is served.")
-@click.option("--clients", default="1,16", show_default=True, help="Numbers of streaming clients.")
-@click.option("--seconds", default=10.0, show_default=True, help="Length of each round.")
-@click.option("--repeats", default=2, show_default=True, help="Number of rounds.")
-@click.option("--prompt-tokens", default=64, show_default=True, help="Length of each prompt.")
-@click.option("--new-tokens", default=96, show_default=True, help="New tokens of each request.")
-@click.option("--faults", is_flag=True, help="Overload, disconnects and SIGTERM instead of the comparison.")
-@click.option("--overload-seconds", default=60.0, show_default=True, help="Length of the overload.")
-@click.option(
-    "--soak", "soak_minutes", type=click.FloatRange(2), metavar="MINUTES", help="Mixed use for so long instead."
-)
-@click.option("--soak-rate", default=4.0, show_default=True, help="Requests a second of the soak.")
-@click.option("--soak-bound", default=16.0, show_default=True, help="MiB an hour by which memory may grow at most.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
-def main(
-    bundle: Path,
-    graph: str,
-    clients: str,
-    seconds: float,
-    repeats: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    faults: bool,
-    overload_seconds: float,
-    soak_minutes: float | None,
-    soak_rate: float,
-    soak_bound: float,
-    output: Path | None,
-) -> None:
-    """Measure on the folder BUNDLE."""
-    opened = open_bundle(bundle, check="sizes")
-    record: dict[str, Any] = {"environment": environment(), "graph": graph, "prompt_tokens": prompt_tokens}
-    record |= {"new_tokens": new_tokens}
-    sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    if soak_minutes is not None:
-        model, context = opened.manifest.name, opened.manifest.model.n_positions
-        with serving(bundle, graph) as server:
-            record["soak"] = soak(server, model, context, soak_minutes, soak_rate, soak_bound)
-    elif faults:
-        with serving(bundle, graph, "--queue", "16") as server:
-            record["overload"] = overload(server, sizes, seconds, overload_seconds)
-            record["disconnects"] = disconnects(server)
-            record["termination"] = termination(server, sizes)
-    else:
-        record["rounds"] = []
-        engine = open_engine(opened, graph, "cpu", EngineConfig(), _Silent())
-        with serving(bundle, graph) as server:
-            for repeat in range(repeats + 1):
-                for count in map(int, clients.split(",")):
-                    length = seconds if repeat else 2.0
-                    pair = {
-                        "clients": count,
-                        "engine": bare(engine, count, length, prompt_tokens, new_tokens, repeat),
-                        "server": load(
-                            server.url,
-                            ["--clients", str(count), "--seconds", str(length), "--seed", str(repeat), *sizes],
-                        ),
-                    }
-                    if repeat:  # The first round warms up.
-                        record["rounds"].append(pair)
-                        click.echo(json.dumps(pair), err=True)
-        engine.close()
+def _told(record: dict[str, Any]) -> str:
+    """The record. Raises GPT2BundleError with what the soak found."""
     text = json.dumps(record, indent=1)
-    if output is None:
+    if faults := record.get("soak", {}).get("faults"):
         click.echo(text)
-    else:
-        output.write_text(text + "\n", encoding="utf-8")
-    if found := record.get("soak", {}).get("faults"):
-        raise SystemExit("\n".join(["the soak found:", *found]))
+        raise GPT2BundleError("; ".join(["the soak found", *faults]))
+    return text
+
+
+@measurement(
+    click.option("--faults", is_flag=True, help="Overload, disconnects and SIGTERM instead of the comparison."),
+    click.option("--overload-seconds", default=60.0, show_default=True, help="Length of the overload."),
+    click.option(
+        "--soak", "soak_minutes", type=click.FloatRange(2), metavar="MINUTES", help="Mixed use for so long instead."
+    ),
+    click.option("--soak-rate", default=4.0, show_default=True, help="Requests a second of the soak."),
+    click.option("--soak-bound", default=16.0, show_default=True, help="MiB an hour by which memory may grow at most."),
+    table=_told, clients="1,16", seconds=10.0, repeats=2, prompt_tokens=64, new_tokens=96,
+)  # fmt: skip
+def main(bundle: Bundle, graph: str, **given: Any) -> dict[str, Any]:
+    """Measure on the folder BUNDLE."""
+    sizes = {name: given[name] for name in ("prompt_tokens", "new_tokens")}
+    if given["soak_minutes"] is not None:
+        with OwnServer(bundle.folder, graph) as server:
+            limits = given["soak_minutes"], given["soak_rate"], given["soak_bound"]
+            return {"soak": soak(server, bundle.manifest.name, bundle.manifest.model.n_positions, *limits)}
+    if given["faults"]:
+        with OwnServer(bundle.folder, graph, "--queue", "16") as server:
+            return {
+                "overload": overload(server, sizes, given["seconds"], given["overload_seconds"]),
+                "disconnects": disconnects(server),
+                "termination": termination(server, sizes),
+            }
+    rounds: list[dict[str, Any]] = []
+    engine = open_engine(bundle, graph, "cpu", EngineConfig(), Observer(kept=False))
+    with OwnServer(bundle.folder, graph) as server:
+        for repeat in range(given["repeats"] + 1):
+            for count in numbers_of(given["clients"]):
+                asked = {"clients": count, "seconds": given["seconds"] if repeat else 2.0, "seed": repeat, **sizes}
+                pair = {"clients": count, "engine": bare(engine, **asked), "server": load(server.url, **asked)}
+                if repeat:  # The first round warms up.
+                    rounds.append(pair)
+                    say(pair)
+    engine.close()
+    return {"rounds": rounds}
 
 
 if __name__ == "__main__":

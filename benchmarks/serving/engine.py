@@ -10,29 +10,27 @@ closed loop, each stream asks again whenever its text is complete, which shows t
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
+import random
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from benchmarks.common.hardware import environment
+from benchmarks.common.engine_stream import Stream
 from benchmarks.common.held_out_text import cut_prompts, read_text
-from benchmarks.common.standalone import run
-from benchmarks.common.statistics import paired, summarise
-from benchmarks.serving.bare import bare
+from benchmarks.common.standalone import measurement, numbers_of, run, say
+from benchmarks.common.statistics import paired, percentiles, summarise
+from benchmarks.serving.load import Results, draw_prompt
 from benchmarks.suite.machine.contention import Others
 from serving.backends.base import Backend
 from serving.backends.loader import load_backend
-from serving.bundle import Bundle, open_bundle
-from serving.engine.api import Event, FinishEvent, GenerationRequest, RequestRecord, StepRecord, TokenEvent
+from serving.bundle import Bundle
+from serving.engine.api import Engine, GenerationRequest, RequestRecord, StepRecord
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine, open_engine
 from serving.errors import ParityError
@@ -40,73 +38,45 @@ from serving.generation.token_selection import BatchSampler, HostSteps
 from serving.sampling import SamplingParams
 
 
-# fmt: off
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/fp32", show_default=True, help="Graph of the bundle to run.")
-@click.option("--streams", default="1,4,16", show_default=True, help="Numbers of streams.")
-@click.option("--prompt-tokens", default=128, show_default=True, help="Length of each stream's prompt.")
-@click.option("--new-tokens", default=48, show_default=True, help="New tokens of each stream.")
-@click.option("--long-prompt", default=900, show_default=True, help="Tokens of the arriving prompt; 0 for none.")
-@click.option("--seconds", default=5, show_default=True, help="Time of each closed loop; 0 leaves it out.")
-@click.option("--max-length", type=int, help="Positions of a slot.  [default: the model's context]")
-@click.option("--chunks", default=f"{EngineConfig().prefill_slowdown}x", show_default=True,
-              help="Prefill chunks to compare: a fixed number of tokens (64), or the multiple of a decode step that a "
-              "fitted chunk may take (2.25x).")
-@click.option("--repeats", default=3, show_default=True, help="Number of rounds; the chunks take turns in each.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON to FILE.")
-def main(
-    bundle: Path, graph: str, streams: str, chunks: str, max_length: int | None, output: Path | None, **sizes: int
-) -> None:
-    """Measure the engine on the folder BUNDLE."""
-    opened = open_bundle(bundle, check="sizes")
-    text = read_text(opened)
-    record: dict[str, Any] = {"environment": environment(), "graph": graph, "max_length": max_length, **sizes}
-    record |= {"decode": [], "arrival": [], "closed": []}
-    long_prompt, seconds, fresh = sizes.pop("long_prompt"), sizes.pop("seconds"), itertools.count()
-    observer, pacings = Observer(), chunks.split(",")
-    engines = {chunk: _open(opened, graph, max_length, chunk, observer) for chunk in pacings}
-    loop, others = load_backend(opened, "onnx", graph), Others([])
-    for count in [int(each) for each in streams.split(",")]:
-        prompt = cut_prompts(text, 1, sizes["prompt_tokens"])[0]
-        # A chunk makes no difference to a step without prefill.
-        row = {"streams": count, **_decode(loop, engines[pacings[0]], observer, prompt, count, sizes)}
-        record["decode"].append(row)
-        arrivals: dict[str, list[dict[str, Any]]] = {chunk: [] for chunk in pacings}
-        closed: dict[str, list[dict[str, Any]]] = {chunk: [] for chunk in pacings}
-        for repeat in range(sizes["repeats"]):
-            # The order rotates, so that no pacing always runs after the same other one.
-            for chunk in pacings[repeat % len(pacings) :] + pacings[: repeat % len(pacings)]:
-                engine = engines[chunk]
-                if long_prompt:
-                    # All slots but the one that the long prompt needs.
-                    prompts = cut_prompts(text, min(count, engine.stats().slots - 1), sizes["prompt_tokens"])
-                    # Another first token each time, so that nothing of it is in the prefix cache.
-                    late = [next(fresh), *cut_prompts(text, 1, long_prompt)[0][1:]]
-                    arrivals[chunk].append(_arrival(engine, observer, prompts, late))
-                if seconds:
-                    seed = count + 1000 * repeat
-                    closed[chunk].append(
-                        bare(engine, count, seconds, sizes["prompt_tokens"], sizes["new_tokens"], seed)
-                    )
-                click.echo(f"{count} streams, repeat {repeat + 1}, chunk {chunk}", err=True)
-        record["arrival"] += [{"chunk": chunk, "streams": count, "runs": runs} for chunk, runs in arrivals.items()]
-        record["closed"] += [{"chunk": chunk, "streams": count, "runs": runs} for chunk, runs in closed.items()]
-    for engine in engines.values():
-        engine.close()
-    record["others_cpu_share"] = others.share()
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    click.echo(table(record))
-# fmt: on
+class Observer:
+    """Keeps all steps since it was last emptied, or none."""
+
+    def __init__(self, kept: bool = True) -> None:
+        self.steps: list[StepRecord] = []
+        self._kept = kept
+
+    def on_step(self, record: StepRecord) -> None:
+        """See `serving.engine.api.Observer`."""
+        if self._kept:
+            self.steps.append(record)
+
+    def on_finish(self, record: RequestRecord) -> None:
+        """See `serving.engine.api.Observer`."""
 
 
-def _open(bundle: Bundle, graph: str, max_length: int | None, chunk: str, observer: Observer) -> SlotEngine:
-    pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
-    pace = pace or {"prefill_slowdown": float(chunk.removesuffix("x"))}
-    # Chunks are compared next to plain decode steps.
-    return open_engine(bundle, graph, "cpu", EngineConfig(max_length=max_length, speculation="off", **pace), observer)
+def bare(
+    engine: Engine, clients: int, seconds: float, prompt_tokens: int, new_tokens: int, seed: int
+) -> dict[str, Any]:
+    """What the load generator does, without a server: each of `clients` submits again when its text is complete."""
+    results, draw, lock = Results(), random.Random(seed), threading.Lock()
+    params = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    began = time.monotonic()
+
+    def client() -> None:
+        while time.monotonic() < began + seconds:
+            with lock:
+                prompt = tuple(draw_prompt(draw, prompt_tokens))
+            stream = Stream(engine, GenerationRequest(prompt, params, logprobs=0)).wait()
+            with lock:
+                results.add(stream.sent, [(timestamp, 1) for timestamp in stream.times[0]], len(stream.times[0]))
+                results.outcomes[stream.ends[0].reason] += 1
+
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results.summary(began, seconds)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -141,73 +111,89 @@ def _median(values: Iterable[float]) -> str:
     return f"{float(np.median(known)):,.1f}" if known else ""
 
 
-class Observer:
-    """Keeps all steps since it was last emptied."""
+@measurement(
+    click.option("--max-length", type=int, help="Positions of a slot.  [default: the model's context]"),
+    click.option(
+        "--chunks",
+        default=f"{EngineConfig().prefill_slowdown}x",
+        show_default=True,
+        help="Prefill chunks to compare: a fixed number of tokens (64), or the multiple of a decode step that a fitted "
+        "chunk may take (2.25x).",
+    ),
+    graph="ort/fp32", table=table,
+    streams="1,4,16", prompt_tokens=128, new_tokens=48, long_prompt=900, seconds=5.0, repeats=3,
+)  # fmt: skip
+def main(
+    bundle: Bundle, graph: str, streams: str, chunks: str, max_length: int | None, long_prompt: int, seconds: float,
+    **sizes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the engine on the folder BUNDLE; --long-prompt 0 and --seconds 0 leave out what they belong to."""
+    text, repeats = read_text(bundle), sizes.pop("repeats")
+    record: dict[str, Any] = {"decode": [], "arrival": [], "closed": []}
+    fresh, observer, pacings = itertools.count(), Observer(), chunks.split(",")
+    engines = {chunk: _open(bundle, graph, max_length, chunk, observer) for chunk in pacings}
+    loop, others = load_backend(bundle, "onnx", graph), Others([])
+    for count in numbers_of(streams):
+        prompt = cut_prompts(text, 1, sizes["prompt_tokens"])[0]
+        # A chunk makes no difference to a step without prefill.
+        decode = _decode(loop, engines[pacings[0]], observer, [prompt] * count, sizes["new_tokens"], repeats)
+        record["decode"].append({"streams": count, **decode})
+        runs: dict[str, dict[str, list[Any]]] = {name: {c: [] for c in pacings} for name in ("arrival", "closed")}
+        for repeat in range(repeats):
+            # The order rotates, so that no pacing always runs after the same other one.
+            for chunk in pacings[repeat % len(pacings) :] + pacings[: repeat % len(pacings)]:
+                engine = engines[chunk]
+                if long_prompt:
+                    # All slots but the one that the long prompt needs.
+                    prompts = cut_prompts(text, min(count, engine.stats().slots - 1), sizes["prompt_tokens"])
+                    # Another first token each time, so that nothing of it is in the prefix cache.
+                    late = [next(fresh), *cut_prompts(text, 1, long_prompt)[0][1:]]
+                    runs["arrival"][chunk].append(_arrival(engine, observer, prompts, late))
+                if seconds:
+                    runs["closed"][chunk].append(bare(engine, count, seconds, seed=count + 1000 * repeat, **sizes))
+                say(f"{count} streams, repeat {repeat + 1}, chunk {chunk}")
+        for name, by_chunk in runs.items():
+            record[name] += [{"chunk": chunk, "streams": count, "runs": found} for chunk, found in by_chunk.items()]
+    for engine in engines.values():
+        engine.close()
+    return record | {"others_cpu_share": others.share()}
 
-    def __init__(self) -> None:
-        self.steps: list[StepRecord] = []
 
-    def on_step(self, record: StepRecord) -> None:
-        """See `serving.engine.api.Observer`."""
-        self.steps.append(record)
-
-    def on_finish(self, record: RequestRecord) -> None:
-        """See `serving.engine.api.Observer`."""
+def _open(bundle: Bundle, graph: str, max_length: int | None, chunk: str, observer: Observer) -> SlotEngine:
+    pace: dict[str, Any] = {"prefill_chunk": int(chunk)} if chunk.isdigit() else {}
+    pace = pace or {"prefill_slowdown": float(chunk.removesuffix("x"))}
+    # Chunks are compared next to plain decode steps.
+    return open_engine(bundle, graph, "cpu", EngineConfig(max_length=max_length, speculation="off", **pace), observer)
 
 
-class Batch:
-    """Requests that run at once; `tokens` of each as they come."""
-
-    def __init__(self, engine: SlotEngine, prompts: list[list[int]], count: int, n: int = 1) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-        self.begun = threading.Semaphore(0)
-        self._ended = threading.Semaphore(0)
-        params = SamplingParams(max_new_tokens=count, ignore_eos=True)
-        self.handles = [
-            engine.submit(GenerationRequest(tuple(prompt), params, n), functools.partial(self._hear, row * n))
-            for row, prompt in enumerate(prompts)
-        ]
-
-    def _hear(self, row: int, event: Event) -> None:
-        if isinstance(event, TokenEvent):
-            row += event.index
-            self.tokens[row].append(event.token_id)
-            if len(self.tokens[row]) == 1:
-                self.begun.release()
-        elif isinstance(event, FinishEvent):
-            self._ended.release()
-
-    def wait(self, semaphore: threading.Semaphore | None = None) -> None:
-        """Until all have ended, or until `semaphore` was released once for each."""
-        for _ in self.tokens:
-            (semaphore or self._ended).acquire()
+def _stream(engine: SlotEngine, prompt: list[int], count: int, n: int = 1) -> Stream:
+    params = SamplingParams(max_new_tokens=count, ignore_eos=True)
+    return Stream(engine, GenerationRequest(tuple(prompt), params, n))
 
 
 def _decode(
-    loop: Backend, engine: SlotEngine, observer: Observer, prompt: list[int], streams: int, sizes: dict[str, int]
+    loop: Backend, engine: SlotEngine, observer: Observer, prompts: list[list[int]], new_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Milliseconds between tokens in the loop and in the engine, in turns; all rows begin and end at once."""
-    prompts = [prompt] * streams
+    streams = len(prompts)
     loop_ms: list[float] = []
     engine_ms: list[float] = []
-    for repeat in range(sizes["repeats"] + 1):
-        steps, wanted = _loop(loop, prompts, sizes["new_tokens"])
+    for repeat in range(repeats + 1):
+        steps, wanted = _loop(loop, prompts, new_tokens)
         observer.steps.clear()
-        batch = Batch(engine, [prompt], sizes["new_tokens"], n=streams)
-        batch.wait()
-        if batch.tokens != wanted:
+        if _stream(engine, prompts[0], new_tokens, n=streams).wait().tokens != wanted:
             raise ParityError("the engine's tokens are not the loop's")
         if repeat:  # The first round warms up.
             loop_ms += steps
             engine_ms += [one.inter_token[0] * 1e3 for one in observer.steps if one.inter_token]
-    own, bare = summarise(engine_ms), summarise(loop_ms)
-    assert own is not None and bare is not None
+    own, other = summarise(engine_ms), summarise(loop_ms)
+    assert own is not None and other is not None
     return {
-        "loop_ms": asdict(bare),
+        "loop_ms": asdict(other),
         "engine_ms": asdict(own),
-        "overhead_ms": own.median - bare.median,
-        "engine_over_loop": own.median / bare.median,
-        "loop_tokens_per_second": streams / bare.median * 1e3,
+        "overhead_ms": own.median - other.median,
+        "engine_over_loop": own.median / other.median,
+        "loop_tokens_per_second": streams / other.median * 1e3,
         "engine_tokens_per_second": streams / own.median * 1e3,
     }
 
@@ -231,36 +217,31 @@ def _arrival(
 ) -> dict[str, Any]:
     """Milliseconds between the streams' tokens before a long prompt arrives, and from then until it was read."""
     room = engine.n_positions - len(prompts[0])
-    streams = Batch(engine, prompts, room)
-    streams.wait(streams.begun)
+    streams = [_stream(engine, prompt, room) for prompt in prompts]
+    for stream in streams:
+        stream.begun.wait()
     # Where many streams have begun one after another, the first one has long passed 32.
-    wanted = len(streams.tokens[0]) + 32
+    wanted = len(streams[0].tokens[0]) + 32
     observer.steps.clear()
-    while len(streams.tokens[0]) < wanted:
+    while len(streams[0].tokens[0]) < wanted:
         time.sleep(0.01)
     steps_before = len(observer.steps)
-    began = time.perf_counter()
-    late = Batch(engine, [long_prompt], 1)
-    late.wait(late.begun)
-    seconds = time.perf_counter() - began
+    late = _stream(engine, long_prompt, 1)
+    late.begun.wait()
     steps = list(observer.steps)
-    for handle in streams.handles:
-        handle.cancel()
-    streams.wait()
+    for stream in streams:
+        stream.handle.cancel()
+        stream.wait()
     quiet = [gap * 1e3 for one in steps[1:steps_before] for gap in one.inter_token]
     busy = [gap * 1e3 for one in steps[steps_before:] if one.prompt_tokens for gap in one.inter_token]
     pieces = [one.prompt_tokens for one in steps[steps_before:] if one.prompt_tokens]
     return {
-        "first_token_ms": seconds * 1e3,
+        "first_token_ms": (late.times[0][0] - late.sent) * 1e3,
         "pieces": {"count": len(pieces), "most": max(pieces), "least": min(pieces)},
-        "quiet_ms": _percentiles(quiet),
-        "while_read_ms": _percentiles(busy),
+        "quiet_ms": percentiles(quiet),
+        "while_read_ms": percentiles(busy),
         "p99_over_quiet_median": float(np.percentile(busy, 99) / np.median(quiet)),
     }
-
-
-def _percentiles(samples: list[float]) -> dict[str, float]:
-    return {name: float(np.percentile(samples, share)) for name, share in (("p50", 50), ("p99", 99), ("max", 100))}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,15 @@ requests come at random times instead (exponential gaps), whatever is still unde
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,7 +35,7 @@ _FULL_LENGTH = re.compile(rb'"finish_reason": ?"length"')
 
 @dataclass
 class Results:
-    """What came back; times are seconds on the clock of `time.perf_counter`."""
+    """What came back; times are seconds on one monotonic clock."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     first: list[float] = field(default_factory=list)
@@ -40,6 +44,15 @@ class Results:
     """(timestamp, tokens) of each read."""
     tokens: float = 0
     refused: list[float] = field(default_factory=list)
+
+    def add(self, sent: float, reads: Sequence[tuple[float, int]], tokens: float) -> None:
+        """Add one answer's reads, as (timestamp, events), which held so many tokens."""
+        self.first += [timestamp - sent for timestamp, _ in reads[:1]]
+        for (before, _), (timestamp, events) in itertools.pairwise(reads):
+            self.gaps += [timestamp - before, *[0.0] * (events - 1)]
+        scale = tokens / max(1, sum(events for _, events in reads))
+        self.arrivals += [(timestamp, events * scale) for timestamp, events in reads]
+        self.tokens += tokens if reads else 0
 
     def summary(self, began: float, seconds: float) -> dict[str, Any]:
         """Rates over the window alone; quantiles over every answer."""
@@ -61,6 +74,12 @@ def quantiles(values: list[float]) -> dict[str, float] | None:
     if not ordered:
         return None
     return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 90, 99)}
+
+
+def address_of(url: str) -> tuple[str, int]:
+    """Host and port of a server's URL."""
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or 80
 
 
 async def ask(address: tuple[str, int], path: str, body: dict[str, Any], results: Results) -> str:
@@ -92,40 +111,27 @@ async def _read(reader: asyncio.StreamReader, sent: float, body: dict[str, Any],
 
     Whoever was not asked for usage need not send [DONE] either, if the text has its full length.
     """
-    last, tail = 0.0, b""
-    whole: list[bytes] = []
-    arrivals: list[tuple[float, int]] = []
+    tail, whole = b"", bytearray()
+    reads: list[tuple[float, int]] = []
     while data := await reader.read(1 << 16):
         now = time.perf_counter()
-        whole.append(data)
+        whole += data
         # Each event with a choice has one "index"; a read may end inside one.
         events = (tail + data).count(b'"index"')
         tail = data[-6:]
-        if not events:
-            continue
-        if last:
-            results.gaps.append(now - last)
-            results.gaps += [0.0] * (events - 1)
-        else:
-            results.first.append(now - sent)
-        last = now
-        arrivals.append((now, events))
-    answer = b"".join(whole)
+        if events:
+            reads.append((now, events))
     # A token inside a character has no event, and an event may have several tokens; the usage at the end has them all.
-    events = sum(events for _, events in arrivals)
-    usage = _USAGE.findall(answer)
-    full = _FULL_LENGTH.search(answer) is not None
-    wanted = int(usage[-1]) if usage else body["max_tokens"] if full else events
-    scale = wanted / events if events else 1.0
-    results.arrivals += [(timestamp, events * scale) for timestamp, events in arrivals]
-    results.tokens += events * scale
-    if b"data: [DONE]" not in answer and ("stream_options" in body or not full):
+    usage, full = _USAGE.findall(whole), _FULL_LENGTH.search(whole) is not None
+    events = sum(events for _, events in reads)
+    results.add(sent, reads, int(usage[-1]) if usage else body["max_tokens"] if full else events)
+    if b"data: [DONE]" not in whole and ("stream_options" in body or not full):
         return "broken off"
     # At an event's beginning, since "error" alone is a text like any other.
-    return "error event" if b'data: {"error"' in answer else "complete"
+    return "error event" if b'data: {"error"' in whole else "complete"
 
 
-def draw_prompt(draw: random.Random, tokens: int, as_text: bool) -> list[Any]:
+def draw_prompt(draw: random.Random, tokens: int, as_text: bool = False) -> list[Any]:
     """As many random tokens: ids, or pieces of text that are one token each."""
     return [f" {draw.choice(_LETTERS)}" if as_text else draw.randrange(_IDS) for _ in range(tokens)]
 
@@ -134,9 +140,7 @@ async def run(
     url: str, body: dict[str, Any], clients: int, seconds: float, rate: float | None, seed: int
 ) -> dict[str, Any]:
     """Ask for `seconds`, let what is under way end, and summarise."""
-    parts = urlsplit(url)
-    address = (parts.hostname or "127.0.0.1", parts.port or 80)
-    path = f"{parts.path.rstrip('/')}/v1/completions"
+    address, path = address_of(url), f"{urlsplit(url).path.rstrip('/')}/v1/completions"
     results, draw = Results(), random.Random(seed)
     prompt: list[Any] = body["prompt"]
     began = time.perf_counter()
@@ -167,11 +171,31 @@ async def run(
     return results.summary(began, seconds)
 
 
+def load(url: str, **options: Any) -> dict[str, Any]:
+    """The load generator's result, from a process of its own; see `start_load`."""
+    return end_load(start_load(url, **options))
+
+
+def start_load(url: str, **options: Any) -> subprocess.Popen[str]:
+    """The load generator under way, with these options of its command line, `new_tokens=96` for `--new-tokens 96`."""
+    given = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    command = [sys.executable, "-m", "benchmarks.serving.load", url, *given]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def end_load(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Its result. Raises SystemExit if it failed."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"the load generator ended with {process.returncode}")
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+# fmt: off
 @click.command()
 @click.argument("url")
-@click.option(
-    "--clients", default=16, show_default=True, type=click.IntRange(1), help="Closed loop: this many at once."
-)
+@click.option("--clients", default=16, show_default=True, type=click.IntRange(1), help="Closed loop: so many at once.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Open loop: requests a second instead.")
 @click.option("--seconds", default=20.0, show_default=True)
 @click.option("--prompt-tokens", default=64, show_default=True, type=click.IntRange(5))
@@ -181,16 +205,7 @@ async def run(
 @click.option("--plain", is_flag=True, help="Ask for OpenAI's plain fields alone: neither usage nor log-probabilities.")
 @click.option("--seed", default=0, show_default=True)
 def main(
-    url: str,
-    clients: int,
-    rate: float | None,
-    seconds: float,
-    prompt_tokens: int,
-    new_tokens: int,
-    model: str | None,
-    text: bool,
-    plain: bool,
-    seed: int,
+    url: str, prompt_tokens: int, new_tokens: int, model: str | None, text: bool, plain: bool, seed: int, **how: Any
 ) -> None:
     """Load the server at URL with streamed, greedy completions of random prompts."""
     body: dict[str, Any] = {
@@ -205,7 +220,8 @@ def main(
         body |= {"stream_options": {"include_usage": True}, "ignore_eos": True, "logprobs": 0}
     if model:
         body["model"] = model
-    click.echo(json.dumps(asyncio.run(run(url, body, clients, seconds, rate, seed))))
+    click.echo(json.dumps(asyncio.run(run(url, body, seed=seed, **how))))
+# fmt: on
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ log-probabilities too, so that every token is an event, as most ids of a small t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -18,20 +17,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.common.hardware import busy_seconds, environment, usable_cores
-from benchmarks.common.standalone import run
+from benchmarks.common.hardware import busy_seconds, usable_cores
+from benchmarks.common.own_server import SERVE
+from benchmarks.common.standalone import measurement, numbers_of, run, say
+from benchmarks.serving.load import load
 from benchmarks.serving.peer_files import write_folder, write_model
-from benchmarks.serving.server import SERVE, load
+from serving.bundle import Bundle
 from serving.errors import GPT2BundleError
 
-_ROOT = Path(__file__).parents[2]
 OWN = "gpt2-bundle"
 _OUTTYPES = {"int8": "q8_0", "fp32": "f32"}
 _POSITIONS, _SLOTS = 1024, 16
@@ -47,17 +47,16 @@ class Peer:
     name: str
     command: Sequence[str]
     ready: str
-    load: Sequence[str]
+    load: Mapping[str, Any]
     note: str
-    model: str | None = None
 
 
 def peers(bundle: Path, precision: str, environments: Path, llama_server: Path | None, work: Path) -> list[Peer]:
     """Ours, and those of the others that are installed; "{port}" is replaced by the port in their commands."""
     graph = f"ort/{precision}"
     ours = [*SERVE, str(bundle), "--graph", graph, "--port", "{port}", "--no-access-log"]
-    found = [Peer(OWN, ours, "/health/ready", ["--text"], f"{graph}, 16 slots, with log-probabilities")]
-    plain, port = ["--text", "--plain"], ["--port", "{port}", "--host", "127.0.0.1"]
+    found = [Peer(OWN, ours, "/health/ready", {"text": True}, f"{graph}, 16 slots, with log-probabilities")]
+    plain, port = {"text": True, "plain": True}, ["--port", "{port}", "--host", "127.0.0.1"]
     python = _python(environments, "llama")
     if python is not None:
         model, kind = _gguf(bundle, precision, work), _OUTTYPES[precision].upper()
@@ -66,11 +65,8 @@ def peers(bundle: Path, precision: str, environments: Path, llama_server: Path |
         if precision == "fp32":
             options += ["--type_k", "0", "--type_v", "0"]
         note = f"{kind}; one request at a time, the others wait"
-        found.append(
-            Peer(
-                "llama-cpp-python", [str(python), "-m", "llama_cpp.server", *options, *port], "/v1/models", plain, note
-            )
-        )
+        command = [str(python), "-m", "llama_cpp.server", *options, *port]
+        found.append(Peer("llama-cpp-python", command, "/v1/models", plain, note))
         if llama_server is not None:
             options = ["--model", str(model), "--ctx-size", str(_SLOTS * _POSITIONS), "--parallel", str(_SLOTS)]
             options += ["--threads", str(usable_cores())]
@@ -84,7 +80,7 @@ def peers(bundle: Path, precision: str, environments: Path, llama_server: Path |
         write_folder(bundle, folder)
         command = [str(python.parent / "transformers"), "serve", str(folder.absolute()), "--device", "cpu", *port]
         note = "fp32; one request at a time, the others wait"
-        found.append(Peer("transformers", command, "/health", plain, note, str(folder.absolute())))
+        found.append(Peer("transformers", command, "/health", plain | {"model": folder.absolute()}, note))
     return found
 
 
@@ -158,7 +154,7 @@ class PeerServer:
 
 
 def compare(
-    found: Sequence[Peer], clients: Sequence[int], seconds: float, repeats: int, sizes: Sequence[str], work: Path
+    found: Sequence[Peer], clients: Sequence[int], seconds: float, repeats: int, sizes: Mapping[str, int], work: Path
 ) -> dict[str, Any]:
     """Turns of every server at each number of clients, the first of which only warms up, in changing order."""
     rounds: list[dict[str, Any]] = []
@@ -170,7 +166,7 @@ def compare(
                 server = PeerServer(peer, work / f"{peer.name}.log")
             except GPT2BundleError as error:
                 failed[peer.name] = str(error)
-                click.echo(str(error), err=True)
+                say(str(error))
                 continue
             stack.callback(server.kill)
             server.rest()
@@ -179,84 +175,47 @@ def compare(
             for count in clients:
                 for server in servers[repeat % len(servers) :] + servers[: repeat % len(servers)]:
                     done = _round(server, count, seconds if repeat else min(2.0, seconds), repeat, sizes)
-                    click.echo(f"{done['server']}, {count} clients: {_line(done)}", err=True)
+                    say(f"{done['server']}, {count} clients: {_line(done)}")
                     if repeat:
                         rounds.append(done)
     return {"rounds": rounds, "failed": failed}
 
 
-def _round(server: PeerServer, count: int, seconds: float, seed: int, sizes: Sequence[str]) -> dict[str, Any]:
-    peer = server.peer
-    options = ["--clients", str(count), "--seconds", str(seconds), "--seed", str(seed), *sizes, *peer.load]
-    if peer.model:
-        options += ["--model", peer.model]
+def _round(server: PeerServer, count: int, seconds: float, seed: int, sizes: Mapping[str, int]) -> dict[str, Any]:
     with server.round():
         before, began = busy_seconds(), time.perf_counter()
-        result = load(server.url, options)
+        result = load(server.url, clients=count, seconds=seconds, seed=seed, **sizes, **server.peer.load)
         busy = (busy_seconds() - before) / (time.perf_counter() - began) / usable_cores()
-    return {"server": peer.name, "clients": count, "busy_cores_share": busy, **result}
+    return {"server": server.peer.name, "clients": count, "busy_cores_share": busy, **result}
 
 
 def _line(done: dict[str, Any]) -> str:
-    gaps, first = done["inter_token_s"] or {}, done["time_to_first_token_s"] or {}
-    times = [
-        f"{name} {1e3 * value:.1f} ms"
-        for name, value in (*gaps.items(), *(("first " + k, v) for k, v in first.items()))
+    times = {"": done["inter_token_s"], "first ": done["time_to_first_token_s"]}
+    told = [
+        f"{kind}{name} {1e3 * value:.1f} ms" for kind, each in times.items() for name, value in (each or {}).items()
     ]
-    return f"{done['tokens_per_second']:.0f} tokens/s, {', '.join(times)}, {done['outcomes']}"
+    return f"{done['tokens_per_second']:.0f} tokens/s, {', '.join(told)}, {done['outcomes']}"
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--precision", type=click.Choice(list(_OUTTYPES)), default="int8", show_default=True, help="Of the weights."
-)
-@click.option("--environments", type=click.Path(path_type=Path), default=Path(), help="Where .venv-peer-NAME lie.")
-@click.option("--llama-server", type=click.Path(path_type=Path, exists=True), help="llama.cpp's own server.")
-@click.option("--only", help="Names of servers to compare with ours, with commas; all that are installed by default.")
-@click.option("--clients", default="1,4,16", show_default=True, help="Numbers of streaming clients.")
-@click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
-@click.option("--repeats", default=2, show_default=True)
-@click.option("--prompt-tokens", default=64, show_default=True)
-@click.option("--new-tokens", default=96, show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/bench-serving-peers"), show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@measurement(
+    click.option("--precision", type=click.Choice(list(_OUTTYPES)), default="int8", show_default=True),
+    click.option("--environments", type=click.Path(path_type=Path), default=Path(), help="Where .venv-peer-NAME lie."),
+    click.option("--llama-server", type=click.Path(path_type=Path, exists=True), help="llama.cpp's own server."),
+    click.option("--work", type=click.Path(path_type=Path), default=Path("runs/bench-serving-peers"),
+                 show_default=True, help="For converted weights and logs."),
+    graph=None, clients="1,4,16", seconds=8.0, repeats=2, prompt_tokens=64, new_tokens=96,
+)  # fmt: skip
 def main(
-    bundle: Path,
-    precision: str,
-    environments: Path,
-    llama_server: Path | None,
-    only: str | None,
-    clients: str,
-    seconds: float,
-    repeats: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    work: Path,
-    output: Path | None,
-) -> None:
-    """Measure on the folder BUNDLE."""
+    bundle: Bundle, precision: str, environments: Path, llama_server: Path | None, work: Path, clients: str,
+    seconds: float, repeats: int, **sizes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the servers that are installed on the folder BUNDLE."""
     # So that the servers, each a group of its own, end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     work.mkdir(parents=True, exist_ok=True)
-    found = peers(bundle, precision, environments, llama_server, work)
-    if only is not None:
-        found = [peer for peer in found if peer.name in (OWN, *only.split(","))]
-    sizes = ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
-    counts = [int(count) for count in clients.split(",")]
-    record = {
-        "environment": environment(),
-        "precision": precision,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "servers": {peer.name: peer.note for peer in found},
-        **compare(found, counts, seconds, repeats, sizes, work),
-    }
-    text = json.dumps(record, indent=1)
-    if output is None:
-        click.echo(text)
-    else:
-        output.write_text(text + "\n", encoding="utf-8")
+    found = peers(bundle.folder, precision, environments, llama_server, work)
+    notes = {peer.name: peer.note for peer in found}
+    return {"servers": notes, **compare(found, numbers_of(clients), seconds, repeats, sizes, work)}
 
 
 if __name__ == "__main__":

@@ -10,28 +10,26 @@ No chunk makes it shorter than times / (times - 1) of the chunks alone: that is 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from benchmarks.common.hardware import environment
-from benchmarks.common.standalone import run
+from benchmarks.common.standalone import measurement, numbers_of, run
 from benchmarks.suite.machine.contention import Others
-from serving.bundle import open_bundle
+from serving.bundle import Bundle
 from serving.engine.config import EngineConfig
 from serving.engine.onnx_slot_backend import OnnxSlotBackend
 from serving.errors import InputError
 
 _CHUNKS = (2, 4, 8, 16, 32, 64, 128)
+_OVER = ("first_token_over_alone", "fitted_first_token_over_alone")
 
 
 @dataclass(frozen=True)
@@ -90,30 +88,45 @@ def verdict(cost: ChunkCost, decode_ms: float, prompt: int, times: float, alone_
     return row
 
 
-# fmt: off
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/fp32", show_default=True, help="Graph of the bundle to run.")
-@click.option("--streams", default="1,4,15", show_default=True, help="Numbers of sequences that decode.")
-@click.option("--long-prompt", default=900, show_default=True, help="Tokens of the arriving prompt.")
-@click.option("--prompt-tokens", default=160, show_default=True, help="Positions of each sequence that decodes.")
-@click.option("--times", default=3.0, show_default=True, type=click.FloatRange(1, min_open=True),
-              help="Bound of a step with a chunk, as a multiple of a decode-only step.")
-@click.option("--repeats", default=7, show_default=True, type=click.IntRange(1), help="Rounds; figures are medians.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime.  [default: the physical cores]")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON to FILE.")
+def table(record: dict[str, Any]) -> str:
+    """The cost model and a line for each number of streams, as Markdown."""
+    cost, prompt = ChunkCost(**record["cost_ms"]), record["long_prompt"]
+    lines = [
+        f"{record['graph']}; other programs took {record['others_cpu_share'] or 0:.0%} of the cores",
+        "",
+        f"A chunk of k tokens after p takes {cost.weights:.2f} + {cost.cached:.4f} p + {cost.token:.3f} k + "
+        f"{cost.attention:.6f} k p ms (largest error {record['largest_error']:.0%}); {prompt} tokens alone take "
+        f"{record['alone_ms']:.0f} ms.",
+        "",
+        f"| streams | decode step, ms | step with 2 tokens after {prompt}, over it | largest chunk for "
+        f"{record['times']:g} | first token over alone, that chunk everywhere | fitted to each step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count, row in record["streams"].items():
+        told = [f"{row[name]:.1f}" if name in row else "" for name in _OVER]
+        lines.append(
+            f"| {count} | {row['decode_ms']:.2f} | {row['times_with_2_tokens']:.1f} "
+            f"| {row['largest_chunk'] or 'none'} | {' | '.join(told)} |"
+        )
+    return "\n".join(lines)
+
+
+@measurement(
+    click.option("--times", default=3.0, show_default=True, type=click.FloatRange(1, min_open=True),
+                 help="Bound of a step with a chunk, as a multiple of a decode-only step."),
+    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime.  [default: the physical cores]"),
+    graph="ort/fp32", table=table, streams="1,4,15", long_prompt=900, prompt_tokens=160, repeats=7,
+)  # fmt: skip
 def main(
-    bundle: Path, graph: str, streams: str, long_prompt: int, prompt_tokens: int, times: float, repeats: int,
-    threads: int | None, output: Path | None,
-) -> None:
-    """Measure prefill chunks and decode steps of the folder BUNDLE."""
-    opened = open_bundle(bundle, check="sizes")
-    length = opened.manifest.model.n_positions
-    counts = [int(each) for each in streams.split(",")]
+    bundle: Bundle, graph: str, streams: str, long_prompt: int, prompt_tokens: int, times: float, repeats: int,
+    threads: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure prefill chunks and decode steps of the folder BUNDLE; --prompt-tokens is of decoding streams."""
+    length, counts = bundle.manifest.model.n_positions, numbers_of(streams)
     chunks = [each for each in _CHUNKS if each <= long_prompt and long_prompt + each <= length]
     if not chunks or prompt_tokens >= length:
         raise InputError(f"the prompts do not fit a context of {length}; lower --long-prompt or --prompt-tokens")
-    backend = OnnxSlotBackend(opened, graph, slots=max(counts) + 1, max_length=length, threads=threads)
+    backend = OnnxSlotBackend(bundle, graph, slots=max(counts) + 1, max_length=length, threads=threads)
     # What the tokens are makes no difference to the time.
     text = np.random.default_rng(0).integers(0, backend.vocab_size, max(long_prompt, prompt_tokens)).tolist()
     slot, others = max(counts), Others([])
@@ -143,44 +156,14 @@ def main(
     backend.close()
     samples = [(tokens, start, ms) for (kind, tokens, start), ms in medians.items() if kind == "chunk"]
     cost, alone_ms = fit(samples), medians["alone", 0, 0]
-    rows = {count: verdict(cost, medians["decode", count, 0], long_prompt, times, alone_ms) for count in counts}
-    errors = [abs(cost.ms(tokens, start) / ms - 1) for tokens, start, ms in samples]
-    record = {
-        "environment": environment(), "graph": graph, "threads": threads, "long_prompt": long_prompt, "times": times,
-        "others_cpu_share": others.share(), "chunks": samples, "cost_ms": asdict(cost), "largest_error": max(errors),
-        "alone_ms": alone_ms, "first_token_over_chunks_at_least": times / (times - 1), "streams": rows,
-    }
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    click.echo(table(record))
-# fmt: on
-
-
-def table(record: dict[str, Any]) -> str:
-    """The cost model and a line for each number of streams, as Markdown."""
-    cost, prompt = ChunkCost(**record["cost_ms"]), record["long_prompt"]
-    lines = [
-        f"{record['graph']}; other programs took {record['others_cpu_share'] or 0:.0%} of the cores",
-        "",
-        f"A chunk of k tokens after p takes {cost.weights:.2f} + {cost.cached:.4f} p + {cost.token:.3f} k + "
-        f"{cost.attention:.6f} k p ms (largest error {record['largest_error']:.0%}); {prompt} tokens alone take "
-        f"{record['alone_ms']:.0f} ms.",
-        "",
-        f"| streams | decode step, ms | step with 2 tokens after {prompt}, over it | largest chunk for "
-        f"{record['times']:g} | first token over alone, that chunk everywhere | fitted to each step |",
-        "|---|---|---|---|---|---|",
-    ]
-    for count, row in record["streams"].items():
-        told = [f"{row[name]:.1f}" if name in row else "" for name in _OVER]
-        lines.append(
-            f"| {count} | {row['decode_ms']:.2f} | {row['times_with_2_tokens']:.1f} "
-            f"| {row['largest_chunk'] or 'none'} | {' | '.join(told)} |"
-        )
-    return "\n".join(lines)
-
-
-_OVER = ("first_token_over_alone", "fitted_first_token_over_alone")
+    return {
+        "others_cpu_share": others.share(), "chunks": samples, "cost_ms": asdict(cost), "alone_ms": alone_ms,
+        "largest_error": max(abs(cost.ms(tokens, start) / ms - 1) for tokens, start, ms in samples),
+        "first_token_over_chunks_at_least": times / (times - 1),
+        "streams": {
+            count: verdict(cost, medians["decode", count, 0], long_prompt, times, alone_ms) for count in counts
+        },
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,36 +8,30 @@ this machine's cores, with the load generator: above the number of cores, more r
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import click
+import numpy as np
 
-from benchmarks.common.hardware import environment
-from benchmarks.common.standalone import run
-from benchmarks.serving.server import load, serving
+from benchmarks.common.hardware import cpu_seconds
+from benchmarks.common.own_server import OwnServer
+from benchmarks.common.standalone import measurement, numbers_of, run, say
+from benchmarks.serving.load import load
+from serving.bundle import Bundle
 
 PORT = 8123
-_TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time of a process until now."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def processes_called(title: str) -> list[int]:
     """The processes of this machine that have `title`: Ray names the process of a proxy nowhere else."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                if (entry / "cmdline").read_bytes().startswith(title.encode()):
-                    found.append(int(entry.name))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (entry / "cmdline").read_bytes().startswith(title.encode()):
+                found.append(int(entry.name))
     return found
 
 
@@ -71,61 +65,45 @@ def deploy(bundle: Path, options: list[str], replicas: int) -> dict[str, list[in
     return found | {"Proxy": processes_called("ray::ProxyActor")}
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/int8", show_default=True, help="Graph that is served.")
-@click.option("--replicas", default="1,2,4", show_default=True, help="Numbers of replicas.")
-@click.option("--clients", default=16, show_default=True, help="Streaming clients of each replica.")
-@click.option("--slots", default=16, show_default=True, help="Sequences that a replica decodes at once.")
-@click.option("--seconds", default=20.0, show_default=True, help="Length of each round.")
-@click.option("--prompt-tokens", default=64, show_default=True, help="Length of each prompt.")
-@click.option("--new-tokens", default=96, show_default=True, help="New tokens of each request.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@measurement(replicas="1,2,4", clients=16, slots=16, seconds=20.0, prompt_tokens=64, new_tokens=96)
 def main(
-    bundle: Path,
-    graph: str,
-    replicas: str,
-    clients: int,
-    slots: int,
-    seconds: float,
-    prompt_tokens: int,
+    bundle: Bundle, graph: str, replicas: str, clients: int, slots: int, seconds: float, prompt_tokens: int,
     new_tokens: int,
-    output: Path | None,
-) -> None:
-    """Measure BUNDLE on the plain server and on Ray Serve, for `benchmarks.serving.ray_simulation`."""
-    options = [f"--graph={graph}", f"--max-num-seqs={slots}", "--threads=1", "--no-access-log"]
+) -> dict[str, Any]:  # fmt: skip
+    """Measure BUNDLE on the plain server and on Ray Serve, for `benchmarks.serving.ray_simulation`.
 
-    def asked(many: int, prompt: int = prompt_tokens, new: int = new_tokens) -> list[str]:
-        texts = {"clients": many, "seconds": seconds, "prompt-tokens": prompt, "new-tokens": new}
-        return [f"--{name}={value}" for name, value in texts.items()]
-
-    with serving(bundle, graph, *options[1:]) as server:
-        load(server.url, ["--clients=2", "--seconds=1", "--new-tokens=8"])
-        one, full = load(server.url, asked(1)), load(server.url, asked(slots))
-        long = load(server.url, asked(1, prompt=4 * prompt_tokens, new=2))
-        short = load(server.url, asked(1, prompt=prompt_tokens, new=2))
+    --clients are those of each replica.
+    """
+    options = [f"--max-num-seqs={slots}", "--threads=1"]
+    asked = {"seconds": seconds, "prompt_tokens": prompt_tokens}
+    with OwnServer(bundle.folder, graph, *options) as server:
+        load(server.url, clients=2, seconds=1, new_tokens=8)
+        one, full = (load(server.url, clients=many, new_tokens=new_tokens, **asked) for many in (1, slots))
+        long = load(server.url, clients=1, seconds=seconds, prompt_tokens=4 * prompt_tokens, new_tokens=2)
+        short = load(server.url, clients=1, new_tokens=2, **asked)
     points, costs = [], []
     with ray_cluster():
-        for count in map(int, replicas.split(",")):
-            processes = deploy(bundle.resolve(), options, count)
+        for count in numbers_of(replicas):
+            ray_options = [f"--graph={graph}", *options, "--no-access-log"]
+            processes = deploy(bundle.folder.resolve(), ray_options, count)
             url = f"http://127.0.0.1:{PORT}"
-            load(url, ["--clients=4", "--seconds=1", "--new-tokens=8"])
+            load(url, clients=4, seconds=1, new_tokens=8)
             for new in (new_tokens, 4):  # Few tokens tell what a request costs from what a token costs.
                 way = [*processes["Proxy"], *processes["Ingress"]]
                 before = sum(map(cpu_seconds, way))
-                found = load(url, asked(clients * count, new=new))
+                found = load(url, clients=clients * count, new_tokens=new, **asked)
                 spent = sum(map(cpu_seconds, way)) - before
                 costs.append((sum(found["outcomes"].values()), found["tokens"], spent))
                 points.append({"replicas": count, "clients": clients * count, "prompt_tokens": prompt_tokens,
                                "new_tokens": new, "way_cpu_seconds": spent, **found})  # fmt: skip
-                click.echo(f"{count} replicas, {new} new tokens: {found['tokens_per_second']:.0f} tokens/s, "
-                           f"{dict(found['outcomes'])}")  # fmt: skip
+                rate = f"{found['tokens_per_second']:.0f} tokens/s, {found['outcomes']}"
+                say(f"{count} replicas, {new} new tokens: {rate}")
     per_request, per_token = split_costs(costs)
-    steps = [found["inter_token_s"]["p50"] for found in (one, full)]
+    step = one["inter_token_s"]["p50"]
     prefill = (long["time_to_first_token_s"]["p50"] - short["time_to_first_token_s"]["p50"]) / (3 * prompt_tokens)
-    per_sequence = max(0.0, (1 / full["tokens_per_second"] * slots - steps[0]) / (slots - 1))
+    per_sequence = max(0.0, (1 / full["tokens_per_second"] * slots - step) / (slots - 1))
     machine = {
-        "step": max(0.0, steps[0] - per_sequence),
+        "step": max(0.0, step - per_sequence),
         "step_per_sequence": per_sequence,
         "prefill_per_token": max(0.0, prefill),
         "ingress_per_request": per_request,
@@ -133,23 +111,19 @@ def main(
         "slots": slots,
         "cores": os.cpu_count(),
     }
-    plain = {"one_client": one, "full": full}
-    record = {"environment": environment(), "graph": graph, "machine": machine, "plain": plain, "points": points}
-    if output is None:
-        click.echo(json.dumps(record))
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return {"machine": machine, "plain": {"one_client": one, "full": full}, "points": points}
 
 
 def split_costs(costs: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """Seconds of a request and of a token, by least squares, from (requests, tokens, processor seconds) of rounds."""
-    rr, rt, tt = (sum(one[i] * one[j] for one in costs) for i, j in ((0, 0), (0, 1), (1, 1)))
-    rs, ts = (sum(one[i] * one[2] for one in costs) for i in (0, 1))
-    determinant = rr * tt - rt * rt
-    if determinant <= 1e-9 * rr * tt:
-        return rs / rr, 0.0
-    return max(0.0, (rs * tt - ts * rt) / determinant), max(0.0, (ts * rr - rs * rt) / determinant)
+    """Seconds of a request and of a token, by least squares, from (requests, tokens, processor seconds) of rounds.
+
+    Rounds that do not tell them apart put all on the request.
+    """
+    *terms, spent = np.array(costs, np.float64).T
+    found, _, rank, _ = np.linalg.lstsq(np.stack(terms, axis=1), spent, rcond=1e-5)
+    if rank < len(terms):
+        return float(terms[0] @ spent / (terms[0] @ terms[0])), 0.0
+    return max(0.0, float(found[0])), max(0.0, float(found[1]))
 
 
 if __name__ == "__main__":

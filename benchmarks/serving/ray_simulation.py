@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 
+from benchmarks.common.standalone import OUTPUT, finish, numbers_of
 from benchmarks.serving.load import quantiles
 from serving.ray.prefix_routing import HashRing, preferred
 
@@ -54,6 +55,10 @@ class Traffic:
     groups: int = 1
     clients: int = 0
     rate: float = 0.0
+
+
+_MANY = Traffic(requests=1, shared=256, own=64, new=96)
+"""What larger clusters are asked, but for the rate."""
 
 
 @dataclass
@@ -234,29 +239,18 @@ class Simulation:
             self._at(left, self._arrive)
 
 
-def machine_of(record: dict[str, Any]) -> Machine:
-    """The times that `ray_scaling` measured."""
-    return Machine(**record["machine"])
-
-
 def check(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Each measured point next to its simulation."""
-    found = []
+    machine, found = Machine(**record["machine"]), []
     for point in record["points"]:
         traffic = Traffic(
             requests=max(200, 20 * point["clients"]), own=point["prompt_tokens"], new=point["new_tokens"],
             groups=10_000, clients=point["clients"],
         )  # fmt: skip
-        simulated = Simulation(machine_of(record), traffic, point["replicas"]).run()
-        found.append(
-            {
-                "replicas": point["replicas"],
-                "clients": point["clients"],
-                "measured": point["tokens_per_second"],
-                "simulated": simulated["tokens_per_second"],
-                "ratio": simulated["tokens_per_second"] / point["tokens_per_second"],
-            }
-        )
+        measured = point["tokens_per_second"]
+        simulated = Simulation(machine, traffic, point["replicas"]).run()["tokens_per_second"]
+        row = {"replicas": point["replicas"], "clients": point["clients"], "measured": measured}
+        found.append(row | {"simulated": simulated, "ratio": simulated / measured})
     return found
 
 
@@ -275,9 +269,8 @@ def sweep(
     """Each size under an open load of `share` of what its replicas can answer; `price` is of a replica's hour."""
     rows = []
     for size in sizes:
-        traffic = Traffic(requests=1, shared=256, own=64, new=96, groups=8 * size)
-        rate = share * size * capacity(machine, traffic)[0]
-        traffic = replace(traffic, rate=rate, requests=min(12_000, max(600, 20 * size)))
+        rate = share * size * capacity(machine, _MANY)[0]
+        traffic = replace(_MANY, groups=8 * size, rate=rate, requests=min(12_000, max(600, 20 * size)))
         row = Simulation(replace(machine, cores=None), traffic, size, ingresses, by_prefix, seed).run()
         row["requests_per_second"] = rate
         row["price_per_million_tokens"] = price * size / (row["tokens_per_second"] * 3600) * 1e6
@@ -292,23 +285,23 @@ def sweep(
 @click.option("--share", default=0.7, show_default=True, help="Load, as a share of what the replicas can answer.")
 @click.option("--price", default=0.10, show_default=True, help="Price of one replica for one hour.")
 @click.option("--random-routing", is_flag=True, help="Route to the less busy of two replicas, whatever the prefix.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the results as JSON.")
+@OUTPUT
 def main(
     record: Path, replicas: str, ingresses: str, share: float, price: float, random_routing: bool, output: Path | None
 ) -> None:
     """Repeat the measured points of RECORD, then simulate larger clusters."""
     measured = json.loads(record.read_text(encoding="utf-8"))
-    machine, sizes = machine_of(measured), [int(each) for each in replicas.split(",")]
+    machine, sizes = Machine(**measured["machine"]), numbers_of(replicas)
     checked = check(measured)
     for row in checked:
         click.echo("{replicas} replicas, {clients} clients: {measured:.0f} tokens/s measured, {simulated:.0f} simulated"
                    .format(**row))  # fmt: skip
-    one, passed_on = capacity(machine, Traffic(requests=1, shared=256, own=64, new=96))
+    one, passed_on = capacity(machine, _MANY)
     click.echo(
         f"one ingress passes on {passed_on:.0f} requests/s, as many as {passed_on / one:.0f} replicas can answer"
     )
     rows = []
-    for count in (int(each) for each in ingresses.split(",")):
+    for count in numbers_of(ingresses):
         rows += sweep(machine, sizes, count, share, not random_routing, price)
     for row in rows:
         click.echo(
@@ -318,8 +311,7 @@ def main(
             f"{row['price_per_million_tokens']:.3f} per million tokens"
         )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"machine": asdict(machine), "checked": checked, "rows": rows}, indent=1) + "\n")
+        finish({"machine": asdict(machine), "checked": checked, "rows": rows}, output)
 
 
 if __name__ == "__main__":

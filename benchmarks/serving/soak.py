@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from benchmarks.common.hardware import usable_cores
-from benchmarks.serving.server import ServerProcess
+from benchmarks.common.own_server import OwnServer
+from benchmarks.serving.load import address_of
 
 _INTERVAL = 5.0
 """Seconds between two samples; less in a short soak."""
@@ -72,13 +72,18 @@ def slope(seconds: Sequence[float], values: Sequence[float]) -> Slope:
 
 @dataclass(frozen=True)
 class Call:
-    """One request: its kind's name, what it asks, the status that is right, and when its client leaves, if it does."""
+    """One request: its kind's name, what it asks, the status that is right, and when its client leaves, if it does.
+
+    `length` is that which the head states, where the body has another; `packed` says that the body is gzip's.
+    """
 
     kind: str
     path: str
     body: bytes | None
     status: int = 200
     leave_after: float | None = None
+    length: int | None = None
+    packed: bool = False
 
 
 def draw_call(draw: random.Random, model: str, context: int) -> Call:
@@ -113,10 +118,12 @@ def draw_call(draw: random.Random, model: str, context: int) -> Call:
 
 async def ask(address: tuple[str, int], call: Call) -> str:
     """Make `call` on a connection of its own: "as it should be", "left", or what was wrong."""
-    verb = b"GET" if call.body is None else b"POST"
     body = call.body or b""
-    head = b"%s %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" % (verb, call.path.encode())
-    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"%s %s HTTP/1.1\r\nHost: a\r\n" % (b"GET" if call.body is None else b"POST", call.path.encode())
+    head += b"Content-Encoding: gzip\r\n" if call.packed else b""
+    head += b"Connection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (
+        len(body) if call.length is None else call.length
+    )
     try:
         async with asyncio.timeout(_PATIENCE):
             reader, writer = await asyncio.open_connection(*address)
@@ -140,9 +147,7 @@ async def ask(address: tuple[str, int], call: Call) -> str:
     if streamed and b"data: [DONE]" not in answer:
         return "broken off"
     # At an event's beginning, since "error" alone is a text like any other.
-    if streamed and b'data: {"error"' in answer:
-        return "error event"
-    return "as it should be"
+    return "error event" if streamed and b'data: {"error"' in answer else "as it should be"
 
 
 @dataclass
@@ -156,7 +161,7 @@ class Sample:
     slots: float
 
 
-def sample(server: ServerProcess, began: float) -> Sample:
+def sample(server: OwnServer, began: float) -> Sample:
     """One sample; asking for the metrics is a request of its own."""
     process = Path(f"/proc/{server.process.pid}")
     return Sample(
@@ -169,10 +174,9 @@ def sample(server: ServerProcess, began: float) -> Sample:
 
 
 async def _use(
-    server: ServerProcess, model: str, context: int, minutes: float, rate: float, outcomes: Counter[str]
+    server: OwnServer, model: str, context: int, minutes: float, rate: float, outcomes: Counter[str]
 ) -> list[Sample]:
-    parts, draw = urlsplit(server.url), random.Random(0)
-    address = (parts.hostname or "127.0.0.1", parts.port or 80)
+    address, draw = address_of(server.url), random.Random(0)
     tasks: set[asyncio.Task[None]] = set()
     samples: list[Sample] = []
 
@@ -198,7 +202,7 @@ async def _use(
 
 
 def soak(
-    server: ServerProcess, model: str, context: int, minutes: float, rate: float, bound_mib_an_hour: float
+    server: OwnServer, model: str, context: int, minutes: float, rate: float, bound_mib_an_hour: float
 ) -> dict[str, Any]:
     """Use `server` for `minutes` at `rate` requests a second; "faults" names what is not as it should be."""
     outcomes: Counter[str] = Counter()
@@ -233,7 +237,7 @@ def soak(
     }
 
 
-def _idle(server: ServerProcess) -> Sample:
+def _idle(server: OwnServer) -> Sample:
     """What is held once nobody asks anything: connections are closed shortly after their answers."""
     began = time.monotonic()
     held = sample(server, began)

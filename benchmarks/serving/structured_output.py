@@ -8,7 +8,6 @@ under the schema, in turns, by the engine, all with as many tokens.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +17,13 @@ import click
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmarks.common.hardware import environment
+from benchmarks.common.engine_stream import Stream
 from benchmarks.common.held_out_text import cut_prompts, read_text
-from benchmarks.common.standalone import run
-from benchmarks.common.statistics import paired, summarise
-from serving.bundle import open_bundle
-from serving.engine.api import Event, FinishEvent, GenerationRequest, TokenEvent
+from benchmarks.common.standalone import measurement, run, say
+from benchmarks.common.statistics import paired, percentiles, summarise
+from serving.bundle import Bundle
+from serving.engine.api import GenerationRequest
 from serving.engine.engine import SlotEngine, open_engine
-from serving.errors import GPT2BundleError
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import Grammar, StructuredOutput
 from serving.sampling.detokenizer import load_tokenizer
@@ -52,58 +50,43 @@ GRAMMARS = {
 }
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="ort/int8", show_default=True)
-@click.option(
-    "--tokenizer",
-    type=click.Path(exists=True, path_type=Path),
-    metavar="FILE",
-    help="A tokenizer.json of the graph's vocabulary, in place of the bundle's.",
-)
-@click.option("--streams", default=16, show_default=True, help="Streams that run at once; at most the engine's slots.")
-@click.option("--prompt-tokens", default=32, show_default=True)
-@click.option("--new-tokens", default=96, show_default=True, help="Tokens of each stream.")
-@click.option("--repeats", default=9, show_default=True, help="Turns of free and constrained streams.")
-@click.option("--masks", default=4000, show_default=True, help="Masks of each grammar.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@measurement(
+    click.option(
+        "--tokenizer",
+        type=click.Path(exists=True, path_type=Path),
+        metavar="FILE",
+        help="A tokenizer.json of the graph's vocabulary, in place of the bundle's.",
+    ),
+    streams=16, prompt_tokens=32, new_tokens=96, repeats=9, masks=4000,
+)  # fmt: skip
 def main(
-    bundle: Path, graph: str, tokenizer: Path | None, streams: int, masks: int, output: Path | None, **sizes: int
-) -> None:
-    """Measure on the folder BUNDLE."""
-    opened = open_bundle(bundle, check="sizes")
-    geometry = opened.manifest.model
+    bundle: Bundle, graph: str, tokenizer: Path | None, streams: int, prompt_tokens: int, new_tokens: int,
+    repeats: int, masks: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on the folder BUNDLE; at most as many --streams as the engine has slots."""
+    geometry = bundle.manifest.model
     began = time.perf_counter()
-    chosen = load_tokenizer(opened) if tokenizer is None else Tokenizer.from_file(str(tokenizer))
+    chosen = load_tokenizer(bundle) if tokenizer is None else Tokenizer.from_file(str(tokenizer))
     compiler = GrammarCompiler(chosen, geometry.vocab_size, geometry.eos_token_id)
     record: dict[str, Any] = {
-        "bundle": opened.manifest.name,
-        "environment": environment(),
-        "graph": graph,
         "vocab_size": geometry.vocab_size,
         "tokenizer_entries": chosen.get_vocab_size(),
-        "streams": streams,
-        **sizes,
         "tokenizer_seconds": time.perf_counter() - began,
         "masks": {name: _masks(compiler, wanted, masks) for name, wanted in GRAMMARS.items()},
         "throughput": [],
     }
-    click.echo(json.dumps(record["masks"]), err=True)
-    prompts = cut_prompts(read_text(opened), streams, sizes["prompt_tokens"])
+    say(record["masks"])
+    prompts = cut_prompts(read_text(bundle), streams, prompt_tokens)
     grammar = compiler.compile(GRAMMARS["schema"])
-    engine = open_engine(opened, graph)
+    engine = open_engine(bundle, graph)
     try:
         for temperature in (0.0, 1.0):
-            params = {"temperature": temperature, "max_new_tokens": sizes["new_tokens"]}
-            record["throughput"].append(_throughput(engine, prompts, grammar, params, sizes["repeats"]))
-            click.echo(json.dumps(record["throughput"][-1]), err=True)
+            params = {"temperature": temperature, "max_new_tokens": new_tokens}
+            record["throughput"].append(_throughput(engine, prompts, grammar, params, repeats))
+            say(record["throughput"][-1])
     finally:
         engine.close()
-    text = json.dumps(record, indent=2)
-    click.echo(text)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n", encoding="utf-8")
+    return record
 
 
 def _masks(compiler: GrammarCompiler, wanted: StructuredOutput, count: int) -> dict[str, Any]:
@@ -140,9 +123,9 @@ def _masks(compiler: GrammarCompiler, wanted: StructuredOutput, count: int) -> d
     return {
         "compile_ms": compile_seconds * 1e3,
         "allowed_median": float(np.median(allowed)),
-        "mask_us": _percentiles(bare),
-        "mask_and_form_us": _percentiles(whole),
-        "accept_us": _percentiles(accept),
+        "mask_us": percentiles(bare),
+        "mask_and_form_us": percentiles(whole),
+        "accept_us": percentiles(accept),
     }
 
 
@@ -167,31 +150,14 @@ def _throughput(
 
 
 def _run(engine: SlotEngine, prompts: list[list[int]], grammar: Grammar | None, params: dict[str, Any]) -> float:
-    ended = threading.Semaphore(0)
-    reasons: list[str] = []
-    times: list[float] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, TokenEvent):
-            times.append(time.perf_counter())
-        elif isinstance(event, FinishEvent):
-            reasons.append(event.reason)
-            ended.release()
-
+    streams = []
     for index, prompt in enumerate(prompts):
         chosen = SamplingParams(seed=index, ignore_eos=grammar is None, **params)
-        engine.submit(GenerationRequest(tuple(prompt), chosen, grammar=grammar), listen)
-    for _ in prompts:
-        ended.acquire()
-    if set(reasons) != {"length"}:
-        raise GPT2BundleError(f"streams ended with {sorted(set(reasons))}, so their rates cannot be compared")
+        streams.append(Stream(engine, GenerationRequest(tuple(prompt), chosen, grammar=grammar)))
+    times = sorted(timestamp for stream in streams for timestamp in stream.whole().times[0])
     # While all decode: from when the last one begins, the prompts before it read.
     steady = times[len(prompts) * len(prompts) :]
     return (len(steady) - 1) / (steady[-1] - steady[0])
-
-
-def _percentiles(samples: list[float]) -> dict[str, float]:
-    return {name: float(np.percentile(samples, share)) for name, share in (("p50", 50), ("p99", 99), ("max", 100))}
 
 
 if __name__ == "__main__":

@@ -23,51 +23,32 @@ async def play(schedule: Schedule, target: Target, clock: Clock, timeout: float 
     nobody has sent yet as soon as its last has ended, which is then the scheduled time. A request that has not ended
     after `timeout` seconds is given up and counts as failed.
     """
+
+    async def at(timestamp: float, request: Planned) -> Response:
+        await clock.until(timestamp)
+        return await _send(timestamp, request, target, clock, timeout)
+
+    async def client(left: Iterator[Planned]) -> list[Response]:
+        return [await _send(clock.now(), request, target, clock, timeout) for request in left]
+
     if schedule.concurrency is None:
         start = clock.now() + _LEAD
-        sent = [_at(start + (request.at or 0.0), request, target, clock, timeout) for request in schedule.requests]
-        return list(await asyncio.gather(*sent))
+        return await asyncio.gather(*(at(start + (each.at or 0.0), each) for each in schedule.requests))
     left = iter(schedule.requests)
-    clients = [_client(left, target, clock, timeout) for _ in range(schedule.concurrency)]
-    found = [response for responses in await asyncio.gather(*clients) for response in responses]
-    return sorted(found, key=lambda response: response.index)
-
-
-async def _at(timestamp: float, request: Planned, target: Target, clock: Clock, timeout: float) -> Response:
-    await clock.until(timestamp)
-    return await _send(timestamp, request, target, clock, timeout)
-
-
-async def _client(left: Iterator[Planned], target: Target, clock: Clock, timeout: float) -> list[Response]:
-    return [await _send(clock.now(), request, target, clock, timeout) for request in left]
+    found = await asyncio.gather(*(client(left) for _ in range(schedule.concurrency)))
+    return sorted((response for responses in found for response in responses), key=lambda response: response.index)
 
 
 async def _send(scheduled: float, request: Planned, target: Target, clock: Clock, timeout: float) -> Response:
-    sent = clock.now()
-    fixed: dict[str, Any] = {
-        "index": request.index,
-        "scheduled": scheduled,
-        "sent": sent,
-        "prompt_tokens": len(request.prompt),
-    }
+    fixed: dict[str, Any] = {"index": request.index, "scheduled": scheduled, "sent": clock.now()}
+    fixed["prompt_tokens"] = len(request.prompt)
     try:
         async with asyncio.timeout(timeout):
             answer = await target.send(request)
     except (TargetError, TimeoutError) as error:
         message = str(error) if isinstance(error, TargetError) else f"no end after {timeout:g} seconds"
         return Response(finished=clock.now(), token_times=(), error=message, **fixed)
-    return Response(
-        finished=answer.finished,
-        token_times=answer.token_times,
-        started=answer.started,
-        streamed=answer.streamed,
-        counted=answer.counted,
-        tokens=answer.tokens,
-        text=answer.text,
-        error=None if len(answer.token_times) == request.new_tokens else _short(answer.token_times, request),
-        **fixed,
-    )
-
-
-def _short(times: tuple[float, ...], request: Planned) -> str:
-    return f"{len(times)} tokens instead of {request.new_tokens}, so its figures are not those of the schedule"
+    made, message = len(answer.token_times), None
+    if made != request.new_tokens:
+        message = f"{made} tokens instead of {request.new_tokens}, so its figures are not those of the schedule"
+    return Response(error=message, **vars(answer), **fixed)

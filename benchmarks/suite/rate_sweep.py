@@ -61,14 +61,13 @@ def pace(schedule: Schedule, responses: Sequence[Response], objectives: Objectiv
     are the requests that were answered over window plus growth.
     """
     timestamps = [request.at or 0.0 for request in schedule.requests]
-    count = len(timestamps)
-    gaps = timestamps[-1] - timestamps[0]
-    window = gaps * count / (count - 1) if count > 1 and gaps > 0 else 1e-9
-    ordered = sorted(responses, key=lambda response: response.index)
+    count, gaps = len(timestamps), timestamps[-1] - timestamps[0]
+    window = gaps * count / (count - 1) if gaps > 0 else 1e-9
+    latencies = [e2e(response) for response in sorted(responses, key=lambda response: response.index)]
     quarter = max(1, count // 4)
-    first, last = (_middle(part) for part in (ordered[:quarter], ordered[-quarter:]))
-    growth = max(0.0, last - first) * 4 / 3 if first is not None and last is not None else 0.0
-    answered = sum(response.error is None for response in responses)
+    parts = [[value for value in part if value is not None] for part in (latencies[:quarter], latencies[-quarter:])]
+    growth = max(0.0, float(np.median(parts[1]) - np.median(parts[0]))) * 4 / 3 if all(parts) else 0.0
+    answered = sum(value is not None for value in latencies)
     offered, achieved = count / window, answered / (window + growth)
     good = sum(is_good(response, objectives) for response in responses) / count
     why = None
@@ -118,8 +117,3 @@ def best(summaries: Mapping[str, Mapping[str, Any]]) -> str | None:
     name = max(reached, key=lambda each: float(reached[each]["sustained"]))
     others = [summary["failed_at"] for other, summary in summaries.items() if other != name]
     return name if all(limit is not None and limit < reached[name]["sustained"] for limit in others) else None
-
-
-def _middle(responses: Sequence[Response]) -> float | None:
-    values = [value for value in map(e2e, responses) if value is not None]
-    return float(np.median(values)) if values else None

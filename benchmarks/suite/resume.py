@@ -9,6 +9,7 @@ from benchmarks.suite.load.schedule import Schedule
 from serving.errors import InputError
 
 SUSTAINED = "sustained_requests_per_second"
+RATES = ("read_bandwidth_bytes_per_second", "fp32_flops_per_second")
 
 
 def whole_sweep(schedules: Sequence[Schedule]) -> Schedule:
@@ -18,18 +19,13 @@ def whole_sweep(schedules: Sequence[Schedule]) -> Schedule:
 
 def session(about: Mapping[str, Any], rates: tuple[float | None, float | None], others: float | None) -> dict[str, Any]:
     """One run of those that a record was made in. `rates` are bytes and operations a second, `others` a share."""
-    return {
-        "date": about["date"],
-        "load_average": about["load_average"],
-        "read_bandwidth_bytes_per_second": rates[0],
-        "fp32_flops_per_second": rates[1],
-        "others_cpu_share": others,
-    }
+    told = {name: about[name] for name in ("date", "load_average")}
+    return told | dict(zip(RATES, rates, strict=True)) | {"others_cpu_share": others}
 
 
 def most_of(sessions: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The machine's best rates in any session, and the most that others took in one."""
-    names = ("read_bandwidth_bytes_per_second", "fp32_flops_per_second", "others_cpu_share")
+    names = (*RATES, "others_cpu_share")
     return {name: max((each[name] for each in sessions if each[name] is not None), default=None) for name in names}
 
 
@@ -63,10 +59,9 @@ class Earlier:
         if other:
             raise InputError(f"the unfinished record has other {' and '.join(other)}; delete it, or leave out --resume")
 
-    def points(self, schedules: Sequence[Schedule]) -> list[dict[str, Any]] | None:
-        """The points of one schedule, or of the schedules of one sweep; None if they must be measured."""
-        is_sweep = schedules[0].scenario == "saturation"
-        last = whole_sweep(schedules) if is_sweep else schedules[0]
+    def points(self, schedules: Sequence[Schedule]) -> list[dict[str, Any]]:
+        """The points of one schedule, or of the schedules of one sweep; none if they must be measured."""
+        last = whole_sweep(schedules) if schedules[0].scenario == "saturation" else schedules[0]
         asked = {each.sha256 for each in schedules} | {last.sha256}
         found = [point for point in self._record["points"] if point["schedule_sha256"] in asked]
-        return found if any(point["schedule_sha256"] == last.sha256 for point in found) else None
+        return found if any(point["schedule_sha256"] == last.sha256 for point in found) else []

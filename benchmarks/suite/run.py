@@ -21,8 +21,7 @@ from benchmarks.suite.machine.contention import Machine, Others
 from benchmarks.suite.rate_sweep import best, sweep
 from benchmarks.suite.record import SCHEMA
 from benchmarks.suite.resume import SUSTAINED, Earlier, most_of, session, whole_sweep
-from benchmarks.suite.static_batches import add_bounds as add_batch_bounds
-from benchmarks.suite.static_batches import play_batches, runner_of, steps_point
+from benchmarks.suite.static_batches import play_batches, steps_point
 from benchmarks.suite.targets.base import Target, TargetError
 from serving.bundle import Geometry
 from serving.errors import GPT2BundleError
@@ -35,6 +34,7 @@ _PAUSE = 0.1
 Say = Callable[[str], None]
 Decode = Callable[[Sequence[int]], str]
 Keep = Callable[[dict[str, Any]], None]
+Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
 
 
 @dataclass
@@ -47,12 +47,10 @@ class _Run:
     timeout: float
     machine: Machine
     say: Say
+    decode: Decode | None
     points: list[dict[str, Any]] = field(default_factory=list)
-    played: list[tuple[Schedule, dict[str, list[Repeat]]]] = field(default_factory=list)
+    measured: list[tuple[dict[str, Any], Schedule]] = field(default_factory=list)
     plays: int = 0
-    decode: Decode | None = None
-    # How many of `points` have their bounds.
-    bounded: int = 0
 
     async def play(self, target: Target, schedule: Schedule, timeout: float | None = None) -> Repeat:
         # Until the target before is still.
@@ -67,37 +65,28 @@ class _Run:
             return response
         return replace(response, text=self.decode(response.tokens))
 
-    def next_number(self) -> int:
-        """Another one for each time that all targets are asked the same, so that no prompt comes twice."""
+    def varied(self, schedule: Schedule) -> Schedule:
+        """The schedule with other first tokens each time, so that no prompt comes twice."""
         self.plays += 1
-        return self.plays - 1
+        return schedule.varied(self.plays - 1)
+
+    def in_turns(self, repeat: int) -> Sequence[Target]:
+        """The targets; who goes first changes, so that nobody always runs after the same other."""
+        start = repeat % len(self.targets)
+        return [*self.targets[start:], *self.targets[:start]]
 
     def add(self, schedule: Schedule, targets: Sequence[Target], played: dict[str, list[Repeat]]) -> None:
-        point = make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour)
-        self.add_point(schedule, point, played)
+        self.add_point(schedule, make_point(schedule, targets, played, self.objectives, self.machine.price_per_hour))
 
-    def add_point(
-        self, schedule: Schedule, point: dict[str, Any], played: dict[str, list[Repeat]] | None = None
-    ) -> None:
+    def add_point(self, schedule: Schedule, point: dict[str, Any]) -> None:
         self.points.append(point)
-        self.played.append((schedule, {} if played is None else played))
+        self.measured.append((point, schedule))
 
-    def add_bounds(self, geometry: Geometry | None, first: int) -> None:
-        """Put bounds, by the machine's rates so far, into the points from the `first` on that this run has measured."""
-        bandwidth, rate = self.machine.rates()
-        self.bounded = len(self.points)
-        for point, (schedule, played) in list(zip(self.points, self.played, strict=True))[first:]:
-            if geometry is None or played is _NOT_HERE:
-                continue
-            if point["scenario"] == "steps":
-                add_batch_bounds(point, schedule, geometry, bandwidth, rate)
-            else:
-                add_bounds(point, played, geometry, bandwidth, rate)
-
-
-# Whose requests an earlier run has seen, and this one has not.
-_NOT_HERE: dict[str, list[Repeat]] = {}
-Starter = Callable[[Target, Planned], Awaitable[ColdStart | None]]
+    def add_bounds(self, geometry: Geometry | None) -> None:
+        """Put bounds, by the machine's best rates so far, into the points that this run has measured."""
+        if geometry is not None:
+            for point, schedule in self.measured:
+                add_bounds(point, schedule, geometry, *self.machine.rates())
 
 
 async def measure(
@@ -124,7 +113,7 @@ async def measure(
     A target that does not start is taken out of `targets`, with its reason in `missing`, if that is not None.
     The schema is docs/bench-format.md's. Schedules of a sweep that follow each other are one sweep, in which each
     is played once; those of a cold start are asked `cold_starts` times by `starter`. `geometry` and the probes of
-    `machine` give the roofline and its bounds; `decode` the text of targets that give ids alone. What `earlier` has is
+    `machine` give the roofline bounds; `decode` the text of targets that give ids alone. What `earlier` has is
     not measured again; `keep` is given the record so far after each schedule or sweep. Raises InputError where
     `earlier` is of other settings, targets, versions or another machine.
     """
@@ -132,29 +121,22 @@ async def measure(
     # Before anything is loaded, since it holds the power of the idle machine.
     energy = machine.meters.describe()
     entries: list[dict[str, Any]] = []
-    run = _Run(targets, clock, objectives, timeout, machine, say, decode=decode)
+    run = _Run(targets, clock, objectives, timeout, machine, say, decode)
     about = environment()
     settings = {
         "repeats": repeats, "objectives": asdict(objectives), "timeout": timeout, "cold_starts": cold_starts,
         "sweep_seconds": sweep_seconds, "price_per_hour": machine.price_per_hour,
     }  # fmt: skip
-
     if earlier is not None:
         earlier.check(settings, about, [*(target.name for target in targets), *(missing or ())])
 
     def so_far() -> dict[str, Any]:
+        run.add_bounds(geometry)
         sessions = [*(earlier.sessions if earlier else ()), session(about, machine.rates(), others.share())]
         return {
-            "schema": SCHEMA,
-            "environment": about,
-            "settings": settings,
-            "sessions": sessions,
-            **most_of(sessions),
-            "energy": energy,
-            "targets": entries,
-            "not_measured": missing or {},
-            "points": run.points,
-        }
+            "schema": SCHEMA, "environment": about, "settings": settings, "sessions": sessions, **most_of(sessions),
+            "energy": energy, "targets": entries, "not_measured": missing or {}, "points": run.points,
+        }  # fmt: skip
 
     try:
         for target in list(targets):
@@ -172,11 +154,9 @@ async def measure(
             earlier.check_started([target.name for target in targets])
         others = Others([process for process in (target.pid() for target in targets) if process is not None])
         for part in _parts(schedules):
-            known = earlier.points(part) if earlier is not None else None
-            if known is not None:
+            if earlier is not None and (known := earlier.points(part)):
                 say(f"{part[0].scenario}, {part[0].point}: is there already")
-                for point in known:
-                    run.add_point(part[0], point, _NOT_HERE)
+                run.points += known
                 continue
             if part[0].scenario == "saturation":
                 await _sweep(run, part, sweep_seconds)
@@ -187,15 +167,11 @@ async def measure(
             else:
                 await _repeat(run, part[0], repeats)
             if keep is not None:
-                run.add_bounds(geometry, run.bounded)
                 keep(so_far())
-        record = so_far()
+        return so_far()
     finally:
         for target in targets:
             await target.stop()
-    # Again for all points, since the best sample of a probe may be a late one.
-    run.add_bounds(geometry, 0)
-    return record
 
 
 def _parts(schedules: Sequence[Schedule]) -> Iterator[list[Schedule]]:
@@ -246,17 +222,16 @@ async def _repeat(run: _Run, schedule: Schedule, repeats: int) -> None:
     for repeat in range(repeats):
         run.machine.sample()
         run.say(f"{schedule.scenario}, {schedule.point}: repeat {repeat + 1} of {repeats}")
-        asked = schedule.varied(run.next_number())
-        # Who goes first changes, so that nobody always runs after the same other.
-        for place in range(len(run.targets)):
-            target = run.targets[(place + repeat) % len(run.targets)]
+        asked = run.varied(schedule)
+        for target in run.in_turns(repeat):
             played[target.name].append(await run.play(target, asked))
     run.add(schedule, run.targets, played)
 
 
 def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
     """One batch size, for those targets that are a graph in this process."""
-    runners = {target.name: runner for target in run.targets if (runner := runner_of(target)) is not None}
+    known = {target.name: getattr(target, "runner", None) for target in run.targets}
+    runners = {name: runner for name, runner in known.items() if runner is not None}
     if not runners:
         run.say(f"{schedule.scenario}, {schedule.point}: left out, no target is a graph in this process")
         return
@@ -266,7 +241,7 @@ def _steps(run: _Run, schedule: Schedule, repeats: int) -> None:
 
 async def _sweep(run: _Run, schedules: Sequence[Schedule], seconds: float) -> None:
     named = {target.name: target for target in run.targets}
-    asked = [schedule.varied(run.next_number()) for schedule in schedules]
+    asked = [run.varied(schedule) for schedule in schedules]
     played: list[dict[str, list[Repeat]]] = [{} for _ in schedules]
 
     async def once(name: str, schedule: Schedule, place: int) -> Sequence[Response]:
@@ -298,9 +273,8 @@ async def _cold(run: _Run, schedule: Schedule, starter: Starter | None, count: i
     rows = {target.name: blank_row(target, {name: [] for name in COLD}) for target in run.targets}
     for repeat in range(count):
         run.say(f"{schedule.scenario}, {schedule.point}: {repeat + 1} of {count}")
-        request = schedule.varied(run.next_number()).requests[0]
-        for place in range(len(run.targets)):
-            target = run.targets[(place + repeat) % len(run.targets)]
+        request = run.varied(schedule).requests[0]
+        for target in run.in_turns(repeat):
             row, found = rows[target.name], None
             try:
                 found = await starter(target, request) if starter is not None else None

@@ -16,25 +16,12 @@ import numpy as np
 from benchmarks.common.static_batch import BatchRun, BatchRunner
 from benchmarks.common.statistics import summarise
 from benchmarks.suite.figures.record_rows import STEPS, Named, blank_row, point_of
-from benchmarks.suite.figures.roofline import bound_seconds, prefill_bytes, prompt_flops, step_bytes, token_flops
 from benchmarks.suite.load.schedule import Schedule
 from benchmarks.suite.machine.contention import Machine
-from serving.bundle import Geometry
 from serving.errors import GPT2BundleError
 
 # A runtime's threads spin for a while after its last call, and would take the cores from the next one.
 _PAUSE = 0.3
-
-
-def is_static(target: object) -> bool:
-    """Return whether a target runs static batches of a graph in this process, loaded or not."""
-    return hasattr(target, "runner")
-
-
-def runner_of(target: object) -> BatchRunner | None:
-    """Return what runs a target's static batches, or None if the target has nothing of the kind."""
-    found: BatchRunner | None = getattr(target, "runner", None)
-    return found
 
 
 def play_batches(
@@ -95,9 +82,10 @@ def steps_point(
 
     A repeat's step is the median of its steps; `intervals_ms` are 95 % bootstrap intervals over all prefills and steps.
     """
+    outputs = {name: [np.array(run.tokens, np.int64).T for run in runs] for name, runs in played.items()}
     rows = []
     for target in (each for each in targets if each.name in played):
-        runs = played[target.name]
+        runs, own = played[target.name], outputs[target.name]
         medians = [float(np.median(run.steps)) if run.steps else None for run in runs]
         figures: dict[str, list[float | None]] = {
             "prefill_ms": [run.prefill * 1e3 for run in runs],
@@ -108,60 +96,17 @@ def steps_point(
         for name in runs[0].metered:
             if any(run.metered[name] is not None for run in runs):
                 figures[name] = [run.metered[name] for run in runs]
-        samples = {
-            "prefill_ms": [run.prefill * 1e3 for run in runs],
-            "step_ms": [step * 1e3 for run in runs for step in run.steps],
-        }
-        tokens = {name: [_by_row(run) for run in other] for name, other in played.items()}
-        own = tokens.pop(target.name)
+        steps = [step * 1e3 for run in runs for step in run.steps]
+        prefills = [run.prefill * 1e3 for run in runs]
         rows.append(blank_row(target, figures) | {
-            "intervals_ms": {name: _interval(values) for name, values in samples.items()},
+            "intervals_ms": {"prefill_ms": _interval(prefills), "step_ms": _interval(steps)},
             "outputs_sha256": hashlib.sha256(own[0].astype("<i8").tobytes()).hexdigest(),
-            "differing_requests": {name: _differing(own, other) for name, other in tokens.items()},
+            "differing_requests": {
+                name: _differing(own, other) for name, other in outputs.items() if name != target.name
+            },
             "notes": ["the outputs of its repeats differ"] if _differing(own, own[:1] * len(own)) else [],
         })  # fmt: skip
     return point_of(schedule, rows, STEPS)
-
-
-def add_bounds(
-    point: dict[str, Any],
-    schedule: Schedule,
-    geometry: Geometry,
-    bandwidth: float | None,
-    flops_per_second: float | Mapping[str, float] | None,
-    caches: Mapping[str, str] | None = None,
-) -> None:
-    """Put the roofline bounds into the rows: those of the whole batch, each weight read once for it.
-
-    `caches` are the precisions of KV caches by target, where they do not follow from the weights'. The rates
-    are those of `bound_seconds`; without a bandwidth there are no bounds.
-    """
-    requests = schedule.requests
-    rows, prompt, new_tokens = len(requests), len(requests[0].prompt), requests[0].new_tokens
-    cached = prompt + new_tokens / 2
-    for row in point["rows"]:
-        precision = row["precision"]
-        if precision is None or row["errors"]:
-            continue
-        work = {"prefill": rows * prompt_flops(geometry, prompt), "decode": rows * token_flops(geometry, cached)}
-        read = {
-            "prefill": prefill_bytes(geometry, precision, rows, prompt),
-            "decode": step_bytes(geometry, precision, rows, cached, (caches or {}).get(row["target"], "")),
-        }
-        if bandwidth is not None:
-            seconds = [bound_seconds(work[each], read[each], precision, bandwidth, flops_per_second) for each in work]
-            row["bound_ttft_ms"], row["bound_inter_token_ms"] = (each * 1e3 for each in seconds)
-        row["roofline"] = {
-            phase: _attained(work[phase], read[phase], rows, row["figures"][figure])
-            for phase, figure in zip(work, STEPS, strict=True)
-        }
-
-
-def _attained(work: float, read: float, rows: int, milliseconds: Sequence[float | None]) -> dict[str, Any] | None:
-    known = [value for value in milliseconds if value]
-    if not known:
-        return None
-    return {"intensity": work / read, "flops_per_second": work / float(np.median(known)) * 1e3, "rows": rows}
 
 
 def _interval(values: Sequence[float]) -> list[float] | None:
@@ -169,12 +114,8 @@ def _interval(values: Sequence[float]) -> list[float] | None:
     return None if found is None else [found.low, found.high]
 
 
-def _by_row(run: BatchRun) -> Any:
-    """The tokens as [rows, steps + 1]."""
-    return np.array(run.tokens, np.int64).T
-
-
 def _differing(repeats: Sequence[Any], others: Sequence[Any]) -> list[int]:
+    """The rows of outputs, [rows, steps + 1] for each repeat, that differ in one."""
     found: set[int] = set()
     # A runtime that failed later has fewer repeats.
     for ours, theirs in zip(repeats, others, strict=False):

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.common.hardware import environment
-from benchmarks.common.standalone import run
+from benchmarks.common.standalone import OUTPUT, finish, run, say
 from benchmarks.common.statistics import summarise
 from benchmarks.training.trainers import CASES, LOSS, SPEED, Trainers
 
@@ -30,19 +30,15 @@ WARM_UP = 2
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Repeatable; all by default.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Turns of each trainer.")
 @click.option("--cores", type=click.IntRange(1, 1024), default=2, show_default=True, help="Cores that all may use.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the record as JSON.")
+@OUTPUT
 def main(peers: Path, work: Path, cases: tuple[str, ...], rounds: int, cores: int, output: Path | None) -> None:
     """Train the same GPT-2 on the same tokens by gpt2-bundle, torch and KerasHub, on the CPU, in turns."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    trainers = Trainers(work, peers, lambda line: click.echo(line, err=True))
+    trainers = Trainers(work, peers, say)
     for case in cases or tuple(CASES):
         _turns(trainers, case, 1 if CASES[case].validate else rounds)
-    record = {"environment": environment(), "warm_up_steps": WARM_UP, **summary(read_samples(work))}
-    click.echo(table(record))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    finish({"environment": environment(), "warm_up_steps": WARM_UP, **summary(read_samples(work))}, output, table)
 
 
 def _turns(trainers: Trainers, case: str, rounds: int) -> None:

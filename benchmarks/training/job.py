@@ -17,20 +17,9 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class TrainingJob:
-    """One training run: GPT-2 of a geometry on a token stream, AdamW, float32, no dropout.
+class Sizes:
+    """A geometry of GPT-2, the batch of a step in sequences of so many tokens, and the number of steps."""
 
-    Matrices of the blocks decay, embeddings, biases and norms do not.
-
-    Attributes:
-        tokens: folder with train.bin and validation.bin, flat uint16.
-        start: Hugging Face folder of the initial weights; empty starts from random ones.
-        steps: updates; the learning rate rises over `warmup` of them and falls by a cosine to `final` of its peak.
-        validate: whether to measure the validation loss at the end.
-    """
-
-    tokens: str
-    start: str
     vocab_size: int
     n_positions: int
     n_embd: int
@@ -39,7 +28,25 @@ class TrainingJob:
     batch_size: int
     sequence_length: int
     steps: int
-    validate: bool
+
+
+@dataclass(frozen=True)
+class TrainingJob(Sizes):
+    """One training run: GPT-2 of a geometry on a token stream, AdamW, float32, no dropout.
+
+    Matrices of the blocks decay, embeddings, biases and norms do not.
+
+    Attributes:
+        tokens: folder with train.bin and validation.bin, flat uint16.
+        start: Hugging Face folder of the initial weights; empty starts from random ones.
+        validate: whether to measure the validation loss at the end.
+        warmup_fraction: share of the steps in which the learning rate rises, before it falls by a cosine.
+        final: the rate at the end, as a share of the peak.
+    """
+
+    tokens: str = ""
+    start: str = ""
+    validate: bool = False
     seed: int = 1234
     learning_rate: float = 1e-3
     warmup_fraction: float = 0.05
@@ -49,6 +56,11 @@ class TrainingJob:
     beta2: float = 0.98
     epsilon: float = 1e-7
     max_grad_norm: float = 1.0
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises."""
+        return min(self.steps - 1, round(self.steps * self.warmup_fraction))
 
     def write(self, path: Path) -> Path:
         """Write the job as JSON and return the path."""
@@ -68,10 +80,9 @@ class TrainingJob:
 
 def rate(job: TrainingJob, step: int) -> float:
     """The learning rate of update `step`, from 0: linear warm-up from 0, then a cosine (Loshchilov & Hutter 2017)."""
-    warmup = min(job.steps - 1, round(job.steps * job.warmup_fraction))
-    if step < warmup:
-        return job.learning_rate * step / warmup
-    share = min(1.0, (step - warmup) / max(1, job.steps - warmup))
+    if step < job.warmup:
+        return job.learning_rate * step / job.warmup
+    share = min(1.0, (step - job.warmup) / max(1, job.steps - job.warmup))
     return job.learning_rate * (job.final + (1 - job.final) * (1 + math.cos(math.pi * share)) / 2)
 
 

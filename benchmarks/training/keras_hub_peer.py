@@ -64,13 +64,12 @@ def train(job: TrainingJob, xla: bool) -> None:
         max_sequence_length=job.n_positions,
     )
     model = keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=None)
-    warmup = min(job.steps - 1, round(job.steps * job.warmup_fraction))
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0,
-        decay_steps=job.steps - warmup,
+        decay_steps=job.steps - job.warmup,
         alpha=job.final,
         warmup_target=job.learning_rate,
-        warmup_steps=warmup,
+        warmup_steps=job.warmup,
     )
     optimizer = keras.optimizers.AdamW(
         schedule,

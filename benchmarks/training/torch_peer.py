@@ -24,17 +24,8 @@ def make_model(job: TrainingJob) -> Any:
     options: dict[str, Any] = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "attn_implementation": "sdpa"}
     if job.start:
         return GPT2LMHeadModel.from_pretrained(job.start, **options)
-    config = GPT2Config(
-        vocab_size=job.vocab_size,
-        n_positions=job.n_positions,
-        n_embd=job.n_embd,
-        n_layer=job.n_layer,
-        n_head=job.n_head,
-        bos_token_id=0,
-        eos_token_id=0,
-        **options,
-    )
-    return GPT2LMHeadModel(config)
+    sizes = {name: getattr(job, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes, **options))
 
 
 def make_optimizer(model: Any, job: TrainingJob) -> Any:

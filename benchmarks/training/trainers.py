@@ -8,32 +8,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.job import TrainingJob
+from benchmarks.common.runtime_process import ROOT
+from benchmarks.training.job import Sizes, TrainingJob
 from serving.errors import GPT2BundleError
 
-ROOT = Path(__file__).parents[2]
 OWN = [sys.executable, "-m", "serving.cli"]
 
 
 @dataclass(frozen=True)
-class Case:
-    """A geometry, a batch, and how many steps are taken.
+class Case(Sizes):
+    """Sizes, what the default recipe needs to become them, and whether the losses after training are compared."""
 
-    `recipe` is what the default recipe needs to become it, and `start` the case whose initial weights it takes.
-    """
-
-    vocab_size: int
-    n_positions: int
-    n_embd: int
-    n_layer: int
-    n_head: int
-    batch_size: int
-    sequence_length: int
-    steps: int
     recipe: tuple[str, ...] = ()
     validate: bool = False
 
@@ -46,6 +35,8 @@ CASES = {
 }
 SPEED = ("gpt2-bundle XLA", "gpt2-bundle", "torch eager", "torch.compile", "KerasHub XLA", "KerasHub")
 LOSS = ("gpt2-bundle XLA", "torch eager")
+# What a job and a recipe call by the same name.
+_SAME = ("batch_size", "learning_rate", "warmup_fraction", "weight_decay", "max_grad_norm")
 
 
 class Trainers:
@@ -70,19 +61,8 @@ class Trainers:
         if setting.validate:
             self._own("train", f"name={case}-start", *self._sizes(setting), "training.epochs=0")
             start = str((self.runs / f"{case}-start" / "train").absolute())
-        job = TrainingJob(
-            tokens=str(prepared.absolute()),
-            start=start,
-            vocab_size=setting.vocab_size,
-            n_positions=setting.n_positions,
-            n_embd=setting.n_embd,
-            n_layer=setting.n_layer,
-            n_head=setting.n_head,
-            batch_size=setting.batch_size,
-            sequence_length=setting.sequence_length,
-            steps=setting.steps,
-            validate=setting.validate,
-        )
+        sizes = {each.name: getattr(setting, each.name) for each in fields(Sizes)}
+        job = TrainingJob(tokens=str(prepared.absolute()), start=start, validate=setting.validate, **sizes)
         job.write(self.work / f"{case}.json")
         for xla in (True, False):
             self._own("prepare", *self._ours(case, job, xla))
@@ -128,20 +108,14 @@ class Trainers:
             f"name={_own_name(case, xla)}",
             *sizes,
             f"seed={job.seed}",
+            "training.optimizer=adamw",
             # Half a step less, so that rounding up gives the very number.
             f"training.epochs={(job.steps - 0.5) * job.batch_size / rows}",
-            f"training.batch_size={job.batch_size}",
-            "training.optimizer=adamw",
-            f"training.learning_rate={job.learning_rate}",
-            f"training.warmup_fraction={job.warmup_fraction}",
+            *(f"training.{name}={getattr(job, name)}" for name in _SAME),
             f"training.final_learning_rate_fraction={job.final}",
-            f"training.weight_decay={job.weight_decay}",
             f"training.adam_beta1={job.beta1}",
             f"training.adam_beta2={job.beta2}",
-            f"training.max_grad_norm={job.max_grad_norm}",
-            "training.validations=1",
-            "training.log_every=1",
-            "training.sample_tokens=0",
+            *("training.validations=1", "training.log_every=1", "training.sample_tokens=0"),
             f"training.jit_compile={str(xla).lower()}",
         ]
 

@@ -6,8 +6,8 @@ client or a target that falls behind cannot hide it (coordinated omission; G. Te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.suite.load.events import Response
 
 QUANTILES = (0.5, 0.9, 0.99)
+KINDS = ("mean", "p50", "p90", "p99")
 LATENCIES = ("ttft", "inter_token", "tpot", "e2e", "queue")
 
 
@@ -28,15 +29,6 @@ class Objectives:
     e2e: float | None = None
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def ttft(response: Response) -> float | None:
     """Scheduled time to first token; None for a failed or empty response."""
     return response.token_times[0] - response.scheduled if _answered(response) else None
@@ -47,17 +39,16 @@ def inter_token(response: Response) -> list[float]:
 
     Empty for a failed response and for one that came whole, where no token was seen to come.
     """
-    if not _answered(response) or not response.streamed:
-        return []
-    gaps: list[float] = np.diff(response.token_times).tolist()
+    gaps: list[float] = np.diff(response.token_times if _answered(response) and response.streamed else ()).tolist()
     return gaps
 
 
 def tpot(response: Response) -> float | None:
     """Time per output token after the first: (last token - first token) / (tokens - 1); None below two tokens."""
-    if not _answered(response) or not response.streamed or len(response.token_times) < 2:
+    times = response.token_times
+    if not _answered(response) or not response.streamed or len(times) < 2:
         return None
-    return (response.token_times[-1] - response.token_times[0]) / (len(response.token_times) - 1)
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def e2e(response: Response) -> float | None:
@@ -67,47 +58,42 @@ def e2e(response: Response) -> float | None:
 
 def queue(response: Response) -> float | None:
     """Scheduled time to the start of work; None where the client cannot see that."""
-    known = response.error is None and response.started is not None
-    return response.started - response.scheduled if known and response.started is not None else None
+    return None if response.error is not None or response.started is None else response.started - response.scheduled
+
+
+_SINGLE: dict[str, Callable[[Response], float | None]] = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "queue": queue}
 
 
 def is_good(response: Response, objectives: Objectives) -> bool:
     """Whether a response meets every objective that is set; one without a figure does not."""
-    pairs = ((ttft, objectives.ttft), (tpot, objectives.tpot), (e2e, objectives.e2e))
-    for measure, limit in pairs:
-        if limit is None:
-            continue
-        value = measure(response)
+    for name, limit in vars(objectives).items():
         # A single token has no time after the first, and so cannot be late.
-        single = measure is tpot and response.streamed and len(response.token_times) == 1
-        if response.error is not None or not (single or (value is not None and value <= limit)):
+        if limit is None or (name == "tpot" and response.streamed and len(response.token_times) == 1):
+            continue
+        value = _SINGLE[name](response)
+        if value is None or value > limit:
             return False
     return response.error is None
 
 
 def samples(responses: Sequence[Response], name: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Every value of the latency `name` and the place of its response in `responses`, which is its cluster."""
-    values: list[float] = []
-    owners: list[int] = []
-    single = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "queue": queue}
-    for place, response in enumerate(responses):
-        if name == "inter_token":
-            found = inter_token(response)
-        else:
-            value = single[name](response)
-            found = [] if value is None else [value]
-        values += found
-        owners += [place] * len(found)
-    return np.array(values, np.float64), np.array(owners, np.int64)
+    found: list[list[float]]
+    if name == "inter_token":
+        found = [inter_token(response) for response in responses]
+    else:
+        found = [[] if (value := _SINGLE[name](response)) is None else [value] for response in responses]
+    owners = np.repeat(np.arange(len(found)), [len(values) for values in found])
+    return np.array([value for values in found for value in values], np.float64), owners
 
 
 def summarise_latency(
     values: NDArray[np.float64], owners: NDArray[np.int64], resamples: int = 300, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Mean and quantiles with intervals, and the number of samples; None if there are none.
+    """Mean and quantiles as `value`, `low` and `high`, and the number of samples; None if there are none.
 
-    Quantiles interpolate linearly between order statistics. Intervals are percentile bootstrap ones (Efron 1979) that
-    draw whole responses, since the tokens of one response are not independent of each other.
+    Intervals are of 95 %, percentile bootstrap ones (Efron 1979) that draw whole responses, since the tokens of one
+    response are not independent of each other.
     """
     if len(values) == 0:
         return None
@@ -118,41 +104,29 @@ def summarise_latency(
     drawn = []
     for _ in range(resamples if len(clusters) > 1 else 0):
         times = np.bincount(random.integers(0, len(clusters), len(clusters)), minlength=len(clusters))
-        again = np.repeat(values, times[places])
-        drawn.append([again.mean(), *sorted_quantiles(again)])
-    points = [float(values.mean()), *sorted_quantiles(values)]
-    bounds = np.percentile(np.array(drawn), [2.5, 97.5], axis=0) if drawn else np.array([points, points])
-    names = ("mean", *(f"p{quantile * 100:g}" for quantile in QUANTILES))
-    summary: dict[str, Any] = {"samples": len(values)}
-    for column, name in enumerate(names):
-        summary[name] = asdict(Estimate(points[column], float(bounds[0][column]), float(bounds[1][column])))
-    return summary
+        drawn.append(mean_and_quantiles(np.repeat(values, times[places])))
+    points = mean_and_quantiles(values)
+    bounds = np.percentile(np.array(drawn or [points]), [2.5, 97.5], axis=0).tolist()
+    columns = zip(KINDS, points, *bounds, strict=True)
+    estimates = {kind: {"value": value, "low": low, "high": high} for kind, value, low, high in columns}
+    return {"samples": len(values), **estimates}
 
 
-def sorted_quantiles(values: NDArray[np.float64]) -> list[float]:
-    """`QUANTILES` of values that are sorted, interpolated linearly (type 7 of Hyndman and Fan 1996)."""
-    found = []
-    for quantile in QUANTILES:
-        position = quantile * (len(values) - 1)
-        low = int(position)
-        high = min(low + 1, len(values) - 1)
-        found.append(float(values[low] + (values[high] - values[low]) * (position - low)))
-    return found
-
-
-def span(responses: Sequence[Response]) -> float | None:
-    """From the first scheduled time to the last end; None for no responses."""
-    if not responses:
-        return None
-    return max(each.finished for each in responses) - min(each.scheduled for each in responses)
+def mean_and_quantiles(values: NDArray[np.float64]) -> list[float]:
+    """Mean and `QUANTILES` of sorted values, interpolated linearly (type 7 of Hyndman and Fan 1996)."""
+    places = np.array(QUANTILES) * (len(values) - 1)
+    low = places.astype(np.int64)
+    high = np.minimum(low + 1, len(values) - 1)
+    return [float(values.mean()), *(values[low] + (values[high] - values[low]) * (places - low)).tolist()]
 
 
 def throughput(responses: Sequence[Response], objectives: Objectives) -> dict[str, float | None]:
-    """Tokens and requests a second over the span, of what was answered; None where there is no span.
+    """Tokens and requests a second of what was answered, from the first scheduled time to the last end, if that lasts.
 
     `goodput` is the requests a second that meet the objectives, None if none is set.
     """
-    seconds = span(responses)
+    ends, starts = [each.finished for each in responses], [each.scheduled for each in responses]
+    seconds = max(ends) - min(starts) if responses else 0.0
     answered = [each for each in responses if each.error is None]
     counts: dict[str, int | None] = {
         "output_tokens_per_second": sum(len(each.token_times) for each in answered),
@@ -171,21 +145,19 @@ def summarise(repeats: Sequence[Sequence[Response]], objectives: Objectives, res
     `repeats` inside `throughput` holds each repeat's own figure, in order.
     """
     every = [response for responses in repeats for response in responses]
-    latencies = {name: summarise_latency(*samples(every, name), resamples=resamples) for name in LATENCIES}
     per_repeat = [throughput(responses, objectives) for responses in repeats]
     rates: dict[str, Any] = {}
     for name in per_repeat[0] if per_repeat else ():
-        found = [values[name] for values in per_repeat if values[name] is not None]
-        rates[name] = {"value": float(np.median(np.array(found))), "repeats": found} if found else None
+        found = [value for values in per_repeat if (value := values[name]) is not None]
+        rates[name] = {"value": float(np.median(found)), "repeats": found} if found else None
+    late = np.array([each.sent - each.scheduled for each in every])
     return {
         "requests": len(every),
         "failed": sum(response.error is not None for response in every),
         "output_tokens": sum(len(response.token_times) for response in every if response.error is None),
-        "latency": latencies,
+        "latency": {name: summarise_latency(*samples(every, name), resamples=resamples) for name in LATENCIES},
         "throughput": rates,
-        "sent_late": summarise_latency(
-            np.array([each.sent - each.scheduled for each in every]), np.arange(len(every)), resamples
-        ),
+        "sent_late": summarise_latency(late, np.arange(len(every)), resamples),
     }
 
 

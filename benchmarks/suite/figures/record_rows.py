@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.common.hardware import process_memory
 from benchmarks.common.statistics import paired
 from benchmarks.suite.figures.latency_metrics import (
+    KINDS,
     LATENCIES,
     Objectives,
+    mean_and_quantiles,
     samples,
-    sorted_quantiles,
     summarise,
     throughput,
 )
-from benchmarks.suite.figures.roofline import (
-    attained,
-    bound_seconds,
-    prefill_bytes,
-    prompt_flops,
-    step_bytes,
-    token_flops,
-)
+from benchmarks.suite.figures.roofline import bound_seconds, prefill_bytes, prompt_flops, step_bytes, token_flops
 from benchmarks.suite.load.events import Response, differing, outputs_hash
 from benchmarks.suite.load.schedule import Schedule
 from benchmarks.suite.machine.meters import Reading, cost_per_million_tokens
@@ -39,7 +33,6 @@ COMPARED = ("p50_ttft_ms", "p50_inter_token_ms", "p99_inter_token_ms", "p50_e2e_
 COLD = ("cold_load_ms", "cold_first_token_ms")
 STEPS = ("prefill_ms", "step_ms")
 _CURVE = 101
-_BARS = 24
 
 
 @dataclass(frozen=True)
@@ -65,10 +58,8 @@ def figures(repeat: Repeat, objectives: Objectives, price_per_hour: float | None
     found: dict[str, float | None] = {}
     for latency in LATENCIES:
         values = np.sort(samples(repeat.responses, latency)[0]) * 1e3
-        numbers = [float(values.mean()), *sorted_quantiles(values)] if len(values) else [None] * 4
-        found |= {
-            f"{name}_{latency}_ms": number for name, number in zip(("mean", "p50", "p90", "p99"), numbers, strict=True)
-        }
+        numbers: list[Any] = mean_and_quantiles(values) if len(values) else [None] * 4
+        found |= {f"{kind}_{latency}_ms": number for kind, number in zip(KINDS, numbers, strict=True)}
     found |= throughput(repeat.responses, objectives)
     found |= repeat.reading.figures(sum(len(each.token_times) for each in repeat.responses if each.error is None))
     found["cost_per_million_tokens"] = cost_per_million_tokens(price_per_hour, found["output_tokens_per_second"])
@@ -102,16 +93,16 @@ def make_point(
     price_per_hour: float | None = None,
 ) -> dict[str, Any]:
     """The point of a schedule, with a row for each target that was played."""
+    responses = {name: [repeat.responses for repeat in repeats] for name, repeats in played.items()}
     rows = []
     for target in targets:
-        repeats = [repeat.responses for repeat in played[target.name]]
+        repeats = responses[target.name]
         per_repeat = [figures(repeat, objectives, price_per_hour) for repeat in played[target.name]]
-        every = [response for responses in repeats for response in responses]
-        others = {other.name: played[other.name] for other in targets if other is not target}
+        every = [response for repeat in repeats for response in repeat]
+        others = {name: other for name, other in responses.items() if name != target.name}
         rows.append(blank_row(target, {name: [each[name] for each in per_repeat] for name in per_repeat[0]}) | {
             "summary": summarise(repeats, objectives),
             "curves_ms": {name: _curve(every, name) for name in LATENCIES},
-            "timeline_ms": timeline(repeats[0]),
             "all_counted": all(response.counted for response in every),
             "outputs_sha256": outputs_hash(repeats[0]),
             "differing_requests": {name: _differing(repeats, other) for name, other in others.items()},
@@ -123,25 +114,10 @@ def make_point(
 
 def blank_row(target: Named, values: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
     """Return a row with these figures and nothing else."""
-    return {
-        "target": target.name,
-        "precision": target.precision,
-        "emulator": target.emulator,
-        "figures": dict(values),
-        "summary": None,
-        "curves_ms": dict.fromkeys(LATENCIES),
-        "timeline_ms": [],
-        "all_counted": True,
-        "outputs_sha256": None,
-        "differing_requests": {},
-        "errors": [],
-        "notes": [],
-        "intervals_ms": None,
-        "peak_rss_bytes": None,
-        "bound_ttft_ms": None,
-        "bound_inter_token_ms": None,
-        "roofline": None,
-    }
+    about = {"target": target.name, "precision": target.precision, "emulator": target.emulator}
+    nothing = ("summary", "outputs_sha256", "intervals_ms", "peak_rss_bytes", "bound_ttft_ms", "bound_inter_token_ms")
+    row: dict[str, Any] = about | {"figures": dict(values), "curves_ms": dict.fromkeys(LATENCIES), "roofline": None}
+    return row | dict.fromkeys(nothing) | {"all_counted": True, "differing_requests": {}, "errors": [], "notes": []}
 
 
 def point_of(schedule: Schedule, rows: Sequence[dict[str, Any]], compared: Sequence[str]) -> dict[str, Any]:
@@ -171,62 +147,60 @@ def comparable(rows: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Any]
     }
 
 
-def timeline(responses: Sequence[Response], most: int = _BARS) -> list[list[float | None]]:
-    """Scheduled, sent, started (or None), first token and end of some requests, evenly picked, in ms from the first."""
-    if not responses:
-        return []
-    zero = min(response.scheduled for response in responses)
-    picked = sorted({round(place) for place in np.linspace(0, len(responses) - 1, min(most, len(responses)))})
-    found: list[list[float | None]] = []
-    for each in (responses[place] for place in picked):
-        if each.error is None and each.token_times:
-            timestamps = (each.scheduled, each.sent, each.started, each.token_times[0], each.finished)
-            found.append(
-                [None if timestamp is None else round((timestamp - zero) * 1e3, 3) for timestamp in timestamps]
-            )
-    return found
-
-
 def add_bounds(
     point: dict[str, Any],
-    played: Mapping[str, Sequence[Repeat]],
+    schedule: Schedule,
     geometry: Geometry,
     bandwidth: float | None,
-    flops_per_second: float | None,
+    rate: float | Mapping[str, float] | None,
+    caches: Mapping[str, str] | None = None,
 ) -> None:
-    """Put the roofline and its bounds into the rows whose precision is known.
+    """Put the roofline bounds into the rows whose precision is known; without a bandwidth there are none.
 
-    The bounds are those of one prompt, and of one row's step: no token of a single stream can follow another sooner.
+    Those of steps are of the whole batch, each weight read once for it, with what the batch attained. Others are those
+    of one prompt, and of one row's step: no token of a single stream can follow another sooner. `caches` are the
+    precisions of KV caches by target, where they do not follow from the weights'. See `bound_seconds` for `rate`.
     """
+    requests, is_batch = schedule.requests, point["scenario"] == "steps"
+    if not requests or point["scenario"] == "cold-start":
+        return
+    rows = len(requests) if is_batch else 1
+    prompt = sum(len(each.prompt) for each in requests) / len(requests)
+    cached = prompt + sum(each.new_tokens for each in requests) / 2 / len(requests)
+    work = {"prefill": rows * prompt_flops(geometry, prompt), "decode": rows * token_flops(geometry, cached)}
     for row in point["rows"]:
-        precision, repeats = row["precision"], played.get(row["target"], ())
-        if precision is None or not repeats:
+        precision = row["precision"]
+        if precision is None or (is_batch and row["errors"]):
             continue
-        row["roofline"] = attained(repeats[-1].responses, geometry, precision)
-        every = repeats[0].responses
-        prompt = sum(each.prompt_tokens for each in every) / len(every)
-        cached = prompt + sum(len(each.token_times) / 2 for each in every) / len(every)
-        if bandwidth is None:
-            continue
-        read, work = prefill_bytes(geometry, precision, 1, prompt), prompt_flops(geometry, round(prompt))
-        row["bound_ttft_ms"] = bound_seconds(work, read, precision, bandwidth, flops_per_second) * 1e3
-        read, work = step_bytes(geometry, precision, 1, cached), token_flops(geometry, cached)
-        row["bound_inter_token_ms"] = bound_seconds(work, read, precision, bandwidth, flops_per_second) * 1e3
+        cache = (caches or {}).get(row["target"], "")
+        read = {
+            "prefill": prefill_bytes(geometry, precision, rows, prompt),
+            "decode": step_bytes(geometry, precision, rows, cached, cache),
+        }
+        if bandwidth is not None:
+            seconds = [bound_seconds(work[each], read[each], precision, bandwidth, rate) for each in work]
+            row["bound_ttft_ms"], row["bound_inter_token_ms"] = (each * 1e3 for each in seconds)
+        if is_batch:
+            row["roofline"] = {
+                phase: _attained(work[phase], read[phase], rows, row["figures"][figure])
+                for phase, figure in zip(work, STEPS, strict=True)
+            }
+
+
+def _attained(work: float, read: float, rows: int, milliseconds: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in milliseconds if value]
+    if not known:
+        return None
+    return {"intensity": work / read, "flops_per_second": work / float(np.median(known)) * 1e3, "rows": rows}
 
 
 def peak_rss(pid: int | None) -> int | None:
     """The most memory that a process ever held, in bytes (Linux), or None where that is not known."""
-    if pid is None:
-        return None
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), None)
+    return None if pid is None else process_memory(pid).get("VmHWM")
 
 
-def _differing(repeats: Sequence[Sequence[Response]], other: Sequence[Repeat]) -> list[int]:
-    pairs = zip(repeats, (repeat.responses for repeat in other), strict=True)
+def _differing(repeats: Sequence[Sequence[Response]], others: Sequence[Sequence[Response]]) -> list[int]:
+    pairs = zip(repeats, others, strict=True)
     return sorted({index for ours, theirs in pairs for index in differing(ours, theirs)})
 
 

@@ -31,13 +31,18 @@ class Response:
     error: str | None = None
 
 
-def output_hash(response: Response) -> str | None:
-    """SHA-256 of the output's token ids (decimal, comma-separated), or of its text where ids are not known."""
-    if response.error is not None:
-        return None
-    if response.tokens is not None:
-        return hashlib.sha256(",".join(map(str, response.tokens)).encode()).hexdigest()
-    return None if response.text is None else hashlib.sha256(response.text.encode("utf-8", "replace")).hexdigest()
+def outputs_hash(responses: Iterable[Response]) -> str | None:
+    """One SHA-256 over those of all outputs in the order of their indexes, or None if one is not known.
+
+    An output's is that of its token ids (decimal, comma-separated), or of its text where ids are not known.
+    """
+    hashes = []
+    for response in sorted(responses, key=lambda response: response.index):
+        if response.error is not None or (response.tokens is None and response.text is None):
+            return None
+        text = str(response.text) if response.tokens is None else ",".join(map(str, response.tokens))
+        hashes.append(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest())
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if hashes else None
 
 
 def differing(left: Sequence[Response], right: Sequence[Response]) -> list[int]:
@@ -47,9 +52,8 @@ def differing(left: Sequence[Response], right: Sequence[Response]) -> list[int]:
     apart. A text's last character may be half there, so a replacement character at its end is not looked at.
     """
     others = {response.index: response for response in right}
-    return sorted(
-        {each.index for each in left if each.index in others and _differ(each, others[each.index])},
-    )
+    pairs = [(each, others[each.index]) for each in left if each.index in others]
+    return sorted({one.index for one, other in pairs if _differ(one, other)})
 
 
 def _differ(left: Response, right: Response) -> bool:
@@ -60,11 +64,3 @@ def _differ(left: Response, right: Response) -> bool:
     if left.text is None or right.text is None:
         return False
     return left.text.rstrip("\ufffd") != right.text.rstrip("\ufffd")
-
-
-def outputs_hash(responses: Iterable[Response]) -> str | None:
-    """One SHA-256 over the hashes of all outputs in the order of their indexes, or None if one is not known."""
-    hashes = [output_hash(response) for response in sorted(responses, key=lambda response: response.index)]
-    if not hashes or any(each is None for each in hashes):
-        return None
-    return hashlib.sha256("\n".join(map(str, hashes)).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What is asked of every target, and when: prompts, output lengths and timestamps, drawn once from a seed and kept."""
+"""What is asked of every target, and when: prompts, output lengths and timestamps, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from serving.errors import InputError
 from serving.support.suggestions import did_you_mean
 
 FORMAT = "gpt2-bundle-schedule/1"
-SCENARIOS = ("steps", "single", "offline", "server", "concurrency", "saturation", "grid", "cold-start")
 ARRIVALS = ("poisson", "gamma", "constant")
 # Coefficient of variation of gamma arrivals: burstier than Poisson's 1.
 GAMMA_VARIATION = 2.0
@@ -55,7 +53,7 @@ class Schedule:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the schedule's file."""
+        """SHA-256 of `to_lines`, by which records know that targets were asked the same."""
         return hashlib.sha256(self.to_lines().encode()).hexdigest()
 
     def varied(self, number: int) -> Schedule:
@@ -140,11 +138,6 @@ class Planner:
         """A number of such clients as of `single`."""
         name = f"{clients} client{'s' if clients > 1 else ''}"
         return self._draw("concurrency", name, count, prompt, output, concurrency=clients)
-
-    def grid(self, count: int, prompt: int, output: int) -> Schedule:
-        """One client, and one prompt and output length."""
-        lengths = Lengths(prompt, prompt), Lengths(output, output)
-        return self._draw("grid", f"{prompt} in, {output} out", count, *lengths, concurrency=1)
 
     def steps(self, batch: int, prompt: int, output: int) -> Schedule:
         """One static batch of prompts, for the graph alone: no scheduler and no client between."""
@@ -247,58 +240,6 @@ class Planner:
             requests.append(Planned(index, tuple(ids), made, None if timestamps is None else timestamps[index]))
         settings = {"seed": self._seed, "requests": count, "prompt": asdict(prompt), "output": asdict(output), **more}
         return Schedule(scenario, point, settings, tuple(requests), concurrency)
-
-
-def save_schedules(path: Path, schedules: Sequence[Schedule]) -> None:
-    """Write schedules one after the other as JSON Lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(schedule.to_lines() for schedule in schedules), encoding="utf-8")
-
-
-def read_schedules(path: Path, n_positions: int, vocab_size: int) -> list[Schedule]:
-    """Read what `save_schedules` wrote, equal in every byte.
-
-    Raises InputError with the line for anything else, and for requests that the model cannot take.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{path}: cannot be read as a schedule ({error})") from None
-    found: list[tuple[dict[str, Any], list[Planned]]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if "format" in row:
-                if row.pop("format") != FORMAT:
-                    raise ValueError(f"its format is not {FORMAT}")
-                found.append((row, []))
-                continue
-            request = Planned(**row | {"prompt": tuple(int(token) for token in row["prompt"])})
-            _check(request, n_positions, vocab_size)
-            found[-1][1].append(request)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise InputError(f"{path}: line {number} is not a line of a schedule ({error})") from None
-    try:
-        schedules = [Schedule(requests=tuple(requests), **header) for header, requests in found]
-    except TypeError as error:
-        raise InputError(f"{path}: the header of a schedule is not whole ({error})") from None
-    if not schedules or not all(schedule.requests for schedule in schedules):
-        raise InputError(f"{path}: holds no schedule, or one without requests")
-    for schedule in schedules:
-        if schedule.scenario not in SCENARIOS:
-            raise InputError(f"{path}: no scenario {schedule.scenario!r}{did_you_mean(schedule.scenario, SCENARIOS)}")
-        if schedule.concurrency is None and any(request.at is None for request in schedule.requests):
-            raise InputError(f"{path}: {schedule.point!r} has neither timestamps nor a number of clients")
-    return schedules
-
-
-def _check(request: Planned, n_positions: int, vocab_size: int) -> None:
-    if not request.prompt or request.new_tokens < 1 or len(request.prompt) + request.new_tokens > n_positions:
-        raise ValueError(f"a prompt and its output have at least a token each and fit a context of {n_positions}")
-    if not all(0 <= token < vocab_size for token in request.prompt):
-        raise ValueError(f"a token id is outside the vocabulary of {vocab_size}")
-    if request.at is not None and not (request.at >= 0 and math.isfinite(request.at)):
-        raise ValueError("a timestamp is before the start")
 
 
 def _gaps(arrivals: str, count: int, random: np.random.Generator) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from benchmarks.suite.report.figures import Names, cdf, latency_throughput, pair, roofline, steps_chart, timelines
+from benchmarks.suite.report.figures import Names, cdf, latency_throughput, pair, steps_chart
 from benchmarks.suite.report.sections import Section, details, sections
 from benchmarks.suite.report.tables import client_overhead, name_of
 from serving.support.html_page import page, section
@@ -42,8 +42,6 @@ def to_page(record: Mapping[str, Any]) -> bytes:
             has_charts = True
             drawn.append(legend([name_of(target | {"target": target["name"]}) for target in record["targets"]]))
             drawn.append(section("Latency and throughput", latency_throughput(record, names)))
-        if each.title == "Targets":
-            drawn.append(section("Distance to the roofline", roofline(record, names)))
         drawn.append(section(each.title, _table(each) + _charts(each, names)))
     return page(f"{record['bundle']}: benchmark", "\n".join(drawn), _STYLE)
 
@@ -88,7 +86,7 @@ def _charts(each: Section, names: Names) -> str:
     (point,) = each.points
     intervals = details(point)
     folded = f"<details><summary>{intervals.title}</summary>{_table(intervals)}</details>" if intervals.rows else ""
-    return pair([cdf(point, latency, names) for latency in ("ttft", "inter_token")]) + folded + timelines(point)
+    return pair([cdf(point, latency, names) for latency in ("ttft", "inter_token")]) + folded
 
 
 def _table(each: Section) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.suite.report.rankings import rankings
-from benchmarks.suite.report.recommendations import differing, recommendations
+from benchmarks.suite.report.rankings import differing, rankings, recommendations
 from benchmarks.suite.report.sections import Section, sections
 from benchmarks.suite.report.tables import client_overhead, shorter
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.suite.figures.latency_metrics import LATENCIES
-from benchmarks.suite.report.rankings import needs, rankings
-from benchmarks.suite.report.recommendations import differing, recommendations
+from benchmarks.suite.figures.latency_metrics import KINDS, LATENCIES
+from benchmarks.suite.report.rankings import Known, differing, needs, rankings, recommendations
 from benchmarks.suite.report.tables import (
     HEADS,
     Point,
     Row,
     at_sustained,
-    batch_of,
     columns,
     groups,
     median_of,
@@ -69,7 +67,7 @@ def sections(record: Mapping[str, Any]) -> Iterator[Section]:
         if each.rows:
             yield each
     for scenario, points in groups(record):
-        yield {"steps": _steps, "saturation": _sweep, "grid": _grid}.get(scenario, _point)(points)
+        yield {"steps": _steps, "saturation": _sweep}.get(scenario, _point)(points)
     yield _targets(record)
 
 
@@ -79,38 +77,25 @@ def details(point: Point) -> Section:
     for row in point["rows"]:
         for name in LATENCIES:
             if found := row["summary"]["latency"][name] if row["summary"] else None:
-                spans = [[found[kind][part] * 1e3 for part in ("value", "low", "high")] for kind in _KINDS]
+                spans = [[found[kind][part] * 1e3 for part in ("value", "low", "high")] for kind in KINDS]
                 told = [f"{shorter(value)} ({shorter(low)} to {shorter(high)})" for value, low, high in spans]
                 rows.append(_cells(name_of(row), _LATENCIES[name], *told, f"{found['samples']:,}"))
     notes = ["In ms, over the requests of all repeats, with 95 % bootstrap intervals."]
-    return Section("Every latency with its interval", ("target", "latency", *_KINDS, "samples"), rows, notes)
-
-
-_KINDS = ("mean", "p50", "p90", "p99")
+    return Section("Every latency with its interval", ("target", "latency", *KINDS, "samples"), rows, notes)
 
 
 def _recommended(record: Mapping[str, Any]) -> Section:
-    every = recommendations(record)
-    known = {
-        "first token, ms": [each.first_token_ms for each in every],
-        "between tokens, ms": [each.between_tokens_ms for each in every],
-        "/ bound": [each.over_bound for each in every],
-        "tokens/s": [each.tokens_per_second for each in every],
-        "peak memory, MiB": [each.memory_bytes and each.memory_bytes / 2**20 for each in every],
-        "J/token": [each.joules_per_token for each in every],
-    }
-    shown = {head: column for head, column in known.items() if any(column)}
-    rows = []
-    for place, each in enumerate(every):
-        taken = Cell(f"{each.targets[0]} or {each.others}" if each.others else each.targets[0], not each.others, True)
-        gives = Cell(f"{shorter(each.value)} {each.unit}", wide=True)
-        rows.append([Cell(each.use), taken, gives, *(Cell(shorter(column[place], "")) for column in shown.values())])
+    every, rows = recommendations(record), []
+    for each in every:
+        taken = f"{each.targets[0]} or {each.others}" if each.others else each.targets[0]
+        gives = f"{shorter(each.value)} {each.unit}"
+        rows.append([Cell(each.use), Cell(taken, not each.others, True), Cell(gives, wide=True)])
     outputs = differing(record)
     notes = [
         "Where several targets are named, they are not distinguishable; the figures are those of the first.",
         f"{outputs}." if outputs else "All targets of one precision gave the same outputs.",
     ]
-    return Section("Recommendations", ("use", "take", "which gives", *shown), rows, notes)
+    return _with_known("Recommendations", ("use", "take", "which gives"), rows, [each.figures for each in every], notes)
 
 
 def _ranked(record: Mapping[str, Any]) -> Section:
@@ -131,25 +116,23 @@ def _ranked(record: Mapping[str, Any]) -> Section:
 
 
 def _needs(record: Mapping[str, Any]) -> Section:
-    every = needs(record)
-    known = {
-        "peak memory, MiB": [each.memory_bytes / 2**20 if each.memory_bytes else None for each in every],
-        "cold start to first token, ms": [each.first_token_ms for each in every],
-        "between tokens / bound": [each.over_bound for each in every],
-        "step of the largest batch / bound": [each.batch_over_bound for each in every],
-        "J/token": [each.joules_per_token for each in every],
-        "cost of 1M tokens": [each.cost_per_million_tokens for each in every],
-    }
-    shown = {head: column for head, column in known.items() if any(value is not None for value in column)}
-    rows = [
-        _cells(each.target, each.precision or "not known", *(shorter(column[place]) for column in shown.values()))
-        for place, each in enumerate(every)
-    ]
+    rows = [_cells(name_of(each | {"target": each["name"]}), each["precision"] or "not known")
+            for each in record["targets"]]  # fmt: skip
     notes = [
         "Memory is the peak of a process that does nothing else; for a target in this process, of a fresh one. The "
         "roofline bound is the least time for reading weights and KV cache, or for the arithmetic, on this machine."
     ]
-    return Section("What each target needs", ("target", "weights", *shown), rows if shown else [], notes)
+    found = _with_known("What each target needs", ("target", "weights"), rows, list(needs(record).values()), notes)
+    return replace(found, rows=found.rows if len(found.heads) > 2 else [])
+
+
+def _with_known(
+    title: str, heads: Sequence[str], rows: Sequence[list[Cell]], known: Sequence[Known], notes: Sequence[str]
+) -> Section:
+    """A section whose rows go on with those figures of which any is known."""
+    shown = [head for head in (known[0] if known else ()) if any(each[head] is not None for each in known)]
+    longer = [[*row, *_cells(*(shorter(each[head]) for head in shown))] for row, each in zip(rows, known, strict=True)]
+    return Section(title, (*heads, *shown), longer, notes)
 
 
 def _point(points: Sequence[Point]) -> Section:
@@ -177,7 +160,7 @@ def _steps(points: Sequence[Point]) -> Section:
     rows = []
     for point in points:
         for row in point["rows"]:
-            cells = [Cell(batch_of(point)), *(_figure(point, row, figure) for figure in shown)]
+            cells = [Cell(str(point["settings"]["requests"])), *(_figure(point, row, figure) for figure in shown)]
             cells += _cells(shorter(row["bound_inter_token_ms"]), shorter(over_bound(row, "step_ms")))
             rows.append([Cell(name_of(row)), *cells])
     notes = [
@@ -194,33 +177,19 @@ def _sweep(points: Sequence[Point]) -> Section:
     rows = []
     for row in result["rows"] if result is not None else ():
         there = at_sustained(points, row)
-        known = [median_of(there, each) if there else None for each in ("p50_e2e_ms", "p99_e2e_ms", "p99_ttft_ms")]
+        known = [median_of(there, each) for each in ("p50_e2e_ms", "p99_e2e_ms", "p99_ttft_ms")]
         cells = [_figure(result or {}, row, "sustained_requests_per_second"), Cell(shorter(row["sweep"]["failed_at"]))]
         cells += [Cell(row["sweep"]["why"] or "not seen to fail", wide=True), *_cells(*map(shorter, known))]
         rows.append([Cell(name_of(row)), *cells])
-    heads = (
-        "target",
-        "sustains, requests/s",
-        "fails at",
-        "why",
-        "end to end p50, ms",
-        "p99, ms",
-        "first token p99, ms",
-    )
+    heads = ("target", "sustains, requests/s", "fails at", "why")
     notes = [
         "The same schedules for all, each rate played once. A target keeps up while answers come at 95 % of the rate "
         "or more and as many meet the objectives. Latencies are those at the sustained rate. Neighbouring rates are "
         "not distinguishable: a target is best only where every other failed below its rate.",
         *remarks(points),
     ]
-    return Section("Highest rate sustained", heads, rows, notes, points, "saturation")
-
-
-def _grid(points: Sequence[Point]) -> Section:
-    names = list(dict.fromkeys(name_of(row) for point in points for row in point["rows"]))
-    rows = [[Cell(point["point"]), *(_figure(point, row, "p50_e2e_ms") for row in point["rows"])] for point in points]
-    notes = ["End to end p50 in ms.", *remarks(points)]
-    return Section("Prompt and output lengths", ("tokens in, out", *names), rows, notes, points, "grid")
+    latencies = ("end to end p50, ms", "p99, ms", "first token p99, ms")
+    return Section("Highest rate sustained", (*heads, *latencies), rows, notes, points, "saturation")
 
 
 def _targets(record: Mapping[str, Any]) -> Section:

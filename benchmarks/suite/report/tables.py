@@ -37,7 +37,7 @@ _FURTHER = (
     "peak_gpu_memory_bytes", "cost_per_million_tokens",
 )  # fmt: skip
 # Several points that are one thing to a reader.
-TOGETHER = ("steps", "saturation", "grid")
+TOGETHER = ("steps", "saturation")
 Point = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -47,9 +47,9 @@ def name_of(row: Row) -> str:
     return f"{row['target']} (emulator)" if row["emulator"] else str(row["target"])
 
 
-def median_of(row: Row, figure: str) -> float | None:
+def median_of(row: Row | None, figure: str) -> float | None:
     """The median of a figure over the repeats, or None if any repeat has none."""
-    values = row["figures"].get(figure)
+    values = row["figures"].get(figure) if row is not None else None
     return None if not values or any(value is None for value in values) else float(np.median(values))
 
 
@@ -134,14 +134,9 @@ def client_overhead(record: Mapping[str, Any]) -> str:
     )
 
 
-def batch_of(point: Point) -> str:
-    """The batch size of a point of steps."""
-    return str(point["settings"]["requests"])
-
-
-def over_bound(row: Row, figure: str) -> float | None:
+def over_bound(row: Row | None, figure: str) -> float | None:
     """Return a time between tokens over its roofline bound, or None."""
-    bound, value = row["bound_inter_token_ms"], median_of(row, figure)
+    bound, value = row["bound_inter_token_ms"] if row is not None else None, median_of(row, figure)
     return value / bound if bound and value is not None else None
 
 

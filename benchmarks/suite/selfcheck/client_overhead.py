@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.suite.driver import play
-from benchmarks.suite.figures.latency_metrics import samples, sorted_quantiles
+from benchmarks.suite.figures.latency_metrics import mean_and_quantiles, samples
 from benchmarks.suite.load.clock import Clock
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.targets.openai import OpenAITarget
@@ -35,14 +35,6 @@ def fake_process(first: float, step: float) -> Iterator[tuple[str, int]]:
             process.terminate()
 
 
-@contextmanager
-def fake_server(first: float = 0.0, step: float = 0.0) -> Iterator[OpenAITarget]:
-    """Run it as a target; the null server if both are 0. Seconds."""
-    label = f"a server that answers after {first:g} s and then each {step:g} s"
-    with fake_process(first, step) as (address, process):
-        yield OpenAITarget("fake", address, label=label, process=process)
-
-
 def lateness(address: str) -> float:
     """Seconds by which a fake server missed its own schedule at worst, as it says itself."""
     with urllib.request.urlopen(f"{address}/v1/models", timeout=10) as answer:
@@ -51,12 +43,13 @@ def lateness(address: str) -> float:
 
 async def client_overhead(clock: Clock, count: int = 50, tokens: int = 32) -> dict[str, Any]:
     """Latencies (ms, p50, p90 and p99) of the null server over HTTP, one request at a time: the least to be seen."""
-    with fake_server() as target:
+    with fake_process(0.0, 0.0) as (address, _):
+        target = OpenAITarget("fake", address)
         await target.start()
         schedule = Planner(range(1, 100), 1024).single(count, Lengths(64, 64), Lengths(tokens, tokens))
         responses = await play(schedule, target, clock)
     found: dict[str, Any] = {}
     for latency in ("ttft", "inter_token", "e2e"):
         values = np.sort(samples(responses, latency)[0]) * 1e3
-        found[f"{latency}_ms"] = sorted_quantiles(values) if len(values) else None
+        found[f"{latency}_ms"] = mean_and_quantiles(values)[1:] if len(values) else None
     return found

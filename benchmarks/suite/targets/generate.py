@@ -9,14 +9,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
-from benchmarks.suite.targets.http import HttpClient, share, shorten
+from benchmarks.suite.targets.base import Completion, Pieces, Target, TargetError
+from benchmarks.suite.targets.http import HttpClient, shorten
 from serving.bundle import Bundle
 from serving.errors import InputError, ServerError
 from serving.sampling.detokenizer import load_tokenizer
 
 
-class GenerateTarget:
+class GenerateTarget(Target):
     """`URL/v2/models/MODEL/generate_stream`, whose events have the new text in `text_output`.
 
     Prompts are sent as text, which a server may cut into other tokens. An event counts as one token unless the server
@@ -26,25 +26,12 @@ class GenerateTarget:
 
     Args:
         model: its name at the server; by Triton's repository index, which must then hold one that is ready, if None.
-        process: the server's process id, if it is on this machine.
+        about: `precision`, `emulator` and `process` of `Target`.
     """
 
-    precision: str | None = None
-
-    def __init__(
-        self,
-        name: str,
-        server: str,
-        url: str,
-        bundle: Bundle,
-        *,
-        model: str | None,
-        emulator: bool = False,
-        process: int | None = None,
-    ) -> None:
+    def __init__(self, name: str, server: str, url: str, bundle: Bundle, *, model: str | None, **about: Any) -> None:
         self._http = HttpClient(url)
-        self.name, self.label = name, f"{server} at {self._http.place}, by generate_stream"
-        self.emulator, self._process = emulator, process
+        super().__init__(name, f"{server} at {self._http.place}, by generate_stream", **about)
         self._bundle, self._model = bundle, model
 
     async def start(self) -> None:
@@ -57,44 +44,24 @@ class GenerateTarget:
             raise ServerError(f"{self.name}: {error}", "UNAVAILABLE") from None
 
     async def send(self, request: Planned) -> Completion:
-        body = {
-            "text_input": sent_text(self._tokenizer, request),
-            "parameters": {
-                "stream": True,
-                "max_tokens": request.new_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                # What Triton's backends know too; others do not look at it.
-                "exclude_input_in_output": True,
-                "return_finish_reason": True,
-                "return_num_output_tokens": True,
-            },
-        }
-        pieces: list[str] = []
-        times: list[float] = []
-        numbers: list[int] = []
-        tokens: list[int] = []
-        reason = None
+        parameters = {"stream": True, "max_tokens": request.new_tokens, "temperature": 0, "ignore_eos": True}
+        # What Triton's backends know too; others do not look at it.
+        parameters |= dict.fromkeys(
+            ("exclude_input_in_output", "return_finish_reason", "return_num_output_tokens"), True
+        )
+        body = {"text_input": sent_text(self._tokenizer, request), "parameters": parameters}
+        pieces, reason = Pieces(), None
         async for event, timestamp in self._http.events(f"/v2/models/{self._model}/generate_stream", body):
             if "error" in event:
                 raise TargetError(shorten(json.dumps(event["error"])))
-            reason = finish_reason(event) or reason
-            text, number = event.get("text_output"), event.get("num_output_tokens", event.get("lengths"))
-            if text or number:
-                pieces.append(str(text or ""))
-                times.append(timestamp)
-                numbers += [number] if isinstance(number, int) else []
-                tokens += event.get("token_ids") or ()
-        finished = time.monotonic()
-        timestamps, counted = timestamps_of(times, numbers, reason, request.new_tokens, finished)
-        known = tuple(tokens) if len(tokens) == len(timestamps) else None
-        return Completion(tuple(timestamps), finished, counted=counted, tokens=known, text="".join(pieces))
-
-    async def stop(self) -> None:
-        """Nothing is held between requests."""
-
-    def pid(self) -> int | None:
-        return self._process
+            # KServe's `details.finish_reason`, or an output of that name; nothing before the end.
+            details = event.get("details")
+            found = (details if isinstance(details, dict) else event).get("finish_reason")
+            reason = reason if found in (None, "", "None") else str(found)
+            number = event.get("num_output_tokens", event.get("lengths"))
+            text = str(event.get("text_output") or "")
+            pieces.add(timestamp, text, number if isinstance(number, int) else None, event.get("token_ids") or [])
+        return pieces.completion(reason, request.new_tokens, time.monotonic())
 
     def _only(self, index: Any) -> str:
         try:
@@ -111,28 +78,6 @@ def sent_text(tokenizer: Tokenizer, request: Planned) -> str:
     """A prompt as text."""
     text: str = tokenizer.decode(list(request.prompt), skip_special_tokens=False)
     return text
-
-
-def finish_reason(event: dict[str, Any]) -> str | None:
-    """Why a text ended: KServe's `details.finish_reason`, or an output of that name; None before its end."""
-    details = event.get("details")
-    found = details.get("finish_reason") if isinstance(details, dict) else event.get("finish_reason")
-    return str(found) if found not in (None, "", "None") else None
-
-
-def timestamps_of(
-    times: list[float], numbers: list[int], reason: str | None, asked: int, finished: float
-) -> tuple[list[float], bool]:
-    """A timestamp for each token of an answer in pieces at `times`, and whether the server told their number.
-
-    `numbers` are the tokens of each piece where the server says them.
-    """
-    if len(numbers) == len(times) and numbers:
-        return [timestamp for timestamp, number in zip(times, numbers, strict=True) for _ in range(number)], True
-    if len(times) == asked:
-        return times, True
-    # Half a character makes no text, so that pieces may be fewer than tokens; that all were made the server must say.
-    return (share(times, asked, finished), False) if reason == "length" else (times, False)
 
 
 def split_model(address: str) -> tuple[str, str | None]:

@@ -123,20 +123,6 @@ def check_h11() -> None:
         raise RuntimeMissingError("benchmarks of servers need h11; pip install 'gpt2-bundle[serve]'") from None
 
 
-def share(times: list[float], tokens: int, finished: float) -> list[float]:
-    """A timestamp for each of `tokens` tokens that came in pieces at `times`: equal shares, the first ones the rest.
-
-    Pieces beyond the tokens are the end of a text that was held back, and are no tokens. Tokens that made no text at
-    all have come at the end.
-    """
-    if not times:
-        return [finished] * tokens
-    if tokens <= len(times):
-        return times[:tokens]
-    each, more = divmod(tokens, len(times))
-    return [timestamp for place, timestamp in enumerate(times) for _ in range(each + (place < more))]
-
-
 def shorten(text: str) -> str:
     """`text` in one line, 300 characters at most."""
     line = " ".join(text.split())

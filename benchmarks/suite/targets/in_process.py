@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from benchmarks.common.engine_stream import Stream
 from benchmarks.common.static_batch import BackendRunner
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
+from benchmarks.suite.targets.base import Completion, Target, TargetError, settled
 from serving.backends.base import Backend
-from serving.engine.api import Engine, Event, FinishEvent, GenerationRequest, PromptEvent, TokenEvent
+from serving.engine.api import Engine, GenerationRequest
 from serving.errors import GPT2BundleError
 from serving.generation import generate
 from serving.sampling import SamplingParams
@@ -28,19 +29,18 @@ class _PendingRequest:
     tokens: list[int] = field(default_factory=list)
 
 
-class BatchTarget:
+class BatchTarget(Target):
     """A backend under the plainest of schedulers: whatever waits runs as one batch, to its end, `most` rows at most.
 
     Args:
         open_backend: loads the backend, in `start`.
     """
 
-    emulator = False
     starts_in = "ours"
 
     def __init__(self, name: str, label: str, precision: str, open_backend: Callable[[], Backend], most: int) -> None:
-        self.name, self.precision, self._open, self._most = name, precision, open_backend, most
-        self.label = f"{label}, static batches of at most {most}"
+        super().__init__(name, f"{label}, static batches of at most {most}", precision)
+        self._open, self._most = open_backend, most
         self._jobs: queue.SimpleQueue[_PendingRequest | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.runner: BackendRunner | None = None
@@ -53,16 +53,13 @@ class BatchTarget:
         self._thread.start()
 
     async def send(self, request: Planned) -> Completion:
-        return await _ask(lambda done: self._jobs.put(_PendingRequest(request, done)))
+        return await settled(lambda done: self._jobs.put(_PendingRequest(request, done)))
 
     async def stop(self) -> None:
         if self._thread is not None:
             self._jobs.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = self.runner = None
-
-    def pid(self) -> int | None:
-        return None
 
     def _work(self, backend: Backend) -> None:
         while (first := self._jobs.get()) is not None:
@@ -96,25 +93,19 @@ def _run_batch(backend: Backend, batch: list[_PendingRequest]) -> None:
             job.done(f"{type(error).__name__}: {error}")
 
 
-class EngineTarget:
+class EngineTarget(Target):
     """An engine of `serving.engine.api`, in this process or over a server's slots.
+
+    The prompt has been read at a request's first event, so the start of that work is not known.
 
     Args:
         open_engine: opens it, in `start`.
-        starts_in: "ours" if it runs in this process, None if it is a client of something that runs already.
     """
 
-    def __init__(
-        self,
-        name: str,
-        label: str,
-        precision: str | None,
-        open_engine: Callable[[], Engine],
-        emulator: bool = False,
-        starts_in: str | None = "ours",
-    ) -> None:
-        self.name, self.label, self.precision, self.emulator = name, label, precision, emulator
-        self.starts_in = starts_in
+    starts_in = "ours"
+
+    def __init__(self, name: str, label: str, precision: str | None, open_engine: Callable[[], Engine]) -> None:
+        super().__init__(name, label, precision)
         self._open = open_engine
         self._engine: Engine | None = None
 
@@ -127,65 +118,20 @@ class EngineTarget:
             raise TargetError(f"{self.name} is not started")
         params = SamplingParams(max_new_tokens=request.new_tokens, ignore_eos=True)
         asked = GenerationRequest(request.prompt, params)
-
-        def submit(done: Callable[[Completion | str], None]) -> None:
-            engine.submit(asked, _Listener(done))
-
-        return await _ask(submit)
+        try:
+            return await settled(lambda done: Stream(engine, asked, lambda stream: done(_completion(stream))))
+        except GPT2BundleError as error:
+            raise TargetError(str(error)) from None
 
     async def stop(self) -> None:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
             self._engine = None
 
-    def pid(self) -> int | None:
-        return None
 
-
-class _Listener:
-    """Notes the timestamps of one request's events; called in the engine's thread.
-
-    The prompt has been read at its first event, so the start of that work is not known.
-    """
-
-    def __init__(self, done: Callable[[Completion | str], None]) -> None:
-        self._done = done
-        self._times: list[float] = []
-        self._tokens: list[int] = []
-        self._text: list[str] = []
-
-    def __call__(self, event: Event) -> None:
-        now = time.monotonic()
-        if isinstance(event, PromptEvent):
-            return
-        self._text.append(event.text)
-        if isinstance(event, TokenEvent):
-            self._times.append(now)
-            self._tokens.append(event.token_id)
-        elif isinstance(event, FinishEvent) and event.reason in ("stop", "length"):
-            text = "".join(self._text)
-            self._done(Completion(tuple(self._times), now, tokens=tuple(self._tokens), text=text))
-        else:
-            self._done(event.message or f"ended by {event.reason}")
-
-
-async def _ask(submit: Callable[[Callable[[Completion | str], None]], None]) -> Completion:
-    """Hand in a request and wait for what another thread says of it. Raises TargetError."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Completion | str] = loop.create_future()
-
-    def settle(answer: Completion | str) -> None:
-        if not future.done():
-            future.set_result(answer)
-
-    def done(answer: Completion | str) -> None:
-        loop.call_soon_threadsafe(settle, answer)
-
-    try:
-        submit(done)
-    except GPT2BundleError as error:
-        raise TargetError(str(error)) from None
-    answer = await future
-    if isinstance(answer, str):
-        raise TargetError(answer)
-    return answer
+def _completion(stream: Stream) -> Completion | str:
+    (end,) = stream.ends
+    if end.reason not in ("stop", "length"):
+        return end.message or f"ended by {end.reason}"
+    times, tokens = stream.times[0], stream.tokens[0]
+    return Completion(tuple(times), time.monotonic(), tokens=tuple(tokens), text="".join(stream.text))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.suite.targets.base import Target
+from benchmarks.common.own_server import OwnServer
+from benchmarks.suite.targets.base import StartedTarget, Target
 from benchmarks.suite.targets.generate import GenerateTarget, split_model
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
 from benchmarks.suite.targets.open_inference_grpc import OpenInferenceGrpcTarget
 from benchmarks.suite.targets.openai import OpenAITarget
-from benchmarks.suite.targets.own_server import OwnServerTarget
-from benchmarks.suite.targets.started_tf_serving import StartedTFServing, find_server
+from benchmarks.suite.targets.started_tf_serving import TFServingProcess, find_server
 from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
 from serving.backends.loader import load_backend
 from serving.bundle import Bundle
 from serving.engine.api import Engine
-from serving.errors import GPT2BundleError, InputError
+from serving.errors import GPT2BundleError, InputError, ServerError
 from serving.support.suggestions import did_you_mean
 
 # What speaks TensorFlow Serving's API: the protocol, and whether whole answers are asked for where there are slots.
@@ -26,13 +27,13 @@ TF_SERVING = {
     "tfserving-predict": ("grpc", True),
     "tfserving-rest-predict": ("rest", True),
 }
-# Our own server by each protocol: the name for tables, and whether it is on the gRPC port.
+# Our own server by each protocol: the name for tables.
 OWN = {
-    "server": ("OpenAI's API", False),
-    "server-tfserving": ("TensorFlow Serving's gRPC", True),
-    "server-tfserving-rest": ("TensorFlow Serving's REST", False),
-    "server-openinference": ("the Open Inference Protocol's generate_stream", False),
-    "server-openinference-grpc": ("the Open Inference Protocol's gRPC", True),
+    "server": "OpenAI's API",
+    "server-tfserving": "TensorFlow Serving's gRPC",
+    "server-tfserving-rest": "TensorFlow Serving's REST",
+    "server-openinference": "the Open Inference Protocol's generate_stream",
+    "server-openinference-grpc": "the Open Inference Protocol's gRPC",
 }
 KINDS = (
     *("engine=GRAPH", *(f"{kind}=GRAPH" for kind in OWN)),
@@ -40,6 +41,7 @@ KINDS = (
     *("tfserving", "tfserving=HOST:PORT", "tfserving-rest=URL"),
 )
 SLOTS, SAVEDMODEL = "slots", "savedmodel"
+_LABELS = {"grpc": "gRPC", "rest": "REST"}
 _QUEUE = 1_000_000
 
 
@@ -59,15 +61,14 @@ def open_target(bundle: Bundle, text: str, *, batch: int, emulator: bool = False
         return _tf_serving(bundle, text, address, emulator)
     if is_address and kind == "openai":
         return OpenAITarget(text, address, emulator=emulator, api_key=os.environ.get("OPENAI_API_KEY"))
-    if is_address and kind in ("openinference", "triton"):
-        url, model = split_model(address)
-        server = "Triton" if kind == "triton" else "Open Inference server"
-        named = model or (None if kind == "triton" else bundle.manifest.name)
-        return GenerateTarget(text, server, url, bundle, model=named, emulator=emulator)
-    if is_address and kind == "openinference-grpc":
+    if is_address and kind in ("openinference", "triton", "openinference-grpc"):
         place, model = split_model(address)
-        named = model or bundle.manifest.name
-        return OpenInferenceGrpcTarget(text, "Open Inference server", place, bundle, model=named, emulator=emulator)
+        if kind == "triton":
+            return GenerateTarget(text, "Triton", place, bundle, model=model, emulator=emulator)
+        server, named = "Open Inference server", model or bundle.manifest.name
+        if kind == "openinference":
+            return GenerateTarget(text, server, place, bundle, model=named, emulator=emulator)
+        return OpenInferenceGrpcTarget(text, server, place, bundle, model=named, emulator=emulator)
     if is_address and kind in OWN:
         return _own(bundle, text, kind, address, batch)
     return _in_process(bundle, text, batch)
@@ -75,13 +76,13 @@ def open_target(bundle: Bundle, text: str, *, batch: int, emulator: bool = False
 
 def default_targets(bundle: Bundle, static: bool = False) -> list[str]:
     """Return the names of what the bundle can run, or of its static batches only."""
-    names = _graphs(bundle)
+    graphs = _graphs(bundle)
+    has_savedmodel = "savedmodel/prefill" in bundle.manifest.graphs
     if static:
-        return [*names, *([SAVEDMODEL] if "savedmodel/prefill" in bundle.manifest.graphs else [])]
-    for name, graph in ((SAVEDMODEL, "savedmodel/prefill"), (SLOTS, "savedmodel/prefill_slots")):
-        names += [name] if graph in bundle.manifest.graphs else []
-    names += ["server=ort/fp32"] if "ort/fp32" in names else []
-    return [*names, "tfserving"] if SAVEDMODEL in names else names
+        return graphs + [SAVEDMODEL] * has_savedmodel
+    slots = [SLOTS] * ("savedmodel/prefill_slots" in bundle.manifest.graphs)
+    server = ["server=ort/fp32"] * ("ort/fp32" in graphs)
+    return [*graphs, *[SAVEDMODEL] * has_savedmodel, *slots, *server, *["tfserving"] * has_savedmodel]
 
 
 def open_defaults(
@@ -118,38 +119,60 @@ def _in_process(bundle: Bundle, text: str, batch: int) -> Target:
 
 
 def _tf_serving(bundle: Bundle, text: str, address: str, emulator: bool) -> Target:
-    kind = text.partition("=")[0]
-    how, whole = TF_SERVING[kind]
+    how, whole = TF_SERVING[text.partition("=")[0]]
     if address:
-        label, model = {"grpc": "gRPC", "rest": "REST"}[how], bundle.manifest.name
-        server = f"TensorFlow Serving at {address}"
+        server, model = f"TensorFlow Serving at {address}", bundle.manifest.name
         return TFServingTarget(
-            text, server, bundle, lambda: connect(how, address, model), label, whole=whole, emulator=emulator
+            text, server, bundle, lambda: connect(how, address, model), _LABELS[how], whole=whole, emulator=emulator
         )
     if "savedmodel/prefill" not in bundle.manifest.graphs:
         raise InputError(f"{bundle.folder}: the bundle has no SavedModel for {text}; build it again")
-    return StartedTFServing(text, bundle, find_server(), how, whole=whole, emulator=emulator)
+    found = find_server()
+    process, emulator = TFServingProcess(text, bundle, found, how), emulator or found.emulator
+
+    def start() -> Target:
+        place = process.start()
+        return TFServingTarget(
+            text, found.label, bundle, lambda: process.connect(place), _LABELS[how],
+            whole=whole, emulator=emulator, process=process.pid,
+        )  # fmt: skip
+
+    return StartedTarget(text, found.label, "fp32", open_server=start, close_server=process.stop, emulator=emulator)
 
 
 def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target:
-    label, grpc = OWN[kind]
-    precision, model = bundle.graph(graph).precision, bundle.manifest.name
+    precision, model, name = bundle.graph(graph).precision, bundle.manifest.name, "gpt2-bundle serve"
+    label = f"{name}, by {OWN[kind]}"
+    is_grpc = kind in ("server-tfserving", "server-openinference-grpc")
+    # All requests of a schedule may come at once; what it cannot run waits.
+    options = ["--max-num-seqs", str(batch), "--queue", str(_QUEUE), *(["--grpc-port", "0"] if is_grpc else [])]
+    started: list[OwnServer] = []
 
-    def client(url: str, grpc_address: str, process: int) -> Target:
+    def start() -> Target:
+        try:
+            server = OwnServer(bundle.folder, graph, *options)
+        except ServerError as error:
+            raise ServerError(f"{text}: {error}", error.code) from None
+        started.append(server)
+        about: dict[str, Any] = {"precision": precision, "process": server.process.pid}
+        target: Target
         if kind == "server":
-            return OpenAITarget(text, url, process=process, ids=True)
-        if kind == "server-openinference":
-            return GenerateTarget(text, "gpt2-bundle serve", url, bundle, model=model, process=process)
-        if kind == "server-openinference-grpc":
-            server = "gpt2-bundle serve"
-            return OpenInferenceGrpcTarget(text, server, grpc_address, bundle, model=model, process=process)
-        how, address = ("grpc", grpc_address) if grpc else ("rest", url)
-        return TFServingTarget(
-            text, "gpt2-bundle serve", bundle, lambda: connect(how, address, model), label,
-            precision=precision, whole=True, process=process,
-        )  # fmt: skip
+            target = OpenAITarget(text, server.url, ids=True, **about)
+        elif kind == "server-openinference":
+            target = GenerateTarget(text, name, server.url, bundle, model=model, **about)
+        elif kind == "server-openinference-grpc":
+            target = OpenInferenceGrpcTarget(text, name, server.grpc, bundle, model=model, **about)
+        else:
+            how, address = ("grpc", server.grpc) if is_grpc else ("rest", server.url)
+            target = TFServingTarget(text, name, bundle, lambda: connect(how, address, model), "", whole=True, **about)
+        target.label = label
+        return target
 
-    return OwnServerTarget(text, bundle, graph, precision, batch, label, client, grpc)
+    def stop() -> None:
+        while started:
+            started.pop().stop()
+
+    return StartedTarget(text, label, precision, open_server=start, close_server=stop)
 
 
 def _graphs(bundle: Bundle) -> list[str]:

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
-from benchmarks.suite.targets.generate import sent_text, timestamps_of
+from benchmarks.suite.targets.base import Completion, Pieces, Target, TargetError
+from benchmarks.suite.targets.generate import sent_text
 from benchmarks.suite.targets.http import shorten
 from serving.bundle import Bundle
 from serving.errors import GPT2BundleError, RuntimeMissingError, ServerError
@@ -17,31 +17,18 @@ from serving.sampling.detokenizer import load_tokenizer
 _ASK_SECONDS = 30.0
 
 
-class OpenInferenceGrpcTarget:
+class OpenInferenceGrpcTarget(Target):
     """`address` is such as 127.0.0.1:8001; the names of tensors and parameters are those of the generate extension.
 
     One connection for all requests, a stream for each. Tokens are counted as `GenerateTarget` does.
 
     Args:
         model: its name at the server.
-        process: the server's process id, if it is on this machine.
+        about: `precision`, `emulator` and `process` of `Target`.
     """
 
-    precision: str | None = None
-
-    def __init__(
-        self,
-        name: str,
-        server: str,
-        address: str,
-        bundle: Bundle,
-        *,
-        model: str,
-        emulator: bool = False,
-        process: int | None = None,
-    ) -> None:
-        self.name, self.label = name, f"{server} at {address}, by ModelStreamInfer"
-        self.emulator, self._process = emulator, process
+    def __init__(self, name: str, server: str, address: str, bundle: Bundle, *, model: str, **about: Any) -> None:
+        super().__init__(name, f"{server} at {address}, by ModelStreamInfer", **about)
         self._address, self._bundle, self._model = address, bundle, model
         self._channel: Any = None
 
@@ -89,15 +76,8 @@ class OpenInferenceGrpcTarget:
         if channel is not None:
             await channel.close()
 
-    def pid(self) -> int | None:
-        return self._process
-
     async def _send(self, request: Planned) -> Completion:
-        pieces: list[str] = []
-        times: list[float] = []
-        numbers: list[int] = []
-        tokens: list[int] = []
-        reason = None
+        pieces, reason = Pieces(), None
         call = self._stream()
         await call.write(self._request(request))
         await call.done_writing()
@@ -109,15 +89,9 @@ class OpenInferenceGrpcTarget:
             text = b"".join(outputs.get("text_output", ())).decode("utf-8", "replace")
             number = int(outputs["lengths"].sum()) if "lengths" in outputs else None
             reason = b"".join(outputs.get("finish_reason", ())).decode() or reason
-            if text or number:
-                pieces.append(text)
-                times.append(timestamp)
-                numbers += [] if number is None else [number]
-                tokens += outputs["token_ids"].reshape(-1).tolist() if "token_ids" in outputs else []
-        finished = time.monotonic()
-        timestamps, counted = timestamps_of(times, numbers, reason, request.new_tokens, finished)
-        known = tuple(tokens) if len(tokens) == len(timestamps) else None
-        return Completion(tuple(timestamps), finished, counted=counted, tokens=known, text="".join(pieces))
+            tokens = outputs["token_ids"].reshape(-1).tolist() if "token_ids" in outputs else []
+            pieces.add(timestamp, text, number, tokens)
+        return pieces.completion(reason, request.new_tokens, time.monotonic())
 
     def _request(self, request: Planned) -> Any:
         message = self._messages["ModelInferRequest"](model_name=self._model)
@@ -126,8 +100,8 @@ class OpenInferenceGrpcTarget:
         message.raw_input_contents.append(struct.pack("<I", len(text)) + text)
         message.parameters["max_tokens"].int64_param = request.new_tokens
         message.parameters["temperature"].double_param = 0.0
-        message.parameters["ignore_eos"].bool_param = True
-        message.parameters["stream"].bool_param = True
+        for name in ("ignore_eos", "stream"):
+            message.parameters[name].bool_param = True
         return message
 
 

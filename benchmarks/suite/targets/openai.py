@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
-from benchmarks.suite.targets.http import HttpClient, share, shorten
+from benchmarks.suite.targets.base import Completion, Target, TargetError, share
+from benchmarks.suite.targets.http import HttpClient, shorten
 from serving.errors import ServerError
 
 
-class OpenAITarget:
+class OpenAITarget(Target):
     """`url` is such as http://127.0.0.1:8000; `/v1/completions` is added. A connection a request.
 
     Prompts are sent as token ids with `temperature` 0 and, as an extension that many servers know, `ignore_eos`. With
@@ -22,11 +23,9 @@ class OpenAITarget:
     Args:
         model: its name at the server; the first of `/v1/models` if None.
         api_key: sent as a bearer token.
-        process: the server's process id, if it is on this machine.
         ids: ask for token ids by `return_token_ids`, which our server knows: tokens without a text come then too.
+        about: `precision`, `emulator` and `process` of `Target`.
     """
-
-    precision = None
 
     def __init__(
         self,
@@ -36,14 +35,13 @@ class OpenAITarget:
         model: str | None = None,
         api_key: str | None = None,
         label: str | None = None,
-        emulator: bool = False,
-        process: int | None = None,
         ids: bool = False,
+        **about: Any,
     ) -> None:
         self._http = HttpClient(url, (("Authorization", f"Bearer {api_key}"),) if api_key is not None else ())
         self._http.path = self._http.path.removesuffix("/v1")
-        self.name, self.label, self.emulator = name, label or f"OpenAI API at {self._http.place}", emulator
-        self._model, self._process, self._ids = model, process, ids
+        super().__init__(name, label or f"OpenAI API at {self._http.place}", **about)
+        self._model, self._ids = model, ids
 
     async def start(self) -> None:
         try:
@@ -65,9 +63,7 @@ class OpenAITarget:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
-        }
-        if self._ids:
-            body["return_token_ids"] = True
+        } | ({"return_token_ids": True} if self._ids else {})  # fmt: skip
         pieces: list[str] = []
         tokens: list[int] = []
         times: list[float] = []
@@ -79,21 +75,11 @@ class OpenAITarget:
                 usage = int(event["usage"]["completion_tokens"])
             choices = event.get("choices", ())
             made = [token for choice in choices for token in choice.get("token_ids") or ()]
-            tokens += made
             text = "".join(choice.get("text") or "" for choice in choices)
-            if self._ids:
-                pieces.append(text)
-                times += [timestamp] * len(made)
-            elif text:
-                pieces.append(text)
-                times.append(timestamp)
+            pieces.append(text)
+            tokens += made
+            times += [timestamp] * (len(made) if self._ids else bool(text))
         finished = time.monotonic()
         shared = times if usage is None else share(times, usage, finished)
         known = tuple(tokens) if self._ids else None
         return Completion(tuple(shared), finished, counted=len(times) == usage, tokens=known, text="".join(pieces))
-
-    async def stop(self) -> None:
-        """Nothing is held between requests."""
-
-    def pid(self) -> int | None:
-        return self._process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -16,9 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
-from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
+from benchmarks.suite.targets.tf_serving import connect
 from serving.bundle import Bundle
 from serving.clients.transport import Transport
 from serving.deploy.tf_serving import IMAGE_VERSION, write_tf_serving
@@ -123,7 +120,8 @@ class TFServingProcess:
             )
         address = f"127.0.0.1:{grpc_port if self._how == 'grpc' else rest_port}"
         self._wait(process, address)
-        self.pid = self._container_pid() if self._found.container else process.pid
+        # A container's first process is no server's, or is in a virtual machine.
+        self.pid = None if self._found.container else process.pid
         return address
 
     def stop(self) -> None:
@@ -200,53 +198,6 @@ class TFServingProcess:
         told = [line.strip() for line in lines if line.strip()][-3:]
         return " / ".join(told)[-600:] or "it said nothing"
 
-    def _container_pid(self) -> int | None:
-        said = _ask([self._found.command, "inspect", "--format", "{{.State.Pid}}", self._container])
-        pid = int(said) if said and said.strip().isdecimal() else 0
-        # With --init a small process is first, and the server is its child; an engine in a virtual machine shows none.
-        return _child(pid) if pid and Path(f"/proc/{pid}").exists() else None
-
-
-class StartedTFServing:
-    """The target: a `TFServingProcess`, driven as `TFServingTarget` is.
-
-    Args:
-        how: "grpc" or "rest".
-        whole: as of `TFServingTarget`.
-    """
-
-    precision: str | None = "fp32"
-    starts_in = "own"
-
-    def __init__(self, name: str, bundle: Bundle, found: FoundServer, how: str, *, whole: bool, emulator: bool) -> None:
-        self.name, self.label, self.emulator = name, found.label, emulator or found.emulator
-        self._bundle, self._how, self._whole = bundle, how, whole
-        self._server = TFServingProcess(name, bundle, found, how)
-        self._inner: TFServingTarget | None = None
-
-    async def start(self) -> None:
-        address = await asyncio.to_thread(self._server.start)
-        self._inner = TFServingTarget(
-            self.name, self.label, self._bundle, lambda: self._server.connect(address),
-            {"grpc": "gRPC", "rest": "REST"}[self._how], whole=self._whole, emulator=self.emulator,
-        )  # fmt: skip
-        await self._inner.start()
-        self.label = self._inner.label
-
-    async def send(self, request: Planned) -> Completion:
-        if self._inner is None:
-            raise TargetError(f"{self.name} is not started")
-        return await self._inner.send(request)
-
-    async def stop(self) -> None:
-        inner, self._inner = self._inner, None
-        if inner is not None:
-            await inner.stop()
-        await asyncio.to_thread(self._server.stop)
-
-    def pid(self) -> int | None:
-        return self._server.pid
-
 
 def deployment_flags(deployment: Path) -> list[str]:
     """The flags of the deployment's compose file after those of ports and model, as its container takes them."""
@@ -275,14 +226,6 @@ def _free_ports() -> tuple[int, int]:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
         return first.getsockname()[1], second.getsockname()[1]
-
-
-def _child(pid: int) -> int:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-    except OSError:
-        return pid
-    return int(children[0]) if children else pid
 
 
 def _ask(command: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.suite.load.schedule import Planned
-from benchmarks.suite.targets.base import Completion, TargetError
+from benchmarks.suite.targets.base import Completion, Target, TargetError
 from benchmarks.suite.targets.in_process import EngineTarget
 from serving.bundle import Bundle
 from serving.clients.slot_pool import SIGNATURES
@@ -36,14 +36,14 @@ def connect(kind: str, address: str, model: str) -> Transport:
     return RestTransport(address if "://" in address else f"http://{address}", model)
 
 
-class TFServingTarget:
+class TFServingTarget(Target):
     """The model of a bundle at a server. Over slots tokens come one by one; else each request is one call.
 
     Args:
         open_transport: reaches the server, in `start`.
         how: "gRPC" or "REST", for the label.
         whole: whether `serving_default` is called even where the server has slots.
-        process: gives the server's process id, if it is on this machine.
+        about: `precision`, `emulator` and `process` of `Target`.
     """
 
     def __init__(
@@ -56,13 +56,11 @@ class TFServingTarget:
         *,
         precision: str | None = "fp32",
         whole: bool = False,
-        emulator: bool = False,
-        process: int | None = None,
+        **about: Any,
     ) -> None:
-        self.name, self.precision, self.emulator = name, precision, emulator
-        self.label = f"{server}, by {how}"
-        self._bundle, self._open, self._whole, self._process = bundle, open_transport, whole, process
-        self._inner: EngineTarget | WholeAnswerTarget | None = None
+        super().__init__(name, f"{server}, by {how}", precision, **about)
+        self._bundle, self._open, self._whole = bundle, open_transport, whole
+        self._inner: Target | None = None
 
     async def start(self) -> None:
         """Reach the server and see what it offers. Raises ServerError."""
@@ -72,7 +70,7 @@ class TFServingTarget:
             self._inner = EngineTarget(self.name, self.label, self.precision, lambda: self._engine(transport))
         elif "serving_default" in signatures:
             self.label += ", whole answers"
-            self._inner = WholeAnswerTarget(self.name, transport, self._bundle.manifest.model.eos_token_id)
+            self._inner = WholeAnswerTarget(self.name, self.label, transport, self._bundle.manifest.model.eos_token_id)
         else:
             raise InputError(f"{self.name}: the served model has neither slots nor serving_default; is it this bundle?")
         await self._inner.start()
@@ -87,9 +85,6 @@ class TFServingTarget:
         if inner is not None:
             await inner.stop()
 
-    def pid(self) -> int | None:
-        return self._process
-
     def _look(self) -> tuple[Transport, set[str]]:
         transport = self._open()
         try:
@@ -103,14 +98,15 @@ class TFServingTarget:
         return open_slot_engine(self._bundle, transport, max_waiting=_WAITING)
 
 
-class WholeAnswerTarget:
+class WholeAnswerTarget(Target):
     """`serving_default`: one call makes a whole answer in the server, and all of its tokens come at its end.
 
     The graph ends at the end token; what is missing then is asked for by another call that continues from there.
     """
 
-    def __init__(self, name: str, transport: Transport, eos_token_id: int) -> None:
-        self.name, self._transport, self._eos = name, transport, eos_token_id
+    def __init__(self, name: str, label: str, transport: Transport, eos_token_id: int) -> None:
+        super().__init__(name, label)
+        self._transport, self._eos = transport, eos_token_id
         self._threads: ThreadPoolExecutor | None = None
 
     async def start(self) -> None:

@@ -35,22 +35,11 @@ def small_probe(monkeypatch):
 
 
 def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
-    output, schedule = tmp_path / "r.json", tmp_path / "s.jsonl"
-    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "2"]
-    drawn = [
-        "--requests",
-        "3",
-        "--scenario",
-        "single",
-        "--scenario",
-        "concurrency",
-        "--clients",
-        "2",
-        "--clients",
-        "3",
-        "--save-schedule",
-    ]
-    assert run([*command, *drawn, str(schedule), "--output", str(output), "--slo-e2e", "10000"]) == 0
+    output = tmp_path / "r.json"
+    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "2", "--requests", "3"]
+    command += ["--scenario", "single", "--scenario", "concurrency", "--clients", "2", "--clients", "3"]
+    limit = ["--slo-e2e", "10000", "--output", str(output)]
+    assert run([*command, *limit]) == 0
     record = json.loads(output.read_text())
     assert [point["scenario"] for point in record["points"]] == ["single", "concurrency", "concurrency"]
     row = record["points"][0]["rows"][0]
@@ -58,11 +47,11 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
     assert row["figures"]["goodput"] == row["figures"]["requests_per_second"]
     assert row["bound_inter_token_ms"] > 0 and row["peak_rss_bytes"] is None
     page = output.with_suffix(".html").read_text()
-    assert page.count('role="img"') == 2 + 2 + 2 * 3 + 2 and "<script" not in page and "http" not in page
+    assert page.count('role="img"') == 2 + 2 * 3 and "<script" not in page and "http" not in page
     assert output.with_suffix(".csv").read_text().startswith("scenario,point,")
 
     again = tmp_path / "again.json"
-    assert run([*command, "--schedule", str(schedule), "--output", str(again)]) == 0
+    assert run([*command, "--output", str(again)]) == 0
     hashes = [
         [point["schedule_sha256"] for point in json.loads(path.read_text())["points"]] for path in (output, again)
     ]
@@ -71,17 +60,17 @@ def test_from_a_bundle_to_a_record_and_back(built, tmp_path, capfd, fails):
     left = output.with_name("r.json.unfinished")
     assert not left.exists()
     left.write_text(json.dumps(record | {"points": record["points"][:1]}))
-    limit = ["--slo-e2e", "10000", "--resume", "--output", str(output)]
-    assert run([*command, "--schedule", str(schedule), *limit]) == 0
+    limit.append("--resume")
+    assert run([*command, *limit]) == 0
     assert "single, one at a time: is there already" in capfd.readouterr().err
     resumed = json.loads(output.read_text())
     assert resumed["points"][0] == record["points"][0] and resumed["points"][1:] != record["points"][1:]
     assert len(resumed["points"]) == 3 and len(resumed["sessions"]) == 2 and not left.exists()
     assert "Measured in 2 runs" in output.with_suffix(".html").read_text()
     left.write_text(json.dumps(record | {"manifest_sha256": "0"}))
-    fails([*command, "--schedule", str(schedule), *limit], 2, "of another bundle")
+    fails([*command, *limit], 2, "of another bundle")
     left.write_text(json.dumps(record | {"targets": []}))
-    fails([*command, "--schedule", str(schedule), *limit], 2, "other targets; delete it")
+    fails([*command, *limit], 2, "other targets; delete it")
     fails([*command, "--scenario", "single", "--resume"], 2, "--output")
     left.unlink()
     assert run(["bench", "compare", str(output), str(again)]) == 0
@@ -131,8 +120,6 @@ def test_what_cannot_be_measured_is_refused_in_one_line(built, fails, monkeypatc
         (["--trace", "t", "--scenario", "server", "--rate", "1"], "leave out --rate"),
         (["--trace", "t", "--scenario", "server", "--scenario", "steps", "--requests", "1"], "leave out --requests"),
         (["--trace", "t", "--scenario", "server", "--arrivals", "gamma"], "leave out --arrivals"),
-        (["--schedule", "s", "--trace", "t"], "--trace draws a schedule"),
-        (["--schedule", "s", "--requests", "3"], "--requests draws a schedule"),
         (["--scenario", "steps", "--new-tokens", "500"], "do not fit a context of 48"),
     ],
 )
@@ -141,7 +128,7 @@ def test_an_option_is_read_or_refused(built, fails, options, words):
 
 
 def test_a_trace_is_replayed_whole(built, tmp_path, fails):
-    trace, schedule, output = tmp_path / "t.txt", tmp_path / "s.jsonl", tmp_path / "r.json"
+    trace, output = tmp_path / "t.txt", tmp_path / "r.json"
     command = ["bench", str(built.bundle), "--target", "ort/fp32", "--repeats", "1", "--scenario", "server"]
     fails([*command, "--trace", str(tmp_path)], 2, "not a list of arrival times")
     command += ["--trace", str(trace)]
@@ -156,12 +143,12 @@ def test_a_trace_is_replayed_whole(built, tmp_path, fails):
     trace.write_text("0\n1e9\n")
     fails(command, 2, "ends within 604800 s")
     trace.write_text("".join(f"{1e9 + number / 1e3}\n" for number in reversed(range(20))))
-    more = ["--save-schedule", str(schedule), "--output-lengths", "2", "--price-per-hour", "2", "--output", str(output)]
+    more = ["--output-lengths", "2", "--price-per-hour", "2", "--output", str(output)]
     assert run([*command, *more]) == 0
-    rows = [json.loads(line) for line in schedule.read_text().splitlines()]
-    assert len(rows) == 1 + 20 and rows[1]["at"] == 0 and rows[20]["at"] == pytest.approx(0.019, abs=1e-6)
     record = json.loads(output.read_text())
     (point,) = record["points"]
+    # The times themselves are those of the schedule's own test.
+    assert point["rows"][0]["summary"]["requests"] == 20 == point["settings"]["requests"]
     (cost,), (rate,) = (
         point["rows"][0]["figures"][name] for name in ("cost_per_million_tokens", "output_tokens_per_second")
     )
@@ -226,15 +213,6 @@ def test_a_cold_start_is_a_process_of_its_own(built, tmp_path):
     # A new Python with a runtime takes far longer than what is open already.
     assert 50 < load < first and row["errors"] == [] and row["peak_rss_bytes"] > 20 << 20
     assert load / 1e3 > record["targets"][0]["load_seconds"]
-
-
-def test_lengths_of_a_grid_are_chosen_and_saved(built, tmp_path):
-    schedule = tmp_path / "s.jsonl"
-    sizes = ["--grid-prompt", "3", "--grid-prompt", "5", "--grid-output", "2", "--requests", "1", "--repeats", "1"]
-    command = ["bench", str(built.bundle), "--target", "ort/fp32", "--scenario", "grid", *sizes]
-    assert run([*command, "--save-schedule", str(schedule)]) == 0
-    headers = [row for row in map(json.loads, schedule.read_text().splitlines()) if "format" in row]
-    assert [row["point"] for row in headers] == ["3 in, 2 out", "5 in, 2 out"]
 
 
 def test_what_the_selftest_expects_is_what_comes_in_virtual_time():

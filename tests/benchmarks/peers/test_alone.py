@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from click.testing import CliRunner
 from benchmarks.common import hardware, static_batch
 from benchmarks.peers import comparison
 from benchmarks.peers.__main__ import main
-from benchmarks.peers.gpu_device import MemoryWatch
 from benchmarks.peers.portable_bundle import main as weights
 from benchmarks.peers.runtimes import GPU
 from benchmarks.suite import static_batches
@@ -137,28 +134,6 @@ def test_no_runtime_takes_the_time_of_all(built, tmp_path, monkeypatch):
         )
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["points"] == [] and len(record["not_measured"]) == 4
-
-
-def test_memory_is_the_processs_own_where_it_is_told_and_else_the_gpus(tmp_path, monkeypatch):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\ncase $1 in\n"
-        f"  --query-compute*) cat {tmp_path}/apps ;;\n  *) cat {tmp_path}/used; echo 7000 > {tmp_path}/used ;;\nesac\n"
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as measured:
-        for apps, expected in ((f"{measured.pid}, 300\n{os.getpid()}, 900\n", (300, False)), ("", (2000, True))):
-            (tmp_path / "apps").write_text(apps)
-            (tmp_path / "used").write_text("5000\n")
-            with MemoryWatch("cuda") as watch:
-                watch.follow(measured.pid)
-                for _ in range(400):
-                    if watch.peak is not None:
-                        break
-                    time.sleep(0.02)
-            assert (watch.peak >> 20, watch.whole) == expected
-        measured.kill()
 
 
 def test_a_record_of_something_else_and_an_unknown_runtime_are_refused(built, tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,10 @@ from benchmarks.common import hardware
 from benchmarks.common.held_out_text import cut_prompts
 from benchmarks.common.runtime_process import ROOT, RuntimeProcess
 from benchmarks.common.static_batch import BatchRun, LoadRequest, converted
-from benchmarks.peers import comparison
 from benchmarks.peers.comparison import Comparison, Settings, new_record
-from benchmarks.peers.gpu_device import MemoryWatch
 from benchmarks.peers.runtimes import CPU, GPU, SPECULATION, Runtime, chosen
 from benchmarks.suite import static_batches
-from benchmarks.suite.machine.meters import Meters
+from benchmarks.suite.machine.meters import Meters, Reading
 from benchmarks.suite.record import SCHEMA, about, read_record, write_reports
 from benchmarks.suite.report.markdown import to_markdown, verdict
 from serving.bundle import open_bundle
@@ -43,26 +43,31 @@ def small(monkeypatch):
     monkeypatch.setattr(static_batches, "_PAUSE", 0)
 
 
-def compare(bundle: Path, work: Path, precision: str, *others: Runtime, sizes=(3,), alone=False, record=None):
+def compare(
+    bundle: Path, work: Path, precision: str, *others: Runtime, sizes=(3,), alone=False, record=None, meters=None
+):
     opened, settings = open_bundle(bundle), Settings(5, 4, 2, alone=alone)
     record = new_record(about(opened), settings, SCHEMA) if record is None else record
     rates = {"read_bytes_per_second": 1e9, "fp32_flops_per_second": 1e9}
     Comparison(
         opened, range(7), settings, record, environments=work, work=work, rates=rates if alone else None,
-        meters=Meters(), keep=lambda: None, say=lambda line: None,
+        meters=meters or Meters(), keep=lambda: None, say=lambda line: None,
     ).run([Runtime(f"ort/{precision}", "onnx_peer", precision), *others], sizes)  # fmt: skip
     return record
 
 
-def test_gpu_memory_is_a_figure_of_the_row(built, tmp_path, monkeypatch):
-    class Watch(MemoryWatch):
-        def follow(self, leader):
-            self.peak, self.whole = 3 << 30, True
+class Counting(Meters):
+    """A machine whose GPU has 3 GiB in use."""
 
-    monkeypatch.setattr(comparison, "MemoryWatch", Watch)
-    record = compare(built.bundle, tmp_path, "fp32", alone=True)
+    @contextlib.contextmanager
+    def window(self):
+        yield types.SimpleNamespace(reading=Reading(peak_gpu_memory_bytes=3 << 30))
+
+
+def test_gpu_memory_is_a_figure_of_the_row(built, tmp_path):
+    record = compare(built.bundle, tmp_path, "fp32", alone=True, meters=Counting())
     (row,) = record["points"][0]["rows"]
-    assert row["figures"]["peak_gpu_memory_bytes"] == [3 << 30] * 2 and "by any program" in row["notes"][-1]
+    assert row["figures"]["peak_gpu_memory_bytes"] == [3 << 30] * 2
     text = to_markdown(record | {"client_overhead_ms": None})
     assert "GPU memory, MiB" in text and "| 3,072 |" in text
 
@@ -169,10 +174,8 @@ def test_every_peer_has_a_module_that_imports_only_the_protocol_and_exact_versio
         tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
         froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         own = {each for each in froms if each and each.partition(".")[0] in ("benchmarks", "serving", "builder")}
-        # One with speculation converts the weights as the one without. GGUF files are written with numpy alone.
-        conversion = {f"benchmarks.peers.{name}_peer"} | (
-            {"serving.bundle", "serving.gguf"} if name == "llama" else set()
-        )
+        # GGUF files are written with numpy alone.
+        conversion = {"serving.bundle", "serving.gguf"} if name == "llama" else set()
         assert own - conversion == {"benchmarks.common.static_batch"}
         lines = (folder / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         assert lines and all("==" in line or line.startswith("#") for line in lines)

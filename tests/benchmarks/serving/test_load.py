@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.bare import bare
+from benchmarks.serving.engine import bare
 from benchmarks.serving.load import quantiles, run
 from serving.entrypoints.http_app import build_app
 from serving.server.settings import Settings

@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-_PLAIN = ["--text", "--plain"]
+_PLAIN = {"text": True, "plain": True}
 
 
 def test_servers_take_turns_and_one_that_does_not_start_is_named(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_servers_take_turns_and_one_that_does_not_start_is_named(tmp_path: Path)
         Peer("here", [sys.executable, "-c", _SERVER, "{port}"], "/health", _PLAIN, ""),
         Peer("gone", [sys.executable, "-c", "raise SystemExit('no such model')"], "/health", _PLAIN, ""),
     ]
-    record = compare(found, [1, 2], 0.2, 1, ["--prompt-tokens", "8", "--new-tokens", "6"], tmp_path)
+    record = compare(found, [1, 2], 0.2, 1, {"prompt_tokens": 8, "new_tokens": 6}, tmp_path)
     assert [(done["server"], done["clients"]) for done in record["rounds"]] == [("here", 1), ("here", 2)]
     for done in record["rounds"]:
         complete = done["outcomes"]["complete"]

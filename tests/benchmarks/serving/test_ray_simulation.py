@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.serving.ray_scaling import split_costs
 from benchmarks.serving.ray_simulation import Machine, Simulation, Traffic, capacity, main, sweep
 
 MACHINE = Machine(
@@ -68,6 +69,15 @@ def test_cores_that_are_shared_bound_all_replicas_together() -> None:
     machine = replace(FREE, cores=2)
     two, four = (Simulation(machine, traffic, replicas=count).run()["tokens_per_second"] for count in (2, 4))
     assert four < 1.2 * two
+
+
+def test_what_a_request_costs_is_told_from_what_a_token_costs() -> None:
+    rounds = [(requests, requests * tokens) for requests, tokens in ((100, 96), (400, 4), (250, 96))]
+    costs = [(requests, tokens, 0.017 * requests + 0.0008 * tokens) for requests, tokens in rounds]
+    assert split_costs(costs) == pytest.approx((0.017, 0.0008))
+    # Rounds of one length do not tell them apart.
+    alike = [(requests, 96.0 * requests, 0.1 * requests) for requests in (10, 20)]
+    assert split_costs(alike) == pytest.approx((0.1, 0.0))
 
 
 def test_past_its_capacity_the_ingress_is_the_limit() -> None:

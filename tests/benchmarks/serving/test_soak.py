@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import random
 import types
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from benchmarks.serving.server import ServerProcess
+from benchmarks.common.own_server import OwnServer
+from benchmarks.serving.attacks import attack, attacks_on
 from benchmarks.serving.soak import SHARES, Call, ask, draw_call, slope, soak
 from serving.entrypoints.http_app import build_app
 from serving.server.settings import Settings
@@ -62,7 +64,7 @@ def test_a_soak_names_what_is_not_given_back(tmp_path: Path, monkeypatch: pytest
     engine = DoubleEngine(pace=0.0001)
     with running(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as url:
         server = _Leaking(url)
-        result = soak(cast(ServerProcess, server), "somebody else", 64, 0.02, 40, bound_mib_an_hour=1e9)
+        result = soak(cast(OwnServer, server), "somebody else", 64, 0.02, 40, bound_mib_an_hour=1e9)
         for descriptor in server.leaked:
             os.close(descriptor)
     engine.close()
@@ -71,6 +73,19 @@ def test_a_soak_names_what_is_not_given_back(tmp_path: Path, monkeypatch: pytest
     assert any("whole: status 404" in fault for fault in result["faults"])
     assert any("descriptors where there were" in fault for fault in result["faults"])
     assert any(fault == "1 slots are still in use" for fault in result["faults"])
+
+
+def test_attackers_count_how_their_calls_ended(tmp_path: Path) -> None:
+    engine = DoubleEngine(pace=0.0001)
+    calls = [
+        Call("unknown path", "/nothing", gzip.compress(b"{}"), 404, packed=True),
+        Call("unfinished body", "/tokenize", b'{"prompt": "a', leave_after=0.01, length=4000),
+    ]
+    with running(build_app(registry_of(engine, tmp_path / "tiny"), Settings())) as url:
+        found = asyncio.run(attack(url, calls, 0.4, 50, 0))
+    engine.close()
+    assert set(found["outcomes"]) == {"unknown path: as it should be", "unfinished body: left"} and found["hung"] == 0
+    assert len({each.kind for each in attacks_on("tiny")}) == len(attacks_on("tiny")) == 11
 
 
 class _Leaking:

@@ -17,7 +17,8 @@ from benchmarks.suite.figures.record_rows import peak_rss
 from benchmarks.suite.load.events import differing
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.targets import started_tf_serving
-from benchmarks.suite.targets.generate import GenerateTarget, split_model, timestamps_of
+from benchmarks.suite.targets.base import timestamps_of
+from benchmarks.suite.targets.generate import split_model
 from benchmarks.suite.targets.open import default_targets, open_defaults, open_target
 from serving.bundle import open_bundle
 from serving.errors import InputError, RuntimeMissingError, ServerError
@@ -150,16 +151,12 @@ def test_a_server_that_never_is_ready_is_ended_at_the_time_limit(bundle, tmp_pat
     monkeypatch.setenv("TENSORFLOW_MODEL_SERVER", program(tmp_path, script))
     monkeypatch.setattr(started_tf_serving, "_START", 2.5)
     monkeypatch.setattr(started_tf_serving, "_STOP", 0.3)
-    target = open_target(bundle, "tfserving", batch=1)
-
-    async def work():
-        with pytest.raises(ServerError, match=r"no model was AVAILABLE after 2\.5 s: loading"):
-            await target.start()
-        process = target._server._process
-        await target.stop()
-        assert process.returncode == -9
-
-    asyncio.run(work())
+    server = started_tf_serving.TFServingProcess("tfserving", bundle, started_tf_serving.find_server(), "grpc")
+    with pytest.raises(ServerError, match=r"no model was AVAILABLE after 2\.5 s: loading"):
+        server.start()
+    process = server._process
+    server.stop()
+    assert process.returncode == -9
 
 
 ENGINE = """#!/bin/sh
@@ -290,7 +287,6 @@ def test_pieces_that_are_fewer_than_tokens_share_only_where_the_server_says_that
     assert timestamps_of([1.0, 2.0], [], "length", 4, 9.0) == ([1.0, 1.0, 2.0, 2.0], False)
     assert timestamps_of([1.0, 2.0], [], "stop", 4, 9.0) == ([1.0, 2.0], False)
     assert split_model("http://h:1/m") == ("http://h:1", "m") and split_model("h:1") == ("h:1", None)
-    assert GenerateTarget.precision is None
 
 
 def canonical(bundle, schedule):

@@ -9,17 +9,16 @@ import threading
 
 import pytest
 
+from benchmarks.common.own_server import OwnServer
 from benchmarks.suite.driver import play
 from benchmarks.suite.load.clock import WallClock
 from benchmarks.suite.load.events import differing, outputs_hash
 from benchmarks.suite.load.schedule import Lengths, Planner
 from benchmarks.suite.selfcheck.fake_server import FakeServer
-from benchmarks.suite.targets.base import TargetError
-from benchmarks.suite.targets.http import share
+from benchmarks.suite.targets.base import TargetError, share
 from benchmarks.suite.targets.in_process import BatchTarget, EngineTarget
 from benchmarks.suite.targets.open import open_target
 from benchmarks.suite.targets.openai import OpenAITarget
-from benchmarks.suite.targets.own_server import OwnServerTarget
 from serving.backends.loader import load_backend
 from serving.bundle import open_bundle
 from serving.clients.session_transport import SessionTransport
@@ -108,10 +107,8 @@ def test_the_engine_and_our_own_server_give_the_same_text(real_bundle):
 
 
 def test_a_server_that_does_not_start_says_why(real_bundle):
-    bundle = open_bundle(real_bundle, check="sizes")
-    target = OwnServerTarget("server=ort/none", bundle, "ort/none", "fp32", 4, "OpenAI's API", lambda *_: None)
     with pytest.raises(ServerError, match=r"ended before it was ready: error: .*no graph 'ort/none'"):
-        drive(None, target)
+        OwnServer(real_bundle, "ort/none")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from builder.training.optimizers import make_schedule
 
 
 def job(folder: Path, **changes: object) -> TrainingJob:
-    made = TrainingJob(str(folder), "", 300, 16, 8, 1, 1, 3, 16, 40, True)
+    made = TrainingJob(300, 16, 8, 1, 1, 3, 16, 40, str(folder), "", True)
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 

@@ -1,15 +1,13 @@
-"""Schedules: drawn as stated, the same from the same seed, and the same again from their file."""
+"""Schedules: drawn as stated, and the same from the same seed."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.suite.load.schedule import Lengths, Planner, read_schedules, save_schedules
+from benchmarks.suite.load.schedule import Lengths, Planner
 from serving.errors import InputError
 
 TEXT = list(range(100))
@@ -64,43 +62,6 @@ def test_lengths_are_read_as_they_are_written():
     for wrong in ("", "a", "0", "9-8", "log:5", "lin:1-2", "1-", "-3"):
         with pytest.raises(InputError, match="length"):
             Lengths.parse(wrong)
-
-
-def test_a_file_of_schedules_gives_them_back(tmp_path):
-    drawn = [
-        planner().single(3, FIXED, FIXED),
-        planner().concurrency(4, 8, FIXED, Lengths(1, 3, "uniform")),
-        planner().grid(2, 5, 6),
-        planner().server(4, FIXED, FIXED, rate=2, arrivals="gamma"),
-        *planner().saturation(FIXED, FIXED, start=1, factor=2, seconds=2, rates=3),
-        planner().cold_start(FIXED, FIXED),
-    ]
-    save_schedules(tmp_path / "s.jsonl", drawn)
-    read = read_schedules(tmp_path / "s.jsonl", 48, 100)
-    assert read == drawn
-    assert [schedule.sha256 for schedule in read] == [schedule.sha256 for schedule in drawn]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda rows: rows[0].update(format="other/1"), "line 1 .*format"),
-        (lambda rows: rows[1].update(new_tokens=90), "line 2 .*context"),
-        (lambda rows: rows[1].update(prompt=[500]), "line 2 .*vocabulary"),
-        (lambda rows: rows[1].update(colour="red"), "line 2 "),
-        (lambda rows: rows[0].pop("point"), "header"),
-        (lambda rows: rows.pop(1), "without requests"),
-        (lambda rows: rows[0].update(concurrency=None), "neither timestamps"),
-        (lambda rows: rows[0].update(scenario="singel"), "no scenario 'singel'; did you mean 'single'"),
-    ],
-)
-def test_what_is_no_schedule_is_refused_with_its_line(tmp_path, change, words):
-    rows = [json.loads(line) for line in planner().single(1, FIXED, FIXED).to_lines().splitlines()]
-    change(rows)
-    path = tmp_path / "s.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=words):
-        read_schedules(path, 48, 100)
 
 
 def test_a_varied_schedule_has_other_first_tokens_that_the_model_knows():
