@@ -218,6 +218,12 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of its own, and run the Ray Serve application on a local cluster.
 	RAY_PYTHON=.venv-ray/bin/python $(BIN)/python -m pytest -m ecosystem tests/ecosystem/test_ray.py
 
+.venv-trackers/installed: pyproject.toml constraints.txt
+	rm -rf .venv-trackers
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mlflow,wandb]'
+	@touch $@
+
 # A Triton with its Python backend alone, which loses the data of a newer numpy's arrays.
 .venv-triton/installed:
 	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
@@ -227,7 +233,7 @@ test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of i
 
 # One environment a tool, 5 GB together; one that does not install here is left out, and its tests say so.
 TOOLS := .venv-onnxruntime .venv-genai .venv-openvino .venv-optimum .venv-triton .node-transformers \
-	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-oras .venv-ray
+	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-oras .venv-ray .venv-trackers
 
 test-ecosystem: $(INSTALLED) ## Install other tools and clients in environments of their own, and run them on a bundle and a server.
 	for tool in $(TOOLS); do $(MAKE) $$tool/installed || echo "$$tool does not install here: left out" >&2; done

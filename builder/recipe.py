@@ -231,6 +231,27 @@ class VerifyRecipe:
 
 
 @dataclass(frozen=True)
+class TrackingRecipe:
+    """Experiment trackers that `train` and `build` report to. They change nothing about the bundle."""
+
+    tools: tuple[str, ...] = _key(
+        (),
+        "Trackers that get the recipe, the metrics, the figures of the certificate and the bundle. Each needs the "
+        "extra of its name.",
+        choices=("mlflow", "wandb"),
+    )
+    project: str = _key("gpt2-bundle", "Experiment of MLflow, project of Weights & Biases.")
+    bundle: str = _key(
+        "reference",
+        "What a tracker gets of the bundle: its place, hashes and certificate, a copy of all files, or nothing.",
+        choices=("reference", "copy", "none"),
+    )
+    timeout: float = _key(
+        60.0, "Maximum number of seconds that the end of a build waits for the trackers.", low=1.0, high=86_400.0
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One bundle's whole recipe."""
 
@@ -249,6 +270,7 @@ class Recipe:
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+    tracking: TrackingRecipe = field(default_factory=TrackingRecipe)
 
     @property
     def min_characters(self) -> int:

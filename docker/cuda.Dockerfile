@@ -14,8 +14,11 @@ COPY serving/__init__.py serving/__init__.py
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --constraint constraints.txt '.[serve,onnx-gpu,guided]'
 COPY serving serving
+# tokenizers asks for the client of a hub, which only a download needs; other packages bring their tests.
 RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --force-reinstall . \
-    && /opt/venv/bin/pip uninstall --yes --quiet pip
+    && /opt/venv/bin/pip uninstall --yes --quiet \
+        huggingface_hub hf-xet httpx2 httpcore2 truststore fsspec filelock tqdm PyYAML pip \
+    && find /opt/venv -depth -type d -name tests -exec rm -r {} +
 
 FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 # hadolint ignore=DL3008

@@ -34,7 +34,7 @@ LAYERS = {
         "commands",
         "stages",
         "verification",
-        "training onnx_export tf_export recipe_reader recipe_reference",
+        "training tracking onnx_export tf_export recipe_reader recipe_reference",
         "data model",
         "recipe run_folder progress keras_backend special_tokens",
         "plain_files data_recipe",

@@ -31,6 +31,7 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
     from builder.stages.pipeline import build as run_build
     from builder.stages.pipeline import report_lines
     from builder.stages.workers import follow, joined_workers
+    from builder.tracking.session import tracked
     from serving.bundle.examples import generate_arguments
 
     reporter = Reporter()
@@ -40,15 +41,18 @@ def build(output: Path, as_json: bool, **options: Any) -> None:
             if as_json:
                 click.echo(json_line({"bundle": None, "worker": workers.cluster.names[workers.rank]}))
             return
-        with locked(run.folder):
-            bundle = run_build(run, output, reporter, workers)
+        with locked(run.folder), tracked(run.recipe, run.folder, reporter.line) as tracking:
+            bundle = run_build(run, output, reporter, workers, tracking)
+    addresses = tracking.addresses(run.export_key()) if run.recipe.tracking.tools else {}
     manifest = bundle.manifest
     if as_json:
         record = {"bundle": str(bundle.folder), "size": manifest.total_size, "quality": manifest.quality,
-                  "parity": manifest.parity}  # fmt: skip
+                  "parity": manifest.parity, "tracking": addresses}  # fmt: skip
         click.echo(json_line(record))
     else:
         for line in report_lines(run, bundle):
             click.echo(line)
+        for tool, address in addresses.items():
+            click.echo(f"{tool}: {address}")
         arguments = generate_arguments(bundle.folder)
         click.echo(f"try it: gpt2-bundle generate {shlex.quote(str(bundle.folder))} {arguments}")

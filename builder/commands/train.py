@@ -25,11 +25,15 @@ def train(loop: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     from builder.run_folder import locked
     from builder.stages.pipeline import as_prepared, train_stage
     from builder.stages.workers import follow, joined_workers
+    from builder.tracking.session import tracked
 
     reporter = Reporter()
     with joined_workers(run.recipe, reporter) as workers:
         if workers is not None and not workers.is_chief:
             follow(run, workers, reporter)
             return
-        with locked(run.folder):
-            train_stage(as_prepared(run, reporter), reporter, workers)
+        with locked(run.folder), tracked(run.recipe, run.folder, reporter.line) as tracking:
+            run = as_prepared(run, reporter)
+            train_stage(run, reporter, workers, tracking)
+    for tool, address in (tracking.addresses(run.export_key()) if run.recipe.tracking.tools else {}).items():
+        click.echo(f"{tool}: {address}")

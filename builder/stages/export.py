@@ -114,7 +114,11 @@ def export(
         model=geometry,
         graphs=graphs,
         provenance=Provenance(
-            recipe=asdict(recipe), corpus_sha256=summary["corpus_sha256"], versions=versions(), seed=recipe.seed
+            # A bundle is the same whoever watched its build.
+            recipe={key: value for key, value in asdict(recipe).items() if key != "tracking"},
+            corpus_sha256=summary["corpus_sha256"],
+            versions=versions(),
+            seed=recipe.seed,
         ),
         quality=quality,
         parity={"verified": False},

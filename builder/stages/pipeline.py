@@ -19,6 +19,8 @@ from builder.stages.prepare import WRITES as PREPARE_FILES
 from builder.stages.run_keys import EXPORT_FILES, INPUTS, Run
 from builder.stages.train import KEEPS, REPORT, SETTINGS, check_quality, quality, tokens_digest, train
 from builder.stages.train import WRITES as TRAIN_FILES
+from builder.tracking.session import Tracking
+from builder.training.metrics_log import read_metrics
 from builder.training.plan import fine_tuning_line, settled
 from builder.training.training_report import REPORT_PAGE as TRAINED_PAGE
 from builder.training.workers import Workers
@@ -97,24 +99,31 @@ def _refuse_as_base(run: Run, folder: Path, what: str) -> None:
         raise InputError(f"model.base {name!r}: {what}; give the new one another name (--set name=...)")
 
 
-def train_stage(run: Run, reporter: Reporter, workers: Workers | None = None) -> None:
+def train_stage(run: Run, reporter: Reporter, workers: Workers | None = None, tracking: Tracking | None = None) -> None:
     """Tokens to weights, as the chief of `workers` if there are any, which may end when this returns.
+
+    `tracking` is started, and has the metrics of all steps in the end.
 
     Raises InputError if the tokens of this recipe are not prepared.
     """
     if not is_done(run.prepared, run.prepare_key()):
         raise InputError(f"{run.prepared}: no tokens of this recipe here; run 'gpt2-bundle prepare' with it first")
     key = run.train_key()
+    if tracking is not None:
+        tracking.start(run.export_key())
 
     def work(folder: Path) -> None:
         if workers is not None:
             workers.start_training({"run": key, "tokens": tokens_digest(run.prepared)})
-        train(run.recipe, run.prepared, folder, key, reporter, workers)
+        train(run.recipe, run.prepared, folder, key, reporter, workers, tracking)
 
     # The checkpoint stays while the key is another's too: it names the run that it belongs to, and the figures of a
     # run that is not resumed are dropped when the new one begins.
     if not run_stage(run.trained, key, work, writes=TRAIN_FILES, keep=KEEPS):
         reporter.line("train: done already")
+    if tracking is not None:
+        # Whatever an earlier start, or a tracker that failed for a while, has left out.
+        tracking.log(read_metrics(run.trained))
     if workers is not None:
         workers.finish()
 
@@ -192,10 +201,13 @@ def package(draft: Bundle, certificate: dict[str, Any], golden: dict[str, Any], 
     return publish(draft.folder, destination)
 
 
-def build(run: Run, output: Path, reporter: Reporter, workers: Workers | None = None) -> Bundle:
+def build(
+    run: Run, output: Path, reporter: Reporter, workers: Workers | None = None, tracking: Tracking | None = None
+) -> Bundle:
     """Run every stage that is not done and publish the bundle to `output`/NAME; return it opened.
 
-    With `workers`, this is their chief; the others take part in training alone.
+    With `workers`, this is their chief; the others take part in training alone. `tracking` gets metrics, figures and
+    bundle.
     """
     destination = output / run.recipe.name
     _refuse_as_base(run, destination, "the bundle that this build would replace")
@@ -208,7 +220,7 @@ def build(run: Run, output: Path, reporter: Reporter, workers: Workers | None = 
     for folder, writes, keeps in run.stage_files():
         refuse_strangers(folder, writes, keeps)
     prepare_stage(run, reporter)
-    train_stage(run, reporter, workers)
+    train_stage(run, reporter, workers, tracking)
     check_trained(run)
     draft = export_stage(run, reporter)
     certificate, golden = verify_bundle(draft, run.recipe.verify.batch_size, reporter)
@@ -220,7 +232,10 @@ def build(run: Run, output: Path, reporter: Reporter, workers: Workers | None = 
     record = _record(key, destination)
     (run.folder / "published.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     reporter.line(f"published {destination}")
-    return open_bundle(destination, check="sizes")
+    bundle = open_bundle(destination, check="sizes")
+    if tracking is not None:
+        tracking.publish(bundle.folder, {"quality": bundle.manifest.quality, "certificate": bundle.manifest.parity})
+    return bundle
 
 
 def report_lines(run: Run, bundle: Bundle) -> list[str]:

@@ -21,6 +21,7 @@ from builder.model.pretrained import Base, geometry_of, load_weights, resolve_ba
 from builder.progress import Reporter
 from builder.recipe import ModelRecipe, Recipe, TrainingRecipe, VerifyRecipe
 from builder.special_tokens import TokenIds, read_token_ids
+from builder.tracking.session import Tracking
 from builder.training.metrics_log import METRICS, TENSORBOARD, MetricsLog, read_metrics
 from builder.training.plan import adapter_line, limits, plan_steps, settings_line, settled
 from builder.training.training_report import REPORT_PAGE, write_report
@@ -80,10 +81,16 @@ def tokens_digest(prepared: Path) -> str:
 
 
 def train(
-    recipe: Recipe, prepared: Path, folder: Path, run_id: str, reporter: Reporter, workers: Workers | None = None
+    recipe: Recipe,
+    prepared: Path,
+    folder: Path,
+    run_id: str,
+    reporter: Reporter,
+    workers: Workers | None = None,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Train on the tokens in `prepared`; write weights, config.json, training.json, metrics.jsonl and report.html
-    to `folder`. Of several `workers`, the chief alone writes.
+    to `folder`. Of several `workers`, the chief alone writes. `tracking` gets the lines of metrics.jsonl.
 
     Returns the report; nothing where this worker is not the chief. A checkpoint of the same `run_id` in `folder` is
     resumed. Raises InputError for a base checkpoint that does not fit, TrainingError when the loss is not a number or
@@ -113,7 +120,9 @@ def train(
             )
         if devices > 1:
             reporter.line(f"training on {devices} devices")
-        return _train(recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter, workers)
+        return _train(
+            recipe, base, geometry, ids, shard, held_out, tokenizer, folder, run_id, reporter, workers, tracking
+        )
 
 
 def _train(
@@ -128,6 +137,7 @@ def _train(
     run_id: str,
     reporter: Reporter,
     workers: Workers | None,
+    tracking: Tracking | None,
 ) -> dict[str, Any]:
     """Make the model, fit it and write what `train` says, on the devices whose scope is open."""
     from builder.keras_backend import keras
@@ -193,7 +203,12 @@ def _train(
             folder=folder / "checkpoint",
             run_id=run_id,
             notify=notify,
-            log=MetricsLog(folder, every=settings.log_every, tensorboard=settings.tensorboard),
+            log=MetricsLog(
+                folder,
+                every=settings.log_every,
+                tensorboard=settings.tensorboard,
+                tell=None if tracking is None else tracking.log,
+            ),
             sample=sample,
             workers=workers,
         )

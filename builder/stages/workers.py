@@ -70,4 +70,6 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
         else:
             found[section] = value
     # The tokens themselves are compared, and a machine that was given a copy of them needs no texts.
-    return {key: item for key, item in found.items() if key not in ("corpus.paths", "corpus.transform")}
+    # The chief alone reports to trackers.
+    free = ("corpus.paths", "corpus.transform")
+    return {key: item for key, item in found.items() if key not in free and not key.startswith("tracking.")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,18 @@ class MetricsLog:
         folder: the training stage's folder.
         every: steps between two lines; validations are always written.
         tensorboard: write TensorBoard scalars too.
+        tell: gets a list of lines too: those of earlier starts of a resumed run, then each new one.
     """
 
-    def __init__(self, folder: Path, *, every: int, tensorboard: bool = False) -> None:
-        self.folder, self.every, self.tensorboard = folder, every, tensorboard
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        tensorboard: bool = False,
+        tell: Callable[[list[dict[str, float]]], None] | None = None,
+    ) -> None:
+        self.folder, self.every, self.tensorboard, self.tell = folder, every, tensorboard, tell
         self._writer: Any = None
 
     def open_at(self, step: int) -> None:
@@ -35,11 +44,15 @@ class MetricsLog:
         (self.folder / METRICS).write_text(text, encoding="utf-8")
         if not step:
             shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+        if self.tell is not None and kept:
+            self.tell(kept)
 
     def write(self, record: dict[str, float]) -> None:
         """Append one line; `record` has "step" and figures."""
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.tell is not None:
+            self.tell([record])
         if not self.tensorboard:
             return
         from builder.keras_backend import tf
