@@ -172,6 +172,33 @@ test-openapi: $(INSTALLED) .venv-schemathesis/installed ## Install Schemathesis 
 		'lm_eval[api]==0.4.13' openai==3.57.0 litellm==1.110.2 langchain-openai==1.7.4
 	@touch $@
 
+# llm asks for an openai that llama-index refuses.
+.venv-frameworks/installed:
+	test -x .venv-frameworks/bin/python || $(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check \
+		llm==0.36 dspy==3.4.1 litellm==1.110.2 openai==3.57.0 locust==2.47.0
+	@touch $@
+
+.venv-llamaindex/installed:
+	test -x .venv-llamaindex/bin/python || $(PYTHON) -m venv .venv-llamaindex
+	.venv-llamaindex/bin/python -m pip install --quiet --disable-pip-version-check llama-index-llms-openai-like==0.8.1
+	@touch $@
+
+.venv-kserve/installed:
+	test -x .venv-kserve/bin/python || $(PYTHON) -m venv .venv-kserve
+	.venv-kserve/bin/python -m pip install --quiet --disable-pip-version-check kserve==0.21.0
+	@touch $@
+
+.venv-aiperf/installed:
+	test -x .venv-aiperf/bin/python || $(PYTHON) -m venv .venv-aiperf
+	.venv-aiperf/bin/python -m pip install --quiet --disable-pip-version-check aiperf==0.13.0
+	@touch $@
+
+# The next major versions need a newer Node.js.
+.node-ai/installed:
+	npm install --silent --no-fund --no-audit --prefix .node-ai ai@6.0.326 @ai-sdk/openai-compatible@2.0.92
+	@touch $@
+
 .venv-ovms/installed:
 	test -x .venv-ovms/bin/python || $(PYTHON) -m venv .venv-ovms
 	.venv-ovms/bin/python -m pip install --quiet --disable-pip-version-check ovmsclient==2023.1
@@ -231,9 +258,10 @@ test-ray: $(INSTALLED) .venv-ray/installed ## Install Ray in an environment of i
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	@touch $@
 
-# One environment a tool, 5 GB together; one that does not install here is left out, and its tests say so.
+# One environment a tool, 7 GB together; one that does not install here is left out, and its tests say so.
 TOOLS := .venv-onnxruntime .venv-genai .venv-openvino .venv-optimum .venv-triton .node-transformers \
-	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-ovms .venv-oras .venv-ray .venv-trackers
+	.venv-peer-torch .venv-peer-keras_hub .venv-peer-llama .venv-schemathesis .venv-clients .venv-frameworks .venv-llamaindex \
+	.venv-kserve .venv-aiperf .node-ai .venv-ovms .venv-oras .venv-ray .venv-trackers
 
 test-ecosystem: $(INSTALLED) ## Install other tools and clients in environments of their own, and run them on a bundle and a server.
 	for tool in $(TOOLS); do $(MAKE) $$tool/installed || echo "$$tool does not install here: left out" >&2; done
@@ -249,4 +277,4 @@ man: $(INSTALLED) ## Write the manual page from the commands.
 	$(BIN)/gpt2-bundle man > docs/gpt2-bundle.1
 
 clean: ## Remove what was built and installed (dist/ stays).
-	rm -rf .venv .venv-* .node-transformers runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* .node-* runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.engine.api import DrainingError
 from serving.errors import cut
 from serving.server.auth import CALLER
+from serving.server.callers import MODEL_PATH, is_openai_client
 from serving.server.errors import (
     INVALID,
     BodiesFullError,
@@ -91,7 +93,7 @@ class Gate:
             if failure.internal:
                 log.error("a request failed", exc_info=error, extra={"request_id": state["request_id"]})
             if not status:
-                await error_response(failure, scope["path"])(scope, receive, sending)
+                await error_response(failure, scope["path"], Headers(scope=scope))(scope, receive, sending)
             else:  # Left unfinished, so that the client sees a broken answer and not a short one.
                 status = 500
         finally:
@@ -192,8 +194,13 @@ def caller_address(scope: Mapping[str, Any]) -> str:
     return address if _ADDRESS.match(address) else "unknown"
 
 
-def openai_shaped(path: str) -> bool:
-    """Whether errors on `path` look as OpenAI's do; TensorFlow Serving and Open Inference say {"error": "..."}."""
+def openai_shaped(path: str, caller: Mapping[str, str] | None = None) -> bool:
+    """Whether errors on `path` look as OpenAI's do; TensorFlow Serving and Open Inference say {"error": "..."}.
+
+    `caller` is the headers of a request, which decide where OpenAI and TensorFlow Serving share a path.
+    """
+    if caller is not None and MODEL_PATH.match(path):
+        return is_openai_client(caller)
     apart = (":", "/versions/", "/labels/")
     return not (path.startswith("/v2") or path.endswith("/metadata") or any(part in path for part in apart))
 
@@ -204,10 +211,10 @@ def openai_error(failure: Failure) -> dict[str, Any]:
     return {"message": failure.message, "type": kind.openai_type, "param": failure.param, "code": kind.openai_code}
 
 
-def error_response(failure: Failure, path: str) -> Response:
-    """`failure` as JSON, in the form of the protocol that `path` belongs to."""
+def error_response(failure: Failure, path: str, caller: Mapping[str, str]) -> Response:
+    """`failure` as JSON, in the form of the protocol that `path` and the `caller`'s headers belong to."""
     body: dict[str, Any] = {"error": failure.message}
-    if openai_shaped(path):
+    if openai_shaped(path, caller):
         body["error"] = openai_error(failure)
     headers: dict[str, str] = {}
     if failure.retry_after is not None:
@@ -246,6 +253,6 @@ async def on_http_exception(request: Any, error: Exception) -> Response:
     kind = replace(INVALID, status=error.status_code)
     failure = Failure(kind, sentences.get(error.status_code, error.detail))
     _remember(request.scope["state"], failure)
-    response = error_response(failure, path)
+    response = error_response(failure, path, request.headers)
     response.headers.update(error.headers or {})
     return response

@@ -27,6 +27,7 @@ from serving.protocols.texts import LONG_TEXT, TooLongError, encode_prompts
 from serving.sampling import DECLARATIONS, MAX_SEED, SamplingParams
 from serving.sampling.constraints import Grammar
 from serving.server.auth import CALLER
+from serving.server.callers import is_kserve_client, is_openai_client
 from serving.server.errors import ContextLengthError, DeadlineExceededError, FieldError
 from serving.server.event_queue import beside_if, submit, time_left, time_limit
 from serving.server.event_stream import EventStream
@@ -259,6 +260,8 @@ def _card(registry: ModelRegistry, name: str) -> dict[str, Any]:
         "object": "model",
         "created": newest.created,
         "owned_by": "gpt2-bundle",
+        "name": name,
+        "ready": newest.state == State.AVAILABLE,
         "max_model_len": newest.bundle.manifest.model.n_positions,
         "example_prompt": newest.example_prompt,
         "example_message": newest.example_message,
@@ -276,9 +279,10 @@ async def model(request: Request) -> Response:
     """GET /v1/models/{model}: OpenAI's card, or TensorFlow Serving's status alone, as both ask at this path.
 
     OpenAI's clients send a key and ask for JSON. TensorFlow Serving's do neither, and some fail at any other field.
+    KServe's client reads `ready` in the card.
     """
     registry, name = request.app.state.server.registry, request.path_params["model"]
-    for_card = "authorization" in request.headers or "application/json" in request.headers.get("accept", "").lower()
+    for_card = is_openai_client(request.headers) or is_kserve_client(request.headers)
     return JSONResponse(_card(registry, name) if for_card else model_status(registry, name))
 
 

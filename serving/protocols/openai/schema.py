@@ -159,12 +159,14 @@ class VersionState(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served here, as OpenAI and as TensorFlow Serving describe it."""
+    """A model that is served here, as OpenAI, KServe's V1 protocol and TensorFlow Serving describe it."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    name: str = Field(description="The same as id, as in KServe's V1 protocol.")
+    ready: bool = Field(description="Whether a version is available, as in KServe's V1 protocol.")
     max_model_len: int
     example_prompt: str
     example_message: str | None = Field(description="For chat completions; null where there is no chat template.")

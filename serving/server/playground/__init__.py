@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from serving.server.callers import is_kserve_client
 
 _FILES = {
     "/": ("index.html", "text/html"),
@@ -28,6 +30,8 @@ _HEADERS = {
 
 def _route(path: str, name: str, media_type: str) -> Route:
     async def file(request: Request) -> Response:
+        if path == "/" and is_kserve_client(request.headers):
+            return JSONResponse({"status": "alive"})  # Liveness in KServe's V1 protocol.
         return Response((files(__package__) / name).read_bytes(), media_type=media_type, headers=_HEADERS)
 
     return Route(path, file, include_in_schema=False)

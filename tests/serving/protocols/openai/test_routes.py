@@ -247,6 +247,29 @@ def test_models_and_tokens(client: openai.OpenAI, raw: Any) -> None:
     assert raw.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Ab é"}
 
 
+def test_kserves_client_of_its_v1_protocol_reads_that_server_and_model_are_ready(raw: Any) -> None:
+    """KServe's client sends what httpx sends by itself, and reads nothing but `status` and `ready`."""
+    own = {"User-Agent": "python-httpx/0.28.1", "Accept": "*/*"}
+    assert raw.get("/", headers=own).json() == {"status": "alive"}
+    card = raw.get("/v1/models/tiny", headers=own).json()
+    assert (card["name"], card["ready"], card["id"]) == ("tiny", True, "tiny")
+    browser = {**own, "Accept": "text/html,*/*"}
+    assert raw.get("/", headers=browser).headers["content-type"].startswith("text/html")
+    assert set(raw.get("/v1/models/tiny", headers={**own, "User-Agent": "python-requests/2.34"}).json()) == {
+        "model_version_status"
+    }
+
+
+def test_an_unknown_model_is_told_in_the_form_of_the_client_that_asks(raw: Any) -> None:
+    """TensorFlow Serving's and KServe's clients show `error` as a sentence; OpenAI's read its fields."""
+    sentence = "no model 'none' is served here; there is 'tiny'"
+    for headers in ({"Accept": "*/*"}, {"User-Agent": "python-httpx/0.28.1"}):
+        answer = raw.get("/v1/models/none", headers=headers)
+        assert answer.status_code == 404 and answer.json() == {"error": sentence}
+    for headers in ({"Accept": "application/json"}, {"Authorization": "Bearer none"}):
+        assert raw.get("/v1/models/none", headers=headers).json()["error"]["code"] == "model_not_found"
+
+
 def test_a_number_without_a_fraction_is_an_integer(raw: Any) -> None:
     bodies = [{"prompt": "A", "max_tokens": tokens, "temperature": 0} for tokens in (3, 3.0)]
     choices = [raw.post("/v1/completions", json=body).json()["choices"] for body in bodies]
