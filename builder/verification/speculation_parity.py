@@ -14,6 +14,7 @@ from serving.bundle import Bundle
 from serving.errors import ParityError
 from serving.generation import generate
 from serving.generation.ngram_table import load_ngram_table
+from serving.generation.pacing import Pacing
 from serving.sampling import SamplingParams
 from serving.sampling.certainty import absolute_tolerance, is_certain, logit_scale
 
@@ -41,6 +42,7 @@ def compare_speculation(
     if step is None:
         return None
     backend.draft_table = load_ngram_table(bundle)
+    backend.pacing = Pacing(step, measured=False)
     verified = {"of": 0, "certain": 0, "equal": 0}
     deviation = 0.0
     for number, (prompt, row) in enumerate(zip(prompts, candidates, strict=True)):

@@ -134,6 +134,7 @@ class OnnxBackend:
         self.verify_step = FP32_STEP if self._offsets else CHAIN_STEP if self._verifier else None
         """See `SpeculativeBackend.verify_step`."""
         self.draft_table: NextTokens | None = None
+        self.pacing: Any = None
         # A chain also writes the positions of its padding.
         self._spare_positions = CHAIN if self._verifier is not None else 0
 

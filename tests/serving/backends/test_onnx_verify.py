@@ -71,6 +71,7 @@ def test_the_padding_may_stand_after_the_context(int8: Bundle) -> None:
     backend.close()
 
 
+@pytest.mark.usefixtures("eager")
 def test_generation(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
     plain, ours = OnnxBackend(int8, "ort/int8"), OnnxBackend(int8, "ort/int8", speculation="auto")
@@ -83,6 +84,7 @@ def test_generation(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(each.accepted for each in steps) > 20 and not any(each.replayed for each in steps)
 
 
+@pytest.mark.usefixtures("eager")
 def test_an_engine(int8: Bundle) -> None:
     results = []
     for speculation in ("auto", "off"):
