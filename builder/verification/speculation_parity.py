@@ -70,7 +70,7 @@ def _verified(backend: OnnxBackend, prompt: Sequence[int], row: NDArray[np.int64
     found = []
     for start in range(0, len(row) - 1, most):
         chunk = row[start : min(start + most, len(row) - 1)]
-        found.append(backend.verify(state, chunk) if len(chunk) > 1 else backend.decode(state, chunk).copy())
+        found.append((backend.verify if len(chunk) > 1 else backend.decode)(state, chunk).copy())
     return np.concatenate(found) if found else np.empty((0, backend.vocab_size), np.float32)
 
 

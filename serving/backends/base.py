@@ -129,7 +129,10 @@ class SpeculativeBackend(Backend, Protocol):
     """A `serving.generation.pacing.Pacing`, which all its sequences share; None before the first one."""
 
     def verify(self, state: Any, tokens: IntArray) -> FloatArray:
-        """Append `tokens` (2 to `verify_step.tokens`) to the only row; the logits after each, [tokens, vocab_size]."""
+        """Append `tokens` (2 to `verify_step.tokens`) to the only row; the logits after each, [tokens, vocab_size].
+
+        The next call with the same state may overwrite the result.
+        """
         ...
 
     def rewind(self, state: Any, length: int) -> None:

@@ -37,7 +37,7 @@ from serving.backends.onnx_session import (
     open_session,
 )
 from serving.backends.onnx_verify import VerifySession, open_verify_session
-from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, wants_verify_session
+from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, is_small, wants_verify_session
 from serving.bundle import Bundle
 from serving.errors import InputError
 
@@ -143,7 +143,8 @@ class OnnxBackend:
         """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
         width = self._bundle.manifest.model.n_embd
         edit = (lambda data: with_offsets(data, width)) if self._speculates else None
-        spin = not (self._speculation == "auto" and wants_verify_session(self._bundle, self.name))
+        two = self._speculation == "auto" and wants_verify_session(self._bundle, self.name)
+        spin = not two or is_small(self._bundle, self.name)
         return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit, spin=spin)
 
     @cached_property

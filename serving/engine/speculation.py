@@ -16,7 +16,7 @@ from serving.engine.scheduler import Scheduler
 from serving.engine.slot_backend import SlotBackend, supports_device_sampling
 from serving.generation.drafts import Draft, Drafter
 from serving.generation.pacing import Pacing
-from serving.sampling.certainty import absolute_tolerance, is_certain
+from serving.sampling.certainty import absolute_tolerance, is_certain, is_far_ahead
 
 MAX_SEQUENCES = 1
 """Speculation runs while at most this many sequences decode: a verify step has one row of the KV cache."""
@@ -148,6 +148,8 @@ class Speculation:
         if not self._tolerance:
             return True
         params = sequence.params
+        if is_far_ahead(line, token, params, self._tolerance):
+            return True
         tolerance = absolute_tolerance(line, params, self._tolerance)
         if is_certain(line, token, params, sequence.seed, sequence.num_generated, tolerance):
             return True

@@ -18,7 +18,7 @@ _PRIOR = 4.0
 """Tokens that those estimates, and the confidences of a table, count for."""
 _KEEP = 0.97
 """Weight of the earlier tokens in those figures after each new one."""
-_LEAST_GAIN = 1.03
+_LEAST_GAIN = 1.08
 """Least expected gain of a draft, as a multiple of the tokens per second of plain decoding."""
 
 

@@ -95,6 +95,8 @@ class VerifyCost:
 class Pacing:
     """The paces of one backend, whose verify steps are `step`; sequences share them.
 
+    Where verify steps have a tolerance, sampled sequences do not draft (docs/decisions/speculation.md).
+
     If not `measured`, drafts go by what is stated of steps and never pause. Proofs of equality want many drafts.
     """
 
@@ -109,7 +111,11 @@ class Pacing:
             params.logit_bias or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
         )
         kind = (0 if greedy else 1 + min(int(4 * params.temperature), 8), edited, logprobs)
-        return self._paces.setdefault(kind, Pace(self.verify, self.measured))
+        if kind not in self._paces:
+            # Of sampled tokens, too many are uncertain. The positions that they repeat cost more than drafts gain.
+            never = self.measured and self.step.tolerance > 0 and not greedy
+            self._paces[kind] = Pace(self.verify, self.measured, never)
+        return self._paces[kind]
 
 
 class Pace:
@@ -121,9 +127,11 @@ class Pace:
     between, so drafts that do not hold lose a share of the time that goes to zero.
     """
 
-    def __init__(self, verify: VerifyCost, measured: bool = True) -> None:
-        self._verify, self._measured = verify, measured
+    def __init__(self, verify: VerifyCost, measured: bool = True, never: bool = False) -> None:
+        self._verify, self._measured, self._never = verify, measured, never
         self._plain, self._token, self._drafting = Typical(), Typical(), Typical()
+        self._checked, self._next = Typical(), Typical()
+        """Plain steps after inexact positions, whose tokens are checked, and those right after a verify step."""
         self._balance = self._gained = 0.0
         self._pause, self._wait = FIRST_PAUSE // 2, 0
         self._in_a_row = self._since = 0
@@ -132,7 +140,7 @@ class Pace:
     @property
     def drafts(self) -> bool:
         """Whether the next step may verify a draft."""
-        return not self._wait and self._in_a_row < _PLAIN_EVERY
+        return not self._never and not self._wait and self._in_a_row < _PLAIN_EVERY
 
     def costs(self) -> tuple[float, float, float]:
         """What a verify step takes, in plain steps: itself, each drafted token, and each token that it gives."""
@@ -140,6 +148,9 @@ class Pace:
         if plain is None:
             return 1 + self._verify.step.base_cost, self._verify.step.token_cost, 0.0
         fixed, drafted = self._verify.line(plain)
+        # Two sessions take each other's weights out of the processor's caches.
+        if not self._in_a_row and self._next.value is not None:
+            fixed += max(0.0, self._next.value - plain)
         return (fixed + (self._drafting.value or 0.0)) / plain, drafted / plain, (self._token.value or 0.0) / plain
 
     def on_plain(self, seconds: float, drafting: float = 0.0, exact: bool = True) -> None:
@@ -147,11 +158,11 @@ class Pace:
 
         After inexact positions, a step takes longer: its token is checked.
         """
-        self._in_a_row = 0
+        after_verify, self._in_a_row = self._in_a_row > 0, 0
         if not self._measured:
             return
         self._since += 1
-        if exact:
+        if exact and not after_verify:
             self._plain.add(seconds)
         plain = self._plain.value
         if self._wait:
@@ -162,9 +173,13 @@ class Pace:
             self._verify.doubt()
         if drafting > 0:
             self._drafting.add(drafting)
-            self._add(-min(drafting / plain, TRIAL))
-        if not exact and seconds > plain:
-            self._add(1 - min(seconds / plain, 2))
+            self._add(-(self._drafting.value or 0.0) / plain)
+        if not exact:
+            self._checked.add(seconds)
+            self._add(min(0.0, 1 - (self._checked.value or 0.0) / plain))
+        elif after_verify:
+            self._next.add(seconds)
+            self._add(min(0.0, 1 - (self._next.value or 0.0) / plain))
 
     def on_verified(self, length: int, emitted: int, drafting: float, verifying: float, sampling: float) -> None:
         """Record a step that verified `length` drafted tokens and gave `emitted`; seconds of its three parts."""

@@ -16,7 +16,7 @@ from serving.backends.base import FloatArray, IntArray, SpeculativeBackend
 from serving.generation.drafts import Draft, Drafter
 from serving.generation.pacing import Pacing
 from serving.sampling import SamplingParams
-from serving.sampling.certainty import absolute_tolerance, is_certain
+from serving.sampling.certainty import absolute_tolerance, is_certain, is_far_ahead
 
 
 class SequenceSampler(Protocol):
@@ -118,6 +118,8 @@ class SpeculativeSteps:
 
     def _certain(self, token: int, rows: IntArray, step: int) -> bool:
         line = self._sampler.edited(self.logits, rows)[0]
+        if is_far_ahead(line, token, self._params, self._tolerance):
+            return True
         tolerance = absolute_tolerance(line, self._params, self._tolerance)
         return is_certain(line, token, self._params, self._params.seed, step, tolerance)
 

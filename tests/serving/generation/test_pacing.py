@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -120,11 +122,48 @@ def test_a_slow_first_verify_step_does_not_end_drafts() -> None:
     assert run.run(1000) < 0.35
 
 
+def test_look_ups_that_lose_the_processor_do_not_end_drafts() -> None:
+    """Text of which few drafts are worth it, on a busy machine: every twentieth look-up takes as long as ten steps."""
+    run = Simulated(lambda place: float(place % 100 > 50))
+    calls = itertools.count(1)
+    original, gains = run.continuation, []
+
+    def continuation(tokens: list[int], count: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        run.looks = PLAIN * (10 if next(calls) % 20 == 0 else 0.01)
+        return original(tokens, count)
+
+    run.continuation = continuation  # type: ignore[method-assign]
+    for _ in range(10):
+        run.run(400)
+        gains.append(run.verified)
+    assert gains[-1] - gains[-5] > 40
+
+
 def test_sequences_of_other_settings_are_judged_apart() -> None:
     run = Simulated(lambda place: 0.0)
     run.run(500)
     run.holds = lambda place: 1.0
     assert run.run(400, SamplingParams(temperature=0.8)) < 0.4
+
+
+def test_where_verify_steps_have_a_tolerance_sampled_sequences_do_not_draft() -> None:
+    pacing = Pacing(replace(STEP, tolerance=1e-5))
+    drafts = {temperature: pacing.pace(SamplingParams(temperature=temperature)).drafts for temperature in (0.0, 0.8)}
+    assert drafts == {0.0: True, 0.8: False}
+    assert pacing.pace(SamplingParams(temperature=0.8, top_k=1)).drafts
+    assert Pacing(pacing.step, measured=False).pace(SamplingParams(temperature=0.8)).drafts
+
+
+def test_a_plain_step_that_a_verify_step_slows_counts_against_drafts() -> None:
+    slowed, pace = 0, Pacing(STEP).pace(SamplingParams())
+    for _ in range(50):
+        pace.on_plain(PLAIN)
+    while pace.drafts and slowed < 100:
+        # Each verify step gains a tenth of a step, and the next plain one loses half.
+        pace.on_verified(1, 2, 0.0, 1.9 * PLAIN, 0.0)
+        pace.on_plain(1.5 * PLAIN)
+        slowed += 1
+    assert slowed < 10
 
 
 def test_a_pause_doubles_until_drafts_gain() -> None:

@@ -149,6 +149,16 @@ def test_a_real_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
+def test_two_streams_take_turns(bundle: Bundle) -> None:
+    """Each has its own KV cache and its own logits."""
+    backend, params = OnnxBackend(bundle, speculation="auto"), SamplingParams(max_new_tokens=30, ignore_eos=True)
+    prompts = [REPEATED, REPEATED[3:]]
+    alone = [list(stream(backend, prompt, params, END)) for prompt in prompts]
+    together = list(zip(*(stream(backend, prompt, params, END) for prompt in prompts), strict=True))
+    assert [list(row) for row in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_real_engine(bundle: Bundle) -> None:
     """Alone, and with others that join in the middle."""
     results = []
