@@ -5,6 +5,7 @@ Time is counted in plain steps. Nothing here changes a token: pacing only decide
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 
 from serving.backends.base import VerifyStep
@@ -24,31 +25,36 @@ _STALE = 256
 _STATED = 0.5
 _HISTORY = 0.995
 """Weight of earlier drafted tokens in the history after each new one."""
+_MOST_SAMPLING = 0.5
+"""Most that sampling one token may count for, in plain steps, which sample one too: more is a burst of load."""
 _FIRST = 3
 _GAIN = 0.1
 
 
 class Typical:
-    """A running mean of seconds that one slow value hardly moves. `value` is None before the first one.
+    """A running mean of the least of the last five values, in seconds. `value` is None before the first one.
 
-    The least of the first three begins it: first runs are slow. Later values count as at most twice the mean.
+    Other processes make values slow, several at a time where processors are shared; none makes one fast. The least of
+    the first three begins it, since first runs are slow.
     """
 
     def __init__(self) -> None:
         self.value: float | None = None
         self._count = 0
+        self._recent: deque[float] = deque(maxlen=5)
 
     def add(self, seconds: float) -> None:
         """Take a measured value; what is not above 0 is none."""
         if seconds <= 0:
             return
         self._count += 1
+        self._recent.append(seconds)
         if self.value is None:
             self.value = seconds
         elif self._count <= _FIRST:
             self.value = min(self.value, seconds)
         else:
-            self.value += _GAIN * (min(seconds, 2 * self.value) - self.value)
+            self.value += _GAIN * (min(self._recent) - self.value)
 
 
 class VerifyCost:
@@ -60,6 +66,7 @@ class VerifyCost:
     def __init__(self, step: VerifyStep) -> None:
         self.step = step
         self._sums = [0.0] * 5
+        self._recent: dict[int, deque[float]] = {}
         self._cold = True
 
     def stated(self, length: int) -> float:
@@ -67,7 +74,10 @@ class VerifyCost:
         return 1 + self.step.base_cost + self.step.token_cost * length
 
     def line(self, plain: float) -> tuple[float, float]:
-        """The estimate, if a plain step takes `plain` seconds: seconds, and those of each drafted token."""
+        """The estimate, if a plain step takes `plain` seconds: seconds, and those of each drafted token.
+
+        No verify step is estimated below a plain one: then a burst of load has slowed the plain ones.
+        """
         weight, x, y, xx, xy = self._sums
         for end in (1, self.step.tokens - 1):
             stated = self.stated(end) * plain
@@ -75,15 +85,17 @@ class VerifyCost:
             xx, xy = xx + _STATED * end * end, xy + _STATED * end * stated
         spread = weight * xx - x * x
         slope = max(0.0, (weight * xy - x * y) / spread) if spread > 0 else 0.0
-        return (y - slope * x) / weight, slope
+        return max(plain, (y - slope * x) / weight), slope
 
     def add(self, length: int, seconds: float, plain: float) -> None:
-        """Take a measured step. The first one is slow and counts for nothing; a slow later one counts as two."""
+        """Take a measured step, or the least of the last three of its length. The first step is slow, and ignored."""
         if self._cold or seconds <= 0:
             self._cold = False
             return
+        recent = self._recent.setdefault(length, deque(maxlen=3))
+        recent.append(seconds)
         fixed, each = self.line(plain)
-        seconds = min(seconds, 2 * (fixed + each * length))
+        seconds = min(min(recent), 2 * (fixed + each * length))
         new = 1.0, length, seconds, length * length, length * seconds
         self._sums = [(1 - _GAIN) * old + value for old, value in zip(self._sums, new, strict=True)]
 
@@ -151,7 +163,8 @@ class Pace:
         # Two sessions take each other's weights out of the processor's caches.
         if not self._in_a_row and self._next.value is not None:
             fixed += max(0.0, self._next.value - plain)
-        return (fixed + (self._drafting.value or 0.0)) / plain, drafted / plain, (self._token.value or 0.0) / plain
+        given = min((self._token.value or 0.0) / plain, _MOST_SAMPLING)
+        return (fixed + (self._drafting.value or 0.0)) / plain, drafted / plain, given
 
     def on_plain(self, seconds: float, drafting: float = 0.0, exact: bool = True) -> None:
         """Record a step of one token, and the seconds before it that were spent on a draft that was not worth it.
