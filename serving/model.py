@@ -207,7 +207,7 @@ def load(
         threads: threads of ONNX Runtime; None is its default, or what "auto" chooses.
         batch_size: the number of prompts that "auto" measures with. It does not limit `generate`.
         speculation: "auto" decodes a single prompt speculatively where that gives the same tokens, which is on a CPU
-            in fp32, and in int8 with a second copy of the weights; "off" never does.
+            in fp32, and in int8 with a second copy of the weights, and where drafts gain time; "off" never does.
 
     Raises InputError for a folder that does not exist and for an unknown graph, runtime or device, BundleError if the
     folder is not an intact bundle, and RuntimeMissingError if the runtime is not installed.

@@ -14,6 +14,7 @@ from serving.bundle import Bundle
 from serving.errors import ParityError
 from serving.generation import generate
 from serving.generation.ngram_table import load_ngram_table
+from serving.generation.pacing import Pacing
 from serving.sampling import SamplingParams
 from serving.sampling.certainty import absolute_tolerance, is_certain, logit_scale
 
@@ -41,6 +42,7 @@ def compare_speculation(
     if step is None:
         return None
     backend.draft_table = load_ngram_table(bundle)
+    backend.pacing = Pacing(step, measured=False)
     verified = {"of": 0, "certain": 0, "equal": 0}
     deviation = 0.0
     for number, (prompt, row) in enumerate(zip(prompts, candidates, strict=True)):
@@ -68,7 +70,7 @@ def _verified(backend: OnnxBackend, prompt: Sequence[int], row: NDArray[np.int64
     found = []
     for start in range(0, len(row) - 1, most):
         chunk = row[start : min(start + most, len(row) - 1)]
-        found.append(backend.verify(state, chunk) if len(chunk) > 1 else backend.decode(state, chunk).copy())
+        found.append((backend.verify if len(chunk) > 1 else backend.decode)(state, chunk).copy())
     return np.concatenate(found) if found else np.empty((0, backend.vocab_size), np.float32)
 
 

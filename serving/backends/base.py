@@ -125,9 +125,14 @@ class SpeculativeBackend(Backend, Protocol):
     """None where drafts are not to be verified; the methods below may then not be called."""
     draft_table: NextTokens | None
     """Likely next tokens, for drafts; None without such a table."""
+    pacing: Any
+    """A `serving.generation.pacing.Pacing`, which all its sequences share; None before the first one."""
 
     def verify(self, state: Any, tokens: IntArray) -> FloatArray:
-        """Append `tokens` (2 to `verify_step.tokens`) to the only row; the logits after each, [tokens, vocab_size]."""
+        """Append `tokens` (2 to `verify_step.tokens`) to the only row; the logits after each, [tokens, vocab_size].
+
+        The next call with the same state may overwrite the result.
+        """
         ...
 
     def rewind(self, state: Any, length: int) -> None:

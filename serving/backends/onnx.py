@@ -37,7 +37,7 @@ from serving.backends.onnx_session import (
     open_session,
 )
 from serving.backends.onnx_verify import VerifySession, open_verify_session
-from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, wants_verify_session
+from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, is_small, wants_verify_session
 from serving.bundle import Bundle
 from serving.errors import InputError
 
@@ -134,6 +134,7 @@ class OnnxBackend:
         self.verify_step = FP32_STEP if self._offsets else CHAIN_STEP if self._verifier else None
         """See `SpeculativeBackend.verify_step`."""
         self.draft_table: NextTokens | None = None
+        self.pacing: Any = None
         # A chain also writes the positions of its padding.
         self._spare_positions = CHAIN if self._verifier is not None else 0
 
@@ -142,7 +143,8 @@ class OnnxBackend:
         """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
         width = self._bundle.manifest.model.n_embd
         edit = (lambda data: with_offsets(data, width)) if self._speculates else None
-        spin = not (self._speculation == "auto" and wants_verify_session(self._bundle, self.name))
+        two = self._speculation == "auto" and wants_verify_session(self._bundle, self.name)
+        spin = not two or is_small(self._bundle, self.name)
         return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit, spin=spin)
 
     @cached_property

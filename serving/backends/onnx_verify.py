@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_session import open_graph
-from serving.backends.verify_steps import CHAIN, wants_verify_session
+from serving.backends.verify_steps import CHAIN, is_small, wants_verify_session
 from serving.bundle import Bundle
 from serving.errors import InputError
 from serving.protobuf.onnx_model import INT32, INT64, MESSAGES
@@ -128,11 +129,19 @@ def open_verify_session(bundle: Bundle, graph_name: str, threads: int | None, se
     """The `VerifySession` of a graph; None for one that takes none, or where it has other bits on this processor."""
     if not wants_verify_session(bundle, graph_name):
         return None
-    verifier = VerifySession(bundle, graph_name, threads, session)
+    verifier = VerifySession(bundle, graph_name, 1 if is_small(bundle, graph_name) else threads, session)
     if not verifier.exact:
         _log.info("%s decodes plainly: steps over several tokens have other bits on this processor", graph_name)
         return None
     return verifier
+
+
+@dataclass(frozen=True)
+class VerifyBinding:
+    """The KV cache of one row, bound to a `VerifySession`, and the memory of the logits."""
+
+    binding: Any
+    logits: NDArray[np.float32]
 
 
 class VerifySession:
@@ -164,36 +173,38 @@ class VerifySession:
             self._session, self._outputs = changed, [name for name in outputs if name.startswith("present.")]
             self.exact = self._compare(session, min(geometry.n_positions, 64))
 
-    def bind(self, addresses: Sequence[int], length: int) -> Any:
+    def bind(self, addresses: Sequence[int], length: int) -> VerifyBinding:
         """A binding over the KV cache of one row: its tensors, in the order of the graph, begin at `addresses` and have
         `length` positions."""
         binding = self._session.io_binding()
         shape = (1, self._heads[0], length, self._heads[1])
         binding.bind_cpu_input(OFFSETS, self._offsets)
+        logits = np.empty((CHAIN, 1, self._vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         for name, address in zip(self._past, addresses, strict=True):
             binding.bind_input(name, "cpu", 0, self._dtype.type, shape, address)
             present = name.replace("past_key_values", "present")
             for output in self._outputs:
                 if output == present or output.startswith(present + _STEP):
                     binding.bind_output(output, "cpu", 0, self._dtype.type, shape, address)
-        return binding
+        return VerifyBinding(binding, logits)
 
-    def run(self, binding: Any, tokens: Sequence[int] | NDArray[np.int64], start: int) -> NDArray[np.float32]:
+    def run(self, bound: VerifyBinding, tokens: Sequence[int] | NDArray[np.int64], start: int) -> NDArray[np.float32]:
         """Append `tokens` (1 to CHAIN) after the first `start` positions; the logits after each, [tokens, vocab_size].
 
-        The CHAIN - len(tokens) positions after them get arbitrary contents. The KV cache must have room for them.
+        The next call with the same binding writes into the same memory. The CHAIN - len(tokens) positions after the
+        tokens get arbitrary contents. The KV cache must have room for them.
         """
+        binding = bound.binding
         fed = np.zeros((1, CHAIN), np.int64)
         fed[0, : len(tokens)] = tokens
-        logits = np.empty((CHAIN, 1, self._vocab_size), np.float32)
         binding.bind_cpu_input("input_ids", fed)
         # Padding may lie beyond the context, whose positions have no embedding.
         positions = np.minimum(np.arange(start, start + CHAIN), self._last_position)
         binding.bind_cpu_input("position_ids", positions[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, start + CHAIN), np.int64))
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
-        return logits[: len(tokens), 0]
+        return bound.logits[: len(tokens), 0]
 
     def _compare(self, session: Any, room: int) -> bool:
         """Whether a few verify steps have the bits of single-token steps of `session`, in logits and KV cache."""

@@ -15,6 +15,14 @@ CHAIN_STEP = VerifyStep(CHAIN, tolerance=0.0, base_cost=0.4, token_cost=0.0)
 MAX_WEIGHTS = 512 << 20
 """Bytes of the largest graph that gets a second session for verify steps."""
 
+_SMALL = 32 << 20
+"""Bytes of a graph whose verify steps take one thread. A step of such a graph has little to divide."""
+
+
+def is_small(bundle: Bundle, graph_name: str) -> bool:
+    """Whether verify steps of a graph take one thread, so that the threads of single-token steps may keep spinning."""
+    return bundle.graph_size(graph_name) <= _SMALL
+
 
 def wants_verify_session(bundle: Bundle, graph_name: str) -> bool:
     """Whether a graph takes a second session to decode speculatively on a CPU."""

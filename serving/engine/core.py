@@ -56,7 +56,7 @@ class Core:
         self._prompt_tokens = self._cached_tokens = self._num_generated = self._steps = 0
         self._inter_token: list[float] = []
         self._constrained = ConstrainedSequences(scheduler)
-        self._speculation = Speculation(backend, scheduler, speculate, table)
+        self._speculation = Speculation(backend, scheduler, speculate, table, clock)
 
     def step(self, arrived: Iterable[EngineRequest] = (), cancelled: Iterable[EngineRequest] = ()) -> None:
         """Add `arrived`, drop `cancelled`, then run a prefill chunk, a token of every running sequence, or both.
@@ -81,6 +81,8 @@ class Core:
             self._constrained.hold_late(sequences, logits)
         sampled = self._sample(sequences, logits) + [each for request in finished for each in self._begin(request)]
         self._emit_sampled(sampled)
+        if not num_prefilled:
+            self._speculation.on_plain()
         self._end_step(began, prefilled_at, num_prefilled, sum(sequence is not None for sequence in sequences))
 
     def enqueue(self, arrived: Iterable[EngineRequest]) -> None:
@@ -184,18 +186,19 @@ class Core:
         except Exception as error:
             self._fail([sequence.request], error)
             return
-        accepted = 0
+        verified, accepted, emitted = self._clock(), 0, 0
         for row, drafted in enumerate((*draft.tokens, None)):
             sampled = sample(logits[row : row + 1], [sequence])
             if not self._speculation.certain(sequence, logits[row], sampled[0].token):
                 break
             self._speculation.on_accepted(sequence, slot.filled)
             slot.filled += 1
+            emitted += 1
             self._emit_sampled(sampled)
             if sequence.ended or sampled[0].token != drafted:
                 break
             accepted += 1
-        self._speculation.on_verified(sequence, draft, accepted)
+        self._speculation.on_verified(draft, accepted, emitted, verified)
 
     def _compact(self) -> None:
         copies = self.scheduler.compact()

@@ -17,7 +17,7 @@ from serving.backends.onnx import DEFAULT_GRAPH
 from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_session import SAMPLING_GRAPH, bind_sampling_request, device_zeros, open_graph
 from serving.backends.onnx_verify import open_verify_session
-from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, wants_verify_session
+from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, is_small, wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
@@ -75,7 +75,7 @@ class OnnxSlotBackend:
             device,
             threads,
             edit=lambda data: with_offsets(data, geometry.n_embd),
-            spin=not self._spare,
+            spin=not self._spare or is_small(bundle, graph_name),
         )
         self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         self.scored_tokens = scored_tokens(self.vocab_size, max_length) if self._offsets else 0
@@ -84,6 +84,9 @@ class OnnxSlotBackend:
         in_chunks = speculation and device == "cpu" and graph.precision == "fp32" and self._offsets
         self.verify_step = FP32_STEP if in_chunks else CHAIN_STEP if self._verifier is not None else None
         self._scored_logits = np.empty((0, 1, self.vocab_size), np.float32)
+        self._verify_logits = np.empty((FP32_STEP.tokens if in_chunks else 0, 1, self.vocab_size), np.float32)
+        self._chunks: dict[tuple[int, int], Any] = {}
+        """Bindings of verify steps in chunks, by slot and number of tokens."""
         # Zeros, so that no position can hold not-a-number. numpy's are pages that the system gives out when written.
         self._buffers = [_Buffer((slots, *self._row), np.dtype(dtype), device) for _ in self._past]
         has_choice = SAMPLING_GRAPH in bundle.manifest.graphs
@@ -129,11 +132,22 @@ class OnnxSlotBackend:
     def verify(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         """See `SlotBackend.verify`."""
         if self._verifier is None:
-            return self.score_chunk(slot, tokens, start)
+            return self._verify_chunk(slot, tokens, start)
         if slot not in self._verifying:
             addresses = [buffer.address(slot) for buffer in self._buffers]
             self._verifying[slot] = self._verifier.bind(addresses, self._row[1])
         return self._verifier.run(self._verifying[slot], tokens, start)
+
+    def _verify_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
+        count = len(tokens)
+        logits: FloatArray = self._verify_logits[:count]
+        binding = self._chunks.get((slot, count))
+        if binding is None:
+            binding = self._chunks[slot, count] = self._bind(slot, 1, logits)
+            binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
+        self._read(binding, tokens, start)
+        return logits[:, 0]
 
     def _read(self, binding: Any, tokens: Sequence[int], start: int) -> None:
         end = start + len(tokens)
@@ -196,6 +210,7 @@ class OnnxSlotBackend:
         self._alone.clear()
         self._scoring.clear()
         self._verifying.clear()
+        self._chunks.clear()
         self._buffers.clear()
         self._session = self._verifier = None
         if self.supports_device_sampling:

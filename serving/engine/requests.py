@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from serving.backends.base import FloatArray
 from serving.engine.api import GenerationRequest, Listener, Logprobs
 from serving.generation.drafts import Drafter
+from serving.generation.pacing import Pace
 from serving.sampling import SamplingParams
 from serving.sampling.constraints import TokenConstraint, ends_without_text
 from serving.sampling.detokenizer import TextStream, TokenBytes
@@ -39,9 +40,9 @@ class SpeculationState:
     """
 
     drafter: Drafter
+    pace: Pace
     inexact: int | None = None
     target: int | None = None
-    saved: int = 0
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from serving.engine.requests import EngineSequence
 from serving.errors import BundleError
 from serving.sampling import SamplingRows, sample_tokens
 from serving.sampling.constraints import ConstraintError, sample_allowed
+from serving.sampling.sampler import greedy_tokens
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _tokens(logits: FloatArray, sequences: Sequence[EngineSequence | None], live
     each = [sequence for row in live if (sequence := sequences[row]) is not None]
     # Without idle rows no copy is needed.
     rows = logits if len(live) == len(logits) else logits[live]
+    if all(one.params.temperature == 0 or one.params.top_k == 1 for one in each):
+        return greedy_tokens(rows)
     tokens: list[int] = sample_tokens(
         rows,
         seed=np.array([one.seed for one in each], np.int64),

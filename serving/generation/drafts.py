@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serving.backends.base import NextTokens, VerifyStep
+from serving.backends.base import NextTokens
+from serving.generation.pacing import Pace
 
 _ORDERS = {4: 0.6, 3: 0.4, 2: 0.2}
 """Tokens that prompt lookup matches, and how often the token after such a match is right at first. Estimates; the
@@ -17,7 +18,7 @@ _PRIOR = 4.0
 """Tokens that those estimates, and the confidences of a table, count for."""
 _KEEP = 0.97
 """Weight of the earlier tokens in those figures after each new one."""
-_LEAST_GAIN = 1.03
+_LEAST_GAIN = 1.08
 """Least expected gain of a draft, as a multiple of the tokens per second of plain decoding."""
 
 
@@ -77,15 +78,16 @@ class Drafter:
     """Drafts for one sequence, and how often its drafts were right.
 
     Args:
-        step: the most tokens of a verify step, and what it costs.
+        tokens: the most tokens of a verify step.
+        pace: what steps take, and how often drafts of sequences like this one were right.
         table: likely next tokens, or None.
 
     A draft is as long as its expected tokens per second are highest. Sources are judged by every token of the
-    sequence, drafted or not, so that a source is dropped without loss and taken up again when it has become right.
+    sequence for which there was a proposal, drafted or not.
     """
 
-    def __init__(self, step: VerifyStep, table: NextTokens | None = None) -> None:
-        self._lookup, self._table, self._step = PromptLookup(), table, step
+    def __init__(self, tokens: int, pace: Pace, table: NextTokens | None = None) -> None:
+        self._lookup, self._table, self._most, self._pace = PromptLookup(), table, tokens, pace
         self._figures: dict[tuple[str, int], tuple[float, float]] = {}
         self._proposals: list[Draft] = []
 
@@ -103,13 +105,14 @@ class Drafter:
 
     def draft(self, room: int) -> Draft | None:
         """The draft for the next step, of at most `room` tokens; None if plain decoding is expected to be as fast."""
-        count = min(room, self._step.tokens - 1)
+        count = min(room, self._most - 1)
         if count < 1:
             return None
         self._proposals = self._propose(count)
         best, gain = None, _LEAST_GAIN
+        costs = self._pace.costs()
         for draft in self._proposals:
-            length, expected = self._length(draft)
+            length, expected = self._length(draft, costs)
             if expected > gain:
                 gain = expected
                 best = Draft(draft.source, draft.tokens[:length], draft.confidence[:length], draft.group)
@@ -127,16 +130,18 @@ class Drafter:
                 drafts.append(Draft("ngram", tokens, confidence, int(4 * confidence[0])))
         return drafts
 
-    def _length(self, draft: Draft) -> tuple[int, float]:
+    def _length(self, draft: Draft, costs: tuple[float, float, float]) -> tuple[int, float]:
         """The best length of `draft`, and its tokens per second as a multiple of plain decoding's."""
+        fixed, drafted, given = costs
         expected, actual = self._figures.get((draft.source, draft.group), (0.0, 0.0))
         prior = draft.confidence[0] * _PRIOR
-        scale = (prior + actual) / (prior + expected) if prior + expected else 0.0
+        shared = self._pace.share((draft.source, draft.group))
+        scale = (prior * shared + actual) / (prior + expected) if prior + expected else 0.0
         best, gain, together, number = 0, 0.0, 1.0, 1.0
         for length, confidence in enumerate(draft.confidence, 1):
             together *= min(confidence * scale, 0.99)
             number += together
-            rate = number / (1 + self._step.base_cost + self._step.token_cost * length)
+            rate = number / (fixed + drafted * length + given * number)
             if rate > gain:
                 best, gain = length, rate
         return best, gain
@@ -147,6 +152,7 @@ class Drafter:
         expected, actual = self._figures.get(key, (0.0, 0.0))
         for token, drafted, confidence in zip(tokens, draft.tokens, draft.confidence, strict=False):
             expected, actual = expected * _KEEP + confidence, actual * _KEEP + (token == drafted)
+            self._pace.judge(key, confidence, token == drafted)
             if token != drafted:
                 break
         self._figures[key] = expected, actual

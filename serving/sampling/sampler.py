@@ -6,6 +6,8 @@ the two and not the state of a generator. Everything here is written so that the
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -75,14 +77,24 @@ def sample_tokens(
     chosen = np.empty(rows, np.int64)
     for row in range(rows):
         line = logits[row]
-        best = int(line.argmax())
-        if not np.isfinite(line[best]):
-            raise BundleError(
-                f"the model's greatest logit is {line[best]}, not a finite number, in row {row}; "
-                "check the bundle with 'gpt2-bundle inspect'"
-            )
+        best = _greatest(line, row)
         if certain[row]:
             chosen[row] = best
         else:
             chosen[row] = sample_row(line, temperatures[row], int(top_ks[row]), top_ps[row], min_ps[row], draws[row])
     return chosen
+
+
+def greedy_tokens(logits: NDArray[np.float32]) -> list[int]:
+    """What `sample_tokens` gives where every row is greedy, in a fraction of the time."""
+    return [_greatest(line, row) for row, line in enumerate(logits)]
+
+
+def _greatest(line: NDArray[np.float32], row: int) -> int:
+    best = int(line.argmax())
+    if not math.isfinite(line[best]):
+        raise BundleError(
+            f"the model's greatest logit is {line[best]}, not a finite number, in row {row}; "
+            "check the bundle with 'gpt2-bundle inspect'"
+        )
+    return best

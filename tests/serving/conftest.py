@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 
+from serving.generation.pacing import Pacing
 from tests.closed_form import write_bundle
 
 
@@ -15,3 +17,11 @@ def bundle_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
     write_bundle(folder)
     return folder
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts never pause, so that as many steps as possible verify one."""
+    unmeasured = functools.partial(Pacing, measured=False)
+    monkeypatch.setattr("serving.engine.speculation.Pacing", unmeasured)
+    monkeypatch.setattr("serving.generation.speculative_decode.Pacing", unmeasured)

@@ -17,7 +17,7 @@ from serving.bundle import Bundle
 from serving.engine.config import EngineConfig, estimate_memory
 from serving.engine.engine import open_engine
 from serving.engine.onnx_slot_backend import OnnxSlotBackend
-from serving.generation import generate
+from serving.generation import generate, stream
 from serving.sampling import SamplingParams
 from tests.oracles.fixtures import FOLDER
 from tests.serving.engine.test_int8 import traced, write_one_graph
@@ -71,6 +71,7 @@ def test_the_padding_may_stand_after_the_context(int8: Bundle) -> None:
     backend.close()
 
 
+@pytest.mark.usefixtures("eager")
 def test_generation(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
     plain, ours = OnnxBackend(int8, "ort/int8"), OnnxBackend(int8, "ort/int8", speculation="auto")
@@ -83,6 +84,16 @@ def test_generation(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(each.accepted for each in steps) > 20 and not any(each.replayed for each in steps)
 
 
+@pytest.mark.usefixtures("eager")
+def test_two_streams_take_turns(int8: Bundle) -> None:
+    backend = OnnxBackend(int8, "ort/int8", speculation="auto")
+    params, prompts = SamplingParams(max_new_tokens=30, ignore_eos=True), [REPEATED, REPEATED[3:]]
+    alone = [list(stream(backend, prompt, params, 256)) for prompt in prompts]
+    together = list(zip(*(stream(backend, prompt, params, 256) for prompt in prompts), strict=True))
+    assert [list(row) for row in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.usefixtures("eager")
 def test_an_engine(int8: Bundle) -> None:
     results = []
     for speculation in ("auto", "off"):

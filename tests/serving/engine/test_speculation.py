@@ -16,6 +16,7 @@ from serving.backends.verify_steps import FP32_STEP
 from serving.engine.config import EngineConfig
 from serving.engine.engine import SlotEngine
 from serving.errors import InputError
+from serving.sampling import SamplingParams
 from serving.sampling.constraints import StructuredOutput
 from serving.sampling.grammars import GrammarCompiler
 from serving.server.metrics import Metrics
@@ -117,6 +118,7 @@ def said(heard: Heard) -> list[tuple[Any, ...]]:
     ]
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_tokens_equal_plain_decoding(parameters: dict[str, Any], tolerance: float) -> None:
@@ -139,12 +141,14 @@ def test_greedy_needs_fewer_steps() -> None:
     assert run.engine.stats().generated_tokens == plain.engine.stats().generated_tokens == 200
 
 
+@pytest.mark.usefixtures("eager")
 def test_an_uncertain_token_is_sampled_after_exact_positions_only() -> None:
     run = Speculating()
     finished(run, max_new_tokens=150)
     assert run.engine.stats().replayed_tokens > 0
 
 
+@pytest.mark.usefixtures("eager")
 def test_without_replays_the_noise_does_change_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise of the model above is large enough to be noticed."""
     monkeypatch.setattr("serving.engine.speculation.is_certain", lambda *_: True)
@@ -152,6 +156,7 @@ def test_without_replays_the_noise_does_change_tokens(monkeypatch: pytest.Monkey
     assert said(finished(run, max_new_tokens=150)) != said(finished(plain, max_new_tokens=150))
 
 
+@pytest.mark.usefixtures("eager")
 def test_in_company() -> None:
     """Others come and go in the middle, in other slots; the ones that run together do not speculate."""
     results = []
@@ -178,6 +183,7 @@ def test_only_a_sequence_that_runs_alone_speculates() -> None:
             assert not run.backend.verified
 
 
+@pytest.mark.usefixtures("eager")
 def test_logprobs_come_with_every_token() -> None:
     run, plain = Speculating(), Speculating(speculation="off")
     fields: dict[str, Any] = {"max_new_tokens": 80, "logprobs": 2, "frequency_penalty": 0.1}
@@ -188,6 +194,7 @@ def test_logprobs_come_with_every_token() -> None:
         assert one.logprobs.own == pytest.approx(other.logprobs.own, abs=4 * TOLERANCE)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("stop", ["defg", "c", "lab"])
 def test_a_stop_text_inside_a_draft(stop: str) -> None:
     ends = [finished(Speculating(speculation=each), max_new_tokens=100, stop=(stop,)) for each in ("auto", "off")]
@@ -195,12 +202,14 @@ def test_a_stop_text_inside_a_draft(stop: str) -> None:
     assert ends[0].ends[0].reason == "stop"
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
 def test_the_last_token_inside_a_draft(count: int) -> None:
     ends = [finished(Speculating(speculation=each), max_new_tokens=count) for each in ("auto", "off")]
     assert said(ends[0]) == said(ends[1]) and len(ends[0].ids()) == count
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("room", range(1, 12))
 def test_the_end_of_the_context_inside_a_draft(room: int) -> None:
     prompt = [FIRST + place % LETTERS for place in range(LENGTH - room)]
@@ -208,6 +217,7 @@ def test_the_end_of_the_context_inside_a_draft(room: int) -> None:
     assert said(ends[0]) == said(ends[1]) and len(ends[0].ids()) == room
 
 
+@pytest.mark.usefixtures("eager")
 def test_cancellation_in_the_middle_frees_the_slot_and_its_prefix_is_reused() -> None:
     run, plain = Speculating(), Speculating(speculation="off")
     heard, handle = run.submit(PROMPT, max_new_tokens=200)
@@ -242,6 +252,7 @@ def test_a_sequence_with_a_grammar_decodes_plainly() -> None:
     assert said(ours) == said(finished(plain, max_new_tokens=60, grammar=grammar))
 
 
+@pytest.mark.usefixtures("eager")
 def test_metrics_count_drafts_by_source() -> None:
     run, metrics = Speculating(), Metrics()
     finished(run, max_new_tokens=20)
@@ -286,11 +297,12 @@ def test_the_setting() -> None:
 
 def test_a_prompt_of_one_repeated_token_is_indexed_in_time_linear_in_its_length() -> None:
     from serving.generation.drafts import Drafter
+    from serving.generation.pacing import Pacing
 
     def seconds(length: int) -> float:
         times = []
         for _ in range(3):
-            drafter, began = Drafter(FP32_STEP), time.perf_counter()
+            drafter, began = Drafter(8, Pacing(FP32_STEP).pace(SamplingParams())), time.perf_counter()
             drafter.extend([7] * length)
             for _ in range(length):
                 assert drafter.draft(7) is not None

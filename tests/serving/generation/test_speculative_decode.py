@@ -39,6 +39,7 @@ class RepetitiveBackend(ClosedFormBackend):
     """Texts that repeat with surprises, and near ties that the noise after a verify step turns round."""
 
     draft_table = None
+    pacing: Any = None
 
     def __init__(self, tolerance: float | None) -> None:
         super().__init__(257, 200)
@@ -88,6 +89,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("tolerance", [0.0, TOLERANCE])
 @pytest.mark.parametrize("params", SETTINGS)
 def test_tokens_equal_plain_decoding(params: SamplingParams, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +104,7 @@ def test_tokens_equal_plain_decoding(params: SamplingParams, tolerance: float, m
         assert sum(each.replayed for each in steps) > 0
 
 
+@pytest.mark.usefixtures("eager")
 def test_without_replays_the_noise_does_change_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.generation.speculative_decode.is_certain", lambda *_: True)
     params = SamplingParams(max_new_tokens=150, ignore_eos=True)
@@ -110,6 +113,7 @@ def test_without_replays_the_noise_does_change_tokens(monkeypatch: pytest.Monkey
     assert ours != generate(RepetitiveBackend(None), [prompt], params, END)
 
 
+@pytest.mark.usefixtures("eager")
 def test_logits_and_stops_come_with_every_token() -> None:
     prompt, params = [place % LETTERS for place in range(24)], SamplingParams(max_new_tokens=40, ignore_eos=True)
     seen: dict[bool, list[Any]] = {True: [], False: []}
@@ -131,6 +135,7 @@ def bundle(real_bundle: Path) -> Bundle:
     return open_bundle(real_bundle)
 
 
+@pytest.mark.usefixtures("eager")
 def test_a_real_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
     plain, ours = OnnxBackend(bundle), OnnxBackend(bundle, speculation="auto")
@@ -143,6 +148,17 @@ def test_a_real_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(each.accepted for each in steps) > 5
 
 
+@pytest.mark.usefixtures("eager")
+def test_two_streams_take_turns(bundle: Bundle) -> None:
+    """Each has its own KV cache and its own logits."""
+    backend, params = OnnxBackend(bundle, speculation="auto"), SamplingParams(max_new_tokens=30, ignore_eos=True)
+    prompts = [REPEATED, REPEATED[3:]]
+    alone = [list(stream(backend, prompt, params, END)) for prompt in prompts]
+    together = list(zip(*(stream(backend, prompt, params, END) for prompt in prompts), strict=True))
+    assert [list(row) for row in zip(*together, strict=True)] == alone
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_real_engine(bundle: Bundle) -> None:
     """Alone, and with others that join in the middle."""
     results = []

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from serving.errors import BundleError, InputError
 from serving.sampling import SamplingParams, sample_tokens, uniform
+from serving.sampling.sampler import greedy_tokens
 
 # The 99.99 % point of chi-square is below this for 1 to 255 degrees of freedom (Wilson and Hilferty, 1931).
 QUANTILE = 3.719
@@ -256,3 +257,12 @@ def test_a_long_tail_is_not_lost_in_rounding() -> None:
 def test_bias_is_taken_as_mapping_or_pairs() -> None:
     assert SamplingParams(logit_bias={7: 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))  # type: ignore[arg-type]
     assert SamplingParams(logit_bias=[(np.int64(7), np.float32(1))]).logit_bias == ((7, 1.0),)  # type: ignore[arg-type]
+
+
+def test_greedy_tokens_are_those_of_the_sampler_and_so_is_their_error() -> None:
+    lines = np.random.default_rng(2).standard_normal((7, 50)).astype(np.float32)
+    lines[3, [4, 9]] = 20
+    assert greedy_tokens(lines) == sample_tokens(lines, 0.0, 0, 1.0, 0, 0).tolist()
+    lines[5] = np.nan
+    with pytest.raises(BundleError, match="not a finite number, in row 5"):
+        greedy_tokens(lines)
