@@ -28,6 +28,7 @@ class OwnServerTarget:
         how: the protocol, for the label.
         slots: texts that it runs at once.
         grpc: whether its gRPC port is opened too.
+        prefill_graph: as for `--prefill-graph`.
     """
 
     emulator = False
@@ -43,9 +44,11 @@ class OwnServerTarget:
         how: str,
         client: Client,
         grpc: bool = False,
+        prefill_graph: str = "auto",
     ) -> None:
         self.name, self.label, self.precision = name, f"gpt2-bundle serve, by {how}", precision
         self._command = ["serve", str(bundle.folder), "--graph", graph, "--port", "0"]
+        self._command += ["--prefill-graph", prefill_graph]
         self._command += ["--grpc-port", "0"] if grpc else []
         # All requests of a schedule may come at once; what it cannot run waits.
         self._command += ["--max-num-seqs", str(slots), "--queue", "1000000"]
