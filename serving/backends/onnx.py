@@ -170,7 +170,8 @@ class OnnxBackend:
         if sampled not in self._loops:
             folder = self._bundle.graph(self.name).path.rpartition("/")[0]
             path = f"{folder}/{'sample' if sampled else 'greedy'}.onnx"
-            wanted = self._shared and (self.steps_per_fetch > 1 or self._capture)
+            # Its prefill is part of its first block.
+            wanted = self._shared and self.prefill_graph is None and (self.steps_per_fetch > 1 or self._capture)
             if not wanted or path not in {artifact.path for artifact in self._bundle.manifest.artifacts}:
                 self._loops[sampled] = None
             else:
