@@ -234,19 +234,19 @@ class VerifyRecipe:
 class TrackingRecipe:
     """Experiment trackers that `train` and `build` report to. They change nothing about the bundle."""
 
-    tools: tuple[str, ...] = _key(
+    tools: tuple[str, ...] = key(
         (),
         "Trackers that get the recipe, the metrics, the figures of the certificate and the bundle. Each needs the "
         "extra of its name.",
         choices=("mlflow", "wandb"),
     )
-    project: str = _key("gpt2-bundle", "Experiment of MLflow, project of Weights & Biases.")
-    bundle: str = _key(
+    project: str = key("gpt2-bundle", "Experiment of MLflow, project of Weights & Biases.")
+    bundle: str = key(
         "reference",
         "What a tracker gets of the bundle: its place, hashes and certificate, a copy of all files, or nothing.",
         choices=("reference", "copy", "none"),
     )
-    timeout: float = _key(
+    timeout: float = key(
         60.0, "Maximum number of seconds that the end of a build waits for the trackers.", low=1.0, high=86_400.0
     )
 

@@ -195,6 +195,7 @@ def load(
     threads: int | None = None,
     batch_size: int = 1,
     speculation: Literal["auto", "off"] = "off",
+    prefill_graph: str = "auto",
 ) -> Model:
     """Load the bundle in a folder and return its Model.
 
@@ -208,16 +209,20 @@ def load(
         batch_size: the number of prompts that "auto" measures with. It does not limit `generate`.
         speculation: "auto" decodes a single prompt speculatively where that gives the same tokens, which is on a CPU
             in fp32, and in int8 with a second copy of the weights, and where drafts gain time; "off" never does.
+        prefill_graph: the ONNX graph that prefills prompts. "auto" is the one that the certificate names for `graph`
+            ("ort/int8" for "ort/int4"), which takes memory of its own, or `graph` itself; "same" is always `graph`.
 
     Raises InputError for a folder that does not exist and for an unknown graph, runtime or device, BundleError if the
     folder is not an intact bundle, and RuntimeMissingError if the runtime is not installed.
     """
     opened = open_bundle(Path(bundle), check="sizes")
-    tuner = autotuner(graph, runtime=runtime, devices=[device], threads=threads, batch_size=batch_size)
+    tuner = autotuner(
+        graph, runtime=runtime, devices=[device], threads=threads, batch_size=batch_size, prefill_graph=prefill_graph
+    )
     if tuner is not None:
         setting = tuner.choose(opened)
         graph, threads = setting.graph, setting.threads
-    backend = loader.load_backend(opened, runtime, graph, device, threads, speculation)
+    backend = loader.load_backend(opened, runtime, graph, device, threads, speculation, prefill_graph)
     if supports_speculation(backend):
         backend.draft_table = load_ngram_table(opened)
     return Model(opened, backend)

@@ -48,7 +48,8 @@ def bench() -> None:
 @click.argument("bundle", type=BundlePath())
 @click.option("--target", "targets", multiple=True, metavar="NAME",
               help="Measure this target: a graph of the bundle (ort/fp32, onnx/portable), savedmodel, slots, "
-              "engine=GRAPH, server=GRAPH (starts gpt2-bundle serve), tfserving (starts TensorFlow Serving), "
+              "engine=GRAPH, server=GRAPH (starts gpt2-bundle serve), any GRAPH+same (prefills for itself, where "
+              "another graph would), tfserving (starts TensorFlow Serving), "
               "tfserving=HOST:PORT, openai=URL, triton=URL/MODEL and others (docs/bench-format.md). Repeatable; "
               "by default all that this machine can run.")
 @click.option("--scenario", "scenarios", multiple=True, type=click.Choice((*_SCENARIOS, "all")),

@@ -76,10 +76,8 @@ class Stopwatch:
 class BackendRunner:
     """A backend of `serving` as a runner."""
 
-    notes = ()
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
+    def __init__(self, backend: Any, notes: Sequence[str] = ()) -> None:
+        self.backend, self.notes = backend, notes
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> BatchRun:
         """See `BatchRunner.run`."""

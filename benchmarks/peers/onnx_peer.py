@@ -24,6 +24,7 @@ from serving import load as load_model
 from serving.backends.devices import parse_device
 from serving.backends.onnx import OnnxBackend
 from serving.backends.onnx_session import open_session
+from serving.backends.prefill_graph import find_prefill_graph
 from serving.bundle import open_bundle
 from serving.errors import InputError
 
@@ -134,11 +135,15 @@ def main() -> None:
         if given.speculation:
             return GenerateRunner(Speculative(request), ("drafts from the prompt and the bundle's n-gram table",))
         bundle, graph = open_bundle(Path(request.bundle), check="sizes"), f"ort/{request.precision}"
-        options: dict[str, Any] = {"steps_per_fetch": given.steps, "cuda_graphs": given.graphs} if given.steps else {}
         # On the CPU the runtime's own default is measured, as `gpt2-bundle serve` uses it.
         threads = None if given.device == "cpu" and not given.steps else request.threads
-        backend = OnnxBackend(bundle, graph, threads, given.device, **options)
-        return MultiStepRunner(backend, request, given.device, given.steps) if given.steps else BackendRunner(backend)
+        if given.steps:
+            backend = OnnxBackend(bundle, graph, threads, given.device, given.steps, given.graphs)
+            return MultiStepRunner(backend, request, given.device, given.steps)
+        # As `gpt2-bundle serve` would.
+        prefill_graph = find_prefill_graph(bundle, graph, device=given.device)
+        backend = OnnxBackend(bundle, graph, threads, given.device, prefill_graph=prefill_graph)
+        return BackendRunner(backend, () if prefill_graph is None else (f"{prefill_graph} prefills the prompts",))
 
     serve(load, ("gpt2-bundle", "onnxruntime", "onnxruntime-gpu", "numpy"))
 

@@ -8,10 +8,13 @@ It sees the rounded keys and values of the prompt itself too, so chunked prefill
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from builder.onnx_export.graph_builder import GraphBuilder
 from builder.onnx_export.markers import MICROSOFT
@@ -23,6 +26,16 @@ _SINK = 11
 # A sink that takes no share of the attention. With one, ONNX Runtime multiplies whole matrices; without, it goes
 # through them in tiles, which for prompts of some hundred tokens takes longer.
 _NO_SHARE = -1e30
+
+
+def cache_scales(path: Path) -> dict[str, NDArray[Any]]:
+    """The scales of an ONNX file's KV cache by name, such as "present.0.key_scale"; empty for one in float32."""
+    scales = {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if tensor.name.startswith("present.") and tensor.name.endswith("_scale"):
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+            scales[tensor.name] = numpy_helper.to_array(tensor)
+    return scales
 
 
 class Int8Attention:

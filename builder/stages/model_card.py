@@ -141,5 +141,14 @@ def _variants(certificate: dict[str, Any]) -> list[str]:
             f"| {table['alone']['equal']:,} of {table['alone']['of']:,} |"
         )
     lines += [""] if kept else []
+    for name, table in kept.items():
+        pair = table.get("prefill_graph", {})
+        if "status" in pair:
+            lines += [
+                f"{pair['graph']} may prefill the prompts of {name} (status: {pair['status']}): perplexity "
+                f"{relative_difference(pair, digits=2)} on {pair['tokens']:,} tokens that decode steps predict after "
+                f"prompts of {pair['prompt_tokens']} tokens; with its own prompts, "
+                f"{pair['same']['perplexity_relative']:+.2%}.\n"
+            ]
     lines += [f"{name} was left out: {reason}.\n" for name, reason in certificate["left_out"].items()]
     return lines

@@ -29,6 +29,7 @@ from builder.verification.logit_parity import (
     window_losses_full,
 )
 from builder.verification.paired_loss import relative_difference
+from builder.verification.prefill_graph_loss import compare_prefill_graph, find_pair
 from builder.verification.quantization_loss import distributions, greedy_record, is_certain, problem
 from builder.verification.sampling_parity import compare_sampling
 from builder.verification.speculation_parity import compare_speculation
@@ -178,6 +179,16 @@ def _certify_variants(
             f"{name}: {verdict}; the likeliest token is the same at {table['top1_agreement']:.2%} of the text"
             + ("" if speculation is None else f"; speculative decoding: {_speculation_line(speculation)}")
         )
+    kept = {name for name, table in variants.items() if "problem" not in table}
+    for name in sorted(kept):
+        pair = find_pair(bundle, name, kept)
+        if pair is None:
+            continue
+        record = compare_prefill_graph(bundle, name, pair, reference, golden, candidates, windows, batch_size)
+        variants[name]["prefill_graph"] = record
+        found = record.get("problem")
+        verdict = f"not proven: {found}" if found else f"{record['status']}, perplexity {relative_difference(record)}"
+        reporter.line(f"{name} after prompts that {pair} prefilled: {verdict}")
     return variants
 
 
@@ -220,6 +231,11 @@ def summary(certificate: dict[str, Any]) -> dict[str, Any]:
             if name not in certificate["left_out"]
         },
         "left_out": certificate["left_out"],
+        "prefill_graphs": {
+            name: {key: table["prefill_graph"][key] for key in ("graph", "status", "perplexity_relative")}
+            for name, table in certificate["variants"].items()
+            if "status" in table.get("prefill_graph", {})
+        },
     }
 
 

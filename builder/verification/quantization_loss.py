@@ -85,15 +85,30 @@ def distributions(
     backends: Mapping[str, Backend], reference: Reference, windows: NDArray[np.int64]
 ) -> dict[str, Distribution]:
     """Read `windows` [rows, length] through each backend's cache, token by token, and by one reference pass."""
+    return _distributions(backends, reference, windows, 1, 1)
+
+
+def decoded_distributions(
+    backends: Mapping[str, Backend], reference: Reference, windows: NDArray[np.int64], prompt_tokens: int
+) -> dict[str, Distribution]:
+    """The same for prompts of `prompt_tokens`, 1 to length - 2: only what decode steps predict counts."""
+    return _distributions(backends, reference, windows, prompt_tokens, prompt_tokens + 1)
+
+
+def _distributions(
+    backends: Mapping[str, Backend], reference: Reference, windows: NDArray[np.int64], prompt_tokens: int, first: int
+) -> dict[str, Distribution]:
+    """Prefill `prompt_tokens`, decode the others, and count the predictions of the tokens from number `first` on."""
     result = {name: Distribution() for name in backends}
     for rows in batches(len(windows), 8):
         texts = windows[rows]
         expected = reference(texts)
         for name, backend in backends.items():
-            state, logits = backend.prefill(texts[:, :1].tolist(), texts.shape[1])
+            state, logits = backend.prefill(texts[:, :prompt_tokens].tolist(), texts.shape[1])
             higher = []
-            for position in range(1, texts.shape[1]):
-                higher.append(result[name].compare(expected[:, position - 1], logits, texts[:, position]))
+            for position in range(prompt_tokens, texts.shape[1]):
+                if position >= first:
+                    higher.append(result[name].compare(expected[:, position - 1], logits, texts[:, position]))
                 if position < texts.shape[1] - 1:
                     logits = backend.decode(state, texts[:, position])
             result[name].loss_differences.append(np.stack(higher, axis=1).ravel())

@@ -26,9 +26,14 @@ SETTINGS = {
 
 
 def compare_speculation(
-    bundle: Bundle, name: str, prompts: Sequence[Sequence[int]], candidates: NDArray[np.int64], alone: int
+    bundle: Bundle,
+    name: str,
+    prompts: Sequence[Sequence[int]],
+    candidates: NDArray[np.int64],
+    alone: int,
+    prefill_graph: str | None = None,
 ) -> dict[str, Any] | None:
-    """The record of the graph `name`; None where it does not decode speculatively.
+    """The record of the graph `name`, with prompts of `prefill_graph`; None where it does not decode speculatively.
 
     Every prompt's greedy tokens, `candidates` [prompts, new tokens], are fed in verify steps: of `of`
     tokens there, `certain` are certain, and `equal` of these are the candidates. The first `alone` prompts are
@@ -37,7 +42,7 @@ def compare_speculation(
 
     Raises ParityError if a token differs, or if the deviation is over the tolerance that decides what is certain.
     """
-    backend = OnnxBackend(bundle, name, speculation="auto")
+    backend = OnnxBackend(bundle, name, speculation="auto", prefill_graph=prefill_graph)
     step = backend.verify_step
     if step is None:
         return None

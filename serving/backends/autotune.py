@@ -17,6 +17,8 @@ from typing import Any, get_args
 
 from serving.backends import loader, tuning_cache
 from serving.backends.generation_rate import generation_rate
+from serving.backends.prefill_graph import AUTO as AUTO_PREFILL
+from serving.backends.prefill_graph import SAME
 from serving.bundle import Bundle
 from serving.bundle.certificate import VERIFIED, variant_statuses
 from serving.bundle.manifest import Precision, to_json
@@ -56,12 +58,13 @@ def autotuner(
     threads: int | None = None,
     batch_size: int = 1,
     replicas: int = 1,
+    prefill_graph: str = AUTO_PREFILL,
     say: Callable[[str], None] = log.info,
 ) -> Autotuner | None:
     """What chooses for `graph` "auto" or "auto:PRECISION"; None for any other graph.
 
-    Raises InputError for an unknown precision, for numbers below 1, and for another runtime or device than the
-    processor in ONNX Runtime.
+    Raises InputError for an unknown precision, for numbers below 1, for a named prefill graph, and for another runtime
+    or device than the processor in ONNX Runtime.
     """
     name, colon, precision = (graph or "").partition(":")
     if name != AUTO:
@@ -70,10 +73,21 @@ def autotuner(
         raise InputError(f"--graph {graph}: no precision {precision!r}{did_you_mean(precision, _PRECISIONS)}")
     if runtime != "onnx" or any(device != "cpu" for device in devices):
         raise InputError("--graph auto chooses for ONNX Runtime on the processor; name a graph for other devices")
+    if prefill_graph not in (AUTO_PREFILL, SAME):
+        raise InputError(
+            f"--graph {graph} chooses the graph; ask for --prefill-graph auto or same, not {prefill_graph}"
+        )
     for what, value in (("threads", threads), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024):
             raise InputError(f"{what} is {value!r}; it must be an integer from 1 to 1024")
-    return Autotuner(precision or "fp32", threads=threads, batch_size=batch_size, replicas=replicas, say=say)
+    return Autotuner(
+        precision or "fp32",
+        threads=threads,
+        batch_size=batch_size,
+        replicas=replicas,
+        prefill_graph=prefill_graph,
+        say=say,
+    )
 
 
 class Autotuner:
@@ -84,6 +98,7 @@ class Autotuner:
         threads: the thread count, if the caller has decided it.
         batch_size: sequences that decode together.
         replicas: engines that share the cores.
+        prefill_graph: "auto" or "same", which each graph is measured with.
         say: called with each line for the user.
         measure, clock: how a candidate is measured, and the time in seconds.
     """
@@ -95,12 +110,15 @@ class Autotuner:
         threads: int | None = None,
         batch_size: int = 1,
         replicas: int = 1,
+        prefill_graph: str = AUTO_PREFILL,
         say: Callable[[str], None] = log.info,
         measure: Measure | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lowest, self._threads, self._batch_size, self._replicas = lowest, threads, batch_size, replicas
-        self._say, self._clock, self._measure = say, clock, measure or generation_rate
+        self._say, self._clock, self._prefill_graph = say, clock, prefill_graph
+        # Looked up by name: tests replace it.
+        self._measure = measure or (lambda *setting: generation_rate(*setting, prefill_graph))
         self._settled: Setting | None = None
 
     def graphs(self, bundle: Bundle) -> dict[str, str | None]:
@@ -164,6 +182,7 @@ class Autotuner:
             "manifest_sha256": hashlib.sha256(to_json(bundle.manifest).encode()).hexdigest(),
             "batch_size": self._batch_size,
             "replicas": self._replicas,
+            "prefill_graph": self._prefill_graph,
             "options": {name: list(values) for name, values in options.items()},
         }
 

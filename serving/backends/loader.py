@@ -9,6 +9,7 @@ from typing import Any
 
 from serving.backends.base import Backend
 from serving.backends.devices import parse_device
+from serving.backends.prefill_graph import AUTO, SAME, find_prefill_graph
 from serving.bundle import Bundle
 from serving.errors import InputError, RuntimeMissingError
 from serving.support.suggestions import did_you_mean
@@ -27,12 +28,13 @@ def load_backend(
     device: str = "cpu",
     threads: int | None = None,
     speculation: str = "off",
+    prefill_graph: str = AUTO,
 ) -> Backend:
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
     `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it, with `threads` threads; TensorFlow finds both by
-    itself. Without `graph` or `threads`, the runtime's own default is taken. `speculation`, "auto" or "off", is for
-    ONNX Runtime.
+    itself. Without `graph` or `threads`, the runtime's own default is taken. `speculation`, "auto" or "off", and
+    `prefill_graph` (see `find_prefill_graph`) are for ONNX Runtime.
 
     Raises InputError for an unknown runtime, device or graph and for a graph of the other runtime, RuntimeMissingError
     with the command that installs it if the runtime is not there.
@@ -59,6 +61,11 @@ def load_backend(
             arguments["graph_name"] = graph
     if runtime == "onnx" and speculation != "off":
         arguments["speculation"] = speculation
+    if runtime == "onnx":
+        found = find_prefill_graph(bundle, graph or "ort/fp32", prefill_graph, device)
+        arguments |= {} if found is None else {"prefill_graph": found}
+    elif prefill_graph not in (AUTO, SAME):
+        raise InputError(f"{runtime} has no prefill graphs; ask for {prefill_graph!r} with '--runtime onnx'")
     with runtime_errors(runtime):
         backend: Backend = getattr(importlib.import_module(module_name), class_name)(bundle, **arguments)
     return backend

@@ -37,6 +37,7 @@ from serving.backends.onnx_session import (
     open_session,
 )
 from serving.backends.onnx_verify import VerifySession, open_verify_session
+from serving.backends.prefill_graph import check_cache_layouts
 from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, is_small, wants_verify_session
 from serving.bundle import Bundle
 from serving.errors import InputError
@@ -84,6 +85,7 @@ class OnnxBackend:
             and no row has penalties; None means 1 on a CPU and 8 on CUDA.
         cuda_graphs: whether CUDA graphs capture those steps, even with steps_per_fetch 1.
         speculation: "auto" to verify drafts where that gives the tokens of plain decoding, "off" not to.
+        prefill_graph: another graph, with the same kind of KV cache, that runs the prompts, on a CPU; None means none.
     """
 
     def __init__(
@@ -95,14 +97,19 @@ class OnnxBackend:
         steps_per_fetch: int | None = None,
         cuda_graphs: bool = True,
         speculation: str = "off",
+        prefill_graph: str | None = None,
     ) -> None:
         geometry = bundle.manifest.model
         graph = bundle.graph(graph_name)
         if graph.cache == "none":
             raise InputError(f"{bundle.folder}: the graph {graph_name!r} is not a language model; ask for 'ort/fp32'")
-        self.name = graph_name
+        self.name, self.prefill_graph = graph_name, prefill_graph
         self._place = parse_device(device)
         self.device, self._device_name = self._place[0], device
+        if prefill_graph is not None:
+            check_cache_layouts(bundle, graph_name, prefill_graph)
+            if self.device != "cpu":
+                raise InputError(f"a prefill graph runs on the processor only, not on {device}")
         device_steps = 1 if self.device == "cpu" else CUDA_STEPS
         self.steps_per_fetch = device_steps if steps_per_fetch is None else steps_per_fetch
         if self.steps_per_fetch < 1:
@@ -123,6 +130,11 @@ class OnnxBackend:
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         self._cache_memory, self._logits_memory = SpareMemory(), SpareMemory()
         proven = self._shared and self.device == "cpu" and graph.precision == "fp32" and self.steps_per_fetch == 1
+        proven = proven and prefill_graph is None
+        self._prefill_session: Any = None
+        """That of `prefill_graph`, if there is one."""
+        if prefill_graph is not None:
+            self._prefill_session = open_graph(bundle, prefill_graph, device, threads, spin=False)
         self._offsets = self._speculates = proven and speculation == "auto"
         if self.device == "cpu":
             self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
@@ -160,7 +172,8 @@ class OnnxBackend:
         if sampled not in self._loops:
             folder = self._bundle.graph(self.name).path.rpartition("/")[0]
             path = f"{folder}/{'sample' if sampled else 'greedy'}.onnx"
-            wanted = self._shared and (self.steps_per_fetch > 1 or self._capture)
+            # Its prefill is part of its first block.
+            wanted = self._shared and self.prefill_graph is None and (self.steps_per_fetch > 1 or self._capture)
             if not wanted or path not in {artifact.path for artifact in self._bundle.manifest.artifacts}:
                 self._loops[sampled] = None
             else:
@@ -193,7 +206,8 @@ class OnnxBackend:
         state.cache = self._caches(rows, capacity + self._spare_positions if self._shared else 0)
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
-        if self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS:
+        large = self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS
+        if large or self.prefill_graph is not None:
             self._open_in_parts(state, token_ids)
             return state
         positions = np.broadcast_to(np.arange(width), token_ids.shape)
@@ -295,14 +309,16 @@ class OnnxBackend:
     def _open_in_parts(self, state: OnnxState, token_ids: IntArray) -> None:
         """Prefill a few rows at a time, each part in its own rows of the shared buffers."""
         self._bind_outputs(state)
+        session = self._prefill_session or self._session
+        takes_offsets = any(value.name == OFFSETS for value in session.get_inputs())
         step = max(1, PREFILL_TOKENS // token_ids.shape[1])
         for first in range(0, len(token_ids), step):
             part = slice(first, first + step)
             width = int(state.lengths[part].max())
             tokens = np.ascontiguousarray(token_ids[part, :width])
             positions = np.ascontiguousarray(np.broadcast_to(np.arange(width), tokens.shape), np.int64)
-            binding = self._session.io_binding()
-            if self._offsets:
+            binding = session.io_binding()
+            if takes_offsets:
                 binding.bind_cpu_input(OFFSETS, _LAST)
             binding.bind_cpu_input("input_ids", tokens)
             binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[part, :width]))
@@ -313,7 +329,7 @@ class OnnxBackend:
                 binding.bind_output(name, "cpu", 0, self._cache_dtype, *_stretch(value, first, len(tokens)))
             logits = _stretch(state.values["logits"], first, len(tokens))
             binding.bind_output("logits", "cpu", 0, np.float32, *logits)
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
 
     def _bind_outputs(self, state: OnnxState) -> None:
         """Allocate the logits, and bind them and the KV cache as outputs."""

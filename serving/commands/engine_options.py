@@ -23,6 +23,7 @@ _ONNX_OPTIONS = (
     "prefill_chunk",
     "threads",
     "speculation",
+    "prefill_graph",
 )
 
 ENGINE_OPTIONS = [
@@ -60,6 +61,10 @@ ENGINE_OPTIONS = [
     click.option("--speculation", type=click.Choice(["auto", "off"]),
                  help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the "
                       "same tokens (auto), or never (off).  [default: off]"),
+    click.option("--prefill-graph", type=GraphName(), metavar="NAME",
+                 help="Prefill prompts with this ONNX graph: auto is the one that the certificate names for --graph "
+                      "(ort/int8 for ort/int4), which takes memory of its own, and same is --graph itself.  "
+                      "[default: auto]"),
     click.option("--served-model-name", type=ModelName(), metavar="NAME",
                  help="Serve the model under this name.  [default: the bundle's name]"),
 ]  # fmt: skip
@@ -121,6 +126,7 @@ def engine_loader(options: dict[str, Any], say: Callable[[str], None] | None = N
         queue_limit=options["queue"],
         threads=options["threads"],
         speculation=options["speculation"] or EngineConfig.speculation,
+        prefill_graph=options["prefill_graph"] or EngineConfig.prefill_graph,
     )
     devices = parse_devices(options["device"] or "cpu")
     tuner = autotuner(
@@ -129,6 +135,7 @@ def engine_loader(options: dict[str, Any], say: Callable[[str], None] | None = N
         threads=config.threads,
         batch_size=config.slots,
         replicas=options["replicas"],
+        prefill_graph=config.prefill_graph,
         say=say or log.info,
     )
     graph = options["graph"] if tuner is None else None

@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "off"]),
     help="Verify several drafted tokens in one step where that gives the same tokens (auto), or never (off).",
 )
+@click.option(
+    "--prefill-graph",
+    type=GraphName(),
+    default="auto",
+    metavar="NAME",
+    help="Prefill the prompt with this ONNX graph: auto is the one that the certificate names for --graph (ort/int8 "
+    "for ort/int4), which takes memory of its own, and same is --graph itself.  [default: auto]",
+)
 @sampling_options()
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON at the end, instead of the text as it is generated."
@@ -76,6 +84,7 @@ def generate(
     device: str,
     threads: int | None,
     speculation: Literal["auto", "off"],
+    prefill_graph: str,
     as_json: bool,
     chat: bool,
     system: str | None,
@@ -102,11 +111,26 @@ def generate(
     from serving.bundle import open_bundle
     from serving.model import load
 
-    tuner = autotuner(graph, runtime=runtime, devices=[device], threads=threads, say=partial(click.echo, err=True))
+    tuner = autotuner(
+        graph,
+        runtime=runtime,
+        devices=[device],
+        threads=threads,
+        prefill_graph=prefill_graph,
+        say=partial(click.echo, err=True),
+    )
     if tuner is not None:
         setting = tuner.choose(open_bundle(bundle, check="sizes"))
         graph, threads = setting.graph, setting.threads
-    model = load(bundle, graph=graph, runtime=runtime, device=device, threads=threads, speculation=speculation)
+    model = load(
+        bundle,
+        graph=graph,
+        runtime=runtime,
+        device=device,
+        threads=threads,
+        speculation=speculation,
+        prefill_graph=prefill_graph,
+    )
     grammar = None
     if wanted is not None:
         option, structure = wanted

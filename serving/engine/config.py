@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from serving.backends.prefill_graph import AUTO, find_prefill_graph
 from serving.backends.verify_steps import wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
@@ -42,6 +43,9 @@ class EngineConfig:
     """Threads of the runtime, from 1 to 1024; None means the runtime's default."""
     speculation: Literal["auto", "off"] = "off"
     """Whether a sequence that runs alone is decoded speculatively, where that gives the tokens of plain decoding."""
+    prefill_graph: str = AUTO
+    """The graph that prefills prompts: "auto" for the one that the certificate names for the graph that decodes, if
+    any; "same" for that graph itself; or a name."""
     default_timeout: float | None = None
     """Time limit in seconds of a request that sets none, above 0; None means no limit."""
 
@@ -64,6 +68,8 @@ class EngineConfig:
             raise InputError(f"prefill_slowdown is {slowdown!r}; it must be a number from 1 to 1000")
         if self.speculation not in ("auto", "off"):
             raise InputError(f"speculation is {self.speculation!r}; it must be 'auto' or 'off'")
+        if not isinstance(self.prefill_graph, str) or not self.prefill_graph:
+            raise InputError(f"prefill_graph is {self.prefill_graph!r}; it must be 'auto', 'same' or a graph's name")
         timeout = self.default_timeout
         if timeout is not None and (isinstance(timeout, bool) or not timeout > 0):
             raise InputError(f"default_timeout is {timeout!r}; it must be a number of seconds above 0")
@@ -89,8 +95,8 @@ class MemoryEstimate:
         return self.weights + self.cache + self.logits
 
 
-def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> MemoryEstimate:
-    """What `graph_name` of `bundle` will take in an engine of `config`, without loading it.
+def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig, device: str = "cpu") -> MemoryEstimate:
+    """What `graph_name` of `bundle` will take in an engine of `config` on `device`, without loading it.
 
     Weights are counted three times: while it loads, the file is in memory, and the runtime holds a copy and packed
     matrices. That is a bound on the safe side, not a measurement. A runtime's code and working memory are not in it.
@@ -99,8 +105,10 @@ def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig) -> Me
     dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]
     length = config.length(geometry.n_positions)
     sessions = 1 + (config.speculation == "auto" and wants_verify_session(bundle, graph_name))
+    prefill_graph = find_prefill_graph(bundle, graph_name, config.prefill_graph, device)
+    prefill_weights = 0 if prefill_graph is None else 2 * bundle.graph_size(prefill_graph)
     return MemoryEstimate(
-        weights=2 * bundle.graph_size(graph_name) * sessions,
+        weights=2 * bundle.graph_size(graph_name) * sessions + prefill_weights,
         cache=cache_bytes(geometry, config.slots, length, dtypes[0] if dtypes else "float32"),
         logits=(config.slots + 1 + scored_tokens(geometry.vocab_size, length)) * geometry.vocab_size * 4,
     )

@@ -68,7 +68,7 @@ class Core:
         self._emit_sampled(self._constrained.sample_late())
         num_prefilled, finished = self._prefill(began)
         prefilled_at = self._clock()
-        if not num_prefilled:
+        if not num_prefilled and not finished:
             self._compact()
             if (drafted := self._speculation.draft()) is not None:
                 self._verify(*drafted)

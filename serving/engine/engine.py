@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from serving.backends.base import NextTokens
 from serving.backends.devices import parse_device
 from serving.backends.loader import runtime_errors
+from serving.backends.prefill_graph import find_prefill_graph
 from serving.bundle import Bundle
 from serving.engine.api import DrainingError, EngineStats, GenerationRequest, Listener, Observer, QueueFullError
 from serving.engine.config import SHARED_CHUNK, EngineConfig
@@ -47,17 +48,22 @@ def open_engine(
     parse_device(device)
     config = config or EngineConfig()
     geometry = bundle.manifest.model
+    graph = graph or "ort/fp32"
+    prefill_graph = find_prefill_graph(bundle, graph, config.prefill_graph, device)
+    if prefill_graph is not None:
+        _log.info("%s prefills the prompts of %s; --prefill-graph same saves its memory", prefill_graph, graph)
     with runtime_errors("onnx"):
         from serving.engine.onnx_slot_backend import OnnxSlotBackend
 
         backend = OnnxSlotBackend(
             bundle,
-            graph or "ort/fp32",
+            graph,
             slots=config.slots,
             max_length=config.length(geometry.n_positions),
             threads=config.threads,
             device=device,
             speculation=config.speculation == "auto",
+            prefill_graph=prefill_graph,
         )
     table = load_ngram_table(bundle) if backend.verify_step is not None else None
     return SlotEngine(backend, load_tokenizer(bundle), geometry.eos_token_id, config, observer, table=table)

@@ -17,6 +17,7 @@ from serving.backends.onnx import DEFAULT_GRAPH
 from serving.backends.onnx_logits import OFFSETS, with_offsets
 from serving.backends.onnx_session import SAMPLING_GRAPH, bind_sampling_request, device_zeros, open_graph
 from serving.backends.onnx_verify import open_verify_session
+from serving.backends.prefill_graph import check_cache_layouts
 from serving.backends.verify_steps import CHAIN, CHAIN_STEP, FP32_STEP, is_small, wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
@@ -37,6 +38,7 @@ class OnnxSlotBackend:
         supports_device_sampling: whether to sample on the device, by the bundle's sampling graph; None means on CUDA
             only, if the bundle has that graph.
         speculation: whether to have `verify` where its tokens are those of `decode`.
+        prefill_graph: another graph, with the same kind of KV cache, that runs the prompts, on a CPU; None means none.
 
     Raises InputError for a graph of another kind, RuntimeMissingError for a device that is not there.
     """
@@ -52,6 +54,7 @@ class OnnxSlotBackend:
         device: str = "cpu",
         supports_device_sampling: bool | None = None,
         speculation: bool = False,
+        prefill_graph: str | None = None,
     ) -> None:
         geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
         if graph.runtime != "onnx" or graph.cache != "shared-buffer":
@@ -59,6 +62,10 @@ class OnnxSlotBackend:
                 f"{bundle.folder}: the graph {graph_name!r} has no shared cache buffer, which serving many at once "
                 "needs; ask for 'ort/fp32' or another 'ort/' graph"
             )
+        if prefill_graph is not None:
+            check_cache_layouts(bundle, graph_name, prefill_graph)
+            if device != "cpu":
+                raise InputError(f"a prefill graph runs on the processor only, not on {device}")
         self.name, self.copies = graph_name, device == "cpu"
         self._place = parse_device(device)
         self.vocab_size, self.n_positions = geometry.vocab_size, geometry.n_positions
@@ -69,19 +76,22 @@ class OnnxSlotBackend:
         self._spare = CHAIN if speculation and device == "cpu" and wants_verify_session(bundle, graph_name) else 0
         self._row = (geometry.n_head, max_length + self._spare, graph.cache_head_dim(geometry))
         self.cache_bytes = cache_bytes(geometry, slots, self._row[1], dtype)
-        self._session: Any = open_graph(
-            bundle,
-            graph_name,
-            device,
-            threads,
-            edit=lambda data: with_offsets(data, geometry.n_embd),
-            spin=not self._spare or is_small(bundle, graph_name),
-        )
-        self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
+        # Threads of sessions that take turns would otherwise wait on each other's cores.
+        spin = (not self._spare or is_small(bundle, graph_name)) and prefill_graph is None
+
+        def open_session(name: str) -> Any:
+            return open_graph(
+                bundle, name, device, threads, edit=lambda data: with_offsets(data, geometry.n_embd), spin=spin
+            )
+
+        self._session: Any = open_session(graph_name)
+        self._prefill_session: Any = self._session if prefill_graph is None else open_session(prefill_graph)
+        self._offsets = _takes_offsets(self._prefill_session)
         self.scored_tokens = scored_tokens(self.vocab_size, max_length) if self._offsets else 0
         self._verifier = open_verify_session(bundle, graph_name, threads, self._session) if self._spare else None
         self._verifying: dict[int, Any] = {}
         in_chunks = speculation and device == "cpu" and graph.precision == "fp32" and self._offsets
+        in_chunks = in_chunks and prefill_graph is None
         self.verify_step = FP32_STEP if in_chunks else CHAIN_STEP if self._verifier is not None else None
         self._scored_logits = np.empty((0, 1, self.vocab_size), np.float32)
         self._verify_logits = np.empty((FP32_STEP.tokens if in_chunks else 0, 1, self.vocab_size), np.float32)
@@ -110,7 +120,7 @@ class OnnxSlotBackend:
     def prefill_chunk(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         """See `SlotBackend.prefill_chunk`."""
         if slot not in self._alone:
-            self._alone[slot] = self._bind(slot, 1, self._prompt_logits)
+            self._alone[slot] = self._bind(self._prefill_session, slot, 1, self._prompt_logits)
         self._read(self._alone[slot], tokens, start)
         logits: FloatArray = self._prompt_logits[0, 0]
         return logits
@@ -122,7 +132,7 @@ class OnnxSlotBackend:
             self._scored_logits = np.empty((self.scored_tokens, 1, self.vocab_size), np.float32)
         logits: FloatArray = self._scored_logits[:count]
         if slot not in self._scoring:
-            self._scoring[slot] = self._bind(slot, 1, logits)
+            self._scoring[slot] = self._bind(self._prefill_session, slot, 1, logits)
         binding = self._scoring[slot]
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
@@ -154,13 +164,13 @@ class OnnxSlotBackend:
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("position_ids", np.arange(start, end)[None])
         binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
-        self._session.run_with_iobinding(binding)
+        self._prefill_session.run_with_iobinding(binding)
 
     def decode(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
         """See `SlotBackend.decode`."""
         rows = len(tokens)
         if rows not in self._leading:
-            self._leading[rows] = self._bind(0, rows, self._logits)
+            self._leading[rows] = self._bind(self._session, 0, rows, self._logits)
         self._run(self._leading[rows], tokens, lengths)
         return self._logits[:rows, 0]
 
@@ -168,7 +178,7 @@ class OnnxSlotBackend:
         """See `DeviceSamplingSlotBackend.advance`."""
         self._rows = rows = len(tokens)
         if rows not in self._staying:
-            self._staying[rows] = self._bind(0, rows, None)
+            self._staying[rows] = self._bind(self._session, 0, rows, None)
         self._run(self._staying[rows], tokens, lengths)
 
     def sample_tokens(self, request: SamplingRequest) -> SampledTokens:
@@ -212,16 +222,16 @@ class OnnxSlotBackend:
         self._verifying.clear()
         self._chunks.clear()
         self._buffers.clear()
-        self._session = self._verifier = None
+        self._session = self._prefill_session = self._verifier = None
         if self.supports_device_sampling:
             self._staying.clear()
             self._sampling_bindings.clear()
             self._sampling_session = self._kept_logits = None  # type: ignore[assignment]
 
-    def _bind(self, first: int, rows: int, logits: FloatArray | None) -> Any:
+    def _bind(self, session: Any, first: int, rows: int, logits: FloatArray | None) -> Any:
         """A binding of `rows` slots from `first` on as past and present at once; without `logits`, those stay there."""
-        binding = self._session.io_binding()
-        if self._offsets:
+        binding = session.io_binding()
+        if _takes_offsets(session):
             binding.bind_cpu_input(OFFSETS, _LAST)
         for name, buffer in zip(self._past, self._buffers, strict=True):
             place = (*self._place, buffer.dtype, (rows, *self._row), buffer.address(first))
@@ -233,6 +243,10 @@ class OnnxSlotBackend:
         else:
             binding.bind_output("logits", "cpu", 0, np.float32, shape, logits.ctypes.data)
         return binding
+
+
+def _takes_offsets(session: Any) -> bool:
+    return any(value.name == OFFSETS for value in session.get_inputs())
 
 
 class _Buffer:

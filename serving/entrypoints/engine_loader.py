@@ -65,7 +65,8 @@ class EngineLoader:
             # While it chooses, there is one engine at a time, of at most the largest graph.
             graphs = [self.graph or DEFAULT_GRAPH] if self.tuner is None else self.tuner.options(bundle)["graph"]
             config = self._onnx_config()
-            return self.replicas * max(estimate_memory(bundle, graph, config).total for graph in graphs)
+            on = [self.devices[index % len(self.devices)] for index in range(self.replicas)]
+            return max(sum(estimate_memory(bundle, graph, config, device).total for device in on) for graph in graphs)
         geometry = bundle.manifest.model
         exported = bundle.manifest.provenance.recipe.get("export")
         slots = exported.get("slots", 0) if isinstance(exported, dict) else 0

@@ -15,6 +15,7 @@ from benchmarks.suite.targets.openai import OpenAITarget
 from benchmarks.suite.targets.started_tf_serving import TFServingProcess, find_server
 from benchmarks.suite.targets.tf_serving import TFServingTarget, connect
 from serving.backends.loader import load_backend
+from serving.backends.prefill_graph import AUTO, find_prefill_graph
 from serving.bundle import Bundle
 from serving.engine.api import Engine
 from serving.errors import GPT2BundleError, InputError, ServerError
@@ -51,8 +52,9 @@ def open_target(bundle: Bundle, text: str, *, batch: int, emulator: bool = False
     A graph of the bundle ("ort/fp32") or "savedmodel" runs in this process in static batches of at most `batch`,
     "engine=GRAPH" in this process with `batch` slots, "server=GRAPH" the same in our own server, started for it,
     and "slots" is the SavedModel's continuous batching in this process. "tfserving" starts TensorFlow Serving with the
-    bundle's SavedModel; with an address it is one that runs. docs/bench-format.md has all names. Raises InputError for
-    any other name, RuntimeMissingError where TensorFlow Serving is to be started and is not here.
+    bundle's SavedModel; with an address it is one that runs. "+" after a graph names the graph that prefills for it
+    ("ort/int4+same"). docs/bench-format.md has all names. Raises InputError for any other name, RuntimeMissingError
+    where TensorFlow Serving is to be started and is not here.
     """
     kind, is_address, address = text.partition("=")
     if is_address and not address:
@@ -100,20 +102,24 @@ def open_defaults(
 
 
 def _in_process(bundle: Bundle, text: str, batch: int) -> Target:
-    kind, is_address, graph = text.partition("=")
+    kind, is_address, named = text.partition("=")
+    graph, prefill = _split_graph(named if is_address else text)
     graphs, graph_names = bundle.manifest.graphs, _graphs(bundle)
     if is_address and kind == "engine":
         label, precision = "ONNX Runtime in this process, continuous batching", bundle.graph(graph).precision
-        return EngineTarget(text, label, precision, lambda: _engine(bundle, graph, batch))
+        label += _prefilled(bundle, graph, prefill)
+        return EngineTarget(text, label, precision, lambda: _engine(bundle, graph, prefill, batch))
     has_slots = {"savedmodel/prefill_slots", "savedmodel/decode_slots"} <= set(graphs)
     if text == SLOTS and has_slots:
         return EngineTarget(text, "TensorFlow in this process, the SavedModel's slots", "fp32", lambda: _slots(bundle))
     if text == SAVEDMODEL and "savedmodel/prefill" in graphs:
         label = "TensorFlow in this process"
         return BatchTarget(text, label, "fp32", lambda: load_backend(bundle, "tensorflow"), batch)
-    if text in graph_names:
-        label, precision = "ONNX Runtime in this process", graphs[text].precision
-        return BatchTarget(text, label, precision, lambda: load_backend(bundle, "onnx", text), batch)
+    if graph in graph_names and not is_address:
+        label, precision = f"ONNX Runtime in this process{_prefilled(bundle, graph, prefill)}", graphs[graph].precision
+        return BatchTarget(
+            text, label, precision, lambda: load_backend(bundle, "onnx", graph, prefill_graph=prefill), batch
+        )
     known = [*graph_names, *([SAVEDMODEL] if "savedmodel/prefill" in graphs else []), *([SLOTS] if has_slots else [])]
     raise InputError(f"{bundle.folder}: no target {text!r}{did_you_mean(text, [*known, *KINDS])}")
 
@@ -140,12 +146,14 @@ def _tf_serving(bundle: Bundle, text: str, address: str, emulator: bool) -> Targ
     return StartedTarget(text, found.label, "fp32", open_server=start, close_server=process.stop, emulator=emulator)
 
 
-def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target:
+def _own(bundle: Bundle, text: str, kind: str, named: str, batch: int) -> Target:
+    graph, prefill = _split_graph(named)
     precision, model, name = bundle.graph(graph).precision, bundle.manifest.name, "gpt2-bundle serve"
-    label = f"{name}, by {OWN[kind]}"
+    label = f"{name}, by {OWN[kind]}{_prefilled(bundle, graph, prefill)}"
     is_grpc = kind in ("server-tfserving", "server-openinference-grpc")
     # All requests of a schedule may come at once; what it cannot run waits.
     options = ["--max-num-seqs", str(batch), "--queue", str(_QUEUE), *(["--grpc-port", "0"] if is_grpc else [])]
+    options += ["--prefill-graph", prefill]
     started: list[OwnServer] = []
 
     def start() -> Target:
@@ -175,16 +183,31 @@ def _own(bundle: Bundle, text: str, kind: str, graph: str, batch: int) -> Target
     return StartedTarget(text, label, precision, open_server=start, close_server=stop)
 
 
+def _split_graph(named: str) -> tuple[str, str]:
+    """The graph, and the prefill graph that follows a "+"; "auto" without one."""
+    graph, plus, prefill = named.partition("+")
+    if plus and not prefill:
+        raise InputError(f"{named!r} names no prefill graph after the '+'; write {graph}+same, or leave it out")
+    return graph, prefill or AUTO
+
+
+def _prefilled(bundle: Bundle, graph: str, prefill: str) -> str:
+    """For a label: which graph prefills, where it is another one."""
+    found = find_prefill_graph(bundle, graph, prefill)
+    return "" if found is None else f", prefill by {found}"
+
+
 def _graphs(bundle: Bundle) -> list[str]:
     return [name for name, graph in bundle.manifest.graphs.items() if graph.runtime == "onnx" and graph.cache != "none"]
 
 
-def _engine(bundle: Bundle, graph: str, slots: int) -> Engine:
+def _engine(bundle: Bundle, graph: str, prefill: str, slots: int) -> Engine:
     from serving.engine.config import EngineConfig
     from serving.engine.engine import open_engine
 
     # All requests of a schedule may come at once; what the engine cannot run waits.
-    return open_engine(bundle, graph, config=EngineConfig(slots=slots, queue_limit=_QUEUE))
+    config = EngineConfig(slots=slots, queue_limit=_QUEUE, prefill_graph=prefill)
+    return open_engine(bundle, graph, config=config)
 
 
 def _slots(bundle: Bundle) -> Engine:

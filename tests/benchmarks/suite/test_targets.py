@@ -27,6 +27,7 @@ from serving.errors import InputError, ServerError
 from serving.generation import generate
 from serving.sampling import SamplingParams
 from tests.closed_form import ClosedFormBackend
+from tests.serving.backends.test_prefill_graph import proof, write_pair
 from tests.serving.raw_server import read_request
 
 
@@ -187,3 +188,25 @@ def test_a_server_that_is_not_there_is_said_at_the_start():
         asyncio.run(OpenAITarget("t", "http://127.0.0.1:1").start())
     with pytest.raises(InputError, match="http://HOST:PORT"):
         OpenAITarget("t", "ftp://a")
+
+
+def test_a_target_says_which_graph_prefills(tmp_path):
+    bundle = write_pair(tmp_path / "pair", ("int8", "int4"), ("int8", "int4"), proof("verified"))
+    labels = {
+        name: open_target(bundle, name, batch=2).label
+        for kind in ("", "engine=", "server=")
+        for name in (f"{kind}ort/int4", f"{kind}ort/int4+same", f"{kind}ort/int8")
+    }
+    assert {name for name, label in labels.items() if ", prefill by ort/int8" in label} == {
+        "ort/int4", "engine=ort/int4", "server=ort/int4"
+    }  # fmt: skip
+    target = open_target(bundle, "ort/int4+same", batch=2)
+    assert target.name == "ort/int4+same" and target.precision == "int4"
+    for name, words in [
+        ("ort/int4+", "names no prefill graph after the"),
+        ("engine=ort/int4+ort/int9", "no graph 'ort/int9'"),
+        ("server=ort/int8+ort/int4", "the certificate does not prove 'ort/int4'"),
+        ("ort/int9+same", "no target 'ort/int9"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            open_target(bundle, name, batch=2)

@@ -232,6 +232,21 @@ def test_cancellation_in_the_middle_frees_the_slot_and_its_prefix_is_reused() ->
     assert said(again) == said(finished(plain, max_new_tokens=100))
 
 
+def test_a_prompt_that_is_complete_after_a_copy_begins_beside_a_draft() -> None:
+    """The last step of its prefill copies the prompt to its second slot and reads no token."""
+    run, plain = Speculating(slots=3), Speculating(slots=3, speculation="off")
+    results = []
+    for each in (run, plain):
+        first, _ = each.submit(PROMPT, max_new_tokens=150)
+        for _ in range(20):
+            each.engine.step()
+        both, _ = each.submit(PROMPT[:20], n=2, max_new_tokens=20)
+        each.run()
+        each.check_idle()
+        results.append([said(first), said(both)])
+    assert results[0] == results[1] and run.backend.verified
+
+
 def test_a_failing_verify_step_ends_its_request_only() -> None:
     run = Speculating()
     heard, _ = run.submit(PROMPT, max_new_tokens=100)
