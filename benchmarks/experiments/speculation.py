@@ -104,7 +104,7 @@ def _compare(
         "prompts": name,
         "temperature": temperature,
         "streams": len(rates["auto"]),
-        "tokens_per_second": {way: asdict(found) for way, each in rates.items() if (found := summarise(each))},
+        "tokens_per_second": {way: asdict(summary) for way, each in rates.items() if (summary := summarise(each))},
         "auto_over_off": asdict(paired(rates["auto"], rates["off"])),
         "tokens": {"equal": equal, "of": total},
         "tokens_per_step": counts["generated_tokens"] / max(1, counts["steps"]),

@@ -151,8 +151,7 @@ class Comparison:
         """Add the point of one batch size; False if the runtime was killed because its time was used up."""
         settings, alone = self.settings, self.settings.alone
         schedule = self._schedule("" if alone else runtimes[0].precision, size)
-        probes = (None, None) if alone else (BandwidthProbe(), ComputeProbe())
-        machine = Machine(*probes, self.meters)
+        machine = Machine(meters=self.meters) if alone else Machine(BandwidthProbe(), ComputeProbe(), self.meters)
         others, about = Others([process.pid for process in processes]), environment()
         played = play_batches(
             {process.name: process for process in processes if process.name not in failed},

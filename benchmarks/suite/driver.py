@@ -46,9 +46,10 @@ async def _send(scheduled: float, request: Planned, target: Target, clock: Clock
         async with asyncio.timeout(timeout):
             answer = await target.send(request)
     except (TargetError, TimeoutError) as error:
-        message = str(error) if isinstance(error, TargetError) else f"no end after {timeout:g} seconds"
-        return Response(finished=clock.now(), token_times=(), error=message, **fixed)
-    made, message = len(answer.token_times), None
+        reason = str(error) if isinstance(error, TargetError) else f"no end after {timeout:g} seconds"
+        return Response(finished=clock.now(), token_times=(), error=reason, **fixed)
+    made = len(answer.token_times)
+    message: str | None = None
     if made != request.new_tokens:
         message = f"{made} tokens instead of {request.new_tokens}, so its figures are not those of the schedule"
     return Response(error=message, **vars(answer), **fixed)

@@ -118,7 +118,9 @@ class Autotuner:
         self._lowest, self._threads, self._batch_size, self._replicas = lowest, threads, batch_size, replicas
         self._say, self._clock, self._prefill_graph = say, clock, prefill_graph
         # Looked up by name: tests replace it.
-        self._measure = measure or (lambda *setting: generation_rate(*setting, prefill_graph))
+        self._measure = measure or (
+            lambda bundle, graph, threads, size: generation_rate(bundle, graph, threads, size, prefill_graph)
+        )
         self._settled: Setting | None = None
 
     def graphs(self, bundle: Bundle) -> dict[str, str | None]:

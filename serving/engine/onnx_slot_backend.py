@@ -153,7 +153,7 @@ class OnnxSlotBackend:
         logits: FloatArray = self._verify_logits[:count]
         binding = self._chunks.get((slot, count))
         if binding is None:
-            binding = self._chunks[slot, count] = self._bind(slot, 1, logits)
+            binding = self._chunks[slot, count] = self._bind(self._session, slot, 1, logits)
             binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
             binding.bind_cpu_input(OFFSETS, np.arange(count)[::-1].copy())
         self._read(binding, tokens, start)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from benchmarks.suite.load.schedule import Planned
 
@@ -73,9 +72,16 @@ class StartedTarget(Target):
     starts_in = "own"
 
     def __init__(
-        self, *about: Any, open_server: Callable[[], Target], close_server: Callable[[], None], emulator: bool = False
+        self,
+        name: str,
+        label: str,
+        precision: str | None = None,
+        *,
+        open_server: Callable[[], Target],
+        close_server: Callable[[], None],
+        emulator: bool = False,
     ) -> None:
-        super().__init__(*about, emulator=emulator)
+        super().__init__(name, label, precision, emulator)
         self._open, self._close = open_server, close_server
         self.inner: Target | None = None
 
