@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import signal
 import socket
+import struct
+import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +26,9 @@ from serving.errors import GPT2BundleError, InputError
 from serving.server.registry import ServedModel
 from serving.server.state import Server
 
+# Python has no name for Linux's option.
+_SO_ATTACH_FILTER = 26
+_ACCEPT_SECONDS = 0.2
 # Windows knows no SIGHUP, which a terminal sends that is closed.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _OWN_FILES = 100
@@ -139,7 +145,7 @@ class Runner:
         does not wait: what is left gets an error. Raises what keeps the server from starting.
         """
         listener = self._address.bind()
-        listeners = [listener, *self._address.beside(listener)]
+        self._listeners = listeners = [listener, *self._address.beside(listener)]
         config = uvicorn.Config(
             self._app,
             log_config=None,
@@ -244,6 +250,10 @@ class Runner:
 
     async def _leave(self) -> None:
         """Let uvicorn end, and close the connections of clients that neither take their answer nor send their body."""
+        for listener in self._listeners:
+            refuse_connections(listener)
+        # Those that the system took before are accepted now, read and answered.
+        await asyncio.sleep(_ACCEPT_SECONDS)
         self._uvicorn.should_exit = True
         await asyncio.sleep(FLUSH_SECONDS)
         stuck = list(self._uvicorn.server_state.connections)
@@ -251,6 +261,21 @@ class Runner:
             log.warning("closed %d connections whose clients did not send or take what was left", len(stuck))
         for connection in stuck:
             connection.transport.abort()
+
+
+def refuse_connections(listener: socket.socket) -> None:
+    """Have the system take no new connection for `listener`, while those that it took already can be accepted.
+
+    Closing it alone would reset these. A filter drops the packets that ask for one (SYN); their senders repeat them
+    after a second, and find the socket closed. Only Linux has such filters; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        # Classic BPF: load byte 13 of the TCP header, its flags; pass the whole packet on, or, with SYN, none of it.
+        code = [(0x30, 0, 0, 13), (0x45, 1, 0, 0x02), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)]
+        program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in code))
+        described = struct.pack("HP", len(code), ctypes.addressof(program))
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
 
 
 def _close(listeners: Sequence[socket.socket]) -> None:

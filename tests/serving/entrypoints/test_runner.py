@@ -227,3 +227,40 @@ def test_a_port_that_is_taken_is_one_line() -> None:
             Address(port=port).bind()
     with pytest.raises(GPT2BundleError, match=r"cannot listen on 192\.0\.2\.1"):
         Address(host="192.0.2.1").bind()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the filter is one of Linux")
+def test_a_connection_that_the_system_took_is_answered_at_the_end(tmp_path: Path) -> None:
+    """Clients that connect again and again, without a pause, until nothing listens: each gets an answer or no
+    connection."""
+    write_bundle(tmp_path / "1", "tiny")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    body = json.dumps({"prompt": [1], "max_tokens": 1, "temperature": 0}).encode()
+    request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    ends: list[str] = []
+    with process(tmp_path, 0, 30) as (server, url):
+        host, _, port = url.removeprefix("http://").partition(":")
+
+        def client() -> None:
+            while not ends or ends[-1] != "over":
+                try:
+                    connection = socket.create_connection((host, int(port)), timeout=30)
+                except OSError:
+                    ends.append("over")
+                    return
+                with connection:
+                    try:
+                        connection.sendall(request)
+                        ends.append("answered" if connection.recv(12)[9:] in (b"200", b"429", b"503") else "lost")
+                    except OSError:
+                        ends.append("lost")
+
+        threads = [threading.Thread(target=client) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        server.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert server.wait(30) == 0
+    assert ends.count("answered") > 100 and ends.count("lost") == 0, {end: ends.count(end) for end in set(ends)}
