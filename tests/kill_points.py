@@ -58,7 +58,7 @@ def play_stages(folder: Path) -> None:
         (target / "tokens").mkdir(exist_ok=True)
         (target / "tokens" / "train.bin").write_bytes(b"tokens")
 
-    def train(recipe: Recipe, prepared: Path, target: Path, run_id: str, reporter: Reporter, workers: Any) -> None:
+    def train(recipe: Recipe, prepared: Path, target: Path, run_id: str, *rest: Any) -> None:
         assert (prepared / "tokens" / "train.bin").read_bytes() == b"tokens"
         with (folder / "trained").open("ab") as file:
             file.write(b".")
@@ -150,7 +150,9 @@ def problems_at(folder: Path, number: int, emptied: bool, old: Path | None) -> l
     code = child(killed)
     if code == 0:
         return None
-    wrong = [] if code == -signal.SIGKILL else [f"ended with {code} instead of being killed"]
+    if code != -signal.SIGKILL:
+        raise AssertionError(f"the build ended with {code} instead of being killed")
+    wrong = []
     try:
         after = state(dist / "new")
         # Exactly the old one, or one of the new recipe.

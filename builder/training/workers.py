@@ -147,7 +147,7 @@ class Workers:
     def _admit_all(self) -> None:
         """Take the workers' connections until all are here, and compare what they will train."""
         deadline = time.monotonic() + self._timeout
-        while len(self._peers) < self.size - 1:
+        while self._present() < self.size - 1:
             self._server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 connection, place = self._server.accept()
@@ -165,7 +165,8 @@ class Workers:
                 peer.close()  # Not one of ours, such as a probe of the port.
                 continue
             self._refuse_difference(rank, addresses, hello.get("identity"), peer, str(place[0]))
-            if rank in self._peers and not self._peers[rank].is_closed:
+            self._present()
+            if rank in self._peers:
                 _say(
                     peer,
                     {"stop": f"TF_CONFIG: {self.cluster.names[rank]} runs already; give each process its own index"},
@@ -174,6 +175,12 @@ class Workers:
                 continue
             self._peers[rank] = peer
         self._tell({"joined": True})
+
+    def _present(self) -> int:
+        """Forget the workers that came and are gone; return how many are here."""
+        for rank in [rank for rank, peer in self._peers.items() if peer.is_closed]:
+            self._peers.pop(rank).close()
+        return len(self._peers)
 
     def _refuse_difference(self, rank: int, addresses: Any, identity: Any, peer: JsonConnection, place: str) -> None:
         """Raise InputError, and tell the worker, if it was given another cluster, recipe or program."""

@@ -62,7 +62,7 @@ def test_a_command_runs_its_stage_under_the_lock(tmp_path: Path, monkeypatch: py
 def test_build_gives_json_or_a_hint_that_can_be_pasted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake(ours: Run, output: Path, reporter: Any, workers: Any) -> Any:
+    def fake(ours: Run, output: Path, *rest: Any) -> Any:
         manifest = types.SimpleNamespace(
             total_size=5, quality={"validation_perplexity": 2.0}, parity={"verified": True}
         )
@@ -78,6 +78,7 @@ def test_build_gives_json_or_a_hint_that_can_be_pasted(
         "bundle": str(tmp_path / "two words" / "gpt2-docs"),
         "size": 5,
         "quality": {"validation_perplexity": 2.0},
+        "tracking": {},
         "parity": {"verified": True},
     }
 

@@ -300,7 +300,8 @@ def test_a_second_worker_of_one_index_is_refused_and_the_first_trains() -> None:
     assert ended == [None]
 
 
-def test_a_worker_that_was_restarted_while_others_come_is_taken() -> None:
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_worker_that_was_restarted_while_others_come_is_taken(order: tuple[int, int]) -> None:
     three = clusters(3)
     hello = {"rank": 1, "addresses": three[0].addresses, "identity": {}}
     with chief_of(three[0], {}) as ended, ThreadPoolExecutor(2) as pool:
@@ -314,7 +315,12 @@ def test_a_worker_that_was_restarted_while_others_come_is_taken() -> None:
                 workers.agree()
                 workers.receive()
 
-        list(pool.map(work, three[1:]))
+        running = []
+        for rank in order:
+            running.append(pool.submit(work, three[rank]))
+            time.sleep(0.3)
+        for each in running:
+            each.result()
     assert ended == [None]
 
 
