@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from benchmarks.common.hardware import environment
 from serving.bundle import open_bundle
-from serving.errors import GPT2BundleError
+from serving.errors import GPT2BundleError, InputError
 
 _HELP = {
     "clients": "Streaming clients; several numbers with commas where it has such a default.",
@@ -53,12 +54,14 @@ def measurement(
 
     The command takes BUNDLE, `--graph` with a default unless that is None, an option with a default for each of
     `numbers`, and the function's own `options`. The record is the machine, the options, and what the function returns;
-    it is printed, or its `table` is, and goes to `--output`.
+    it is printed, or its `table` is, and goes to `--output`. Default lengths of prompt and answer are lowered to what
+    the model's context holds.
     """
 
     def decorate(measure: Callable[..., Mapping[str, Any]]) -> click.Command:
         def main(bundle: Path, output: Path | None, **given: Any) -> None:
             opened = open_bundle(bundle, check="sizes")
+            _fit_lengths(given, opened.manifest.model.n_positions)
             record = {"bundle": opened.manifest.name, "environment": environment(), **given}
             finish(record | dict(measure(opened, **given)), output, table)
 
@@ -76,6 +79,22 @@ def measurement(
         return click.command(help=measure.__doc__)(bundle_argument(OUTPUT(command)))
 
     return decorate
+
+
+def _fit_lengths(given: dict[str, Any], context: int) -> None:
+    """Halve the context between prompt and answer if their default lengths exceed it. Raises InputError for others."""
+    if "prompt_tokens" not in given or "new_tokens" not in given:
+        return
+    if given["prompt_tokens"] + given["new_tokens"] <= context:
+        return
+    source = click.get_current_context().get_parameter_source
+    if any(source(name) is not ParameterSource.DEFAULT for name in ("prompt_tokens", "new_tokens")):
+        raise InputError(
+            f"--prompt-tokens {given['prompt_tokens']} and --new-tokens {given['new_tokens']} do not fit into the "
+            f"model's context of {context} tokens; ask for less"
+        )
+    given |= {"prompt_tokens": context // 2, "new_tokens": context // 2}
+    say(f"the model's context is {context} tokens: prompts of {context // 2}, answers of {context // 2}")
 
 
 def finish(record: dict[str, Any], output: Path | None, table: Callable[[dict[str, Any]], str] | None = None) -> None:
