@@ -215,9 +215,9 @@ def main(
         "stream": True,
     }
     if not plain:
-        # Log-probabilities make an event of every token, also of those without text, which most ids of a small
-        # tokenizer are.
-        body |= {"stream_options": {"include_usage": True}, "ignore_eos": True, "logprobs": 0}
+        # Ids make an event of every token, also of those without text, which most of a small tokenizer or of random
+        # weights are; log-probabilities wait for the text.
+        body |= {"stream_options": {"include_usage": True}, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
     if model:
         body["model"] = model
     click.echo(json.dumps(asyncio.run(run(url, body, seed=seed, **how))))
