@@ -46,7 +46,7 @@ class Results:
     refused: list[float] = field(default_factory=list)
 
     def add(self, sent: float, reads: Sequence[tuple[float, int]], tokens: float) -> None:
-        """Add one answer's reads, as (timestamp, events), which held so many tokens."""
+        """Add the reads of one answer, as (timestamp, events), and its number of tokens."""
         self.first += [timestamp - sent for timestamp, _ in reads[:1]]
         for (before, _), (timestamp, events) in itertools.pairwise(reads):
             self.gaps += [timestamp - before, *[0.0] * (events - 1)]
@@ -195,7 +195,7 @@ def end_load(process: subprocess.Popen[str]) -> dict[str, Any]:
 # fmt: off
 @click.command()
 @click.argument("url")
-@click.option("--clients", default=16, show_default=True, type=click.IntRange(1), help="Closed loop: so many at once.")
+@click.option("--clients", default=16, show_default=True, type=click.IntRange(1), help="Closed loop: clients at once.")
 @click.option("--rate", type=click.FloatRange(0, min_open=True), help="Open loop: requests a second instead.")
 @click.option("--seconds", default=20.0, show_default=True)
 @click.option("--prompt-tokens", default=64, show_default=True, type=click.IntRange(5))

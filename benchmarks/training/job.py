@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Sizes:
-    """A geometry of GPT-2, the batch of a step in sequences of so many tokens, and the number of steps."""
+    """A geometry of GPT-2, the sequences of a step and their length in tokens, and the number of steps."""
 
     vocab_size: int
     n_positions: int

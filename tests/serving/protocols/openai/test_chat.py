@@ -52,18 +52,6 @@ def url(server: tuple[str, DoubleEngine]) -> str:
     return server[0]
 
 
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def raw(url: str) -> Iterator[Any]:
-    with openai.DefaultHttpxClient(base_url=url) as raw:
-        yield raw
-
-
 def test_an_answer(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=CHAT, max_completion_tokens=9, temperature=0)
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.model == "tiny"
