@@ -16,7 +16,7 @@ const provider = createOpenAICompatible({
 const counts = (usage) => [usage.inputTokens, usage.outputTokens, usage.totalTokens];
 
 async function answers(model) {
-  const base = { model, prompt: "ab cd", maxOutputTokens: 12, temperature: 0, maxRetries: 0 };
+  const base = { model, prompt: "ab cd", maxOutputTokens: 96, temperature: 0, maxRetries: 0 };
   const whole = await generateText(base);
   const stream = streamText(base);
   const chunks = [];

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-PROMPT, TOKENS, SEEDS, TOO_MANY = "ab cd", 12, (7, 7, 8), 100_000
+PROMPT, TOKENS, SEEDS, TOO_MANY = "ab cd", 96, (7, 7, 8), 100_000
 
 
 def by_llm(url: str, model: str) -> object:

@@ -8,7 +8,7 @@ import os
 from locust import HttpUser, constant, task
 
 EXPECTED = os.environ["EXPECTED"]
-BODY = {"prompt": "ab cd", "max_tokens": 12, "temperature": 0}
+BODY = {"prompt": "ab cd", "max_tokens": 96, "temperature": 0}
 
 
 class Whole(HttpUser):
