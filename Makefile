@@ -91,11 +91,16 @@ bench-training: $(INSTALLED) .venv-peers/installed ## Measure training beside to
 # built for another torch transformers does not import.
 PEERS := torch openvino ctranslate2 genai llama keras_hub
 
+# llama.cpp's products by AMX end in a segmentation fault (ggml-org/llama.cpp#20824); without, it uses AVX-512. A wheel
+# from pip's cache may have been compiled otherwise.
+NO_AMX := $(shell grep -qs amx_int8 /proc/cpuinfo && echo '-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8')
+
 .venv-peer-%/installed: benchmarks/peers/requirements/%.txt
 	rm -rf .venv-peer-$*
 	$(PYTHON) -m venv .venv-peer-$*
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
-		.venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF $(NO_AMX)" \
+		.venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(filter llama,$*),--no-cache-dir) --requirement $<
 	@test $* != openvino || .venv-peer-$*/bin/python -m pip uninstall --quiet --yes torchvision
 	@test $* != keras_hub || .venv-peer-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
 	@touch $@
