@@ -13,6 +13,7 @@ from serving import generation
 from serving.backends import loader
 from serving.backends.autotune import autotuner
 from serving.backends.base import Backend, FloatArray
+from serving.backends.verify_steps import SpeculationMode
 from serving.bundle import Bundle, open_bundle
 from serving.engine.api import MAX_LOGPROBS, Logprobs
 from serving.engine.sampler import log_probabilities
@@ -194,7 +195,7 @@ def load(
     device: str = "cpu",
     threads: int | None = None,
     batch_size: int = 1,
-    speculation: Literal["auto", "off"] = "off",
+    speculation: SpeculationMode = "auto",
     prefill_graph: str = "auto",
 ) -> Model:
     """Load the bundle in a folder and return its Model.
@@ -207,8 +208,9 @@ def load(
         device: "cpu", "cuda" or "cuda:N", for ONNX Runtime; TensorFlow finds its devices by itself.
         threads: threads of ONNX Runtime; None is its default, or what "auto" chooses.
         batch_size: the number of prompts that "auto" measures with. It does not limit `generate`.
-        speculation: "auto" decodes a single prompt speculatively where that gives the same tokens, which is on a CPU
-            in fp32, and in int8 with a second copy of the weights, and where drafts gain time; "off" never does.
+        speculation: "auto" decodes a single prompt speculatively, with the same tokens, where the certificate proves
+            it for "ort/fp32" on a CPU and drafts gain time; "on" also does so in quantized graphs, with a second copy
+            of their weights; "off" never does.
         prefill_graph: the ONNX graph that prefills prompts. "auto" is the one that the certificate names for `graph`
             ("ort/int8" for "ort/int4"), which takes memory of its own, or `graph` itself; "same" is always `graph`.
 

@@ -14,6 +14,8 @@ from typing import IO, Self
 from benchmarks.common.hardware import process_memory
 from serving.errors import ServerError
 
+# Without drafts: on random weights, which repeat themselves, they hold more often than on any text.
+PLAIN = ["--speculation", "off"]
 SERVE = [sys.executable, "-c", "from serving.cli import main; main()", "serve"]
 _ADDRESS = re.compile(r"^serving .* at (http://\S+)")
 _GRPC = re.compile(r"gRPC at (\S+) port (\d+)")
@@ -33,7 +35,7 @@ class OwnServer:
     """
 
     def __init__(self, bundle: Path, graph: str, *options: str) -> None:
-        command = [*SERVE, str(bundle), "--graph", graph, "--port", "0", "--no-access-log", *options]
+        command = [*SERVE, str(bundle), "--graph", graph, "--port", "0", "--no-access-log", *PLAIN, *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.url = self.grpc = ""
         output = self.process.stdout

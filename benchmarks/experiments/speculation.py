@@ -23,6 +23,7 @@ from benchmarks.common.engine_stream import Stream
 from benchmarks.common.held_out_text import cut_prompts, read_text
 from benchmarks.common.standalone import measurement, run, say
 from benchmarks.common.statistics import paired, summarise
+from serving.backends.verify_steps import SpeculationMode
 from serving.bundle import Bundle
 from serving.engine.api import GenerationRequest
 from serving.engine.config import EngineConfig
@@ -53,7 +54,8 @@ def main(
     sets = sets or {HELD_OUT: cut_prompts(read_text(bundle), most, prompt_tokens)}
     with contextlib.ExitStack() as stack:
         engines: dict[str, SlotEngine] = {}
-        for name in ("auto", "off"):
+        modes: tuple[SpeculationMode, ...] = ("on", "off")
+        for name in modes:
             config = EngineConfig(slots=1, threads=threads, speculation=name)
             engines[name] = stack.enter_context(contextlib.closing(open_engine(bundle, graph, config=config)))
         rows = [
@@ -90,22 +92,22 @@ def _compare(
     equal, total = 0, 0
     for engine in engines.values():
         _stream(engine, prompts[0], temperature, 0, new_tokens)
-    before = _counts(engines["auto"])
+    before = _counts(engines["on"])
     for turn in range(rounds):
         for seed, prompt in enumerate(prompts):
             order = list(engines) if (turn + seed) % 2 else list(engines)[::-1]
             found = {way: _stream(engines[way], prompt, temperature, seed, new_tokens) for way in order}
             for way, (_, rate) in found.items():
                 rates[way].append(rate)
-            equal += sum(one == other for one, other in zip(found["auto"][0], found["off"][0], strict=False))
+            equal += sum(one == other for one, other in zip(found["on"][0], found["off"][0], strict=False))
             total += len(found["off"][0])
-    counts = {key: value - before[key] for key, value in _counts(engines["auto"]).items()}
+    counts = {key: value - before[key] for key, value in _counts(engines["on"]).items()}
     row = {
         "prompts": name,
         "temperature": temperature,
-        "streams": len(rates["auto"]),
+        "streams": len(rates["on"]),
         "tokens_per_second": {way: asdict(summary) for way, each in rates.items() if (summary := summarise(each))},
-        "auto_over_off": asdict(paired(rates["auto"], rates["off"])),
+        "on_over_off": asdict(paired(rates["on"], rates["off"])),
         "tokens": {"equal": equal, "of": total},
         "tokens_per_step": counts["generated_tokens"] / max(1, counts["steps"]),
         **counts,

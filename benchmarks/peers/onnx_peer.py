@@ -111,7 +111,7 @@ class Speculative:
     """`ort/PRECISION` with the drafts of `serving.load`, which decodes one prompt at a time so."""
 
     def __init__(self, request: LoadRequest) -> None:
-        self.model = load_model(request.bundle, graph=f"ort/{request.precision}", speculation="auto")
+        self.model = load_model(request.bundle, graph=f"ort/{request.precision}", speculation="on")
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """Return the greedy tokens of each row."""

@@ -59,7 +59,7 @@ def main(bundle: Bundle, graph: str, **given: Any) -> dict[str, Any]:
                 "termination": termination(server, sizes),
             }
     rounds: list[dict[str, Any]] = []
-    engine = open_engine(bundle, graph, "cpu", EngineConfig(), Observer(kept=False))
+    engine = open_engine(bundle, graph, "cpu", EngineConfig(speculation="off"), Observer(kept=False))
     with OwnServer(bundle.folder, graph) as server:
         for repeat in range(given["repeats"] + 1):
             for count in numbers_of(given["clients"]):

@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 from benchmarks.common.hardware import busy_seconds, usable_cores
-from benchmarks.common.own_server import SERVE
+from benchmarks.common.own_server import PLAIN, SERVE
 from benchmarks.common.standalone import measurement, numbers_of, run, say
 from benchmarks.serving.load import load
 from benchmarks.serving.peer_files import write_folder, write_model
@@ -54,7 +54,7 @@ class Peer:
 def peers(bundle: Path, precision: str, environments: Path, llama_server: Path | None, work: Path) -> list[Peer]:
     """Ours, and those of the others that are installed; "{port}" is replaced by the port in their commands."""
     graph = f"ort/{precision}"
-    ours = [*SERVE, str(bundle), "--graph", graph, "--port", "{port}", "--no-access-log"]
+    ours = [*SERVE, str(bundle), "--graph", graph, "--port", "{port}", "--no-access-log", *PLAIN]
     found = [Peer(OWN, ours, "/health/ready", {"text": True}, f"{graph}, 16 slots, with log-probabilities")]
     plain, port = {"text": True, "plain": True}, ["--port", "{port}", "--host", "127.0.0.1"]
     python = _python(environments, "llama")

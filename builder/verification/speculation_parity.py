@@ -42,7 +42,7 @@ def compare_speculation(
 
     Raises ParityError if a token differs, or if the deviation is over the tolerance that decides what is certain.
     """
-    backend = OnnxBackend(bundle, name, speculation="auto", prefill_graph=prefill_graph)
+    backend = OnnxBackend(bundle, name, speculation=True, prefill_graph=prefill_graph)
     step = backend.verify_step
     if step is None:
         return None

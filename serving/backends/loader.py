@@ -10,6 +10,7 @@ from typing import Any
 from serving.backends.base import Backend
 from serving.backends.devices import parse_device
 from serving.backends.prefill_graph import AUTO, SAME, find_prefill_graph
+from serving.backends.verify_steps import SpeculationMode, check_speculation, speculates
 from serving.bundle import Bundle
 from serving.errors import InputError, RuntimeMissingError
 from serving.support.suggestions import did_you_mean
@@ -27,13 +28,13 @@ def load_backend(
     graph: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    speculation: str = "off",
+    speculation: SpeculationMode = "off",
     prefill_graph: str = AUTO,
 ) -> Backend:
     """Load `bundle` in `runtime`, "onnx" or "tensorflow"; `graph` names one of the bundle's ONNX graphs.
 
     `device`, "cpu", "cuda" or "cuda:N", is where ONNX Runtime runs it, with `threads` threads; TensorFlow finds both by
-    itself. Without `graph` or `threads`, the runtime's own default is taken. `speculation`, "auto" or "off", and
+    itself. Without `graph` or `threads`, the runtime's own default is taken. `speculation` (see `speculates`) and
     `prefill_graph` (see `find_prefill_graph`) are for ONNX Runtime.
 
     Raises InputError for an unknown runtime, device or graph and for a graph of the other runtime, RuntimeMissingError
@@ -59,10 +60,12 @@ def load_backend(
             raise InputError(f"the graph {graph!r} runs in {other}, not in {runtime}; ask for '--runtime {other}'")
         if runtime == "onnx":
             arguments["graph_name"] = graph
-    if runtime == "onnx" and speculation != "off":
-        arguments["speculation"] = speculation
+    check_speculation(speculation)
     if runtime == "onnx":
-        found = find_prefill_graph(bundle, graph or "ort/fp32", prefill_graph, device)
+        name = graph or "ort/fp32"
+        if speculates(bundle, name, speculation):
+            arguments["speculation"] = True
+        found = find_prefill_graph(bundle, name, prefill_graph, device)
         arguments |= {} if found is None else {"prefill_graph": found}
     elif prefill_graph not in (AUTO, SAME):
         raise InputError(f"{runtime} has no prefill graphs; ask for {prefill_graph!r} with '--runtime onnx'")

@@ -84,7 +84,7 @@ class OnnxBackend:
         steps_per_fetch: decode steps between two fetches of tokens, if the bundle has the graphs for multi-step decode
             and no row has penalties; None means 1 on a CPU and 8 on CUDA.
         cuda_graphs: whether CUDA graphs capture those steps, even with steps_per_fetch 1.
-        speculation: "auto" to verify drafts where that gives the tokens of plain decoding, "off" not to.
+        speculation: whether to verify drafts where that gives the tokens of plain decoding.
         prefill_graph: another graph, with the same kind of KV cache, that runs the prompts, on a CPU; None means none.
     """
 
@@ -96,7 +96,7 @@ class OnnxBackend:
         device: str = "cpu",
         steps_per_fetch: int | None = None,
         cuda_graphs: bool = True,
-        speculation: str = "off",
+        speculation: bool = False,
         prefill_graph: str | None = None,
     ) -> None:
         geometry = bundle.manifest.model
@@ -114,8 +114,6 @@ class OnnxBackend:
         self.steps_per_fetch = device_steps if steps_per_fetch is None else steps_per_fetch
         if self.steps_per_fetch < 1:
             raise InputError(f"steps_per_fetch is {self.steps_per_fetch}; it must be at least 1")
-        if speculation not in ("auto", "off"):
-            raise InputError(f"speculation is {speculation!r}; it must be 'auto' or 'off'")
         self._bundle, self._threads, self._speculation = bundle, threads, speculation
         self._capture = cuda_graphs and self.device != "cpu"
         self._loops: dict[bool, MultiStepDecoder | None] = {}
@@ -135,13 +133,13 @@ class OnnxBackend:
         """That of `prefill_graph`, if there is one."""
         if prefill_graph is not None:
             self._prefill_session = open_graph(bundle, prefill_graph, device, threads, spin=False)
-        self._offsets = self._speculates = proven and speculation == "auto"
+        self._offsets = self._speculates = proven and speculation
         if self.device == "cpu":
             self._offsets = any(value.name == OFFSETS for value in self._session.get_inputs())
         else:
             check_provider(self.device)
         self._verifier: VerifySession | None = None
-        if speculation == "auto" and self.device == "cpu" and self.steps_per_fetch == 1 and not self._offsets:
+        if speculation and self.device == "cpu" and self.steps_per_fetch == 1 and not self._offsets:
             self._verifier = open_verify_session(bundle, graph_name, threads, self._session)
         self.verify_step = FP32_STEP if self._offsets else CHAIN_STEP if self._verifier else None
         """See `SpeculativeBackend.verify_step`."""
@@ -155,7 +153,7 @@ class OnnxBackend:
         """The session of a step. On CUDA it opens only for batches that multi-step decode cannot run."""
         width = self._bundle.manifest.model.n_embd
         edit = (lambda data: with_offsets(data, width)) if self._speculates else None
-        two = self._speculation == "auto" and wants_verify_session(self._bundle, self.name)
+        two = self._speculation and wants_verify_session(self._bundle, self.name)
         spin = not two or is_small(self._bundle, self.name)
         return open_graph(self._bundle, self.name, self._device_name, self._threads, edit=edit, spin=spin)
 

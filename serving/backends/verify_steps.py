@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from serving.backends.base import VerifyStep
 from serving.bundle import Bundle
+from serving.errors import InputError
+
+SpeculationMode = Literal["auto", "on", "off"]
+"""Whether a sequence that runs alone is decoded speculatively: see `speculates`."""
 
 FP32_STEP = VerifyStep(8, tolerance=5e-5, base_cost=0.03, token_cost=0.045)
 """fp32 on a CPU: a chunk in the session of single-token steps. The tolerance is several times the largest difference
@@ -17,6 +23,22 @@ MAX_WEIGHTS = 512 << 20
 
 _SMALL = 32 << 20
 """Bytes of a graph whose verify steps take one thread. A step of such a graph has little to divide."""
+
+
+def check_speculation(mode: str) -> None:
+    """Raise InputError unless `mode` is a SpeculationMode."""
+    if mode not in get_args(SpeculationMode):
+        raise InputError(f"speculation is {mode!r}; it must be 'auto', 'on' or 'off'")
+
+
+def speculates(bundle: Bundle, graph_name: str, mode: SpeculationMode) -> bool:
+    """Whether `mode` has a graph decode speculatively, as far as its backend can with the tokens of plain decoding.
+
+    "auto" does where the certificate compared the two and no second session is needed, which is ort/fp32.
+    """
+    if mode == "auto":
+        return bundle.graph(graph_name).precision == "fp32" and bool(bundle.manifest.parity.get("speculation"))
+    return mode == "on"
 
 
 def is_small(bundle: Bundle, graph_name: str) -> bool:

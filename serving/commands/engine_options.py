@@ -58,9 +58,10 @@ ENGINE_OPTIONS = [
                  help="Reuse the KV cache of prompts that begin alike. With API keys, each key has its own prefixes."),
     click.option("--threads", type=click.IntRange(1, 1024),
                  help="Number of ONNX Runtime threads of each replica.  [default: the cores, divided by the replicas]"),
-    click.option("--speculation", type=click.Choice(["auto", "off"]),
-                 help="Verify several drafted tokens in one step while a sequence runs alone, where that gives the "
-                      "same tokens (auto), or never (off).  [default: off]"),
+    click.option("--speculation", type=click.Choice(["auto", "on", "off"]),
+                 help="Verify several drafted tokens in one step while a sequence runs alone, with the same tokens: "
+                      "where the certificate proves it for ort/fp32 (auto), also in quantized graphs, which take a "
+                      "second copy of their weights (on), or never (off).  [default: auto]"),
     click.option("--prefill-graph", type=GraphName(), metavar="NAME",
                  help="Prefill prompts with this ONNX graph: auto is the one that the certificate names for --graph "
                       "(ort/int8 for ort/int4), which takes memory of its own, and same is --graph itself.  "

@@ -46,10 +46,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--speculation",
-    default="off",
+    default="auto",
     show_default=True,
-    type=click.Choice(["auto", "off"]),
-    help="Verify several drafted tokens in one step where that gives the same tokens (auto), or never (off).",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Verify several drafted tokens in one step, with the same tokens: where the certificate proves it for "
+    "ort/fp32 (auto), also in quantized graphs, which take a second copy of their weights (on), or never (off).",
 )
 @click.option(
     "--prefill-graph",
@@ -83,7 +84,7 @@ def generate(
     graph: str | None,
     device: str,
     threads: int | None,
-    speculation: Literal["auto", "off"],
+    speculation: Literal["auto", "on", "off"],
     prefill_graph: str,
     as_json: bool,
     chat: bool,

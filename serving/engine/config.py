@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from serving.backends.prefill_graph import AUTO, find_prefill_graph
-from serving.backends.verify_steps import wants_verify_session
+from serving.backends.verify_steps import SpeculationMode, check_speculation, wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.slot_backend import cache_bytes, scored_tokens
 from serving.errors import InputError
@@ -41,8 +40,9 @@ class EngineConfig:
     """Maximum number of waiting requests; from 0 to 1000000. Further ones are refused."""
     threads: int | None = None
     """Threads of the runtime, from 1 to 1024; None means the runtime's default."""
-    speculation: Literal["auto", "off"] = "off"
-    """Whether a sequence that runs alone is decoded speculatively, where that gives the tokens of plain decoding."""
+    speculation: SpeculationMode = "auto"
+    """Whether a sequence that runs alone is decoded speculatively, with the tokens of plain decoding: see
+    `serving.backends.verify_steps.speculates`."""
     prefill_graph: str = AUTO
     """The graph that prefills prompts: "auto" for the one that the certificate names for the graph that decodes, if
     any; "same" for that graph itself; or a name."""
@@ -66,8 +66,7 @@ class EngineConfig:
         slowdown = self.prefill_slowdown
         if isinstance(slowdown, bool) or not 1 <= slowdown <= 1000:
             raise InputError(f"prefill_slowdown is {slowdown!r}; it must be a number from 1 to 1000")
-        if self.speculation not in ("auto", "off"):
-            raise InputError(f"speculation is {self.speculation!r}; it must be 'auto' or 'off'")
+        check_speculation(self.speculation)
         if not isinstance(self.prefill_graph, str) or not self.prefill_graph:
             raise InputError(f"prefill_graph is {self.prefill_graph!r}; it must be 'auto', 'same' or a graph's name")
         timeout = self.default_timeout
@@ -104,7 +103,7 @@ def estimate_memory(bundle: Bundle, graph_name: str, config: EngineConfig, devic
     geometry, graph = bundle.manifest.model, bundle.graph(graph_name)
     dtypes = [spec.dtype for name, spec in graph.inputs.items() if name.startswith("past_key_values.")]
     length = config.length(geometry.n_positions)
-    sessions = 1 + (config.speculation == "auto" and wants_verify_session(bundle, graph_name))
+    sessions = 1 + (config.speculation == "on" and wants_verify_session(bundle, graph_name))
     prefill_graph = find_prefill_graph(bundle, graph_name, config.prefill_graph, device)
     prefill_weights = 0 if prefill_graph is None else 2 * bundle.graph_size(prefill_graph)
     return MemoryEstimate(

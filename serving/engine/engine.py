@@ -16,6 +16,7 @@ from serving.backends.base import NextTokens
 from serving.backends.devices import parse_device
 from serving.backends.loader import runtime_errors
 from serving.backends.prefill_graph import find_prefill_graph
+from serving.backends.verify_steps import speculates
 from serving.bundle import Bundle
 from serving.engine.api import DrainingError, EngineStats, GenerationRequest, Listener, Observer, QueueFullError
 from serving.engine.config import SHARED_CHUNK, EngineConfig
@@ -62,7 +63,7 @@ def open_engine(
             max_length=config.length(geometry.n_positions),
             threads=config.threads,
             device=device,
-            speculation=config.speculation == "auto",
+            speculation=speculates(bundle, graph, config.speculation),
             prefill_graph=prefill_graph,
         )
     table = load_ngram_table(bundle) if backend.verify_step is not None else None
@@ -99,7 +100,7 @@ class SlotEngine:
         self.eos_token_id, self.tokenizer = eos_token_id, tokenizer
         self._token_bytes = TokenBytes(tokenizer)
         self._backend, self._clock = backend, clock
-        speculate = self.config.speculation == "auto"
+        speculate = self.config.speculation != "off"
         self._core = Core(backend, _scheduler(backend, self.config), observer, clock, speculate, table)
         # Guards the attributes below. The thread waits on it for work, and `drain` for the end of all work.
         self._changed = threading.Condition()

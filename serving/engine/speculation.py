@@ -73,7 +73,7 @@ class Speculation:
         state = sequence.speculation
         if state is None:
             state = sequence.speculation = self._open(sequence)
-        if state.target is not None:
+        if state.target is not None or state.pace.never:
             return None
         self._alone, self._began = sequence, self._clock()
         self._drafted = self._began
@@ -107,7 +107,8 @@ class Speculation:
         assert self._step is not None and self._pacing is not None
         pace = self._pacing.pace(sequence.params, sequence.request.submitted.logprobs is not None)
         state = SpeculationState(Drafter(self._step.tokens, pace, self._table), pace)
-        state.drafter.extend(sequence.request.prompt)
+        if not pace.never:
+            state.drafter.extend(sequence.request.prompt)
         return state
 
     def on_accepted(self, sequence: EngineSequence, position: int) -> None:

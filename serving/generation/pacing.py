@@ -137,10 +137,13 @@ class Pace:
     rule may lose. Verify steps that give too few tokens lower it, and so do the time to look for drafts and repeated
     positions. Where it falls below -TRIAL, drafts pause. The next pause is twice as long unless drafts gained in
     between, so drafts that do not hold lose a share of the time that goes to zero.
+
+    Attributes:
+        never: whether sequences of the kind do not draft at all, so that their steps need not be measured.
     """
 
     def __init__(self, verify: VerifyCost, measured: bool = True, never: bool = False) -> None:
-        self._verify, self._measured, self._never = verify, measured, never
+        self._verify, self._measured, self.never = verify, measured, never
         self._plain, self._token, self._drafting = Typical(), Typical(), Typical()
         self._checked, self._next = Typical(), Typical()
         """Plain steps after inexact positions, whose tokens are checked, and those right after a verify step."""
@@ -152,7 +155,7 @@ class Pace:
     @property
     def drafts(self) -> bool:
         """Whether the next step may verify a draft."""
-        return not self._never and not self._wait and self._in_a_row < _PLAIN_EVERY
+        return not self.never and not self._wait and self._in_a_row < _PLAIN_EVERY
 
     def costs(self) -> tuple[float, float, float]:
         """What a verify step takes, in plain steps: itself, each drafted token, and each token that it gives."""

@@ -129,12 +129,12 @@ def test_load_asks_for_graph_runtime_and_device(bundle_folder: Path, monkeypatch
     load(bundle_folder)
     load(str(bundle_folder), graph="ort/int8", device="cuda:1")
     load(bundle_folder, runtime="tensorflow")
-    load(bundle_folder, threads=3, speculation="auto", prefill_graph="same")
+    load(bundle_folder, threads=3, speculation="on", prefill_graph="same")
     assert asked == [
-        ("onnx", None, "cpu", None, "off", "auto"),
-        ("onnx", "ort/int8", "cuda:1", None, "off", "auto"),
-        ("tensorflow", None, "cpu", None, "off", "auto"),
-        ("onnx", None, "cpu", 3, "auto", "same"),
+        ("onnx", None, "cpu", None, "auto", "auto"),
+        ("onnx", "ort/int8", "cuda:1", None, "auto", "auto"),
+        ("tensorflow", None, "cpu", None, "auto", "auto"),
+        ("onnx", None, "cpu", 3, "on", "same"),
     ]
 
 

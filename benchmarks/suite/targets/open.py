@@ -206,7 +206,7 @@ def _engine(bundle: Bundle, graph: str, prefill: str, slots: int) -> Engine:
     from serving.engine.engine import open_engine
 
     # All requests of a schedule may come at once; what the engine cannot run waits.
-    config = EngineConfig(slots=slots, queue_limit=_QUEUE, prefill_graph=prefill)
+    config = EngineConfig(slots=slots, queue_limit=_QUEUE, speculation="off", prefill_graph=prefill)
     return open_engine(bundle, graph, config=config)
 
 

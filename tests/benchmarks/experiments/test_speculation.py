@@ -28,7 +28,7 @@ def test_a_record_has_rates_acceptance_and_equality(real_bundle: Path, tmp_path:
     ]  # fmt: skip
     for row in record["rows"]:
         assert row["tokens"] == {"equal": 24 * row["streams"], "of": 24 * row["streams"]}
-        assert row["generated_tokens"] == 24 * row["streams"] and row["tokens_per_second"]["auto"]["median"] > 0
+        assert row["generated_tokens"] == 24 * row["streams"] and row["tokens_per_second"]["on"]["median"] > 0
         assert row["accepted_prompt_tokens"] <= row["drafted_prompt_tokens"]
 
 

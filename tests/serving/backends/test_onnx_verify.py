@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from builder.verification.speculation_parity import compare_speculation
 from serving.backends.onnx import OnnxBackend
 from serving.backends.onnx_session import open_graph
 from serving.backends.onnx_verify import CHAIN, VerifySession, with_chains
-from serving.backends.verify_steps import CHAIN_STEP, MAX_WEIGHTS, wants_verify_session
+from serving.backends.verify_steps import CHAIN_STEP, MAX_WEIGHTS, SpeculationMode, speculates, wants_verify_session
 from serving.bundle import Bundle
 from serving.engine.config import EngineConfig, estimate_memory
 from serving.engine.engine import open_engine
@@ -74,7 +75,7 @@ def test_the_padding_may_stand_after_the_context(int8: Bundle) -> None:
 @pytest.mark.usefixtures("eager")
 def test_generation(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
-    plain, ours = OnnxBackend(int8, "ort/int8"), OnnxBackend(int8, "ort/int8", speculation="auto")
+    plain, ours = OnnxBackend(int8, "ort/int8"), OnnxBackend(int8, "ort/int8", speculation=True)
     assert plain.verify_step is None and ours.verify_step == CHAIN_STEP
     for seed in range(6):
         for params in SETTINGS:
@@ -86,7 +87,7 @@ def test_generation(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("eager")
 def test_two_streams_take_turns(int8: Bundle) -> None:
-    backend = OnnxBackend(int8, "ort/int8", speculation="auto")
+    backend = OnnxBackend(int8, "ort/int8", speculation=True)
     params, prompts = SamplingParams(max_new_tokens=30, ignore_eos=True), [REPEATED, REPEATED[3:]]
     alone = [list(stream(backend, prompt, params, 256)) for prompt in prompts]
     together = list(zip(*(stream(backend, prompt, params, 256) for prompt in prompts), strict=True))
@@ -96,15 +97,15 @@ def test_two_streams_take_turns(int8: Bundle) -> None:
 @pytest.mark.usefixtures("eager")
 def test_an_engine(int8: Bundle) -> None:
     results = []
-    for speculation in ("auto", "off"):
-        config = EngineConfig(slots=3, speculation=speculation)  # type: ignore[arg-type]
+    for speculation in get_args(SpeculationMode):
+        config = EngineConfig(slots=3, speculation=speculation)
         engine = open_engine(int8, "ort/int8", config=config)
         try:
             results.append(_texts(engine))
-            assert (engine.stats().accepted_prompt_tokens > 0) == (speculation == "auto")
+            assert (engine.stats().accepted_prompt_tokens > 0) == (speculation == "on")
         finally:
             engine.close()
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
 
 
 def test_where_bits_differ_nothing_is_speculated(int8: Bundle, int4: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ def test_where_bits_differ_nothing_is_speculated(int8: Bundle, int4: Bundle, mon
     assert VerifySession(int8, "ort/int8", 1, session).exact
     assert not VerifySession(int8, "ort/int8", 1, open_graph(int4, "ort/int4", "cpu", 1)).exact
     monkeypatch.setattr(VerifySession, "_compare", lambda *_: False)
-    assert OnnxBackend(int8, "ort/int8", speculation="auto").verify_step is None
+    assert OnnxBackend(int8, "ort/int8", speculation=True).verify_step is None
     backend = OnnxSlotBackend(int8, "ort/int8", slots=1, max_length=48, speculation=True)
     assert backend.verify_step is None
     backend.close()
@@ -129,10 +130,12 @@ def test_the_certificate(int8: Bundle) -> None:
 
 def test_a_large_graph_gets_no_second_session(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wants_verify_session(int8, "ort/int8") and int8.graph_size("ort/int8") < MAX_WEIGHTS
-    on, off = (estimate_memory(int8, "ort/int8", EngineConfig(speculation=each)) for each in ("auto", "off"))
+    on, off = (estimate_memory(int8, "ort/int8", EngineConfig(speculation=each)) for each in ("on", "off"))
     assert on.weights == 2 * off.weights
+    proven = replace(int8, manifest=replace(int8.manifest, parity={"speculation": {"verified": {"of": 1}}}))
+    assert speculates(proven, "ort/int8", "on") and not speculates(proven, "ort/int8", "auto")
     monkeypatch.setattr("serving.backends.verify_steps.MAX_WEIGHTS", int8.graph_size("ort/int8") - 1)
-    assert OnnxBackend(int8, "ort/int8", speculation="auto").verify_step is None
+    assert OnnxBackend(int8, "ort/int8", speculation=True).verify_step is None
 
 
 def test_a_graph_of_other_nodes_stays_as_it_is(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_alone_is_in_company(pair: tuple[Bundle, str, str], chunk: int | None) -
 def test_speculation_changes_no_token(bundles: dict[str, Bundle], sampling: dict[str, Any]) -> None:
     bundle = bundles["int8 after fp32"]
     plain, ours = (
-        OnnxBackend(bundle, "ort/int8", speculation=each, prefill_graph="ort/fp32") for each in ("off", "auto")
+        OnnxBackend(bundle, "ort/int8", speculation=each, prefill_graph="ort/fp32") for each in (False, True)
     )
     assert ours.verify_step is not None
     for prompt in PROMPTS:
@@ -220,7 +220,7 @@ def test_speculation_changes_no_token(bundles: dict[str, Bundle], sampling: dict
 
 def test_graphs_of_fp32_verify_nothing_on_the_prompts_graph(tmp_path: Path) -> None:
     bundle = write_pair(tmp_path / "bundle", ("fp32", "int8"), ())
-    assert OnnxBackend(bundle, "ort/fp32", speculation="auto", prefill_graph="ort/int8").verify_step is None
+    assert OnnxBackend(bundle, "ort/fp32", speculation=True, prefill_graph="ort/int8").verify_step is None
     backend = OnnxSlotBackend(bundle, "ort/fp32", slots=1, max_length=40, speculation=True, prefill_graph="ort/int8")
     assert backend.verify_step is None
     backend.close()

@@ -227,8 +227,12 @@ def test_loader_asks_for_what_the_graph_needs(bundle_folder: Path, monkeypatch: 
     assert options.options == {"device": "cuda"}
     options = loader.load_backend(bundle, "onnx", threads=3)
     assert options.options == {"threads": 3}
-    options = loader.load_backend(bundle, "onnx", speculation="auto")
-    assert options.options == {"speculation": "auto"}
+    options = loader.load_backend(bundle, "onnx", speculation="on")
+    assert options.options == {"speculation": True}
+    options = loader.load_backend(bundle, "onnx", speculation="off")
+    assert options.options == {}
+    with pytest.raises(InputError, match="speculation is 'fast'"):
+        loader.load_backend(bundle, "onnx", speculation="fast")
     options = loader.load_backend(bundle, "tensorflow", speculation="auto")
     assert options.options == {}
     for runtime, device, message in [("onnx", "cud", "did you mean 'cuda'"), ("tensorflow", "cuda", "--runtime onnx")]:

@@ -128,7 +128,7 @@ def test_it_is_a_front_to_another_server_and_speaks_grpc(real_bundle: Path) -> N
         (["--device", "cpu", "--runtime", "tensorflow"], 2, "--device is for --runtime onnx"),
         (["--prefill-slowdown", "2", "--runtime", "tensorflow"], 2, "--prefill-slowdown is for --runtime onnx"),
         (["--prefill-slowdown", "2", "--prefill-chunk", "16"], 2, "exclude each other"),
-        (["--speculation", "on"], 2, "'on' is not one of"),
+        (["--speculation", "fast"], 2, "'fast' is not one of"),
         (["--speculation", "off", "--runtime", "tensorflow"], 2, "--speculation is for --runtime onnx"),
     ],
 )

@@ -306,8 +306,8 @@ def test_a_backend_whose_tolerance_is_not_known_does_not_speculate() -> None:
 
 
 def test_the_setting() -> None:
-    with pytest.raises(InputError, match="speculation is 'on'"):
-        EngineConfig(speculation="on")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="speculation is 'fast'"):
+        EngineConfig(speculation="fast")  # type: ignore[arg-type]
 
 
 def test_a_prompt_of_one_repeated_token_is_indexed_in_time_linear_in_its_length() -> None:

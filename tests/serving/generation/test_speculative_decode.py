@@ -138,7 +138,7 @@ def bundle(real_bundle: Path) -> Bundle:
 @pytest.mark.usefixtures("eager")
 def test_a_real_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
-    plain, ours = OnnxBackend(bundle), OnnxBackend(bundle, speculation="auto")
+    plain, ours = OnnxBackend(bundle), OnnxBackend(bundle, speculation=True)
     assert plain.verify_step is None and ours.verify_step is not None
     for seed in range(8):
         for params in SETTINGS:
@@ -151,7 +151,7 @@ def test_a_real_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("eager")
 def test_two_streams_take_turns(bundle: Bundle) -> None:
     """Each has its own KV cache and its own logits."""
-    backend, params = OnnxBackend(bundle, speculation="auto"), SamplingParams(max_new_tokens=30, ignore_eos=True)
+    backend, params = OnnxBackend(bundle, speculation=True), SamplingParams(max_new_tokens=30, ignore_eos=True)
     prompts = [REPEATED, REPEATED[3:]]
     alone = [list(stream(backend, prompt, params, END)) for prompt in prompts]
     together = list(zip(*(stream(backend, prompt, params, END) for prompt in prompts), strict=True))
@@ -162,14 +162,14 @@ def test_two_streams_take_turns(bundle: Bundle) -> None:
 def test_a_real_engine(bundle: Bundle) -> None:
     """Alone, and with others that join in the middle."""
     results = []
-    for speculation in ("auto", "off"):
+    for speculation in ("on", "off"):
         engine = open_engine(bundle, config=EngineConfig(slots=3, speculation=speculation))  # type: ignore[arg-type]
         try:
             results.append(_texts(engine))
             stats = engine.stats()
         finally:
             engine.close()
-        assert (stats.accepted_prompt_tokens > 0) == (speculation == "auto")
+        assert (stats.accepted_prompt_tokens > 0) == (speculation == "on")
     assert results[0] == results[1]
 
 
@@ -201,15 +201,23 @@ def _texts(engine: Any) -> list[list[int]]:
 
 
 def test_the_portable_graph_decodes_plainly(bundle: Bundle) -> None:
-    assert OnnxBackend(bundle, "onnx/portable", speculation="auto").verify_step is None
+    assert OnnxBackend(bundle, "onnx/portable", speculation=True).verify_step is None
 
 
 def test_the_setting(real_bundle: Path) -> None:
-    assert serving.load(real_bundle).generate("abcabcabc", max_new_tokens=20) == serving.load(
-        real_bundle, speculation="off"
-    ).generate("abcabcabc", max_new_tokens=20)
-    with pytest.raises(InputError, match="speculation is 'on'"):
-        serving.load(real_bundle, speculation="on")  # type: ignore[arg-type]
+    on, off = (serving.load(real_bundle, speculation=mode) for mode in ("on", "off"))  # type: ignore[arg-type]
+    assert on.generate("abcabcabc", max_new_tokens=20) == off.generate("abcabcabc", max_new_tokens=20)
+    with pytest.raises(InputError, match="speculation is 'fast'"):
+        serving.load(real_bundle, speculation="fast")  # type: ignore[arg-type]
+
+
+def test_by_itself_it_needs_proof_and_no_second_session(bundle: Bundle) -> None:
+    """What `serve` does where nothing is asked for."""
+    proven = replace(bundle, manifest=replace(bundle.manifest, parity={"speculation": {"verified": {"of": 1}}}))
+    engines = [open_engine(each, config=EngineConfig(slots=1)) for each in (bundle, proven)]
+    for engine in engines:
+        engine.close()
+    assert [engine._backend.verify_step for engine in engines] == [None, FP32_STEP]  # type: ignore[attr-defined]
 
 
 def test_the_certificate_compares_every_token_and_refuses_another(
