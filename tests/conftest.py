@@ -15,8 +15,8 @@ from tests.tiny_build import Fails, TinyBuild, write_corpus
 
 # A test that reads the standard error stream may run after one that loads TensorFlow by its official messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# A stopwatch would fail on a busy machine.
-settings.register_profile("tests", deadline=None)
+# The same examples in every run; a stopwatch would fail on a busy machine.
+settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 _LOGGERS = ("gpt2_bundle", "gpt2_bundle.access", "serving", "uvicorn")
 

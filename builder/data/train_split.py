@@ -48,8 +48,11 @@ class Sizes:
 
 
 def is_near(held_out: int, total: int, fraction: float) -> bool:
-    """Return whether this many characters of all are near the share to hold out, and no more than the half."""
-    return fraction * total / _NEAR <= held_out <= min(_NEAR * fraction * total, (total + 1) / 2)
+    """Return whether this many characters of all are near the share to hold out, and no more than the half.
+
+    One character is not: nothing would be left to train on.
+    """
+    return held_out < total and fraction * total / _NEAR <= held_out <= min(_NEAR * fraction * total, (total + 1) / 2)
 
 
 def split_by_size(sizes: Sizes, reread: Reread, fraction: float) -> Iterator[tuple[Document, bool]]:

@@ -68,6 +68,12 @@ def test_a_record_of_megabytes_and_a_small_one(tmp_path: Path) -> None:
     assert 0.04 < prepared(path, tmp_path / "out") < 0.06
 
 
+def test_one_character_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(InputError, match="1 characters in 1 document are too few to hold out"):
+        prepared(path, tmp_path / "out", 0.5)
+
+
 def test_records_that_may_not_be_cut_are_refused_with_the_share_that_is_possible(tmp_path: Path) -> None:
     asked = InstructionRecipe(prompt_field="q", response_field="a")
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": f"{n}+{n}?", "a": str(2 * n) * 30} for n in range(10, 15)])
@@ -98,7 +104,9 @@ def test_any_shape_of_plain_documents(tmp_path: Path, sizes: list[int], line: in
         assert "too few to hold out" in str(error)
         assert sum(sizes) <= 60 / fraction, "enough text for twenty characters"
         return
-    assert fraction / 2 <= share <= min(0.51, 2 * fraction)
+    # Half of 23 characters is 12.
+    most = max(0.51, (sum(sizes) + 1) / (2 * sum(sizes)))
+    assert fraction / 2 <= share <= min(most, 2 * fraction)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
