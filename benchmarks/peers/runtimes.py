@@ -74,10 +74,10 @@ CPU = (
 
 SPECULATION = (
     *(each for each in CPU if each.name.split("/")[0] in ("ort", "openvino", "llama")),
-    # int4 does not speculate.
+    # A graph whose verify steps have other bits on this processor decodes plainly.
     *(
         Runtime(f"ort-speculative/{precision}", "onnx_peer", precision, ("--speculation",), bounded=False)
-        for precision in ("fp32", "int8")
+        for precision in PRECISIONS
     ),
     *(
         Runtime(f"{peer}-lookup/{precision}", f"{peer}_peer", precision, ("--lookup",), environment=peer, bounded=False)
