@@ -22,6 +22,8 @@ from serving.server.registry import ModelRegistry, ServedModel
 _BINARY = "application/octet-stream"
 _BYTES = {"type": "string", "format": "binary", "description": "The JSON, and behind it the tensors' bytes."}
 _REF = "#/components/schemas/{model}"
+_SHARED = "/v1/models/{model}"
+"""OpenAI's and TensorFlow Serving's clients ask here, and each get their own kind of answer and of error."""
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 # By method and path: the body, the answer, and the statuses beside 200, 401, 429 and 500.
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel], tuple[int, ...]]] = {
@@ -91,7 +93,8 @@ def description(routes: Sequence[BaseRoute], models: Sequence[ServedModel] = ())
     """The OpenAPI document of `routes` of a server of `models`. Routes without schemas give any JSON."""
     names = sorted({model.name for model in models})
     given = examples(models[0].example_prompt, models[0].example_message) if models else examples("", None)
-    bodies = {each for body, answer, _ in _BODIES.values() for each in (body, answer) if each} | {schema.Error}
+    bodies: set[type[BaseModel]] = {schema.Error, schema.ModelStatus}
+    bodies |= {each for body, answer, _ in _BODIES.values() for each in (body, answer) if each}
     ordered = sorted(bodies, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_REF)
     paths: dict[str, Any] = {}
@@ -138,13 +141,18 @@ def _operation(route: Route, method: str, names: Sequence[str], example: Any) ->
     if route.path not in OPEN_PATHS:
         operation["security"] = [{}, {"key": []}]
         statuses = (401, 429, 500, *statuses)
-    error = "Error" if openai_shaped(route.path) else "PlainError"
-    content = {"application/json": {"schema": {"$ref": _REF.format(model=error)}}}
+    errors = ("Error", "PlainError") if openai_shaped(route.path) else ("PlainError",)
+    content = {"application/json": {"schema": _any_of(*(errors if route.path == _SHARED else errors[:1]))}}
     for status in sorted(statuses):
         operation["responses"][str(status)] = {"description": _SENTENCES[status], "content": content}
     if route.path.endswith("/ready"):
         operation["responses"]["503"] = {"description": "Not ready; the reason is in the answer."}
     return operation
+
+
+def _any_of(*names: str) -> dict[str, Any]:
+    references = [{"$ref": _REF.format(model=name)} for name in names]
+    return references[0] if len(references) == 1 else {"anyOf": references}
 
 
 def _parameter(name: str, names: Sequence[str]) -> dict[str, Any]:
@@ -165,7 +173,8 @@ def _ok(path: str, answer: type[BaseModel] | None) -> dict[str, Any]:
         return {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     content: dict[str, Any] = {"application/json": {"schema": {}}}
     if answer is not None:
-        content = {"application/json": {"schema": {"$ref": _REF.format(model=answer.__name__)}}}
+        names = [answer.__name__, *([schema.ModelStatus.__name__] if path == _SHARED else [])]
+        content = {"application/json": {"schema": _any_of(*names)}}
     if answer is schema.Completion:
         content["text/event-stream"] = {
             "example": 'data: {"choices": [{"index": 0, "text": "..."}]}\n\ndata: [DONE]\n\n'

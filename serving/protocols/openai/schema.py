@@ -158,6 +158,12 @@ class VersionState(BaseModel):
     status: dict[str, str]
 
 
+class ModelStatus(BaseModel):
+    """What TensorFlow Serving's clients get of a model."""
+
+    model_version_status: list[VersionState]
+
+
 class ModelCard(BaseModel):
     """A model that is served here, as OpenAI, KServe's V1 protocol and TensorFlow Serving describe it."""
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -79,6 +80,23 @@ def test_examples_and_their_answers_fit_the_schemas(client: TestClient, key: str
     answer = client.post(path, json=EXAMPLES[key])
     assert answer.status_code == 200
     answers[path].model_validate_json(answer.content, strict=True, extra="forbid")
+
+
+@pytest.mark.parametrize("name", ["tiny", "none"])
+@pytest.mark.parametrize("key", [None, "Bearer none"])
+def test_both_kinds_of_clients_get_a_described_answer_about_a_model(
+    client: TestClient, name: str, key: str | None
+) -> None:
+    """OpenAI's clients send a key and ask for JSON; TensorFlow Serving's do neither."""
+    document = client.get("/openapi.json").json()
+    headers = {"Accept": "*/*"} if key is None else {"Accept": "application/json", "Authorization": key}
+    answer = client.get(f"/v1/models/{name}", headers=headers)
+    found = answer.json()
+    assert isinstance(found.get("error"), dict) or "id" in found or key is None
+    assert isinstance(found.get("error"), str) or list(found) == ["model_version_status"] or key is not None
+    described = document["paths"]["/v1/models/{model}"]["get"]["responses"][str(answer.status_code)]
+    wanted = described["content"]["application/json"]["schema"]
+    jsonschema.validate(found, {**wanted, "components": document["components"]})
 
 
 def test_a_whole_number_may_have_a_point(client: TestClient) -> None:
