@@ -17,7 +17,7 @@ import click
 
 from benchmarks.common.runtime_process import ROOT
 from benchmarks.common.standalone import run
-from benchmarks.common.statistics import SAME
+from benchmarks.common.statistics import SAME, UNKNOWN
 from benchmarks.peers.runtimes import PRECISIONS, own
 from benchmarks.suite.record import read_record
 from benchmarks.suite.report.tables import median_of
@@ -230,7 +230,7 @@ def _cell(point: Mapping[str, Any] | None, runtime: str, figure: str) -> str:
     if point is None or row is None or value is None:
         return ""
     text = f"{value:,.1f}" if value >= 100 or figure == "prefill_ms" else f"{value:.2f}"
-    return f"**{text}**" if row["target"] in _best(point, figure) else text
+    return f"**{text}**" if row["target"] in _best(point, figure) and not _unjudged(point, figure) else text
 
 
 def _best(point: Mapping[str, Any], figure: str) -> list[str]:
@@ -243,9 +243,15 @@ def _best(point: Mapping[str, Any], figure: str) -> list[str]:
     return [min(measured, key=lambda name: measured[name])] if measured else []
 
 
+def _unjudged(point: Mapping[str, Any], figure: str) -> bool:
+    """Whether a point was compared in too few rounds. A record without any comparison is described as such."""
+    found = point["comparisons"].get(figure)
+    return found is not None and any(each["call"] == UNKNOWN for each in found["over_best"].values())
+
+
 def _ahead(point: Mapping[str, Any], figure: str) -> str:
     best, ours = _best(point, figure), own(point["settings"]["precision"])
-    if point["comparisons"].get(figure) is None:
+    if point["comparisons"].get(figure) is None or _unjudged(point, figure):
         return f"{best[0]} fastest (too few rounds for a verdict)" if best else "not measured"
     return (
         f"{best[0]} ahead"

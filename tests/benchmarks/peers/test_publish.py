@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.common.runtime_process import ROOT
-from benchmarks.common.statistics import SAME
+from benchmarks.common.statistics import SAME, UNKNOWN
 from benchmarks.peers.publish import PAGES, chart, conditions, main, newest_record, summary, table
 from benchmarks.suite.record import read_record
 from serving.errors import GPT2BundleError, InputError
@@ -74,6 +74,11 @@ def test_bold_is_whoever_is_not_distinguishable_from_the_best(record):
     assert "decode openvino/int8, ort/int8 not distinguishable" in told and "equal" not in told
     over["ort/int8"]["call"] = "higher"
     assert "decode openvino/int8 ahead" in "\n".join(conditions(made))
+    for each in over.values():
+        each["call"] = UNKNOWN
+    (line,) = (line for line in summary(made).splitlines() if line.startswith("| 4 |"))
+    assert f"**{steps['openvino/int8']:.2f}**" not in line
+    assert "decode openvino/int8 fastest (too few rounds for a verdict)" in "\n".join(conditions(made))
     point["session"]["others_cpu_share"] = 0.2
     assert "DISTURBED: other programs took 20% of the cores" in table(made, "r.json")
 
