@@ -22,6 +22,7 @@ from builder.onnx_export.markers import MICROSOFT
 OPSET = 24
 """The first with TensorScatter."""
 _SCALES = 12  # GroupQueryAttention's place for k_scale; v_scale follows it.
+_ANY_LENGTH = 1 << 20  # A block of DequantizeLinear that no KV cache is longer than.
 _SINK = 11
 # A sink that takes no share of the attention. With one, ONNX Runtime multiplies whole matrices; without, it goes
 # through them in tiles, which for prompts of some hundred tokens takes longer.
@@ -47,6 +48,8 @@ class Int8Attention:
         axis = self.shared.constant(1, np.int64)
         self._columns = self.shared.node("Shape", "input_ids", start=1, end=2)
         self._is_prompt = self.shared.node("Greater", self._columns, axis)
+        rows = self.shared.node("Shape", "input_ids", start=0, end=1)
+        self._per_row = self.shared.node("Concat", rows, self._constant([1, 1, 1]), axis=0)
 
     def attend(self, node: Any, key_scale: str, value_scale: str, per_step: str) -> Any:
         """The node for the GroupQueryAttention `node`, whose caches are int8 now.
@@ -69,9 +72,8 @@ class Int8Attention:
         qkv, _, _, past_key, past_value, last, total = node.input[:7]
         b, constant, width = GraphBuilder(f"{node.name}_"), self._constant, self.heads * self.head_dim
         axis, end = constant([2]), b.node("Reshape", b.node("Cast", total, to=TensorProto.INT64), constant([1]))
-        query = b.node("Slice", qkv, constant([0]), constant([width]), axis)
+        query, new = b.node("Split", qkv, constant([width, 2 * width]), outputs=2, axis=2)
         nothing = b.node("Slice", query, constant([0]), constant([0]), constant([1]))
-        new = b.node("Slice", qkv, constant([width]), constant([3 * width]), axis)
         new = b.node("QuantizeLinear", b.node("Mul", new, per_step), constant(1, np.float32), constant(0, np.int8))
         new = b.node("Reshape", new, constant([0, 0, 2 * self.heads, self.head_dim]))
         parts = b.node("Split", b.node("Transpose", new, perm=(0, 2, 1, 3)), outputs=2, axis=1, num_outputs=2)
@@ -83,7 +85,9 @@ class Int8Attention:
         for past, part, scale in zip((past_key, past_value), parts, (key_scale, value_scale), strict=True):
             outputs.append(b.node("TensorScatter", past, part, start, axis=2))
             seen = b.node("Slice", outputs[-1], constant([0]), end, axis)
-            widened.append(b.node("Mul", b.node("Cast", seen, to=TensorProto.FLOAT), scale))
+            # All positions are one block: of DequantizeLinear's forms, that one runs on all threads.
+            scales = b.node("Expand", scale, self._per_row)
+            widened.append(b.node("DequantizeLinear", seen, scales, axis=2, block_size=_ANY_LENGTH))
         sink = self.shared.constant(np.full(self.heads, _NO_SHARE), np.float32, "no_share")
         inputs = [query, nothing, nothing, *widened, last, total]
         # Nobody reads the second and third output; ONNX Runtime 1.28 to 1.30 end with a fault where they are left out.

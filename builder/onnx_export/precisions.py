@@ -27,6 +27,8 @@ from builder.onnx_export.quantization import BLOCK, int4_by_block, int8_by_axis
 from builder.onnx_export.trace import TracedGraph
 
 TOKEN_TABLE = "transformer.wte.weight"
+BLOCKED_OPSET = 21
+"""The first whose QuantizeLinear takes blocks."""
 TABLE_DAMPING = 1.0
 """The head's table is the embedding too, whose rows are used as they are; so they may move less than other matrices."""
 GELU_DEPTH = np.float32(0.1701)
@@ -54,9 +56,9 @@ def write_variant(
         rewriter = _REWRITERS[precision](model.graph, traced.weight_names, WeightFile(weights), data)
         rewriter.calibration, rewriter.int8_kv_cache = calibration, int8_kv_cache
         rewriter.rewrite()
-    if int8_kv_cache:
+    if precision != "fp16":
         (standard,) = (entry for entry in model.opset_import if entry.domain == "")
-        standard.version = OPSET
+        standard.version = OPSET if int8_kv_cache else BLOCKED_OPSET
         model.ir_version = max(model.ir_version, helper.find_min_ir_version_for([standard]))
     path.write_bytes(model.SerializeToString())
     return model
@@ -131,7 +133,7 @@ class _Int8(Rewriter):
         (output,) = node.output
         transposed: bool = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         matrix, scales = self.matrix(node.input[1], axis=int(transposed))
-        values, row_scales = self.by_row(node.input[0])
+        values, row_scales = self.by_row(node.input[0], self.dims[matrix][int(transposed)])
         left = [values, self.small("one", np.float32(1)), self.small("zero_point", np.uint8(128))]
         zeros = f"{matrix}_zero"
         if zeros not in self.dims:
@@ -149,8 +151,10 @@ class _Int8(Rewriter):
         if has_bias:
             self.add("Add", [product, node.input[2]], output)
 
-    def by_row(self, name: str) -> tuple[str, str]:
-        """Quantize [rows, width] to uint8 around 128: the names of the values, and of the scales as [rows, 1].
+    def by_row(self, name: str, width: int) -> tuple[str, str]:
+        """Quantize [rows, width] to uint8 around 128: the names of the values, and of the scales, [rows, 1].
+
+        Each row is one block: QuantizeLinear divides blocks among all threads, and rows of `axis=0` it does not.
 
         After GELU, the largest value stands for the absmax. Elsewhere a row of zeros gets a scale of 0, and whatever
         its values become, times 0 they are zeros again.
@@ -159,14 +163,14 @@ class _Int8(Rewriter):
         if name in self.gelus:
             # GELU falls no lower than -0.17, so where a row's largest value is less than that, this is a bound of its
             # absmax; everywhere else it is the absmax, without a pass over the widest of all tensors for Abs.
-            largest = self.add("ReduceMax", [name, last], f"{name}_top", keepdims=0)
+            largest = self.add("ReduceMax", [name, last], f"{name}_top")
             largest = self.add("Max", [largest, self.small("gelu_depth", GELU_DEPTH)], f"{name}_max")
         else:
-            largest = self.add("ReduceMax", [self.add("Abs", [name], f"{name}_abs"), last], f"{name}_max", keepdims=0)
+            largest = self.add("ReduceMax", [self.add("Abs", [name], f"{name}_abs"), last], f"{name}_max")
         scale = self.add("Mul", [largest, self.small("one_over_127", np.float32(1 / 127))], f"{name}_scale")
         zero_points = self.zero_points(scale, name in self.last)
-        values = self.add("QuantizeLinear", [name, scale, zero_points], f"{name}_uint8", axis=0)
-        return values, self.add("Unsqueeze", [scale, last], f"{name}_column")
+        values = self.add("QuantizeLinear", [name, scale, zero_points], f"{name}_uint8", axis=1, block_size=width)
+        return values, scale
 
     def zero_points(self, scale: str, few: bool) -> str:
         """128 for each row. Products share one tensor where they have the same rows; the last ones have fewer."""

@@ -6,6 +6,7 @@ sampling graph `ort/choose`, logits stay on the device, and the sampled tokens a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,9 @@ CUDA_STEPS = 8
 PREFILL_TOKENS = 1024
 """Maximum padded tokens of one prefill pass on a CPU, unless a single row has more. The activations of larger passes do
 not fit the CPU's caches."""
+PREFILL_COLUMNS = 384
+"""Maximum tokens of a row in one prefill pass on a CPU, unless several rows share it. The kernel multiplies all queries
+of a pass with all keys, also with those that a query does not see."""
 _LAST = np.zeros(1, np.int64)
 _CACHE_ROOM = 64
 """Granularity of KV cache allocations, in tokens. Untouched pages cost no memory."""
@@ -204,8 +208,8 @@ class OnnxBackend:
         state.cache = self._caches(rows, capacity + self._spare_positions if self._shared else 0)
         for name, value in zip(self._past, state.cache, strict=True):
             state.binding.bind_ortvalue_input(name, value)
-        large = self._shared and self.device == "cpu" and rows > 1 and rows * width > PREFILL_TOKENS
-        if large or self.prefill_graph is not None:
+        large = (rows > 1 and rows * width > PREFILL_TOKENS) or width > PREFILL_COLUMNS
+        if (large and self._shared and self.device == "cpu") or self.prefill_graph is not None:
             self._open_in_parts(state, token_ids)
             return state
         positions = np.broadcast_to(np.arange(width), token_ids.shape)
@@ -305,29 +309,35 @@ class OnnxBackend:
         self._session.run_with_iobinding(binding)
 
     def _open_in_parts(self, state: OnnxState, token_ids: IntArray) -> None:
-        """Prefill a few rows at a time, each part in its own rows of the shared buffers."""
+        """Prefill a few rows at a time, each part in its own rows of the shared buffers, and a long row in chunks."""
         self._bind_outputs(state)
-        session = self._prefill_session or self._session
-        takes_offsets = any(value.name == OFFSETS for value in session.get_inputs())
-        step = max(1, PREFILL_TOKENS // token_ids.shape[1])
-        for first in range(0, len(token_ids), step):
-            part = slice(first, first + step)
+        rows = max(1, PREFILL_TOKENS // token_ids.shape[1])
+        for first in range(0, len(token_ids), rows):
+            part = slice(first, first + rows)
             width = int(state.lengths[part].max())
-            tokens = np.ascontiguousarray(token_ids[part, :width])
-            positions = np.ascontiguousarray(np.broadcast_to(np.arange(width), tokens.shape), np.int64)
-            binding = session.io_binding()
-            if takes_offsets:
-                binding.bind_cpu_input(OFFSETS, _LAST)
-            binding.bind_cpu_input("input_ids", tokens)
-            binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[part, :width]))
-            binding.bind_cpu_input("position_ids", positions)
-            for name, value in zip(self._past, state.cache, strict=True):
-                binding.bind_input(name, "cpu", 0, self._cache_dtype, *_stretch(value, first, len(tokens)))
-            for name, value in zip(self._present, state.cache, strict=True):
-                binding.bind_output(name, "cpu", 0, self._cache_dtype, *_stretch(value, first, len(tokens)))
-            logits = _stretch(state.values["logits"], first, len(tokens))
-            binding.bind_output("logits", "cpu", 0, np.float32, *logits)
-            session.run_with_iobinding(binding)
+            binding = self._bind_part(state, first, len(token_ids[part]))
+            # Equal chunks, since a chunk of one token has other bits.
+            chunks = -(-width // PREFILL_COLUMNS) if rows == 1 else 1
+            for start, end in itertools.pairwise(width * chunk // chunks for chunk in range(chunks + 1)):
+                tokens = np.ascontiguousarray(token_ids[part, start:end])
+                positions = np.broadcast_to(np.arange(start, end), tokens.shape)
+                binding.bind_cpu_input("input_ids", tokens)
+                binding.bind_cpu_input("attention_mask", np.ascontiguousarray(state.mask[part, :end]))
+                binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions, np.int64))
+                (self._prefill_session or self._session).run_with_iobinding(binding)
+
+    def _bind_part(self, state: OnnxState, first: int, rows: int) -> Any:
+        """A binding of the prefill session over `rows` rows of the batch, from row `first` on."""
+        session = self._prefill_session or self._session
+        binding = session.io_binding()
+        if any(value.name == OFFSETS for value in session.get_inputs()):
+            binding.bind_cpu_input(OFFSETS, _LAST)
+        for past, present, value in zip(self._past, self._present, state.cache, strict=True):
+            place = ("cpu", 0, self._cache_dtype, *_stretch(value, first, rows))
+            binding.bind_input(past, *place)
+            binding.bind_output(present, *place)
+        binding.bind_output("logits", "cpu", 0, np.float32, *_stretch(state.values["logits"], first, rows))
+        return binding
 
     def _bind_outputs(self, state: OnnxState) -> None:
         """Allocate the logits, and bind them and the KV cache as outputs."""

@@ -12,6 +12,8 @@ import onnxruntime as ort
 
 from serving.backends.base import SamplingRequest
 from serving.backends.devices import cuda_options, parse_device
+from serving.backends.onnx_prompts import with_fast_prompts
+from serving.backends.verify_steps import is_small
 from serving.bundle import Bundle
 from serving.bundle.strict_json import ADVICE, shown
 from serving.errors import BundleError, RuntimeMissingError
@@ -20,6 +22,9 @@ SAMPLING_GRAPH = "ort/choose"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 INT8_CACHES = (1, 28)
 """The first ONNX Runtime that runs graphs with caches in int8 rightly; see docs/decisions/int8-kv-cache.md."""
+_SINKS = (1, 28)
+_UNREAD_OUTPUTS = (1, 31)
+"""The first versions whose attention was seen to take a sink, and to run with one output (docs/decisions)."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -48,12 +53,16 @@ def open_graph(
     """
     _check_version(bundle, graph_name)
     path = bundle.graph(graph_name).path
+
+    def change(data: bytes) -> bytes:
+        if parse_device(device)[0] == "cpu":
+            data = _with_fast_prompts(bundle, graph_name, data)
+        return data if edit is None else edit(data)
+
     try:
-        session = open_session(bundle, path, device, threads, edit=edit, spin=spin)
+        session = open_session(bundle, path, device, threads, edit=change, spin=spin)
     except BundleError:
-        if edit is None:
-            raise
-        # An edit goes by the manifest. Where that is wrong, the graph as it is says what is wrong.
+        # A change goes by the manifest. Where that is wrong, the graph as it is says what is wrong.
         session = open_session(bundle, path, device, threads, spin=spin)
     problem = _tensor_problem(bundle, graph_name, session)
     if problem:
@@ -61,13 +70,30 @@ def open_graph(
     return session
 
 
+def _with_fast_prompts(bundle: Bundle, graph_name: str, data: bytes) -> bytes:
+    version = _version()
+    # What a version without a number is like was not seen.
+    return with_fast_prompts(
+        data,
+        bundle.manifest.model.n_head,
+        branches=version is not None and version >= _SINKS and not is_small(bundle, graph_name),
+        unread=version is not None and version >= _UNREAD_OUTPUTS,
+    )
+
+
+def _version() -> tuple[int, ...] | None:
+    """ONNX Runtime's first two numbers; None if it says something else."""
+    version = re.match(r"(\d+)\.(\d+)", ort.__version__)
+    return None if version is None else tuple(map(int, version.groups()))
+
+
 def _check_version(bundle: Bundle, graph_name: str) -> None:
     """Refuse a graph with caches in int8 where they fail at load or in the first step, or, in 1.27, come out wrong."""
-    version = re.match(r"(\d+)\.(\d+)", ort.__version__)
+    version = _version()
     caches = (spec for name, spec in bundle.graph(graph_name).inputs.items() if name.startswith("past_key_values."))
     if version is None or not any(spec.dtype == "int8" for spec in caches):
         return
-    if tuple(map(int, version.groups())) < INT8_CACHES:
+    if version < INT8_CACHES:
         least = ".".join(map(str, INT8_CACHES))
         raise RuntimeMissingError(
             f"the graph {graph_name!r} keeps its caches in int8, which takes ONNX Runtime {least} or newer, and "

@@ -96,6 +96,39 @@ def test_prompts_in_parts_are_prompts_at_once(bundle: Bundle, monkeypatch: pytes
     assert max(max_difference(*pair) for pair in zip(got, wanted, strict=True)) < 2e-5
 
 
+@pytest.mark.parametrize("columns", [4, 8, 16])
+def test_a_long_prompt_in_chunks_is_the_prompt_at_once(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """To the bit; a chunk of one token, which has others, never comes about."""
+    monkeypatch.setattr("serving.backends.onnx_session.is_small", lambda *_: False)
+    backend = load_backend(bundle, "onnx", "ort/fp32")
+    prompts = [np.random.default_rng(length).integers(0, 256, length).tolist() for length in (17, 9, 2)]
+    wanted = [backend.prefill([prompt], 20)[1].copy() for prompt in prompts]
+    seen: list[int] = []
+    binding = type(backend._session.io_binding())
+    bind = binding.bind_cpu_input
+
+    def watched(self: Any, name: str, value: Any) -> None:
+        bind(self, name, value)
+        if name == "input_ids":
+            seen.append(value.shape[1])
+
+    monkeypatch.setattr(binding, "bind_cpu_input", watched)
+    monkeypatch.setattr("serving.backends.onnx.PREFILL_TOKENS", 1)
+    monkeypatch.setattr("serving.backends.onnx.PREFILL_COLUMNS", columns)
+    state, together = backend.prefill(prompts, 20)
+    assert min(seen) > 1
+    assert max(seen) <= columns
+    assert len(seen) == sum(-(-len(prompt) // columns) for prompt in prompts)
+    np.testing.assert_array_equal(together, np.concatenate(wanted))
+    alone, logits = backend.prefill(prompts[:1], 20)
+    np.testing.assert_array_equal(logits, wanted[0])
+    np.testing.assert_array_equal(
+        backend.decode(alone, np.array([5]))[0], backend.decode(state, np.array([5, 6, 7]))[0]
+    )
+
+
 def test_states_do_not_disturb_each_other(backend: Backend) -> None:
     """Two open batches, stepped in turn; the one's logits are read after the other's step."""
     case = read_cases("bytes")["full"]
