@@ -13,10 +13,10 @@ from tensorflow.core.framework.attr_value_pb2 import AttrValue
 
 from builder.keras_backend import tf
 from builder.tf_export.input_checks import SAMPLING
-from builder.tf_export.kernels import PromptKernels, SlotKernels
 from builder.tf_export.sampling import sample_token
 from builder.tf_export.slot_batching import pause, run_in_batch
 from builder.tf_export.slot_cache import SlotCache
+from builder.tf_export.slot_model import SlotModel
 from builder.tf_export.slot_state import SlotState, State, now
 from serving.bundle import Geometry
 
@@ -45,7 +45,8 @@ class SlotStep(tf.Module):  # type: ignore[misc]
 
     def __init__(self, queue: str, geometry: Geometry, state: SlotState, run: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__(name="slot_step")
-        self._queue, self.geometry, self.state, self._run = queue, geometry, state, run
+        self._queue, self.geometry, self.state = queue, geometry, state
+        self.model = SlotModel(geometry, run)
         self.cache = SlotCache(geometry, state.count)
         self._function: Any = None
 
@@ -200,10 +201,9 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         """Run the prompts and write their keys and values into the slots `taken`; return the first tokens."""
         lengths = tf.cast(values["length"], tf.int32)
         width = tf.reduce_max(lengths)
-        kernels = PromptKernels(self.geometry, lengths, last=True)
-        logits = self._run(token_ids[:, :width], None, kernels)
+        logits, present = self.model.prefill(token_ids[:, :width], lengths)
         longest = tf.reduce_max(tf.where(state["active"], tf.cast(state["length"], tf.int32), 0))
-        self.cache.store(kernels.present, taken, width, tf.maximum(longest, width))
+        self.cache.store(present, taken, width, tf.maximum(longest, width))
         return sample_token(logits, *_sampling(values), tf.zeros_like(values["seed"]))
 
     def _advance(self, state: State, asked: Any, goal: Any, answered: Any, rehearsed: Any, newest: Any) -> Any:
@@ -242,8 +242,7 @@ class SlotStep(tf.Module):  # type: ignore[misc]
         # The other rows' tokens and what they write into their part of the cache are never used.
         last = tf.gather(state["tokens"][:rows], tf.maximum(made - 1, 0), batch_dims=1)
         positions = tf.minimum(tf.cast(state["length"], tf.int32)[:rows], capacity - 1)
-        kernels = SlotKernels(self.geometry, positions, self.cache.read(), capacity)
-        logits = self._run(tf.cast(last, tf.int32)[:, None], positions[:, None], kernels)
+        logits = self.model.decode(tf.cast(last, tf.int32), positions, capacity, self.cache.read())
         token = sample_token(logits, *_sampling({name: state[name][:rows] for name in SAMPLING}), state["made"][:rows])
 
         numbers = tf.boolean_mask(tf.range(rows), live[:rows])
