@@ -130,7 +130,10 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     providers: list[Any] = [PROVIDERS["cpu"]]
-    if kind != "cpu":
+    if kind == "cpu":
+        # Where shapes come again, the planned memory lays a step's tensors out so that they displace each other.
+        options.enable_mem_pattern = False
+    else:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         providers = [(provider, cuda_options(number, captured)), *providers]
     try:

@@ -135,3 +135,9 @@ def test_a_prompt_in_pieces_is_the_prompt_to_the_bit(bundle: Bundle, graph: str,
     for buffer in backend._buffers:
         np.testing.assert_array_equal(buffer.array[0, :, :36], buffer.array[1, :, :36])
     backend.close()
+
+
+@pytest.mark.parametrize("graph", [*GRAPHS, "onnx/portable"])
+def test_memory_is_not_planned_by_pattern(bundle: Bundle, graph: str) -> None:
+    """From the second batch on, steps of int8 at 64 rows took a fifth longer (docs/decisions/onnx-runtime.md)."""
+    assert not onnx_session.open_graph(bundle, graph, "cpu", 1).get_session_options().enable_mem_pattern
