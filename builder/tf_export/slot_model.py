@@ -1,8 +1,8 @@
 """The model as two functions that the slots call as one op each, so that TensorFlow optimizes them.
 
 TensorFlow optimizes a function where it is called by PartitionedCall, and not within a batch function or the body of a
-While op that is not lowered. Products ran there without their biases, the fewest by oneDNN, and GELU's cube by Pow
-(docs/decisions/slots.md).
+While op that is not lowered. There no product was fused with its bias, a step's ran without oneDNN, and Pow computed
+GELU's cube (docs/decisions/slots.md).
 """
 
 from __future__ import annotations
